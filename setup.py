@@ -1,0 +1,90 @@
+"""Builds two modules against LibTorch's stable ABI: swalp_fx._C and, where nvcc is, swalp_fx._C_cuda.
+
+One build serves torch 2.11 and later, and CPython 3.10 and later. SWALP_FX_CUDA=0 or 1 overrides
+whether the CUDA module is built; no GPU need be present.
+"""
+
+import glob
+import os
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+
+def find_cuda_home():
+    """The CUDA toolkit's folder, or None: the first candidate that holds cuda_runtime.h and nvcc.
+
+    torch guesses from the nvcc on PATH, which may be a wrapper script that lies elsewhere.
+    """
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        nvcc = Path(nvcc)
+        candidates.append(nvcc.resolve().parents[1])
+        head = nvcc.read_bytes()[:4096]
+        if head.startswith(b"#!"):
+            candidates += [Path(m).parents[1] for m in re.findall(r"/[\w./+-]+/bin/nvcc", head.decode(errors="ignore"))]
+    candidates += ["/usr/local/cuda", *sorted(glob.glob("/usr/local/cuda-*"), reverse=True), "/opt/cuda"]
+    for home in filter(None, candidates):
+        if Path(home, "include", "cuda_runtime.h").exists() and Path(home, "bin", "nvcc").exists():
+            return str(home)
+    return None
+
+
+if cuda_home := find_cuda_home():
+    os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
+
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+ROOT = Path(__file__).parent
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")]
+# Every product and sum is rounded on its own, as the numerics contract in csrc/README.md requires.
+CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+NVCC = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
+
+
+def sources(folder, *endings):
+    return sorted(str(p.relative_to(ROOT)) for e in endings for p in (ROOT / "csrc" / folder).glob(e))
+
+
+def with_cuda():
+    wish = os.environ.get("SWALP_FX_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"SWALP_FX_CUDA={wish!r} is neither 0 nor 1; unset it to build for CUDA where nvcc is found")
+    able = torch.version.cuda is not None and cuda_home is not None
+    if wish == "1" and not able:
+        raise SystemExit("SWALP_FX_CUDA=1 needs a torch built with CUDA, and nvcc; set CUDA_HOME to the toolkit's folder")
+    return able and wish != "0"
+
+
+headers = [str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")]
+extensions = [
+    CppExtension(
+        "swalp_fx._C",
+        ["csrc/ops.cpp", *sources("cpu", "*.cpp")],
+        define_macros=MACROS,
+        extra_compile_args={"cxx": CXX},
+        py_limited_api=True,
+        depends=headers,
+    )
+]
+if with_cuda():
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    extensions.append(
+        CUDAExtension(
+            "swalp_fx._C_cuda",
+            sources("cuda", "*.cu", "*.cpp"),
+            define_macros=MACROS,
+            extra_compile_args={"cxx": CXX, "nvcc": NVCC},
+            py_limited_api=True,
+            depends=headers,
+        )
+    )
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,153 @@
+"""The compiled ops, and ``quantize``: rounding a tensor to a format.
+
+``torch.ops.swalp_fx.quantize_fixed``, ``quantize_block`` and ``quantize_float`` take numbers
+alone; a format's row in ``_OPS`` says which op serves it and with which numbers. Their gradient
+is the identity (the straight-through estimator).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import random
+from .formats import TOPS, BlockFloat, FixedPoint, Float, Format, Identity, parse
+from .recipe import ROUNDINGS, RecipeError
+
+try:
+    from . import _C  # noqa: F401  (loading it registers the ops)
+except ImportError as error:
+    raise ImportError(
+        f"swalp_fx._C could not be loaded ({error}); build it with: pip install --no-build-isolation -e ."
+    ) from error
+if torch.version.cuda is not None:
+    try:
+        from . import _C_cuda  # noqa: F401
+    except ImportError:  # built without CUDA: the ops say so if they are given a CUDA tensor
+        pass
+
+__all__ = ["quantize", "quantize_"]
+
+RANDOM_BITS = 31  # as many as a signed 32-bit comparison takes
+
+# Format -> (op, its numbers). The diff that adds a format adds a row.
+_OPS: dict[type[Format], tuple[str, Callable[[Any], tuple]]] = {
+    FixedPoint: ("quantize_fixed", lambda f: (f.wl, f.fl, f.symmetric)),
+    BlockFloat: ("quantize_block", lambda f: (f.wl, list(f.dims or ()), f.symmetric, f.exponent_bits)),
+    Float: ("quantize_float", lambda f: (f.exp, f.man, TOPS.index(f.top))),
+}
+
+
+def _register(name: str, parameters: int) -> None:
+    """A shape function for ``name`` and its in-place form, and the straight-through gradient."""
+
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        return torch.empty_like(x)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (grad, *[None] * (parameters + 4))
+
+    torch.library.register_fake(f"swalp_fx::{name}", fake)
+    torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
+    torch.library.register_autograd(f"swalp_fx::{name}", backward)
+
+
+for _name, _parameters in (("quantize_fixed", 3), ("quantize_block", 4), ("quantize_float", 3)):
+    _register(_name, _parameters)
+
+
+@lru_cache(maxsize=None)
+def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
+    """(op, in-place op, its numbers, rounding code, random bits); op is None for ``float``."""
+    match = re.fullmatch(r"stochastic(\d+)", rounding)
+    bits = int(match[1]) if match else RANDOM_BITS
+    name = "stochastic" if match else rounding
+    if name not in ROUNDINGS or not 1 <= bits <= RANDOM_BITS:
+        raise RecipeError(
+            f"unknown rounding {rounding!r}; use one of {', '.join(ROUNDINGS)}, or stochastic1 to "
+            f"stochastic{RANDOM_BITS} for fewer random bits"
+        )
+    format = parse(spec)
+    if isinstance(format, Identity):
+        return None, None, (), 0, bits
+    op, numbers = _OPS[type(format)]
+    space = torch.ops.swalp_fx
+    return (
+        getattr(space, op).default,
+        getattr(space, op + "_").default,
+        numbers(format),
+        ROUNDINGS.index(name),
+        bits,
+    )
+
+
+def _find(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
+    # torch.compile traces through a cache with a warning, and needs none.
+    return (_lookup.__wrapped__ if torch.compiler.is_compiling() else _lookup)(spec, rounding)
+
+
+def _draws(x: Tensor, code: int, key: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
+    """The key to draw from, if rounding code ``code`` draws at all."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"quantize takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"quantize takes a floating-point tensor, not {x.dtype}; convert it with .float() first")
+    if ROUNDINGS[code] != "stochastic":
+        return None
+    if key is None:
+        return random.draw_key(generator)
+    if isinstance(key, int):
+        return torch.tensor((key + 2**63) % 2**64 - 2**63)  # the same 64 bits, signed
+    return key
+
+
+def quantize(
+    x: Tensor,
+    format: str | Format,
+    rounding: str = "nearest",
+    *,
+    key: Tensor | int | None = None,
+    stream: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``x`` rounded to ``format``: a fresh tensor of x's shape, dtype, device and (if dense) strides.
+
+    Each result is one of the two neighbours of x in the format, or its largest value where x lies
+    beyond. NaN stays NaN, and infinities saturate where the format has none. The gradient is that
+    of the identity.
+
+    x: float32, float64, bfloat16 or float16, any shape and layout. Half types are computed in
+    float32 and stored by rounding to nearest even.
+    rounding: "nearest" (ties to even), "stochastic", "toward_zero", "down", "up", "nearest_away".
+    key, stream: what stochastic rounding draws from (design: one Philox word an element, by
+    row-major index). Without a key, one is drawn from ``generator`` or torch's default.
+
+    Raises FormatError, RecipeError (unknown rounding) and TypeError (x is not floating).
+    """
+    op, _, numbers, code, bits = _find(format, rounding)
+    key = _draws(x, code, key, generator)
+    if op is None:
+        return x.clone()
+    return op(x, *numbers, code, bits, key, stream)
+
+
+def quantize_(
+    x: Tensor,
+    format: str | Format,
+    rounding: str = "nearest",
+    *,
+    key: Tensor | int | None = None,
+    stream: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``quantize`` in place; returns ``x``. Not differentiable: call it under ``torch.no_grad()``."""
+    _, op, numbers, code, bits = _find(format, rounding)
+    key = _draws(x, code, key, generator)
+    if op is not None:
+        op(x, *numbers, code, bits, key, stream)
+    return x

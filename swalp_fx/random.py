@@ -1,0 +1,64 @@
+"""Counter-based random words: a pure function of (key, stream, element index).
+
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+SC'11), used in the manner of JAX's keys. This module states the law in Python integers;
+csrc/philox.h computes the same words.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["counter_of", "draw_key", "fold_in", "philox", "word"]
+
+MASK = 0xFFFFFFFF
+# SC'11, section 3.3: the two multipliers, and the Weyl increments of the key (the golden
+# ratio and sqrt(3) - 1, in 0.32 fixed point).
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+
+# Element i draws from this block of 64 words: 16 counters, four words each. Counter-major order
+# inside the block lets 16 SIMD lanes (or 4 GPU threads with 16-byte accesses) run one counter
+# each and store their words without a shuffle.
+BLOCK, LANES = 64, 16
+
+
+def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """The four 32-bit words of Philox4x32-10 for a 64-bit ``key`` and a 4 x 32-bit ``counter``."""
+    k0, k1 = key & MASK, (key >> 32) & MASK
+    c0, c1, c2, c3 = counter
+    for _ in range(ROUNDS):
+        p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK, (p0 >> 32) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def counter_of(index: int) -> tuple[int, int]:
+    """Counter (64 bits) and word (0 to 3) of the element at row-major ``index``."""
+    block, within = divmod(index, BLOCK)
+    return block * LANES + within % LANES, within // LANES
+
+
+def word(key: int, stream: int, index: int) -> int:
+    """The 32-bit random word of one element."""
+    counter, lane = counter_of(index)
+    return philox(key, (counter & MASK, counter >> 32, stream & MASK, (stream >> 32) & MASK))[lane]
+
+
+def fold_in(key: int, data: int) -> int:
+    """A new 64-bit key from a key and a number (a step, a rank): distinct numbers, distinct keys."""
+    # The highest stream is kept for keys, so that no element's word is ever one.
+    words = philox(key, (data & MASK, (data >> 32) & MASK, MASK, MASK))
+    return words[0] | words[1] << 32
+
+
+def draw_key(generator: torch.Generator | None = None) -> torch.Tensor:
+    """A fresh key, int64 of shape [], from ``generator`` or torch's default CPU generator.
+
+    ``torch.manual_seed`` rules it, and activation checkpointing, which restores torch's state,
+    draws the same key again. It lives on the CPU: kernels take it by value, so no device waits.
+    """
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    return torch.randint(low, high, (), generator=generator, dtype=torch.int64)
