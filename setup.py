@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 # Every product and sum is rounded on its own, as the numerics contract in csrc/README.md requires.
 CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
-NVCC = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
+NVCC = ["-O3", "-std=c++20", "-fmad=false", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
 
 
 def sources(folder, *endings):

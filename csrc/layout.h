@@ -1,4 +1,4 @@
-// Where the elements of a dense tensor lie, which random word each draws, which block each is in.
+// Where the elements of a dense tensor lie, which random bits each draws, which block each is in.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,64 +10,131 @@
 
 namespace swalp_fx {
 
-// A loop over one dimension: what a step along it adds to each of three counters.
-struct Dim {
-  int64_t size;
-  int64_t memory;  // elements in memory
-  int64_t index;   // row-major index, which selects the random word
-  int64_t block;   // block number; 0 along dimensions that a block spans
+// Three counters: the place in memory (in elements), the row-major index (which selects the random
+// bits) and the number of the block.
+struct Place {
+  int64_t memory = 0, index = 0, block = 0;
 };
 
-// Loops in memory order, outermost first, as few as possible. Empty for a tensor of one element.
+// A loop over one dimension, and what a step along it adds to each counter.
+struct Dim {
+  int64_t size;
+  Place step;  // step.block is 0 along dimensions that a block spans
+
+  SWALP_HD void advance(Place& p, int64_t n) const {
+    p.memory += n * step.memory;
+    p.index += n * step.index;
+    p.block += n * step.block;
+  }
+};
+
+// Nested loops from a first place on, outermost first, as few as possible; none for one element.
 struct Layout {
-  static constexpr int kMaxDims = 16;
+  static constexpr int kMaxDims = 12;
+  Place first;
   Dim dims[kMaxDims];
   int rank = 0;
   int64_t numel = 1;
-  int64_t blocks = 1;
 
-  // Whether the elements of each block lie in one innermost run of memory, and nowhere else.
+  Dim inner() const { return rank > 0 ? dims[rank - 1] : Dim{1, {1, 1, 0}}; }
+
+  // Whether each block is one innermost run, and nothing else.
   bool blocks_are_rows() const {
-    if (rank < 2 || dims[rank - 1].block != 0) return false;
-    return std::all_of(dims, dims + rank - 1, [](const Dim& d) { return d.block != 0; });
+    return rank > 1 && inner().step.block == 0 &&
+           std::all_of(dims, dims + rank - 1, [](const Dim& d) { return d.step.block != 0; });
   }
 };
 
-// The layout of `x` with blocks kept apart along `kept` (indices of dimensions, in range).
-// Returns false where x is not dense in memory or needs too many loops: copy it first.
-inline bool make_layout(const torch::stable::Tensor& x, const std::vector<bool>& kept, Layout& layout) {
-  const int64_t rank = x.dim();
-  std::vector<Dim> loops;
-  int64_t index = 1, blocks = 1;
-  for (int64_t d = rank - 1; d >= 0; --d) {
-    const int64_t size = x.size(d);
-    if (size != 1) loops.push_back({size, x.stride(d), index, kept[d] ? blocks : 0});
-    index *= size;
-    if (kept[d]) blocks *= size;
-  }
-  std::stable_sort(loops.begin(), loops.end(), [](const Dim& a, const Dim& b) { return a.memory < b.memory; });
+// How a tensor falls into blocks: one for each index of the dimensions in `kept`, and along `axis`
+// (if size > 0) one for each run of `size` elements, of which the last may be short.
+struct Blocks {
+  std::vector<bool> kept;
+  int64_t axis = 0;
+  int64_t size = 0;
+};
 
-  std::vector<Dim> merged;  // innermost first
-  int64_t dense = 1;
+// The layouts that cover x: one, or two where the last runs along the axis are short.
+struct Cover {
+  std::vector<Layout> layouts;
+  int64_t blocks = 1;
+  bool dense = true;  // false: x has gaps, overlaps or too many loops; copy it first
+};
+
+inline bool add_layout(std::vector<Dim> loops, const Place& first, std::vector<Layout>& layouts) {
+  Layout layout;
+  layout.first = first;
+  std::stable_sort(loops.begin(), loops.end(), [](const Dim& a, const Dim& b) { return a.step.memory > b.step.memory; });
   for (const Dim& d : loops) {
-    if (d.memory != dense) return false;
-    dense *= d.size;
-    if (!merged.empty()) {
-      Dim& inner = merged.back();
-      if (d.memory == inner.memory * inner.size && d.index == inner.index * inner.size &&
-          d.block == inner.block * inner.size) {
-        inner.size *= d.size;
+    layout.numel *= d.size;
+    if (d.size == 1) continue;
+    if (layout.rank > 0) {
+      Dim& outer = layout.dims[layout.rank - 1];
+      if (outer.step.memory == d.step.memory * d.size && outer.step.index == d.step.index * d.size &&
+          outer.step.block == d.step.block * d.size) {
+        outer = {outer.size * d.size, d.step};
         continue;
       }
     }
-    merged.push_back(d);
+    if (layout.rank == Layout::kMaxDims) return false;
+    layout.dims[layout.rank++] = d;
   }
-  if (merged.size() > Layout::kMaxDims) return false;
-  layout.rank = static_cast<int>(merged.size());
-  std::copy(merged.rbegin(), merged.rend(), layout.dims);
-  layout.numel = index;
-  layout.blocks = blocks;
+  if (layout.numel > 0) layouts.push_back(layout);
   return true;
+}
+
+inline bool is_dense(const torch::stable::Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) steps.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline Cover make_cover(const torch::stable::Tensor& x, const Blocks& blocks) {
+  Cover cover;
+  if (x.numel() == 0) return cover;
+  cover.dense = is_dense(x);
+  if (!cover.dense) return cover;
+
+  std::vector<Dim> loops;
+  int64_t index = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    const bool tiled = blocks.size > 0 && d == blocks.axis;
+    const int64_t count = tiled ? (x.size(d) + blocks.size - 1) / blocks.size : x.size(d);
+    const bool kept = tiled || blocks.kept[d];
+    loops.push_back({x.size(d), {x.stride(d), index, kept ? cover.blocks : 0}});
+    index *= x.size(d);
+    if (kept) cover.blocks *= count;
+  }
+  if (blocks.size == 0) {
+    cover.dense = add_layout(loops, {}, cover.layouts);
+    return cover;
+  }
+
+  const size_t at = static_cast<size_t>(x.dim() - 1 - blocks.axis);
+  const Dim axis = loops[at];
+  const int64_t full = axis.size / blocks.size, rest = axis.size % blocks.size;
+  const Place within{axis.step.memory, axis.step.index, 0};
+  const Place across{within.memory * blocks.size, within.index * blocks.size, axis.step.block};
+  if (full > 0) {
+    loops[at] = {blocks.size, within};
+    loops.push_back({full, across});
+    cover.dense = add_layout(loops, {}, cover.layouts);
+    loops.pop_back();
+  }
+  if (rest > 0) {
+    Place first;
+    Dim{full, across}.advance(first, full);
+    loops[at] = {rest, within};
+    cover.dense = cover.dense && add_layout(loops, first, cover.layouts);
+  }
+  return cover;
 }
 
 }  // namespace swalp_fx

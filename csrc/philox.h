@@ -1,22 +1,10 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
-// swalp_fx/random.py states the same law in Python.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), and which
+// of its bits an element draws. swalp_fx/random.py states the same law in Python.
 #pragma once
 
 #include "portable.h"
 
 namespace swalp_fx {
-
-// Which words an operation draws: element i takes word_at(random, i).
-struct Random {
-  uint64_t key = 0;
-  uint64_t stream = 0;
-  int bits = 31;  // random bits that stochastic rounding uses, 1 to 31
-};
-
-// 64 elements in row share 16 counters: element i of the block takes word i / 16 of counter
-// i % 16. So 16 SIMD lanes run one counter each and store their words in order, without a shuffle.
-constexpr int64_t kWordBlock = 64;
-constexpr int64_t kCounters = 16;
 
 // The ten round keys: the Weyl sequence that starts at a key.
 struct RoundKeys {
@@ -53,6 +41,26 @@ struct OneLane {
   SWALP_HD static uint64_t multiply(uint64_t a, uint32_t m) { return (a & 0xFFFFFFFFu) * m; }
 };
 
+// 16 counters run side by side; each row of 16 neighbouring elements draws the same part of the
+// same word of each. So SIMD lanes store their draws in order, without a shuffle.
+constexpr int64_t kCounters = 16;
+
+// What an operation draws: `bits` random bits an element. Up to 16 bits come from half a word
+// (low half first), more from a whole one: the generator costs more than all the rounding.
+struct Random {
+  uint64_t key = 0;
+  uint64_t stream = 0;
+  int bits = 16;  // 1 to 24
+
+  SWALP_HD int64_t draws_per_word() const { return bits <= 16 ? 2 : 1; }
+  // Elements that one set of 16 counters serves.
+  SWALP_HD int64_t block() const { return 4 * kCounters * draws_per_word(); }
+  // The draw in a half (0 or 1) of a word: its highest `bits` bits.
+  SWALP_HD uint32_t draw(uint32_t word, int64_t half) const {
+    return bits > 16 ? word >> (32 - bits) : ((half ? word >> 16 : word & 0xFFFFu) >> (16 - bits));
+  }
+};
+
 // The four words of one counter.
 SWALP_HD void words_of(const Random& random, int64_t counter, uint64_t (&c)[4]) {
   c[0] = static_cast<uint64_t>(counter);
@@ -62,11 +70,15 @@ SWALP_HD void words_of(const Random& random, int64_t counter, uint64_t (&c)[4]) 
   philox4x32<OneLane>(c, RoundKeys(random.key));
 }
 
-// The word of the element at row-major index i.
-SWALP_HD uint32_t word_at(const Random& random, int64_t i) {
+// The draw of the element at row-major index i.
+SWALP_HD uint32_t draw_at(const Random& random, int64_t i) {
+  const int64_t row = i % random.block() / kCounters;
   uint64_t c[4];
-  words_of(random, i / kWordBlock * kCounters + i % kCounters, c);
-  return static_cast<uint32_t>(c[i % kWordBlock / kCounters]);
+  words_of(random, i / random.block() * kCounters + i % kCounters, c);
+  const int64_t half = row % random.draws_per_word();
+  const int64_t j = row / random.draws_per_word();
+  const uint64_t word = j == 0 ? c[0] : j == 1 ? c[1] : j == 2 ? c[2] : c[3];
+  return random.draw(static_cast<uint32_t>(word), half);
 }
 
 }  // namespace swalp_fx

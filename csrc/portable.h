@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SWALP_HD __host__ __device__ __forceinline__
@@ -35,6 +36,10 @@ struct Ieee<double> {
   static constexpr int mantissa = 52, bias = 1023;
 };
 
+// What elements stored as S are computed in: float16 and bfloat16 in float32, which holds them exactly.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 template <class To, class From>
 SWALP_HD To bit_cast(From value) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
@@ -58,17 +63,23 @@ SWALP_HD typename Ieee<T>::Bits finite_magnitude(T x) {
   return bits & -static_cast<typename Ieee<T>::Bits>(bits < magnitude_bits(std::numeric_limits<T>::infinity()));
 }
 
-// floor(log2 |x|) of a normal x; -bias for zero and subnormals, bias + 1 for infinities and NaN.
+// floor(log2) of a magnitude, subnormals included; -2000 for zero.
 template <class T>
 SWALP_HD int exponent_of(typename Ieee<T>::Bits magnitude) {
-  return static_cast<int>(magnitude >> Ieee<T>::mantissa) - Ieee<T>::bias;
+  const int e = static_cast<int>(magnitude >> Ieee<T>::mantissa) - Ieee<T>::bias;
+  if (e > -Ieee<T>::bias) return e;
+  if (magnitude == 0) return -2000;
+  // A subnormal in units of its last place is an integer, hence normal.
+  const auto units = bit_cast<typename Ieee<T>::Bits>(static_cast<T>(magnitude));
+  return static_cast<int>(units >> Ieee<T>::mantissa) + 1 - 2 * Ieee<T>::bias - Ieee<T>::mantissa;
 }
 
-// 2^e, for e in the range of T's normal numbers.
+// 2^e, for e in the range of T's normal numbers or one below it (2^-127 for float).
 template <class T>
 SWALP_HD T power_of_two(int e) {
-  using Integer = typename Ieee<T>::Integer;
-  return bit_cast<T>(static_cast<Integer>(e + Ieee<T>::bias) << Ieee<T>::mantissa);
+  using Bits = typename Ieee<T>::Bits;
+  const Bits normal = static_cast<Bits>(e + Ieee<T>::bias) << Ieee<T>::mantissa;
+  return bit_cast<T>(normal > 0 ? normal : Bits(1) << (Ieee<T>::mantissa - 1));
 }
 
 }  // namespace swalp_fx

@@ -33,32 +33,34 @@ if torch.version.cuda is not None:
 
 __all__ = ["quantize", "quantize_"]
 
-RANDOM_BITS = 31  # as many as a signed 32-bit comparison takes
+RANDOM_BITS = 16  # of a stochastic rounding that does not say: half a word, at most 2^-17 of a step from unbiased
+MAX_RANDOM_BITS = 24
 
 # Format -> (op, its numbers). The diff that adds a format adds a row.
 _OPS: dict[type[Format], tuple[str, Callable[[Any], tuple]]] = {
     FixedPoint: ("quantize_fixed", lambda f: (f.wl, f.fl, f.symmetric)),
-    BlockFloat: ("quantize_block", lambda f: (f.wl, list(f.dims or ()), f.symmetric, f.exponent_bits)),
+    BlockFloat: ("quantize_block", lambda f: (f.wl, f.symmetric, f.exponent_bits, list(f.dims or ()), 0, 0)),
     Float: ("quantize_float", lambda f: (f.exp, f.man, TOPS.index(f.top))),
 }
 
 
-def _register(name: str, parameters: int) -> None:
-    """A shape function for ``name`` and its in-place form, and the straight-through gradient."""
-
-    def fake(x: Tensor, *rest: Any) -> Tensor:
-        return torch.empty_like(x)
+def _register(name: str) -> None:
+    """Shape functions for ``name``, its in-place and its list form, and the straight-through gradient."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return (grad, *[None] * (parameters + 4))
+        return (grad, *[None] * (ctx.inputs - 1))
 
-    torch.library.register_fake(f"swalp_fx::{name}", fake)
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.inputs = len(inputs)
+
+    torch.library.register_fake(f"swalp_fx::{name}", lambda x, *rest: torch.empty_like(x))
     torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
-    torch.library.register_autograd(f"swalp_fx::{name}", backward)
+    torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
+    torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
 
 
-for _name, _parameters in (("quantize_fixed", 3), ("quantize_block", 4), ("quantize_float", 3)):
-    _register(_name, _parameters)
+for _name, _ in _OPS.values():
+    _register(_name)
 
 
 @lru_cache(maxsize=None)
@@ -67,10 +69,10 @@ def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, in
     match = re.fullmatch(r"stochastic(\d+)", rounding)
     bits = int(match[1]) if match else RANDOM_BITS
     name = "stochastic" if match else rounding
-    if name not in ROUNDINGS or not 1 <= bits <= RANDOM_BITS:
+    if name not in ROUNDINGS or not 1 <= bits <= MAX_RANDOM_BITS:
         raise RecipeError(
             f"unknown rounding {rounding!r}; use one of {', '.join(ROUNDINGS)}, or stochastic1 to "
-            f"stochastic{RANDOM_BITS} for fewer random bits"
+            f"stochastic{MAX_RANDOM_BITS} for other than {RANDOM_BITS} random bits"
         )
     format = parse(spec)
     if isinstance(format, Identity):
@@ -123,9 +125,10 @@ def quantize(
 
     x: float32, float64, bfloat16 or float16, any shape and layout. Half types are computed in
     float32 and stored by rounding to nearest even.
-    rounding: "nearest" (ties to even), "stochastic", "toward_zero", "down", "up", "nearest_away".
-    key, stream: what stochastic rounding draws from (design: one Philox word an element, by
-    row-major index). Without a key, one is drawn from ``generator`` or torch's default.
+    rounding: "nearest" (ties to even), "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up"
+    (ties towards +infinity), or "stochastic8" for 8 random bits instead of 16.
+    key, stream: what stochastic rounding draws from, see ``random``; an element draws by its row-major
+    index, wherever it lies in memory. Without a key, one is drawn from ``generator`` or torch's default.
 
     Raises FormatError, RecipeError (unknown rounding) and TypeError (x is not floating).
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["counter_of", "draw_key", "fold_in", "philox", "word"]
+__all__ = ["draw", "draw_key", "draws_per_word", "fold_in", "philox"]
 
 MASK = 0xFFFFFFFF
 # SC'11, section 3.3: the two multipliers, and the Weyl increments of the key (the golden
@@ -18,10 +18,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-# Element i draws from this block of 64 words: 16 counters, four words each. Counter-major order
-# inside the block lets 16 SIMD lanes (or 4 GPU threads with 16-byte accesses) run one counter
-# each and store their words without a shuffle.
-BLOCK, LANES = 64, 16
+# 16 counters run side by side, and each row of 16 neighbouring elements draws the same part of the same
+# word of each. So 16 SIMD lanes, or 4 GPU threads with 16-byte accesses, store their draws without a shuffle.
+COUNTERS = 16
 
 
 def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -35,21 +34,27 @@ def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int,
     return c0, c1, c2, c3
 
 
-def counter_of(index: int) -> tuple[int, int]:
-    """Counter (64 bits) and word (0 to 3) of the element at row-major ``index``."""
-    block, within = divmod(index, BLOCK)
-    return block * LANES + within % LANES, within // LANES
+def draws_per_word(bits: int) -> int:
+    """Up to 16 random bits come from half a word, the low half first; more from a whole one."""
+    return 2 if bits <= 16 else 1
 
 
-def word(key: int, stream: int, index: int) -> int:
-    """The 32-bit random word of one element."""
-    counter, lane = counter_of(index)
-    return philox(key, (counter & MASK, counter >> 32, stream & MASK, (stream >> 32) & MASK))[lane]
+def draw(key: int, stream: int, index: int, bits: int = 16) -> int:
+    """The ``bits`` random bits, as an integer, of the element at row-major ``index``."""
+    per_word = draws_per_word(bits)
+    block, within = divmod(index, 4 * per_word * COUNTERS)
+    row, lane = divmod(within, COUNTERS)
+    counter = block * COUNTERS + lane
+    words = philox(key, (counter & MASK, counter >> 32, stream & MASK, (stream >> 32) & MASK))
+    word, half = words[row // per_word], row % per_word
+    if per_word == 1:
+        return word >> (32 - bits)
+    return (word >> 16 * half & 0xFFFF) >> (16 - bits)
 
 
 def fold_in(key: int, data: int) -> int:
     """A new 64-bit key from a key and a number (a step, a rank): distinct numbers, distinct keys."""
-    # The highest stream is kept for keys, so that no element's word is ever one.
+    # The highest stream is kept for keys, so that no element's bits are ever one.
     words = philox(key, (data & MASK, (data >> 32) & MASK, MASK, MASK))
     return words[0] | words[1] << 32
 

@@ -13,7 +13,7 @@ __all__ = ["ROLES", "ROUNDINGS", "Recipe", "RecipeError"]
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
 _FORMATS = (*ROLES.values(), "accumulator", "average")
 # In the order of csrc/round.h, whose codes these are.
-ROUNDINGS = ("nearest", "stochastic", "toward_zero", "down", "up", "nearest_away")
+ROUNDINGS = ("nearest", "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up")
 
 
 class RecipeError(ValueError):

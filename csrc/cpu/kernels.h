@@ -1,78 +1,94 @@
 // The loops, written for a compiler that vectorises. quantize_cpu.cpp includes this once for each
 // instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it.
 
-// A window on the random words, moved along as a thread goes through its elements.
-class Words {
+// A window on the draws, moved along as a thread goes through its elements.
+class Draws {
  public:
-  explicit Words(const Random& r) : random(r), keys(r.key) {}
+  explicit Draws(const Random& r) : random(r), keys(r.key) {}
 
-  const Random& random;
+  const Random random;
 
-  // The words from element `index` on, and in `count` how many there are: at least one, at most `wanted`.
+  // The draws from element `index` on, and in `count` how many there are: at least one, at most `wanted`.
   const uint32_t* from(int64_t index, int64_t wanted, int64_t& count) {
-    const int64_t block = index / kWordBlock;
-    if (block < first || block >= end) {
-      first = block;
-      end = std::min(block + kBlocks, (index + wanted + kWordBlock - 1) / kWordBlock);
-      for (int64_t b = first; b < end; ++b) {
-        for (int64_t lane = 0; lane < kCounters; lane += 2 * kLanes) generate(b, lane);
-      }
-    }
-    count = std::min(wanted, end * kWordBlock - index);
-    return word + (index - first * kWordBlock);
+    if (index < begin || index >= end) refill(index, wanted);
+    count = std::min(wanted, end - index);
+    return draw + (index - begin);
   }
 
  private:
-  static constexpr int64_t kBlocks = 16;  // 4 KiB of words: the L1 cache keeps them until they are used
+  static constexpr int64_t kWindow = 2048;  // 8 KiB: the L1 cache keeps them until they are used
   RoundKeys keys;
-  int64_t first = 0, end = 0;
-  alignas(64) uint32_t word[kBlocks * kWordBlock];
+  int64_t begin = 0, end = 0;
+  alignas(64) uint32_t draw[kWindow];
 
-  // Even counters in one vector, odd ones in another: their low halves then join into one row of words.
-  void generate(int64_t block, int64_t lane) {
+  void refill(int64_t index, int64_t wanted) {
+    const int64_t block = random.block();
+    begin = index / block * block;
+    end = std::min(begin + kWindow, (index + wanted + block - 1) / block * block);
+    const bool halves = random.draws_per_word() == 2;
+    const int shift = (halves ? 16 : 32) - random.bits;
+    uint32_t* row = draw;
+    for (int64_t counter = begin / block * kCounters; row < draw + (end - begin); counter += kCounters, row += block) {
+      for (int64_t lane = 0; lane < kCounters; lane += 2 * kLanes) {
+        halves ? generate<2>(counter + lane, row + lane, shift) : generate<1>(counter + lane, row + lane, shift);
+      }
+    }
+  }
+
+  // Even counters in one vector, odd ones in another: their low halves then join into one row.
+  template <int kPerWord>
+  void generate(int64_t counter, uint32_t* row, int shift) const {
     using Vector = Lanes::Vector;
-    const uint64_t counter = static_cast<uint64_t>(block) * kCounters + static_cast<uint64_t>(lane);
     const Vector zero = Vector{};
-    const Vector even = Lanes::twice_lane_number() + counter;
-    Vector a[4] = {even, zero + (counter >> 32), zero + random.stream, zero + (random.stream >> 32)};
+    const Vector even = Lanes::twice_lane_number() + static_cast<uint64_t>(counter);
+    Vector a[4] = {even, zero + (static_cast<uint64_t>(counter) >> 32), zero + random.stream,
+                   zero + (random.stream >> 32)};
     Vector b[4] = {even + 1, a[1], a[2], a[3]};
     philox4x32<Lanes>(a, keys);
     philox4x32<Lanes>(b, keys);
-    for (int j = 0; j < 4; ++j) {
-      const Vector row = (a[j] & uint64_t{0xFFFFFFFF}) | (b[j] << 32);
-      memcpy(word + (block - first) * kWordBlock + j * kCounters + lane, &row, sizeof(row));
+    for (int j = 0; j < 4; ++j, row += kPerWord * kCounters) {
+      const Vector words = (a[j] & uint64_t{0xFFFFFFFF}) | (b[j] << 32);
+      if constexpr (kPerWord == 1) {
+        store(row, (words >> shift) & mask(0xFFFFFFFFu >> shift));
+      } else {
+        store(row, (words >> shift) & mask(0xFFFFu >> shift));
+        store(row + kCounters, (words >> (16 + shift)) & mask(0xFFFFu >> shift));
+      }
     }
   }
+
+  static uint64_t mask(uint32_t m) { return uint64_t{m} << 32 | m; }
+  static void store(uint32_t* row, const Lanes::Vector& v) { memcpy(row, &v, sizeof(v)); }
 };
 
-template <Rounding R, class S, class Q>
-void quantize_run(const S* x, S* y, int64_t n, int64_t index, int64_t index_step, const Q quantizer, Words& words) {
+// Not inlined: formats share quantizers, and each copy costs seconds of compiling.
+template <class S, class Q, class Round>
+__attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, int64_t index, int64_t index_step,
+                                            const Q quantizer, const Round round, Draws& draws) {
   using T = Compute<S>;
-  const int bits = words.random.bits;
-  if constexpr (R != Rounding::Stochastic) {
+  if constexpr (!Round::draws) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = static_cast<S>(quantizer.template apply<R>(static_cast<T>(x[i]), 0u, bits));
-    }
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), 0u, round));
   } else if (index_step == 1) {
     for (int64_t done = 0, count; done < n; done += count) {
-      const uint32_t* word = words.from(index + done, n - done, count);
+      const uint32_t* draw = draws.from(index + done, n - done, count);
+      const S* from = x + done;
+      S* to = y + done;
 #pragma GCC ivdep
       for (int64_t i = 0; i < count; ++i) {
-        y[done + i] = static_cast<S>(quantizer.template apply<R>(static_cast<T>(x[done + i]), word[i], bits));
+        to[i] = static_cast<S>(quantizer.apply(static_cast<T>(from[i]), draw[i], round));
       }
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t word = word_at(words.random, index + i * index_step);
-      y[i] = static_cast<S>(quantizer.template apply<R>(static_cast<T>(x[i]), word, bits));
+      const uint32_t draw = draw_at(draws.random, index + i * index_step);
+      y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), draw, round));
     }
   }
 }
 
-// Bits of the largest finite magnitude; 0 where there is none.
 template <class S>
-typename Ieee<Compute<S>>::Bits maximum_of_run(const S* x, int64_t n) {
+__attribute__((noinline)) typename Ieee<Compute<S>>::Bits maximum_of_run(const S* x, int64_t n) {
   using T = Compute<S>;
   typename Ieee<T>::Bits maximum = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -90,66 +106,72 @@ void raise(Bits* maximum, Bits value) {
   }
 }
 
-template <Rounding R, class S, class Format>
-void quantize(const Format& format, const Layout& layout, const S* x, S* y, const Random& random) {
-  using T = Compute<S>;
-  using Bits = typename Ieee<T>::Bits;
-  const Runs runs(layout);
-
-  if constexpr (!Format::shares_scale) {
-    runs.for_each([&](auto each) {
-      Words words{random};
-      const auto quantizer = format.template quantizer<T>(0);
-      each([&](const Run& r) { quantize_run<R>(x + r.memory, y + r.memory, r.size, r.index, runs.inner.index, quantizer, words); });
-    });
-  } else if (layout.blocks_are_rows() && runs.are_whole()) {
-    runs.for_each([&](auto each) {
-      Words words{random};
-      each([&](const Run& r) {
-        const auto quantizer = format.template quantizer<T>(maximum_of_run(x + r.memory, r.size));
-        quantize_run<R>(x + r.memory, y + r.memory, r.size, r.index, runs.inner.index, quantizer, words);
-      });
-    });
-  } else {
-    std::vector<Bits> maxima(layout.blocks, 0);
-    runs.for_each([&](auto each) {
-      each([&](const Run& r) {
-        if (runs.inner.block == 0) {
-          raise(&maxima[r.block], maximum_of_run(x + r.memory, r.size));
-        } else {
-          for (int64_t i = 0; i < r.size; ++i) {
-            raise(&maxima[r.block + i * runs.inner.block], finite_magnitude(static_cast<T>(x[r.memory + i])));
-          }
+template <class S>
+void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>>::Bits* maxima) {
+  const Dim inner = layout.inner();
+  Runs(layout).for_each([&](auto each) {
+    each([&](const Place& p, int64_t size) {
+      if (inner.step.block == 0) {
+        raise(&maxima[p.block], maximum_of_run(x + p.memory, size));
+      } else {
+        for (int64_t i = 0; i < size; ++i) {
+          raise(&maxima[p.block + i * inner.step.block], finite_magnitude(static_cast<Compute<S>>(x[p.memory + i])));
         }
-      });
+      }
     });
-    runs.for_each([&](auto each) {
-      Words words{random};
-      each([&](const Run& r) {
-        // One element at a time where neighbours lie in different blocks.
-        const int64_t size = runs.inner.block == 0 ? r.size : 1;
-        for (int64_t i = 0; i < r.size; i += size) {
-          const auto quantizer = format.template quantizer<T>(maxima[r.block + i * runs.inner.block]);
-          quantize_run<R>(x + r.memory + i, y + r.memory + i, size, r.index + i * runs.inner.index, runs.inner.index,
-                          quantizer, words);
-        }
-      });
-    });
-  }
+  });
 }
 
-template <class S, class Format>
-void quantize(const Format& format, const Layout& layout, const S* x, S* y, Rounding rounding, const Random& random) {
-  switch (rounding) {
-#define SWALP_CASE(R) \
-  case Rounding::R:   \
-    return quantize<Rounding::R>(format, layout, x, y, random);
-    SWALP_CASE(Nearest)
-    SWALP_CASE(Stochastic)
-    SWALP_CASE(TowardZero)
-    SWALP_CASE(Down)
-    SWALP_CASE(Up)
-    SWALP_CASE(NearestAway)
-#undef SWALP_CASE
+template <class S, class Format, class Round>
+void quantize(const Format& format, const Cover& cover, const S* x, S* y, const Round& round, const Random& random) {
+  using T = Compute<S>;
+  using Bits = typename Ieee<T>::Bits;
+  const auto run = [&](const Dim& inner, const Place& p, int64_t size, const auto& quantizer, Draws& draws) {
+    quantize_run(x + p.memory, y + p.memory, size, p.index, inner.step.index, quantizer, round, draws);
+  };
+
+  if constexpr (Format::shared == Shared::Nothing) {
+    format.template with_quantizer<T>(0, T(0), [&](const auto& quantizer) {
+      for (const Layout& layout : cover.layouts) {
+        Runs(layout).for_each([&](auto each) {
+          Draws draws(random);
+          each([&](const Place& p, int64_t size) { run(layout.inner(), p, size, quantizer, draws); });
+        });
+      }
+    });
+    return;
+  }
+
+  const auto whole_rows = [](const Layout& layout) {
+    return Format::shared == Shared::Block && layout.blocks_are_rows() && Runs(layout).are_whole();
+  };
+  std::vector<Bits> maxima;
+  T tensor_maximum = 0;
+  if (!std::all_of(cover.layouts.begin(), cover.layouts.end(), whole_rows)) {
+    maxima.resize(cover.blocks);
+    for (const Layout& layout : cover.layouts) {
+      if (!whole_rows(layout)) maxima_of_blocks(layout, x, maxima.data());
+    }
+    if (Format::shared == Shared::BlockAndTensor) {
+      tensor_maximum = bit_cast<T>(*std::max_element(maxima.begin(), maxima.end()));
+    }
+  }
+
+  for (const Layout& layout : cover.layouts) {
+    const Dim inner = layout.inner();
+    const bool rows = whole_rows(layout);
+    Runs(layout).for_each([&](auto each) {
+      Draws draws(random);
+      each([&](const Place& p, int64_t size) {
+        // One element at a time where neighbours lie in different blocks.
+        const int64_t piece = inner.step.block == 0 ? size : 1;
+        Place at = p;
+        for (int64_t i = 0; i < size; i += piece, inner.advance(at, piece)) {
+          const Bits maximum = rows ? maximum_of_run(x + at.memory, piece) : maxima[at.block];
+          format.template with_quantizer<T>(maximum, tensor_maximum,
+                                            [&](const auto& quantizer) { run(inner, at, piece, quantizer, draws); });
+        }
+      });
+    });
   }
 }

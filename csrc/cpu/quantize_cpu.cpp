@@ -11,60 +11,60 @@
 namespace swalp_fx {
 namespace {
 
-// float16 and bfloat16 are computed in float32, which holds them exactly.
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-// A piece of an innermost loop.
-struct Run {
-  int64_t size, memory, index, block;
-};
-
-// A layout cut into runs of at most kRun elements, shared out over torch's threads.
-struct Runs {
-  static constexpr int64_t kRun = 1 << 14;    // a multiple of kWordBlock that fits in the L1 cache twice
-  static constexpr int64_t kGrain = 1 << 15;  // elements worth waking a thread for
-  const Layout& layout;
-  Dim inner;
-  int64_t pieces;  // runs in an innermost loop
-  int64_t count;
-
-  explicit Runs(const Layout& l) : layout(l), inner{1, 1, 1, 0} {
-    if (l.rank > 0) inner = l.dims[l.rank - 1];
-    // A row-block that fits in the L2 cache stays whole: its second reading is then free.
-    pieces = l.blocks_are_rows() && inner.size <= kRowLimit ? 1 : (inner.size + kRun - 1) / kRun;
-    count = l.numel / inner.size * pieces;
+// The innermost loops of a layout, cut into runs of at most kRun elements and shared out over torch's threads.
+class Runs {
+ public:
+  explicit Runs(const Layout& l) : layout(l), inner(l.inner()) {
+    // A row that is a block and fits in the L2 cache stays whole: reading it again is then free.
+    whole = inner.size <= (l.blocks_are_rows() ? kWholeRow : kRun);
+    length = whole ? inner.size : kRun;
+    pieces = (inner.size + length - 1) / length;
   }
 
-  bool are_whole() const { return pieces == 1; }
+  bool are_whole() const { return whole; }
 
-  // Calls body(each) on every thread; each(f) then calls f on every run of that thread.
+  // Calls body(each) on every thread; each(f) then calls f(place, size) for every run of that thread.
   template <class Body>
   void for_each(const Body& body) const {
-    const int64_t size = std::min(inner.size, pieces == 1 ? inner.size : kRun);
-    torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
-      body([&](const auto& f) {
-        for (int64_t i = begin; i < end; ++i) f(run(i));
-      });
+    const int64_t runs = layout.numel / inner.size * pieces;
+    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kGrain / length), [&](int64_t begin, int64_t end) {
+      body([&](const auto& f) { visit(begin, end, f); });
     });
   }
 
  private:
-  static constexpr int64_t kRowLimit = 1 << 17;
+  static constexpr int64_t kRun = 1 << 14;       // elements, of which the L1 cache holds some and the L2 cache all
+  static constexpr int64_t kWholeRow = 1 << 17;  // elements
+  static constexpr int64_t kGrain = 1 << 15;     // elements worth waking a thread for
+  const Layout& layout;
+  Dim inner;
+  bool whole;
+  int64_t length, pieces;
 
-  Run run(int64_t i) const {
-    int64_t outer = i / pieces;
-    const int64_t first = i % pieces * kRun;
-    Run r{std::min(inner.size - first, pieces == 1 ? inner.size : kRun), first, first * inner.index, first * inner.block};
+  template <class F>
+  void visit(int64_t begin, int64_t end, const F& f) const {
+    // An odometer over the outer loops, set to `begin`: a division for each run would cost more than a short run.
+    int64_t at[Layout::kMaxDims] = {};
+    Place row = layout.first;
+    int64_t rest = begin / pieces, piece = begin % pieces;
     for (int d = layout.rank - 2; d >= 0; --d) {
-      const Dim& dim = layout.dims[d];
-      const int64_t at = outer % dim.size;
-      outer /= dim.size;
-      r.memory += at * dim.memory;
-      r.index += at * dim.index;
-      r.block += at * dim.block;
+      at[d] = rest % layout.dims[d].size;
+      rest /= layout.dims[d].size;
+      layout.dims[d].advance(row, at[d]);
     }
-    return r;
+    for (int64_t i = begin; i < end; ++i) {
+      Place p = row;
+      inner.advance(p, piece * length);
+      f(p, std::min(length, inner.size - piece * length));
+      if (++piece < pieces) continue;
+      piece = 0;
+      for (int d = layout.rank - 2; d >= 0; --d) {
+        layout.dims[d].advance(row, 1);
+        if (++at[d] < layout.dims[d].size) break;
+        layout.dims[d].advance(row, -at[d]);
+        at[d] = 0;
+      }
+    }
   }
 };
 
@@ -128,41 +128,44 @@ Isa best_isa() {
   return Isa::Portable;
 }
 
+const Isa kIsa = best_isa();
+
 struct Cpu {
   template <class Format>
-  static void run(const Format& format, const Layout& layout, const Tensor& x, Tensor& y, const Draws& draws) {
+  static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     switch (x.scalar_type()) {
       case ScalarType::Float:
-        return run_as<float>(format, layout, x, y, draws);
+        return run_as<float>(format, cover, x, y, drawing);
       case ScalarType::Double:
-        return run_as<double>(format, layout, x, y, draws);
+        return run_as<double>(format, cover, x, y, drawing);
       case ScalarType::Half:
-        return run_as<torch::headeronly::Half>(format, layout, x, y, draws);
+        return run_as<torch::headeronly::Half>(format, cover, x, y, drawing);
       default:
-        return run_as<torch::headeronly::BFloat16>(format, layout, x, y, draws);
+        return run_as<torch::headeronly::BFloat16>(format, cover, x, y, drawing);
     }
   }
 
   template <class S, class Format>
-  static void run_as(const Format& format, const Layout& layout, const Tensor& x, Tensor& y, const Draws& draws) {
-    static const Isa isa = best_isa();
+  static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     const S* from = static_cast<const S*>(x.const_data_ptr());
     S* to = static_cast<S*>(y.mutable_data_ptr());
-    switch (isa) {
+    with_rounding(drawing.rounding, drawing.random.bits, [&](const auto& round) {
+      switch (kIsa) {
 #ifdef SWALP_X86
-      case Isa::Avx512:
-        return avx512::quantize(format, layout, from, to, draws.rounding, draws.random);
-      case Isa::Avx2:
-        return avx2::quantize(format, layout, from, to, draws.rounding, draws.random);
+        case Isa::Avx512:
+          return avx512::quantize(format, cover, from, to, round, drawing.random);
+        case Isa::Avx2:
+          return avx2::quantize(format, cover, from, to, round, drawing.random);
 #endif
-      default:
-        return portable::quantize(format, layout, from, to, draws.rounding, draws.random);
-    }
+        default:
+          return portable::quantize(format, cover, from, to, round, drawing.random);
+      }
+    });
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(swalp_fx, CPU, m) { Ops<Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(swalp_fx, CPU, m) { register_ops<Cpu>(m); }
 
 }  // namespace swalp_fx

@@ -1,4 +1,4 @@
-// The ops on CUDA: the arithmetic is csrc/formats.h's; here it is only launched.
+// The ops on CUDA: which kernel serves which layout.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -6,144 +6,186 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../check.h"
+#include "kernels.cuh"
 
 namespace swalp_fx {
 namespace {
 
-// float16 and bfloat16 are computed in float32, which holds them exactly.
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+constexpr int64_t kMostBlocks = 132 * 16;    // two waves of full occupancy on the largest GPUs; the kernels stride on
+constexpr int64_t kSmallestRow = 4 * kThreads;  // elements that keep a thread block busy
 
-constexpr int kThreads = 256;
+unsigned grid(int64_t threads) {
+  return static_cast<unsigned>(std::clamp<int64_t>((threads + kThreads - 1) / kThreads, 1, kMostBlocks));
+}
 
-struct Place {
-  int64_t memory, index, block;
-};
-
-// The element that comes i-th in memory order.
-__device__ __forceinline__ Place place_of(const Layout& layout, int64_t i) {
-  Place p{i, 0, 0};
-  for (int d = layout.rank - 1; d >= 0; --d) {
-    const Dim& dim = layout.dims[d];
-    const int64_t at = d == 0 ? i : i % dim.size;
-    i /= dim.size;
-    p.index += at * dim.index;
-    p.block += at * dim.block;
+// Memory and random bits in the same order, without gaps.
+bool is_contiguous(const Layout& l) {
+  int64_t numel = 1;
+  for (int d = l.rank - 1; d >= 0; --d) {
+    if (l.dims[d].step.memory != numel || l.dims[d].step.index != numel) return false;
+    numel *= l.dims[d].size;
   }
-  return p;
+  return l.first.memory == 0;
 }
 
-// A key on the device is read here, so that neither the host waits nor a captured graph freezes it.
-__device__ __forceinline__ Random with_key(Random random, const uint64_t* key) {
-  if (key != nullptr) random.key = *key;
-  return random;
-}
-
-template <Rounding R, class S, class Format>
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const Format format, const Layout layout, const S* x, S* y,
-                    const typename Ieee<Compute<S>>::Bits* maxima, const Random drawn, const uint64_t* key) {
-  using T = Compute<S>;
-  const Random random = R == Rounding::Stochastic ? with_key(drawn, key) : drawn;
-  const int64_t step = int64_t{blockDim.x} * gridDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < layout.numel; i += step) {
-    const Place p = place_of(layout, i);
-    const auto quantizer = format.template quantizer<T>(Format::shares_scale ? maxima[p.block] : 0);
-    const uint32_t word = R == Rounding::Stochastic ? word_at(random, p.index) : 0u;
-    y[p.memory] = static_cast<S>(quantizer.template apply<R>(static_cast<T>(x[p.memory]), word, random.bits));
-  }
-}
-
-__device__ __forceinline__ void raise(uint32_t* maximum, uint32_t value) { atomicMax(maximum, value); }
-__device__ __forceinline__ void raise(uint64_t* maximum, uint64_t value) {
-  atomicMax(reinterpret_cast<unsigned long long*>(maximum), static_cast<unsigned long long>(value));
-}
-
-// Integer maxima do not depend on order, so neither do the results on the launch.
 template <class S>
-__global__ void __launch_bounds__(kThreads)
-    maximum_kernel(const Layout layout, const S* x, typename Ieee<Compute<S>>::Bits* maxima) {
-  using T = Compute<S>;
-  using Bits = typename Ieee<T>::Bits;
-  const int64_t step = int64_t{blockDim.x} * gridDim.x;
-  int64_t block = -1;
-  Bits maximum = 0;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < layout.numel; i += step) {
-    const Place p = place_of(layout, i);
-    if (p.block != block) {
-      if (maximum > 0) raise(&maxima[block], maximum);
-      block = p.block;
-      maximum = 0;
+bool is_aligned(const S* x) {
+  return reinterpret_cast<uintptr_t>(x) % sizeof(Vector<S>) == 0;
+}
+
+// One op's launches, on the current stream of the tensor's device.
+template <class S, class Format, class Round>
+struct Launch {
+  using Bits = typename Ieee<Compute<S>>::Bits;
+  const Format& format;
+  const Round& round;
+  const Tensor& tensor;
+  const S* x;
+  S* y;
+  Random random;
+  const uint64_t* key;
+  cudaStream_t stream;
+
+  // Zeros, from torch's allocator: it follows the stream, and graph capture allows it.
+  Tensor zeros(int64_t count) const {
+    Tensor t = torch::stable::new_empty(tensor, {count}, sizeof(Bits) == 8 ? ScalarType::Long : ScalarType::Int);
+    STD_CUDA_CHECK(cudaMemsetAsync(t.mutable_data_ptr(), 0, count * sizeof(Bits), stream));
+    return t;
+  }
+  static Bits* data(const Tensor& t) { return static_cast<Bits*>(t.mutable_data_ptr()); }
+
+  void cover(const Cover& cover) const {
+    if constexpr (kFast) {
+      const Layout& layout = cover.layouts.front();
+      if (cover.layouts.size() == 1 && is_contiguous(layout) && is_aligned(x) && is_aligned(y) &&
+          random.draws_per_word() == kDrawsPerWord && fast(cover, layout)) {
+        return;
+      }
     }
-    const Bits bits = finite_magnitude(static_cast<T>(x[p.memory]));
-    maximum = maximum < bits ? bits : maximum;
+    elements(cover);
   }
-  if (maximum > 0) raise(&maxima[block], maximum);
-}
+
+ private:
+  // Kernels that move four elements at a time, for what training uses; the rest is served one element at a time.
+  static constexpr bool kFast = !std::is_same_v<Round, RoundOther> && Format::shared != Shared::BlockAndTensor;
+
+  // Whether one of them serves the layout; if so, it has.
+  bool fast(const Cover& cover, const Layout& layout) const {
+    if constexpr (Format::shared == Shared::Nothing) {
+      quads(layout, 0, nullptr);
+      return true;
+    } else {
+      if (cover.blocks == 1) {
+        const Tensor maximum = zeros(1);
+        maximum_of_all<<<grid(layout.numel / kVector), kThreads, 0, stream>>>(x, layout.numel, data(maximum));
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        quads(layout, 0, data(maximum));
+        return true;
+      }
+      if (!layout.blocks_are_rows() || layout.rank != 2) return false;
+      const int64_t size = layout.inner().size;
+      if (size % kCounters == 0 && (size & (size - 1)) == 0 && size <= random.block()) {
+        quads(layout, size, nullptr);
+        return true;
+      }
+      if (size < kSmallestRow || size % kVector != 0) return false;
+      const int64_t count = layout.dims[0].size;
+      quantize_rows<<<static_cast<unsigned>(std::min(count, kMostBlocks)), kThreads, 0, stream>>>(
+          format, round, x, y, count, size, random, key);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      return true;
+    }
+  }
+
+  void quads(const Layout& layout, int64_t tile, const Bits* shared) const {
+    const int64_t numel = layout.numel / random.block() * random.block();
+    if (numel > 0) {
+      quantize_quads<<<grid(numel / random.block() * kQuad), kThreads, 0, stream>>>(
+          format, round, x, y, numel, static_cast<int>(tile), shared, random, key);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    if (numel == layout.numel) return;
+    // What is left over is less than a block of random bits.
+    Cover rest;
+    Layout left;
+    left.first = {numel, numel, 0};
+    left.numel = layout.numel - numel;
+    if (tile > 0) {
+      left.dims[left.rank++] = {left.numel / tile, {tile, tile, 1}};
+      left.dims[left.rank++] = {tile, {1, 1, 0}};
+      rest.blocks = left.numel / tile;
+    } else {
+      left.dims[left.rank++] = {left.numel, {1, 1, 0}};
+    }
+    rest.layouts.push_back(left);
+    elements(rest, shared);
+  }
+
+  // Any layout. `known`: the maxima, where they have been found already.
+  void elements(const Cover& cover, const Bits* known = nullptr) const {
+    std::optional<Tensor> maxima, most;
+    const Bits* of_tensor = nullptr;
+    if (Format::shared != Shared::Nothing && known == nullptr) {
+      maxima = zeros(cover.blocks);
+      known = data(*maxima);
+      for (const Layout& layout : cover.layouts) {
+        block_maxima<<<grid(layout.numel), kThreads, 0, stream>>>(layout, x, data(*maxima));
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+    }
+    if (Format::shared == Shared::BlockAndTensor) {
+      most = zeros(1);
+      of_tensor = data(*most);
+      maximum_of_maxima<<<grid(cover.blocks), kThreads, 0, stream>>>(known, cover.blocks, data(*most));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    for (const Layout& layout : cover.layouts) {
+      quantize_elements<<<grid(layout.numel), kThreads, 0, stream>>>(format, round, layout, x, y, known, of_tensor,
+                                                                     random, key);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  }
+};
 
 struct Cuda {
   template <class Format>
-  static void run(const Format& format, const Layout& layout, const Tensor& x, Tensor& y, const Draws& draws) {
+  static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     switch (x.scalar_type()) {
       case ScalarType::Float:
-        return run_as<float>(format, layout, x, y, draws);
+        return run_as<float>(format, cover, x, y, drawing);
       case ScalarType::Double:
-        return run_as<double>(format, layout, x, y, draws);
+        return run_as<double>(format, cover, x, y, drawing);
       case ScalarType::Half:
-        return run_as<torch::headeronly::Half>(format, layout, x, y, draws);
+        return run_as<torch::headeronly::Half>(format, cover, x, y, drawing);
       default:
-        return run_as<torch::headeronly::BFloat16>(format, layout, x, y, draws);
+        return run_as<torch::headeronly::BFloat16>(format, cover, x, y, drawing);
     }
   }
 
  private:
   template <class S, class Format>
-  static void run_as(const Format& format, const Layout& layout, const Tensor& x, Tensor& y, const Draws& draws) {
-    using Bits = typename Ieee<Compute<S>>::Bits;
+  static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-    void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &handle));
-    const auto stream = static_cast<cudaStream_t>(handle);
-    const S* from = static_cast<const S*>(x.const_data_ptr());
-    S* to = static_cast<S*>(y.mutable_data_ptr());
-
-    // Scratch from torch's allocator: it follows the stream, and graph capture allows it.
-    Bits* maxima = nullptr;
-    std::optional<Tensor> scratch;
-    if constexpr (Format::shares_scale) {
-      scratch = torch::stable::new_empty(x, {layout.blocks}, sizeof(Bits) == 8 ? ScalarType::Long : ScalarType::Int);
-      maxima = static_cast<Bits*>(scratch->mutable_data_ptr());
-      STD_CUDA_CHECK(cudaMemsetAsync(maxima, 0, layout.blocks * sizeof(Bits), stream));
-      maximum_kernel<S><<<grid(layout), kThreads, 0, stream>>>(layout, from, maxima);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    const uint64_t* key = nullptr;
-    if (draws.key && draws.key->is_cuda()) key = static_cast<const uint64_t*>(draws.key->const_data_ptr());
-    switch (draws.rounding) {
-#define SWALP_CASE(R)                                                                                                  \
-  case Rounding::R:                                                                                                    \
-    quantize_kernel<Rounding::R><<<grid(layout), kThreads, 0, stream>>>(format, layout, from, to, maxima, draws.random, \
-                                                                        key);                                          \
-    break;
-      SWALP_CASE(Nearest)
-      SWALP_CASE(Stochastic)
-      SWALP_CASE(TowardZero)
-      SWALP_CASE(Down)
-      SWALP_CASE(Up)
-      SWALP_CASE(NearestAway)
-#undef SWALP_CASE
-    }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
-  static unsigned grid(const Layout& layout) {
-    constexpr int64_t kMostBlocks = 132 * 32;  // several waves of the largest GPUs; the kernels stride over the rest
-    return static_cast<unsigned>(std::min<int64_t>((layout.numel + kThreads - 1) / kThreads, kMostBlocks));
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+    const bool key_on_device = drawing.key && drawing.key->is_cuda();
+    const auto* key = key_on_device ? static_cast<const uint64_t*>(drawing.key->const_data_ptr()) : nullptr;
+    with_rounding(drawing.rounding, drawing.random.bits, [&](const auto& round) {
+      Launch<S, Format, std::decay_t<decltype(round)>>{format,
+                                                       round,
+                                                       x,
+                                                       static_cast<const S*>(x.const_data_ptr()),
+                                                       static_cast<S*>(y.mutable_data_ptr()),
+                                                       drawing.random,
+                                                       key,
+                                                       static_cast<cudaStream_t>(stream)}
+          .cover(cover);
+    });
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(swalp_fx, CUDA, m) { Ops<Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(swalp_fx, CUDA, m) { register_ops<Cuda>(m); }
 
 }  // namespace swalp_fx
