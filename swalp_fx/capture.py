@@ -1,0 +1,270 @@
+"""Capture: a model's torch.fx graph, one that is live in train and in eval mode, the model itself left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import StackSummary
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.proxy import TraceError
+from torch.nn.parameter import UninitializedParameter
+
+__all__ = ["Captured", "ConvertError", "LiveTracer", "capture"]
+
+
+class ConvertError(ValueError):
+    """A model that cannot be rewritten. The message names the module, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What ``capture`` returns."""
+
+    graph: Graph
+    constants: dict[str, torch.Tensor]  # tensors the graph reads that are no parameter or buffer, by attribute name
+    frozen: tuple[str, ...]  # modules that branch on their training flag, so that the branch taken is all there is
+
+
+def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = ()) -> Captured:
+    """The graph of ``model.forward``, following train and eval mode; the model is left exactly as it was.
+
+    ``leaves`` are module types to call as they are rather than to trace through, beside torch.nn's own layers. Each
+    node holds its nn_module_stack and stack_trace.
+
+    Raises ConvertError, naming the module, the reason and the remedy, if the model cannot be traced.
+    """
+    tracer = LiveTracer(leaves)
+    _refuse_unfit(model, tracer)
+    with _untouched(model):
+        tracer.live_flags(model)
+        state = _random_state()
+        try:
+            graph = tracer.trace(model)
+            if _random_state() != state:
+                raise TraceError(RANDOM)
+        except ConvertError:
+            raise
+        except Exception as error:  # tracing runs the user's code, which may raise anything
+            raise ConvertError(tracer.explain(error)) from error
+        targets = {node.target for node in graph.find_nodes(op="get_attr")}
+        constants = {
+            name: value for name, value in vars(model).items() if name in targets and isinstance(value, torch.Tensor)
+        }
+    _read_after_writes(graph, model)
+    if not tracer.flag.users:
+        graph.erase_node(tracer.flag)
+    return Captured(graph, constants, tuple(sorted(tracer.frozen)))
+
+
+BRANCH = "it branches on a tensor's value or shape, which a graph cannot hold"
+LOOP = "it loops over a tensor, or over sizes, that are known only when it runs"
+RANDOM = "it draws random numbers without reading its input, which would be drawn once and then kept"
+
+
+_TORCH = Path(torch.__file__).parent
+MACHINERY = (__file__, *(str(_TORCH / path) for path in ("fx", "nn", "_jit_internal.py", "overrides.py")))
+
+
+class LiveTracer(Tracer):
+    """torch.fx's tracer, but faithful to training.
+
+    A module's training flag is read when the graph runs, not when it is traced; so are buffers. ``x += y`` and
+    ``x[i] = y`` stay in place. A branch on a flag is taken at once, and the module noted in ``frozen``.
+    """
+
+    record_stack_traces = True
+    proxy_buffer_attributes = True
+
+    def __init__(self, leaves: Sequence[type[nn.Module]] = ()) -> None:
+        super().__init__()
+        self.leaves = tuple(leaves)
+        self.frozen: set[str] = set()
+        self.flag: Node  # the root's training flag
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # torchvision's own layers branch on their flag (StochasticDepth) or on shapes (RoIAlign); its blocks have
+        # children, and are traced through.
+        is_torchvision_layer = type(m).__module__.startswith("torchvision.ops") and not any(True for _ in m.children())
+        return isinstance(m, self.leaves) or is_torchvision_layer or super().is_leaf_module(m, module_qualified_name)
+
+    def live_flags(self, root: nn.Module) -> None:
+        """Puts a proxy in place of every training flag; the caller restores them."""
+        for path, module in root.named_modules():
+            vars(module)["training"] = _Flag(self, path, module.training)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        function, arguments = super().create_args_for_root(*args, **kwargs)
+        # Behind the placeholders, which must come first, and before every use.
+        self.flag = vars(self.root)["training"].node
+        return function, [self._fixed_at_default(argument) for argument in arguments]
+
+    def _fixed_at_default(self, argument: Any) -> Any:
+        """The default of an optional input that forward can only branch on (None, a bool, a string): the graph holds
+        the one branch, and a call with another value fails. Any other input, as it is."""
+        if not isinstance(argument, Proxy) or not argument.node.args:
+            return argument
+        (default,) = argument.node.args
+        if default is not None and not isinstance(default, (bool, str)):
+            return argument
+        message = f"{argument.node.target} was {default!r} when the model was traced, and cannot be anything else now"
+        same = self.create_proxy(
+            "call_function", operator.is_ if default is None else operator.eq, (argument, default), {}
+        )
+        self.create_proxy("call_function", torch._assert, (same, message), {})
+        return default
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        state = _random_state()
+        self.path_of_module(m)  # raises for a module that forward has made, before the stack names it
+        result = super().call_module(m, forward, args, kwargs)
+        if _random_state() != state:
+            raise ConvertError(self._sentence(self.path_of_module(m), RANDOM))
+        return result
+
+    def proxy(self, node: Node) -> Proxy:
+        return _LiveProxy(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise TraceError(BRANCH)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        raise TraceError(LOOP)
+
+    def _filter_traceback_frames(self, user_stack_summary: StackSummary) -> StackSummary:
+        # torch.fx ends each trace with its own frames and ours, and prints the last one as the line that made the node.
+        frames = super()._filter_traceback_frames(user_stack_summary)
+        return StackSummary.from_list([frame for frame in frames if not frame.filename.startswith(MACHINERY)])
+
+    def explain(self, error: Exception) -> str:
+        """One sentence on why the trace failed: the innermost module entered, the reason, the remedy."""
+        path = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        if not isinstance(error, TraceError):
+            reason = f"{type(error).__name__}: {reason}"
+        return self._sentence(path, reason)
+
+    def _sentence(self, path: str, reason: str) -> str:
+        kind = type(self.root.get_submodule(path)).__name__
+        if path:
+            remedy = f"call it as it is with leaves=[{kind}], or rewrite its forward"
+            return f"cannot trace {path} ({kind}): {reason}; {remedy}"
+        remedy = "rewrite its forward, or move that part into a module and pass its type in leaves"
+        return f"cannot trace {kind}: {reason}; {remedy}"
+
+
+class _Flag(Proxy):
+    """A module's training flag: a node of the graph when it is an argument, a constant when it is branched on."""
+
+    def __init__(self, tracer: LiveTracer, path: str, value: bool) -> None:
+        self.tracer = tracer
+        self.path, self.value = path, value
+        self.read: Node | None = None
+
+    @property
+    def node(self) -> Node:  # type: ignore[override]
+        if self.read is None:
+            target = f"{self.path}.training" if self.path else "training"
+            self.read = self.tracer.create_node("get_attr", target, (), {})
+        return self.read
+
+    def __bool__(self) -> bool:
+        self.tracer.frozen.add(self.path)  # type: ignore[attr-defined]
+        return self.value
+
+
+class _LiveProxy(Proxy):
+    """A proxy that records writes: torch.fx's own records ``x += y`` as ``x + y`` and refuses ``x[i] = y``."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _record_in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
+    def record(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_LiveProxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))
+
+
+def _refuse_unfit(model: nn.Module, tracer: LiveTracer) -> None:
+    """Raises ConvertError for what is no float model that can be traced at all."""
+    if not isinstance(model, nn.Module):
+        raise ConvertError(f"cannot convert a {type(model).__name__}; pass a torch.nn.Module")
+    kind = type(model).__name__
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ConvertError(f"cannot convert a {kind}; convert the module inside it, then wrap the result")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ConvertError("cannot convert a compiled model; convert first, then torch.compile the result")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConvertError(f"cannot convert a TorchScript module ({kind}); convert the Python module it was made from")
+    if tracer.is_leaf_module(model, ""):
+        raise ConvertError(f"cannot convert a bare {kind}; wrap it: torch.nn.Sequential(layer)")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")
+
+
+def _random_state() -> tuple[bytes, object]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """On leaving, the model is as it was on entering: attributes, their containers, buffers; and the random state."""
+    saved = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        containers = [(value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS]
+        saved.append((module, attributes, containers))
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        for module, attributes, containers in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, copy in containers:
+                container.clear()
+                container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for buffer, version, copy in buffers:
+            if buffer._version != version:
+                buffer.detach().copy_(copy)
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+
+
+def writes_in_place(node: Node, root: nn.Module) -> bool:
+    """Whether ``node`` writes into its first argument and returns it: ``add_``, ``relu_``, ``ReLU(inplace=True)``."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+
+
+def _read_after_writes(graph: Graph, root: nn.Module) -> None:
+    """After ``y = x.add_(1)``, reads of x become reads of y: the same tensor, and what is done to y reaches them."""
+    for node in graph.nodes:
+        if not writes_in_place(node, root) or not node.args or not isinstance(node.args[0], Node):
+            continue
+        written = node.args[0]
+        for user in [user for user in written.users if user > node]:
+            user.replace_input_with(written, node)

@@ -1,0 +1,55 @@
+"""``convert``: a float model, and the optimizer that trains it, made low-precision in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .optimizer import SWALP
+from .passes import RewrittenModule, rewrite
+from .recipe import Recipe
+
+__all__ = ["Converted", "convert"]
+
+
+class Converted(NamedTuple):
+    """What ``convert`` returns."""
+
+    module: RewrittenModule  # call it where the model was called
+    swalp: SWALP  # the optimizer pass, and the average
+
+
+def convert(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    recipe: str | Recipe = "bfp8[0]",
+    leaves: Iterable[type[nn.Module]] = (),
+) -> Converted:
+    """(module, swalp): ``model`` rewritten to compute in ``recipe``, and ``optimizer`` made to step in it.
+
+    The module shares the model's parameters, buffers and layers, so the optimizer, its schedulers and the checkpoints
+    stay valid; the model itself computes in float as before. No value is changed: the weights are rounded on their way
+    into each forward, and in place by the first step. Without an optimizer, call ``swalp.attach(optimizer)`` later.
+
+    leaves: module types that torch.fx cannot trace, or should not. They are called whole: their weights are
+        quantized, what happens inside them is not.
+
+    Warns of modules that branch on their training flag: a graph holds one branch, that of the model's present mode.
+    Raises ConvertError (a model that cannot be traced, or is already converted), FormatError, RecipeError, and
+    ValueError for an optimizer with parameters that are not the model's, all before anything is changed.
+    """
+    parsed = Recipe.parse(recipe)
+    module = rewrite(model, parsed, leaves=tuple(leaves))
+    if module.frozen:
+        names = ", ".join(path or "the model" for path in module.frozen)
+        mode = "train" if model.training else "eval"
+        warnings.warn(f"{names}: the branch that {mode} mode takes is kept in both modes", stacklevel=2)
+    swalp = SWALP(model, parsed)
+    if optimizer is not None:
+        swalp.attach(optimizer)
+    return Converted(module, swalp)

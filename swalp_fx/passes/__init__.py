@@ -1,0 +1,106 @@
+"""The rewrite: classify, assign, insert, verify, and the module that they make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from ..capture import Captured, ConvertError, capture
+from ..recipe import Recipe
+from .assign import assign
+from .classify import classify
+from .insert import insert
+from .verify import verify
+
+__all__ = ["RewrittenModule", "assign", "classify", "insert", "rewrite", "verify"]
+
+
+def rewrite(
+    model: nn.Module, recipe: Recipe, *, leaves: tuple[type[nn.Module], ...] = (), identity: bool = False
+) -> RewrittenModule:
+    """``model`` as a module that quantizes what ``recipe`` says; it shares the model's parameters and layers.
+
+    ``leaves`` are module types to call whole: their weights are quantized, what happens inside them is not.
+    ``identity`` inserts nodes for roles in ``float`` too.
+    Raises ConvertError, before anything is changed, for a model that cannot be traced or already is rewritten.
+    """
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, RewrittenModule):
+            raise ConvertError(f"{path or 'the model'} is already converted; convert the float model it was made from")
+    captured = capture(model, leaves)
+    plan = assign(classify(captured.graph, model), model, recipe, identity=identity)
+    graph = verify(insert(plan), captured.graph, model, recipe, identity=identity)
+    return RewrittenModule(model, graph, captured, recipe, {"leaves": leaves, "identity": identity})
+
+
+# What a rewritten module shares with the model: the very dictionaries, so that both stay one set of layers, wherever
+# either is moved. Its hooks are copies, so that one registered later stays its own.
+SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+
+
+class RewrittenModule(GraphModule):
+    """A graph over a model's own parameters, buffers and layers: keys, order and tying are the model's.
+
+    ``train()`` and ``eval()`` switch the model too, since the layers are the same objects. A deep copy holds a copy of
+    the model. A pickle holds the model and the recipe, and is traced again when it is loaded.
+    """
+
+    recipe: Recipe
+    frozen: tuple[str, ...]  # modules that branched on their training flag: the branch taken is all there is
+    _root: nn.Module
+    _captured: Captured
+    _options: dict[str, Any]  # of rewrite
+
+    def __init__(
+        self, root: nn.Module, graph: Graph, captured: Captured, recipe: Recipe, options: dict[str, Any]
+    ) -> None:
+        # torch.fx would copy what the graph reads, in the order in which it is read: it gets nothing to copy.
+        super().__init__(nn.Module(), Graph(), type(root).__name__)
+        state = vars(self)
+        state |= {name: vars(root)[name] for name in SHARED}
+        state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
+        state |= {"training": root.training, "recipe": recipe, "frozen": captured.frozen, **captured.constants}
+        # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
+        state |= {"_root": root, "_captured": captured, "_options": options}
+        self.graph = graph
+
+    def train(self, mode: bool = True) -> RewrittenModule:
+        self._root.training = mode  # the flag that the shared layers' flags belong to
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewrittenModule:
+        super()._apply(fn, recurse)
+        for name in self._captured.constants:
+            vars(self)[name] = fn(vars(self)[name])
+        return self
+
+    def _own_state(self) -> dict[str, Any]:
+        """What the root and the recipe do not say."""
+        return {name: vars(self)[name] for name in ("training", *HOOKS, *self._captured.constants)}
+
+    def __copy__(self) -> RewrittenModule:
+        graph = copy.deepcopy(self.graph)
+        new = RewrittenModule(self._root, graph, self._captured, self.recipe, self._options)
+        vars(new).update(self._own_state())
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        root = copy.deepcopy(self._root, memo)
+        graph = copy.deepcopy(self.graph)
+        memo[id(self)] = new = RewrittenModule(root, graph, self._captured, self.recipe, self._options)
+        vars(new).update(copy.deepcopy(self._own_state(), memo))
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._root, self.recipe, self._options), self._own_state()
+
+
+def _rebuild(root: nn.Module, recipe: Recipe, options: dict[str, Any]) -> RewrittenModule:
+    return rewrite(root, recipe, **options)

@@ -1,0 +1,173 @@
+"""Which node plays which part. The table is the whole rule: read it to know what is quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from ..capture import writes_in_place
+
+__all__ = ["LAYER_PARTS", "PART", "PARTS", "attribute", "classify", "name_of"]
+
+# The node.meta key that classify writes: one of the parts below, or one of "input", "output", "parameter" (a Parameter
+# read by itself), "state" (a buffer, read or written) and "exit" (movement whose result the model only returns).
+PART = "swalp_fx.part"
+
+# Part -> the names of what plays it: functions and methods (a trailing underscore, for in place, is dropped), and
+# module types (a subclass plays its base's part).
+PARTS: dict[str, str] = {
+    # Sums of products: what hardware spends its multipliers on.
+    "compute": """
+        Linear Bilinear
+        _ConvNd Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d
+        Embedding EmbeddingBag MultiheadAttention RNNBase RNNCellBase Transformer
+        TransformerEncoder TransformerDecoder TransformerEncoderLayer TransformerDecoderLayer
+        linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d deform_conv2d
+        embedding embedding_bag matmul mm mv bmm dot inner outer einsum tensordot addmm addmv addbmm baddbmm
+        scaled_dot_product_attention multi_head_attention_forward
+    """,
+    "norm": """
+        _NormBase LayerNorm GroupNorm RMSNorm LocalResponseNorm CrossMapLRN2d FrozenBatchNorm2d
+        batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize
+    """,
+    "activation": """
+        ReLU RReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU GLU SiLU Mish Softplus Softsign Softmin Softmax Softmax2d
+        LogSoftmax Sigmoid LogSigmoid Tanh Tanhshrink Hardtanh Hardsigmoid Hardswish Hardshrink Softshrink Threshold
+        relu rrelu relu6 leaky_relu prelu elu selu celu gelu glu silu mish softplus softsign softmin softmax
+        log_softmax sigmoid logsigmoid tanh tanhshrink hardtanh hardsigmoid hardswish hardshrink softshrink threshold
+        clamp clip
+    """,
+    # And every call that no line names: a number that no rule knows is still a number.
+    "arithmetic": """
+        add sub mul div truediv rsub pow neg abs exp log sqrt rsqrt reciprocal square sin cos addcmul addcdiv lerp
+        iadd isub imul itruediv ipow true_divide subtract multiply
+    """,
+    "pooling": """
+        _MaxPoolNd _AvgPoolNd _AdaptiveMaxPoolNd _AdaptiveAvgPoolNd _LPPoolNd FractionalMaxPool2d FractionalMaxPool3d
+        Upsample RoIAlign RoIPool PSRoIAlign PSRoIPool MultiScaleRoIAlign
+        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        interpolate upsample grid_sample mean sum amax amin max min
+    """,
+    # The same numbers elsewhere, or some of them, or zeros between them.
+    "movement": """
+        Identity Flatten Unflatten Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout
+        StochasticDepth DropBlock2d DropBlock3d Permute PixelShuffle PixelUnshuffle ChannelShuffle Fold Unfold
+        _ConstantPadNd _ReflectionPadNd _ReplicationPadNd
+        getitem setitem cat concat concatenate stack hstack vstack dstack reshape view view_as flatten unflatten ravel
+        squeeze unsqueeze _squeeze _unsqueeze permute transpose t T mT H mH swapaxes swapdims movedim moveaxis
+        expand expand_as broadcast_to repeat repeat_interleave tile split chunk unbind tensor_split narrow select
+        index_select gather take_along_dim roll flip rot90 pad contiguous clone detach copy where
+        masked_fill masked_select
+        to type type_as float double half bfloat16 cpu cuda requires_grad_ real imag diagonal tril triu
+        dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
+        drop_block2d drop_block3d pixel_shuffle pixel_unshuffle channel_shuffle unfold fold
+        topk sort atleast_1d atleast_2d atleast_3d data fill zero scatter masked_scatter index_copy index_fill
+    """,
+    # Sizes, indices, comparisons and fresh constants: not a layer's output. So is whatever is made of these alone.
+    "number": """
+        size dim ndim ndimension numel nelement shape stride len item dtype device layout is_cuda requires_grad
+        is_floating_point is_contiguous is_nested training eq ne lt le gt ge is_ is_not not_ and_ or_ xor invert
+        logical_and logical_or logical_not logical_xor isnan isinf isfinite any all argmax argmin argsort nonzero
+        bucketize searchsorted one_hot bincount long int bool get_device
+        zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like
+        rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform
+        new_zeros new_ones new_full new_empty new_tensor tensor as_tensor
+        Size _assert warn
+    """,
+}
+
+# Parts whose output is a layer's output.
+LAYER_PARTS = ("compute", "norm", "activation", "arithmetic", "pooling")
+
+_PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
+_TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
+_IN_PLACE_OPERATORS = frozenset(
+    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+)
+
+
+def name_of(node: Node) -> str:
+    """What ``node`` calls: ``conv2d``, ``add``, ``Conv2d``. Attributes count as calls: ``x.shape`` is ``shape``."""
+    if node.op == "call_function":
+        if node.target is getattr:
+            return str(node.args[1])
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
+
+
+def classify(graph: Graph, root: nn.Module) -> Graph:
+    """Writes ``node.meta[PART]`` on every node; changes nothing else, and returns ``graph``.
+
+    x = placeholder                  input
+    conv = self.conv(x)              compute
+    relu = torch.relu(conv)          activation
+    add = relu + self.bias           arithmetic   (self.bias: parameter)
+    n = x.size(0)                    number
+    flat = add.view(n, -1)           movement
+    fc = self.fc(flat)               compute
+    view = fc.view(n, 2, -1)         exit
+    return view                      output
+    """
+    parameters = {id(parameter) for parameter in root.parameters()}
+    for node in graph.nodes:
+        node.meta[PART] = _part(node, root, parameters)
+    for node in reversed(graph.nodes):
+        leaves = node.users and all(user.meta[PART] in ("exit", "output") for user in node.users)
+        if leaves and node.meta[PART] in ("movement", "number"):
+            node.meta[PART] = "exit"
+    return graph
+
+
+def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
+    if node.op in ("placeholder", "output"):
+        return "input" if node.op == "placeholder" else "output"
+    if node.op == "get_attr":
+        value = attribute(root, str(node.target))
+        if id(value) in parameters:
+            return "parameter"
+        return "state" if isinstance(value, torch.Tensor) else "number"
+    if _writes_state(node, root):
+        return "state"
+    if node.all_input_nodes and all(source.meta[PART] == "number" for source in node.all_input_nodes):
+        return "number"
+    if node.op == "call_module":
+        return _part_of_module(root.get_submodule(str(node.target)))
+    if node.op == "call_function" and not _is_torch(node.target):
+        return "arithmetic"
+    name = name_of(node)
+    return _PART_OF.get(name) or _PART_OF.get(name.rstrip("_")) or "arithmetic"
+
+
+def _part_of_module(module: nn.Module) -> str:
+    for base in type(module).__mro__:
+        if base.__module__.startswith(("torch.nn.", "torchvision.ops")) and base.__name__ in _PART_OF:
+            return _PART_OF[base.__name__]
+    return "compute" if any(True for _ in module.parameters()) else "arithmetic"
+
+
+def _is_torch(function: Any) -> bool:
+    module = getattr(function, "__module__", None)
+    return module is None or module.split(".")[0] in _TORCH
+
+
+def _writes_state(node: Node, root: nn.Module) -> bool:
+    """Whether ``node`` writes into a buffer or a slice of one: a fresh tensor after it would lose the next write."""
+    if not (writes_in_place(node, root) or name_of(node) in _IN_PLACE_OPERATORS) or not node.args:
+        return False
+    written = node.args[0]
+    while isinstance(written, Node) and name_of(written) == "getitem":
+        written = written.args[0]
+    return isinstance(written, Node) and written.meta[PART] == "state"
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """What ``target`` names under ``root``, or None: constants of the trace are no attributes of the model."""
+    value: Any = root
+    for name in target.split("."):
+        value = getattr(value, name, None)
+    return value

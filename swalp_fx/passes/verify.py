@@ -1,0 +1,261 @@
+"""Proof that a rewritten graph is right, by rules and tables that the passes which made it do not share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from .. import nodes
+from ..formats import FLOAT
+from ..recipe import Recipe
+
+__all__ = ["VerifyError", "verify"]
+
+
+class VerifyError(AssertionError):
+    """A rewritten graph that is wrong: a defect of the passes, not of the model."""
+
+
+# What makes no new number, by the names of functions, methods, attributes and module types. All else must be quantized.
+MOVES = re.compile(
+    r"(?:.*flatten|.*squeeze|.*reshape|view|view_as|ravel|permute|Permute|transpose|t|T|mT|H|mH|swap(?:axes|dims)"
+    r"|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split|chunk|unbind|narrow"
+    r"|Flatten|Unflatten|[sg]etitem|cat|concat|concatenate|[hvd]?stack|select|(?:masked|index)_(?:select|fill)"
+    r"|index_copy|fill|zero|(?:masked_)?scatter|gather|take_along_dim|roll|flip|rot90|pad|_\w+PadNd"
+    r"|(?i:.*dropout.*)|(?i:stochastic_?depth)|(?i:drop_?block[23]d)|(?i:(?:pixel_?(?:un)?|channel_?)shuffle)|[uU]nfold|[fF]old"
+    r"|Identity|contiguous|clone|detach|copy|where|to|type|type_as|float|double|half|bfloat16|cpu|cuda|requires_grad_"
+    r"|real|imag|data|diagonal|tri[lu]|topk|sort|atleast_[123]d)"
+)
+MEASURES = re.compile(
+    r"(?:size|Size|n?dim|ndimension|numel|nelement|shape|stride|len|item|dtype|device|get_device|layout|requires_grad"
+    r"|is_\w+|is_?|is_not|training|eq|ne|lt|le|gt|ge|not_|and_|or_|xor|invert|logical_\w+|is(?:nan|inf|finite)|any|all"
+    r"|arg(?:max|min|sort)|nonzero|bucketize|searchsorted|one_hot|bincount|long|int|bool|zeros|ones|full|empty|arange"
+    r"|linspace|eye|(?:zeros|ones|full|empty|rand|randn|randint)_like|rand|randn|randint|randperm|bernoulli|normal"
+    r"|uniform|new_\w+|(?:as_)?tensor|_assert|warn)"
+)
+WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
+
+_OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
+
+
+def verify(graph: Graph, captured: Graph, root: nn.Module, recipe: Recipe, *, identity: bool = False) -> Graph:
+    """``graph``, proved to be ``captured`` with every number of ``recipe`` quantized exactly once, and nothing else.
+
+    Raises VerifyError, naming the node, unless
+
+    1. without its quantize nodes, the graph is the captured one, node for node and argument for argument;
+    2. every floating parameter that is read is read through one quantize node, the same for each of its readers;
+    3. every layer output that another layer reads is read through one quantize node, and only the model's own output
+       reads it bare;
+    4. nothing else is quantized: no input, movement, size, buffer or quantized tensor;
+    5. formats and rounding are the recipe's, and roles in float have no node;
+    6. no two nodes share a stream, and all draw from the one key of this forward.
+    """
+    _Proof(graph, captured, root, recipe, identity).run()
+    return graph
+
+
+class _Proof:
+    def __init__(self, graph: Graph, captured: Graph, root: nn.Module, recipe: Recipe, identity: bool) -> None:
+        self.graph, self.captured, self.root, self.recipe = graph, captured, root, recipe
+        self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
+        self.weights = identity or recipe.weight != FLOAT
+        self.outputs = identity or recipe.activation != FLOAT or recipe.error != FLOAT
+
+    def run(self) -> None:
+        self._same_computation()
+        self._weights_once()
+        self._outputs_once()
+        self._formats()
+        self._randomness()
+
+    def _same_computation(self) -> None:
+        before = _listing(self.captured, self.root)
+        after = _listing(self.graph, self.root)
+        for (node, old), (_, new) in zip(before, after, strict=False):
+            _require(old == new, node, f"was {old} and became {new}")
+        _require(
+            len(before) == len(after), self.graph.output_node(), f"comes after {len(after)} nodes, not {len(before)}"
+        )
+
+    def _weights_once(self) -> None:
+        quantized: dict[int, Node] = {}
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_weight):
+            parameter = _value(node.args[0], self.root)
+            _require(id(parameter) in self.parameters, node, "quantizes what is no parameter")
+            _require(quantized.setdefault(id(parameter), node) is node, node, "quantizes a parameter a second time")
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and self._is_quantizable(_value(node, self.root)):
+                for reader in node.users:
+                    _require(reader.target is nodes.quantize_weight, reader, f"reads parameter {node.target} bare")
+            if node.op == "call_module":
+                layer = self.root.get_submodule(node.target)
+                bare = [name for name, p in layer.named_parameters() if self._is_quantizable(p)]
+                _require(not bare, node, f"reads its parameters {bare} bare")
+            if node.target is nodes.call_layer:
+                module, bound = _value(node.args[0], self.root), node.args[1]
+                own = module.named_parameters(remove_duplicate=False)
+                wanted = {name: quantized.get(id(p)) for name, p in own if self._is_quantizable(p)}
+                _require(bound == wanted, node, f"binds {bound}, where its parameters are {wanted}")
+
+    def _is_quantizable(self, value: Any) -> bool:
+        return self.weights and id(value) in self.parameters and value.is_floating_point()
+
+    def _outputs_once(self) -> None:
+        kinds = _kinds(self.graph, self.root)
+        exits = _exits(self.graph, kinds)
+        for node in self.graph.nodes:
+            quantizers = [u for u in node.users if u.target is nodes.quantize_output and u.args[0] is node]
+            bare = [u for u in node.users if u not in exits and u.op != "output" and u not in quantizers]
+            if self.outputs and kinds[node] == "layer" and (quantizers or bare):
+                _require(len(quantizers) == 1, node, f"is quantized {len(quantizers)} times")
+                _require(not bare, node, f"is read bare by {bare}")
+            else:
+                _require(not quantizers, node, f"is quantized by {quantizers}, and is no layer output")
+
+    def _formats(self) -> None:
+        recipe = self.recipe
+        wanted: dict[Callable[..., Any], tuple[str, ...]] = {
+            nodes.quantize_weight: (str(recipe.weight), recipe.rounding),
+            nodes.quantize_output: (str(recipe.activation), str(recipe.error), recipe.rounding),
+        }
+        for function, formats in wanted.items():
+            for node in self.graph.find_nodes(op="call_function", target=function):
+                _require(node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
+
+    def _randomness(self) -> None:
+        keys = self.graph.find_nodes(op="call_function", target=nodes.draw_key)
+        _require(len(keys) <= 1, keys[-1] if keys else None, "draws a second key")
+        key = keys[0] if keys else None
+        if key is not None:
+            _require(_is_flag(key.args[0]), key, "is not drawn by the model's training flag")
+        seen: dict[int, Node] = {}
+        for node in self.graph.nodes:
+            if node.target in (nodes.quantize_weight, nodes.quantize_output):
+                _, drawn_from, stream, *_, rounding = node.args
+                _require(seen.setdefault(stream, node) is node, node, f"shares stream {stream} with {seen[stream]}")
+                _require(0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
+                _require(drawn_from is key, node, f"draws from {drawn_from}, not from the key of this forward")
+                _require(key is not None or "stochastic" not in rounding, node, "rounds stochastically without a key")
+
+
+def _require(ok: bool, node: Node | None, complaint: str) -> None:
+    if not ok:
+        raise VerifyError(f"the rewritten graph is wrong at node {node}: it {complaint}; please report this model")
+
+
+def _listing(graph: Graph, root: nn.Module) -> list[tuple[Node, str]]:
+    """The graph as text, without quantize nodes: a read of one is a read of what it quantizes."""
+    names: dict[Node, str] = {}
+    lines: list[tuple[Node, str]] = []
+    for node in graph.nodes:
+        if node.target in (nodes.quantize_weight, nodes.quantize_output):
+            names[node] = names[node.args[0]]
+            continue
+        if node.target is nodes.draw_key:
+            continue
+        value = _value(node, root)
+        if node.op == "get_attr" and (isinstance(value, (nn.Parameter, nn.Module)) or _is_flag(node)):
+            # Where these are read is the insertion's affair; what reads them is compared by what they are.
+            names[node] = f"<{'training' if _is_flag(node) else id(value)}>"
+            continue
+        names[node] = f"%{len(lines)}"
+        lines.append((node, _line(node, names)))
+    return lines
+
+
+def _line(node: Node, names: dict[Node, str]) -> str:
+    op, target, arguments = node.op, node.target, node.args
+    if target is nodes.call_layer:
+        module, _, *rest = arguments
+        assert isinstance(module, Node)
+        op, target, arguments = "call_module", module.target, tuple(rest)
+    return f"{op} {target} {map_arg((arguments, node.kwargs), lambda source: names[source])}"
+
+
+def _value(node: Any, root: nn.Module) -> Any:
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value: Any = root
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _is_flag(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "get_attr" and node.target == "training"
+
+
+def _kinds(graph: Graph, root: nn.Module) -> dict[Node, str]:
+    """Each node's kind: "layer", "moves", "number", "buffer", or "other" (inputs, parameters, the output, our own)."""
+    kinds: dict[Node, str] = {}
+    for node in graph.nodes:
+        kinds[node] = _kind(node, root, kinds)
+    return kinds
+
+
+def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
+    if node.op == "get_attr":
+        value = _value(node, root)
+        if isinstance(value, (nn.Parameter, nn.Module)):
+            return "other"
+        return "buffer" if isinstance(value, torch.Tensor) else "number"
+    if node.op in ("placeholder", "output") or node.target in _OURS:
+        return "other"
+    if _writes_buffer(node, root, kinds):
+        return "buffer"
+    inputs = node.all_input_nodes
+    if inputs and all(kinds[source] == "number" for source in inputs):
+        return "number"
+    names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
+    if any(MOVES.fullmatch(name) for name in names):
+        return "moves"
+    return "number" if any(MEASURES.fullmatch(name) for name in names) else "layer"
+
+
+def _module(node: Node, root: nn.Module) -> nn.Module | None:
+    """The layer that ``node`` calls, by either kind of call."""
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))
+    return _value(node.args[0], root) if node.target is nodes.call_layer else None
+
+
+def _names(node: Node, root: nn.Module) -> list[str]:
+    """What PyTorch calls the operation: one name, or the names of a layer's type and its bases."""
+    if (module := _module(node, root)) is not None:
+        return [base.__name__ for base in type(module).__mro__ if _is_torch(base)]
+    if node.target is getattr:
+        return [str(node.args[1])]
+    if isinstance(node.target, str):
+        return [node.target]
+    return [getattr(node.target, "__name__", "")] if _is_torch(node.target) else []
+
+
+def _is_torch(thing: Any) -> bool:
+    return re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", thing.__module__ or "torch") is not None
+
+
+def _writes_buffer(node: Node, root: nn.Module, kinds: dict[Node, str]) -> bool:
+    """``buffer.add_(x)``, ``buffer += x``, ``buffer[i].add_(x)``."""
+    if not node.args or not any(WRITES.fullmatch(name) for name in _names(node, root)):
+        return False
+    written = node.args[0]
+    while isinstance(written, Node) and _names(written, root) == ["getitem"]:
+        written = written.args[0]
+    return isinstance(written, Node) and kinds[written] == "buffer"
+
+
+def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
+    """Movement and sizes that nothing but the model's output reads."""
+    exits: set[Node] = set()
+    for node in reversed(graph.nodes):
+        leaves = node.users and all(user.op == "output" or user in exits for user in node.users)
+        if leaves and kinds[node] in ("moves", "number"):
+            exits.add(node)
+    return exits

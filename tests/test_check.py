@@ -1,0 +1,64 @@
+"""Identity formats: the rewritten module is bit-equal with the model, and check says so when it is not."""
+
+import pytest
+import shapes
+import torch
+import torchvision
+from torch import nn
+
+from swalp_fx.capture import ConvertError
+from swalp_fx.check import check
+
+torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
+def test_small_models(kind):
+    model, inputs = shapes.made(kind)
+    assert check(model, *inputs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn", "vgg16"])
+def test_networks_of_torchvision(name):
+    with torch.device("meta"):  # what is replaced below is 470 MB
+        model = getattr(torchvision.models, name)(num_classes=10)
+    if name.startswith("vgg"):
+        model.classifier = nn.Sequential(nn.Linear(25088, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert check(model, torch.randn(2, 3, 32, 32))
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x) * (2 if self.training else 1)
+
+
+def test_a_frozen_branch_is_found():
+    found = check(Frozen(), torch.randn(2, 3))
+    assert not found
+    assert found.differences[0].startswith("eval output 0: 6 of 6 values differ")
+    assert str(found).startswith("4 of 8 tensors differ: eval output 0: ")
+
+
+def test_the_model_and_the_random_state_are_left_alone():
+    model, inputs = shapes.made(shapes.Convnet)
+    model[1].eval()
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    check(model, *inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [True, True, False] + [True] * 5
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_cannot_be_rewritten_is_refused():
+    with pytest.raises(ConvertError, match="Sequential"):
+        check(nn.Linear(2, 2), torch.randn(1, 2))
