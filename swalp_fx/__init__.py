@@ -1,7 +1,40 @@
 """Low-precision training with weight averaging (SWALP), as a rewrite of torch.fx graphs."""
 
+from .capture import ConvertError
+from .check import Check, check
+from .convert import Converted, convert
 from .formats import FLOAT, BlockFloat, FixedPoint, Float, Format, FormatError, parse
+from .nodes import call_layer, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
+from .optimizer import SWALP
+from .passes import RewrittenModule
 from .recipe import Recipe, RecipeError
+from .report import report
+
+__all__ = [
+    "FLOAT",
+    "SWALP",
+    "BlockFloat",
+    "Check",
+    "ConvertError",
+    "Converted",
+    "FixedPoint",
+    "Float",
+    "Format",
+    "FormatError",
+    "Recipe",
+    "RecipeError",
+    "RewrittenModule",
+    "call_layer",
+    "check",
+    "convert",
+    "draw_key",
+    "parse",
+    "quantize",
+    "quantize_",
+    "quantize_output",
+    "quantize_weight",
+    "report",
+]
 
 __version__ = "0.1.0"

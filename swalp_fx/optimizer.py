@@ -1,0 +1,390 @@
+"""The optimizer pass: every step of the user's own optimizer becomes a low-precision step.
+
+Algorithm 2 of the SWALP paper, in the order of its authors' code:
+
+    gradients    <- Q_G(gradients)       before the update, after accumulation and all-reduce
+    update of the accumulators, or of the weights themselves where the recipe has no accumulator
+    accumulators <- Q_accumulator(accumulators)
+    weights      <- Q_W(accumulators)
+    momentum     <- Q_M(momentum)        the optimizer's floating state of the parameter's shape
+
+The pass hangs on the optimizer's step hooks, so the optimizer keeps its type, its schedulers and
+its state_dict.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .averaging import Average, mean_dtype, recalibrate
+from .formats import FLOAT
+from .ops import quantize_
+from .random import fold_in
+from .recipe import Recipe
+
+__all__ = ["SWALP"]
+
+# Role numbers, the upper half of a stream id. Momentum is last: an optimizer's second state tensor
+# of a parameter takes the next number up, and so on.
+GRADIENT, ACCUMULATOR, WEIGHT, MOMENTUM = 1, 2, 3, 4
+
+# What torch.optim counts in tensors without dimensions, which the shape of a parameter without
+# dimensions cannot tell from its moments: Adam's step, ASGD's eta and mu, NAdam's mu_product.
+COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
+
+VERSION = 1
+KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "accumulators")
+
+
+@dataclass
+class _Step:
+    """One step in progress, from its outermost pre-hook to the post-hook that matches it."""
+
+    frame: FrameType  # of the call that fired the pre-hook
+    key: Tensor  # int64, shape []
+    parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
+    ready: bool = False  # gradients rounded, accumulators in the place of the weights
+
+
+class SWALP:
+    """Low-precision steps of an optimizer, and the higher-precision average of the weights.
+
+    model: the float model; its parameters are the ones that attach() accepts and that are averaged.
+        A tied parameter is one parameter, under its first name.
+    recipe: a role in ``float`` is not touched.
+
+    Random words come from key (seed, step) and stream (role, index of the parameter in the model).
+    The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
+    stay equal if they are seeded alike, or load the state of one rank.
+
+    ``copy.deepcopy`` and pickle take the model and the attached optimizer along, and attach the
+    copies to one another. An optimizer copied without its SWALP is an ordinary optimizer again,
+    because torch does not copy hooks.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._names = list(self._parameters)
+        self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
+        self._average = Average(recipe.average)
+        self._accumulators: dict[str, Tensor] = {}
+        self._seed = torch.initial_seed()
+        self._steps = 0
+        self._optimizer: Optimizer | None = None
+        self._handles: list[RemovableHandle] = []
+        self._step: _Step | None = None
+
+    # Attaching
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Make every later ``optimizer.step()`` a low-precision step. Changes no value.
+
+        With accumulators, what the user writes into the weights between two steps does not reach
+        the accumulators; detach() and attach() start them again from the weights.
+
+        Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
+        parameter that is not the model's or that is complex, LBFGS, a differentiable step.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        name = type(optimizer).__name__
+        if self._optimizer is not None:
+            raise ValueError(f"this SWALP is already attached to {type(self._optimizer).__name__}; call detach() first")
+        if any(
+            isinstance(getattr(hook, "__self__", None), SWALP) for hook in optimizer._optimizer_step_pre_hooks.values()
+        ):
+            raise ValueError(f"{name} is already attached to another SWALP; call that one's detach() first")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS evaluates its closure several times a step, which has no low-precision order; use SGD or Adam"
+            )
+        if any(group.get("differentiable") for group in optimizer.param_groups):
+            raise ValueError(
+                f"{name} has differentiable=True, and rounding in place has no gradient; use differentiable=False"
+            )
+        self._trained(optimizer)
+        self._optimizer = optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off, if they are on; the weights stay as they are.
+
+        The accumulators are dropped, so that a later attach() starts from the weights of that moment.
+        """
+        if self._optimizer is None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer, self._handles = None, []
+        self._accumulators.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": [], "_step": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer = state["_optimizer"]
+        self.__dict__.update(state, _optimizer=None)
+        if optimizer is not None:
+            self.attach(optimizer)
+
+    # The average
+
+    @property
+    def n_averaged(self) -> int:
+        """How many times update_average() was called."""
+        return self._average.n_averaged
+
+    def update_average(self) -> None:
+        """Add the weights of this moment to the average."""
+        self._average.update(self._parameters)
+
+    def averaged_model(self, loader: Iterable[Any] | None = None) -> nn.Module:
+        """A copy of the float model with the averaged weights, in the parameters' own dtype.
+
+        loader: yields a tensor, or a tuple or list with the input first. If given, batch-norm
+        statistics are those over all of it; if not, they are the model's of this moment.
+        Raises ValueError if update_average() was never called.
+        """
+        if self.n_averaged == 0:
+            raise ValueError("there is no average yet; call update_average() at least once before averaged_model()")
+        averaged = self._average.applied_to(self.model)
+        if loader is not None:
+            recalibrate(averaged, loader)
+        return averaged
+
+    # The state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, seed, average and accumulators: all that a resumed run needs, beside the model's
+        and the optimizer's own states, to give the bits of a run that was not stopped.
+
+        Tensors are references, as in the optimizer's state_dict: copy or save before the next step.
+        """
+        return {
+            "version": VERSION,
+            "recipe": str(self.recipe),
+            "seed": self._seed,
+            "step": self._steps,
+            "n_averaged": self.n_averaged,
+            "average": dict(self._average.means),
+            "accumulators": dict(self._accumulators),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a copy of ``state``; in any order with the model's and the optimizer's.
+
+        Raises ValueError, before anything is changed, if the state is of another version, another
+        recipe or another model.
+        """
+        average, accumulators = self._checked(state)
+        self._seed, self._steps = state["seed"], state["step"]
+        self._average.n_averaged, self._average.means = state["n_averaged"], average
+        self._accumulators = accumulators
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the state's average and accumulators, once all of it has been found to fit."""
+        if not isinstance(state, Mapping) or set(state) != set(KEYS):
+            found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"a SWALP state holds {', '.join(KEYS)}, not {found}; pass what state_dict() returned")
+        if state["version"] != VERSION:
+            raise ValueError(f"the state is of version {state['version']!r}, and this SWALP reads version {VERSION}")
+        if state["recipe"] != str(self.recipe):
+            raise ValueError(
+                f"the state is of recipe {state['recipe']!r}, not {str(self.recipe)!r}; "
+                "convert with the former to resume"
+            )
+        for key in ("seed", "step", "n_averaged"):
+            if not isinstance(state[key], int) or state[key] < 0:
+                raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
+        averaged = {name: dtype for name, p in self._parameters.items() if (dtype := mean_dtype(p)) is not None}
+        average = self._copied("average", state["average"], averaged)
+        if missing := [name for name in averaged if name not in average and state["n_averaged"]]:
+            raise ValueError(
+                f"the state's average lacks {missing[0]!r}, a parameter of the model; load a state of this model"
+            )
+        if average and not state["n_averaged"]:
+            raise ValueError("the state has an average of 0 models; pass what state_dict() returned")
+        accumulated = {} if self.recipe.accumulator is None else {n: p.dtype for n, p in self._parameters.items()}
+        return average, self._copied("accumulators", state["accumulators"], accumulated)
+
+    def _copied(self, what: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """Copies of ``tensors`` on their parameters' devices; each must be one of ``dtypes`` and fit."""
+        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"the state's {what} must map names to tensors; pass what state_dict() returned")
+        for name, tensor in tensors.items():
+            if name not in dtypes:
+                raise ValueError(
+                    f"the state's {what} has {name!r}, which this model does not; load a state of this model"
+                )
+            expected = (tuple(self._parameters[name].shape), dtypes[name])
+            if (found := (tuple(tensor.shape), tensor.dtype)) != expected:
+                raise ValueError(
+                    f"the state's {what} has {name!r} as {found[0]} {found[1]}, and this model needs "
+                    f"{expected[0]} {expected[1]}; load a state of this model"
+                )
+        return {name: tensor.detach().to(self._parameters[name].device, copy=True) for name, tensor in tensors.items()}
+
+    # One step
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        frame = sys._getframe(1)
+        # A subclass's step() calls super().step(), which fires the hooks again: only the outermost
+        # call counts. A step that raised never reached its post-hook, and must not pass for one.
+        if self._step is not None and _is_running(self._step.frame):
+            return None
+        _refuse_unserved(optimizer, kwargs)
+        key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
+        step = _Step(frame, key, self._trained(optimizer))
+        closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
+        if closure is None:
+            self._prepare(step)
+            self._step = step
+            return None
+        self._step = step
+        closure = self._rounding(closure, step)
+        return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
+
+    def _rounding(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
+        """``closure``, after which the gradients it left are rounded and the accumulators in place."""
+
+        def rounding_closure() -> Any:
+            if step.ready:
+                raise ValueError("the optimizer evaluated its closure twice in one step; attach one that does so once")
+            loss = closure()
+            self._prepare(step)
+            return loss
+
+        return rounding_closure
+
+    def _prepare(self, step: _Step) -> None:
+        """Round the gradients, and put the accumulators in the place of the weights."""
+        recipe = self.recipe
+        if recipe.gradient != FLOAT or recipe.momentum != FLOAT:  # SGD's momentum buffer is as sparse
+            self._refuse_sparse(step)
+        with torch.no_grad():
+            if recipe.gradient != FLOAT:
+                for index, parameter in step.parameters:
+                    if parameter.grad is not None:
+                        stream = GRADIENT << 32 | index
+                        quantize_(parameter.grad, recipe.gradient, recipe.rounding, key=step.key, stream=stream)
+            if recipe.accumulator is not None:
+                for index, parameter in step.parameters:
+                    parameter.copy_(self._accumulator(index, parameter))
+        step.ready = True
+
+    def _refuse_sparse(self, step: _Step) -> None:
+        for index, parameter in step.parameters:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {self._names[index]!r} is {parameter.grad.layout}, which has no rounding; "
+                    "make it dense (sparse=False in nn.Embedding)"
+                )
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        step = self._step
+        if step is None or step.frame is not sys._getframe(1):
+            return
+        if not step.ready:
+            raise ValueError(
+                f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
+            )
+        with torch.no_grad():
+            if self.recipe.weight != FLOAT or self.recipe.accumulator is not None:
+                self._round_weights(step)
+            if self.recipe.momentum != FLOAT:
+                self._round_momentum(step, optimizer)
+        self._step = None
+        self._steps += 1
+
+    def _round_weights(self, step: _Step) -> None:
+        recipe = self.recipe
+        for index, parameter in step.parameters:
+            if recipe.accumulator is not None:
+                stream = ACCUMULATOR << 32 | index
+                quantize_(parameter, recipe.accumulator, recipe.rounding, key=step.key, stream=stream)
+                self._accumulators[self._names[index]].copy_(parameter)
+            quantize_(parameter, recipe.weight, recipe.rounding, key=step.key, stream=WEIGHT << 32 | index)
+
+    def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
+        for index, parameter in step.parameters:
+            # By sorted name, because a loaded state may hold them in another order.
+            for slot, (_, tensor) in enumerate(sorted(_moments(optimizer, parameter))):
+                stream = (MOMENTUM + slot) << 32 | index
+                quantize_(tensor, self.recipe.momentum, self.recipe.rounding, key=step.key, stream=stream)
+
+    def _accumulator(self, index: int, parameter: nn.Parameter) -> Tensor:
+        """The parameter's accumulator, on its device; at first a copy of the parameter."""
+        name = self._names[index]
+        accumulator = self._accumulators.get(name)
+        if accumulator is None:
+            accumulator = parameter.detach().clone()
+        self._accumulators[name] = accumulator.to(parameter.device)
+        return self._accumulators[name]
+
+    def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
+        """(index in the model, parameter) of what ``optimizer`` trains, frozen parameters left out.
+
+        Raises ValueError for a parameter that is not the model's, or that is complex.
+        """
+        trained = []
+        for number, group in enumerate(optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                index = self._index.get(parameter)
+                if index is None:
+                    raise ValueError(
+                        f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
+                        f"{tuple(parameter.shape)}, is not the model's; build the optimizer from model.parameters()"
+                    )
+                if not parameter.requires_grad:
+                    continue
+                if parameter.is_complex():
+                    raise ValueError(
+                        f"parameter {self._names[index]!r} is {parameter.dtype}, which no format holds; freeze it"
+                    )
+                trained.append((index, parameter))
+        return trained
+
+
+def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError if this step's gradients are scaled, or if it is being recorded for replay."""
+    name = type(optimizer).__name__
+    scaled = any(getattr(optimizer, attribute, None) is not None for attribute in ("grad_scale", "found_inf"))
+    if scaled or kwargs.get("grad_scaler") is not None:
+        raise ValueError(
+            f"{name} unscales the gradients of a GradScaler inside its step, too late to round them; use fused=False"
+        )
+    # Asking about capture would initialise CUDA.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"{name}.step() is being captured in a CUDA graph, whose replays would all round alike; step outside of it"
+        )
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether ``frame`` is on the stack of this thread (it may outlive its call in a traceback)."""
+    caller: FrameType | None = sys._getframe()
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the optimizer's floating state of the parameter's shape."""
+    for name, value in optimizer.state.get(parameter, {}).items():
+        moment = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
+        if moment and value.shape == parameter.shape:
+            yield name, value
