@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up in .venv; a second call costs seconds.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+# Threads that spin while they wait slow one another down several times over where the cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# Stamps: the environment that builds, and the package built and installed in it with all that uses it.
+ENVIRONMENT := .venv/environment.stamp
+INSTALLED := .venv/installed.stamp
+
+.PHONY: build demo test lint gpu clean
+
+build: $(INSTALLED)
+
+# The main job: a report, then float against low precision on real images that come with scikit-learn.
+demo: $(INSTALLED)
+	$(BIN)/python tools/report.py convnet --input-size 8 --channels 1 --recipe "bfp4[0]"
+	$(BIN)/python tools/train.py --dataset digits --recipe "bfp4[0]"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy swalp_fx
+
+# What needs a GPU. It builds with the python and torch that are there, and installs nothing else.
+gpu:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pytest tests/test_cuda.py
+	$(PYTHON) tools/train.py --dataset digits --device cuda
+
+clean:
+	rm -rf .venv build dist *.egg-info swalp_fx/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(ENVIRONMENT): constraints.txt
+	@echo "installing torch into .venv (some minutes, once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) setuptools ninja torch
+	touch $@
+
+$(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
+	@echo "building swalp_fx (a minute) and installing what its tools and tests use"
+	$(PIP) --no-build-isolation --editable ".[test,dev]"
+	touch $@

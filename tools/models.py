@@ -1,0 +1,194 @@
+"""The networks of the tools: a small convnet, the SWALP paper's VGG16 and PreResNet, and torchvision's."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ModelError", "build", "default_image_size", "names"]
+
+# Output channels of VGG16's convolutions; "pool" halves the image (Simonyan and Zisserman, table 1, column D).
+VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+
+
+class ModelError(ValueError):
+    """A model that does not exist, or that cannot take the images it is asked to take."""
+
+
+def _init_convolutions(model: nn.Module) -> None:
+    """He's normal initialisation by fan-out, as in the SWALP authors' VGG and PreResNet; biases are zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def convnet(num_classes: int, channels: int, image_size: int) -> nn.Sequential:
+    """Three 3x3 convolutions (16, 32 and 64 channels, the last two of stride 2) and two linear layers."""
+    side = math.ceil(math.ceil(image_size / 2) / 2)  # a padded 3x3 convolution of stride 2 halves, rounding up
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * side * side, 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
+    )
+
+
+class VGG(nn.Module):
+    """VGG16 for small images, with the paper's classifier of three 512-wide linear layers."""
+
+    def __init__(self, num_classes: int, channels: int, image_size: int, *, batch_norm: bool) -> None:
+        super().__init__()
+        pools = VGG16.count("pool")
+        if image_size < 2**pools:
+            raise ModelError(f"vgg16 halves an image {pools} times: {image_size} pixels a side are too few, use 32")
+        layers: list[nn.Module] = []
+        for width in VGG16:
+            if width == "pool":
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers.append(nn.Conv2d(channels, width, 3, padding=1))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU())
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Dropout(),
+            nn.Linear(512 * (image_size // 2**pools) ** 2, 512),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(512, 512),
+            nn.ReLU(),
+            nn.Linear(512, num_classes),
+        )
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class PreActivation(nn.Module):
+    """A residual block of batch norm, ReLU and convolution, in this order (He et al., "Identity Mappings", figure 4e).
+
+    ``kernels`` are the convolutions' sizes: (3, 3) for the basic block, (1, 3, 1) for the bottleneck, whose last
+    convolution is 4 times as wide. The first 3x3 convolution carries the stride.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int, kernels: tuple[int, ...]) -> None:
+        super().__init__()
+        out = width * expansion(kernels)
+        widths = [channels, *[width] * (len(kernels) - 1), out]
+        layers: dict[str, nn.Module] = {}
+        for i, kernel in enumerate(kernels):
+            step = stride if i == kernels.index(3) else 1
+            layers[f"bn{i + 1}"] = nn.BatchNorm2d(widths[i])
+            layers[f"relu{i + 1}"] = nn.ReLU()
+            layers[f"conv{i + 1}"] = nn.Conv2d(widths[i], widths[i + 1], kernel, step, padding=kernel // 2, bias=False)
+        self.branch = nn.Sequential(OrderedDict(layers))
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.shortcut(x)
+
+
+def expansion(kernels: tuple[int, ...]) -> int:
+    """How many times wider than its inner convolutions a block's output is."""
+    return 4 if len(kernels) == 3 else 1
+
+
+class PreResNet(nn.Module):
+    """A pre-activation ResNet of three stages of 16, 32 and 64 channels (He et al., "Identity Mappings", section 4)."""
+
+    def __init__(self, num_classes: int, channels: int, *, depth: int, kernels: tuple[int, ...]) -> None:
+        super().__init__()
+        blocks = (depth - 2) // (3 * len(kernels))  # of each stage; the stem and the classifier are the other two
+        width_in = 16
+        self.conv = nn.Conv2d(channels, width_in, 3, padding=1, bias=False)
+        stages = []
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            stage = nn.Sequential()
+            for block in range(blocks):
+                stage.append(PreActivation(width_in, width, stride if block == 0 else 1, kernels))
+                width_in = width * expansion(kernels)
+            stages.append(stage)
+        self.stages = nn.Sequential(*stages)
+        self.bn = nn.BatchNorm2d(width_in)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width_in, num_classes)
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self.conv(x))
+        x = self.pool(self.relu(self.bn(x)))
+        return self.fc(torch.flatten(x, 1))
+
+
+def _preresnet(depth: int, kernels: tuple[int, ...]) -> Callable[[int, int, int], nn.Module]:
+    return lambda num_classes, channels, image_size: PreResNet(num_classes, channels, depth=depth, kernels=kernels)
+
+
+def _vgg(batch_norm: bool) -> Callable[[int, int, int], nn.Module]:
+    return lambda num_classes, channels, image_size: VGG(num_classes, channels, image_size, batch_norm=batch_norm)
+
+
+# name -> builder(num_classes, channels, image_size), and the image size it was made for
+MODELS: dict[str, tuple[Callable[[int, int, int], nn.Module], int]] = {
+    "convnet": (convnet, 28),
+    "vgg16": (_vgg(batch_norm=False), 32),
+    "vgg16_bn": (_vgg(batch_norm=True), 32),
+    "preresnet20": (_preresnet(20, (3, 3)), 32),
+    "preresnet164": (_preresnet(164, (1, 3, 1)), 32),
+}
+PREFIX = "torchvision:"  # tells torchvision's vgg16 from the paper's
+
+
+def names() -> list[str]:
+    """Every name that ``build`` takes; torchvision's classification models with and without the prefix."""
+    theirs = _torchvision_names()
+    return [*MODELS, *(name for name in theirs if name not in MODELS), *(PREFIX + name for name in theirs)]
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def default_image_size(name: str) -> int:
+    """Pixels a side that the model was made for."""
+    return MODELS[name][1] if name in MODELS else 224
+
+
+def build(name: str, num_classes: int = 10, channels: int = 3, image_size: int | None = None) -> nn.Module:
+    """A new float model, initialised from torch's default generator: [N, channels, size, size] -> [N, num_classes].
+
+    Raises ModelError, with the names nearest to it, for a name there is not.
+    """
+    if name in MODELS:
+        builder, made_for = MODELS[name]
+        return builder(num_classes, channels, image_size or made_for)
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
+        raise ModelError(f"unknown model {name!r}; use {' or '.join(near or MODELS)}, or a torchvision name")
+    if channels != 3:
+        raise ModelError(f"{name} takes images of 3 channels, not {channels}; use one of {', '.join(MODELS)}")
+    import torchvision
+
+    return torchvision.models.get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes)
