@@ -41,8 +41,16 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 ROOT = Path(__file__).parent
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 # Every product and sum is rounded on its own, as the numerics contract in csrc/README.md requires.
-CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
-NVCC = ["-O3", "-std=c++20", "-fmad=false", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
+COMMON = ["-O3", "-std=c++20"]
+CXX = [*COMMON, "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+NVCC = [
+    *COMMON,
+    "-Xcompiler=-fvisibility=hidden",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+    "--threads=2",
+    "-DUSE_CUDA",
+]
 
 
 def sources(folder, *endings):
@@ -55,7 +63,7 @@ def with_cuda():
         raise SystemExit(f"SWALP_FX_CUDA={wish!r} is neither 0 nor 1; unset it to build for CUDA where nvcc is found")
     able = torch.version.cuda is not None and cuda_home is not None
     if wish == "1" and not able:
-        raise SystemExit("SWALP_FX_CUDA=1 needs a torch built with CUDA, and nvcc; set CUDA_HOME to the toolkit's folder")
+        raise SystemExit("SWALP_FX_CUDA=1 needs a torch built with CUDA, and nvcc; set CUDA_HOME to nvcc's toolkit")
     return able and wish != "0"
 
 

@@ -7,9 +7,10 @@ is the identity (the straight-through estimator).
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,17 +20,19 @@ from . import random
 from .formats import TOPS, BlockFloat, FixedPoint, Float, Format, Identity, parse
 from .recipe import ROUNDINGS, RecipeError
 
-try:
-    from . import _C  # noqa: F401  (loading it registers the ops)
-except ImportError as error:
-    raise ImportError(
-        f"swalp_fx._C could not be loaded ({error}); build it with: pip install --no-build-isolation -e ."
-    ) from error
-if torch.version.cuda is not None:
+
+def _load(module: str) -> None:
+    """Import a compiled module, which registers its ops with torch."""
     try:
-        from . import _C_cuda  # noqa: F401
-    except ImportError:  # built without CUDA: the ops say so if they are given a CUDA tensor
-        pass
+        importlib.import_module(f"swalp_fx.{module}")
+    except ImportError as error:
+        raise ImportError(f"swalp_fx.{module} does not load ({error}); build it: pip install -e .") from error
+
+
+_load("_C")
+# Left out of a build without nvcc, and of use where torch has no CUDA: torch then refuses CUDA tensors by name.
+if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda") is not None:
+    _load("_C_cuda")
 
 __all__ = ["quantize", "quantize_"]
 
@@ -63,7 +66,7 @@ for _name, _ in _OPS.values():
     _register(_name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
     """(op, in-place op, its numbers, rounding code, random bits); op is None for ``float``."""
     match = re.fullmatch(r"stochastic(\d+)", rounding)
