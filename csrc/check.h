@@ -152,80 +152,98 @@ struct QuantizeNvfp4 {
 
 // ---- the ops over a Device, which provides run(format, cover, x, y, drawing) for dense x and y --------
 
-template <class Device>
-struct Ops {
-  template <class Format>
-  static void cover_and_run(const char* op, const Format& format, const Tensor& x, Tensor& y, const Cover& cover,
-                            const Drawing& drawing) {
-    require(cover.dense, op, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");
-    if (!cover.layouts.empty()) Device::run(format, cover, x, y, drawing);
+// One tensor's call, checked: nothing has been changed yet.
+template <class Device, class Op, class Format>
+class Call {
+ public:
+  Call(Tensor input, const Format& f, const Dims& dims, int64_t axis, int64_t size, int64_t rounding, int64_t bits,
+       const Key& key, int64_t stream)
+      : x(std::move(input)), format(f), drawing(checked_drawing(x, rounding, bits, key, stream)) {
+    const Blocks blocks = blocks_of(Op::name, x, dims, axis, size);
+    cover = make_cover(x, blocks);
+    dense = cover.dense;
+    if (!dense) cover = make_cover(copied = torch::stable::contiguous(x), blocks);
+    require(cover.dense, Op::name, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");
   }
 
-  template <class Format>
-  static Tensor fresh(const char* op, const Format& format, const Tensor& x, const Blocks& blocks,
-                      const Drawing& drawing) {
-    const Cover cover = make_cover(x, blocks);
-    if (!cover.dense) {
-      const Tensor copy = torch::stable::contiguous(x);
-      Tensor y = torch::stable::empty_like(copy);
-      cover_and_run(op, format, copy, y, make_cover(copy, blocks), drawing);
-      return y;
-    }
-    Tensor y = torch::stable::empty_like(x);
-    cover_and_run(op, format, x, y, cover, drawing);
+  Tensor fresh() const {
+    const Tensor& from = dense ? x : copied;
+    Tensor y = torch::stable::empty_like(from);
+    run(from, y);
     return y;
   }
 
-  template <class Format>
-  static void in_place(const char* op, const Format& format, Tensor& x, const Blocks& blocks, const Drawing& drawing) {
-    const Cover cover = make_cover(x, blocks);
-    if (!cover.dense) {
-      Tensor copy = torch::stable::contiguous(x);
-      cover_and_run(op, format, copy, copy, make_cover(copy, blocks), drawing);
-      torch::stable::copy_(x, copy);
-      return;
-    }
-    cover_and_run(op, format, x, x, cover, drawing);
+  void in_place() {
+    Tensor& on = dense ? x : copied;
+    run(on, on);
+    if (!dense) torch::stable::copy_(x, copied);
   }
 
+ private:
+  Tensor x;
+  Format format;
+  Drawing drawing;
+  Cover cover;
+  bool dense;
+  Tensor copied;  // of x, where x is not dense
+
+  void run(const Tensor& from, Tensor& to) const {
+    if (!cover.layouts.empty()) Device::run(format, cover, from, to, drawing);
+  }
+
+  static Drawing checked_drawing(const Tensor& x, int64_t rounding, int64_t bits, const Key& key, int64_t stream) {
+    check_input(Op::name, x);
+    return swalp_fx::drawing(Op::name, x, rounding, bits, key, stream);
+  }
 };
 
 // The three forms of an op: fresh, in place, and in place for a list of tensors with a stream each.
 template <class Device, class Op, class... Numbers>
 struct Elementwise {
+  using OneCall = Call<Device, Op, decltype(Op::format(std::declval<Numbers>()...))>;
+
+  static OneCall call(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, const Key& key, int64_t stream) {
+    return {std::move(x), Op::format(numbers...), {}, 0, 0, rounding, bits, key, stream};
+  }
   static Tensor fresh(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    return Ops<Device>::fresh(Op::name, Op::format(numbers...), x, blocks_of(Op::name, x, {}, 0, 0),
-                              drawing(Op::name, x, rounding, bits, key, stream));
+    return call(x, numbers..., rounding, bits, key, stream).fresh();
   }
   static void in_place(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    Ops<Device>::in_place(Op::name, Op::format(numbers...), x, blocks_of(Op::name, x, {}, 0, 0),
-                          drawing(Op::name, x, rounding, bits, key, stream));
+    call(x, numbers..., rounding, bits, key, stream).in_place();
   }
   static void foreach(std::vector<Tensor> xs, Numbers... numbers, int64_t rounding, int64_t bits, Key key,
                       std::vector<int64_t> streams) {
     check_streams(Op::name, xs, streams);
-    for (size_t i = 0; i < xs.size(); ++i) in_place(xs[i], numbers..., rounding, bits, key, streams[i]);
+    std::vector<OneCall> calls;
+    for (size_t i = 0; i < xs.size(); ++i) calls.push_back(call(xs[i], numbers..., rounding, bits, key, streams[i]));
+    for (OneCall& one : calls) one.in_place();
   }
 };
 
 template <class Device, class Op, class... Numbers>
 struct Blockwise {
+  using OneCall = Call<Device, Op, decltype(Op::format(std::declval<Numbers>()...))>;
+
+  static OneCall call(Tensor x, Numbers... numbers, const Dims& dims, int64_t axis, int64_t size, int64_t rounding,
+                      int64_t bits, const Key& key, int64_t stream) {
+    return {std::move(x), Op::format(numbers...), dims, axis, size, rounding, bits, key, stream};
+  }
   static Tensor fresh(Tensor x, Numbers... numbers, Dims dims, int64_t axis, int64_t size, int64_t rounding,
                       int64_t bits, Key key, int64_t stream) {
-    return Ops<Device>::fresh(Op::name, Op::format(numbers...), x, blocks_of(Op::name, x, dims, axis, size),
-                              drawing(Op::name, x, rounding, bits, key, stream));
+    return call(x, numbers..., dims, axis, size, rounding, bits, key, stream).fresh();
   }
   static void in_place(Tensor x, Numbers... numbers, Dims dims, int64_t axis, int64_t size, int64_t rounding,
                        int64_t bits, Key key, int64_t stream) {
-    Ops<Device>::in_place(Op::name, Op::format(numbers...), x, blocks_of(Op::name, x, dims, axis, size),
-                          drawing(Op::name, x, rounding, bits, key, stream));
+    call(x, numbers..., dims, axis, size, rounding, bits, key, stream).in_place();
   }
   static void foreach(std::vector<Tensor> xs, Numbers... numbers, Dims dims, int64_t axis, int64_t size,
                       int64_t rounding, int64_t bits, Key key, std::vector<int64_t> streams) {
     check_streams(Op::name, xs, streams);
+    std::vector<OneCall> calls;
     for (size_t i = 0; i < xs.size(); ++i) {
-      in_place(xs[i], numbers..., dims, axis, size, rounding, bits, key, streams[i]);
+      calls.push_back(call(xs[i], numbers..., dims, axis, size, rounding, bits, key, streams[i]));
     }
+    for (OneCall& one : calls) one.in_place();
   }
 };
 

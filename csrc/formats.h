@@ -128,6 +128,9 @@ struct Quantizer {
   }
 };
 
+// Each format tells what its blocks share, and a number of bits below whose power of two its elements lie when they
+// are rounded; with_quantizer calls f with a Quantizer.
+
 // What a block shares. `maximum` holds the bits of its largest finite magnitude: an exponent is read
 // off them, because a float32 log2 gives 3 for 2^3 (1 - 2^-24). A block with nothing finite but
 // zeros takes the largest scale, under which zeros stay zero and infinities saturate.
@@ -137,6 +140,7 @@ struct FixedPoint {
   static constexpr auto shared = Shared::Nothing;
   int wl, fl;
   bool symmetric;
+  int magnitude_bits() const { return wl; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits, T, F&& f) const {
@@ -149,6 +153,7 @@ struct BlockFloat {
   int wl;
   bool symmetric;
   int exponent_bits;
+  int magnitude_bits() const { return wl; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T, F&& f) const {
@@ -167,6 +172,7 @@ struct BlockFloat {
 struct Float {
   static constexpr auto shared = Shared::Nothing;
   int exp, man, top;
+  int magnitude_bits() const { return man + 1; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits, T, F&& f) const {
@@ -184,6 +190,7 @@ struct Float {
 struct Microscaling {
   static constexpr auto shared = Shared::Block;
   int exp, man, top, largest_exponent;
+  int magnitude_bits() const { return man + 2; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T, F&& f) const {
@@ -210,6 +217,7 @@ SWALP_HD T real_scale(float scale, T element_max) {
 struct ScaledInteger {
   static constexpr auto shared = Shared::Block;
   int wl;
+  int magnitude_bits() const { return wl; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T, F&& f) const {
@@ -222,6 +230,7 @@ struct ScaledInteger {
 // NVIDIA's NVFP4: E2M1 on an E4M3 scale a block, on one float32 scale a tensor.
 struct Nvfp4 {
   static constexpr auto shared = Shared::BlockAndTensor;
+  int magnitude_bits() const { return 2; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T tensor_maximum, F&& f) const {

@@ -37,6 +37,18 @@ struct RoundStochastic {
   }
 };
 
+// The same where |y| < 2^(24 - bits), in fewer steps: then |y| in units of the lowest random bit fits in 24 bits.
+struct RoundStochasticNarrow {
+  static constexpr bool draws = true;
+  float resolution;
+  template <class T>
+  SWALP_HD T operator()(T y, T, uint32_t draw) const {
+    // Beyond 2^24 the sum may be off by one, which no longer reaches the next multiple of the resolution.
+    const T sum = std::rint(std::fabs(y) * T(resolution)) + static_cast<T>(static_cast<int32_t>(draw));
+    return std::copysign(std::trunc(sum * (T(1) / T(resolution))), y);
+  }
+};
+
 // The rest, chosen at run time: they are compared with, not trained with.
 struct RoundOther {
   static constexpr bool draws = false;

@@ -3,7 +3,18 @@
 from .capture import ConvertError
 from .check import Check, check
 from .convert import Converted, convert
-from .formats import FLOAT, BlockFloat, FixedPoint, Float, Format, FormatError, parse
+from .formats import (
+    FLOAT,
+    BlockFloat,
+    FixedPoint,
+    Float,
+    Format,
+    FormatError,
+    Microscaling,
+    Nvfp4,
+    ScaledInteger,
+    parse,
+)
 from .nodes import call_layer, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
@@ -22,9 +33,12 @@ __all__ = [
     "Float",
     "Format",
     "FormatError",
+    "Microscaling",
+    "Nvfp4",
     "Recipe",
     "RecipeError",
     "RewrittenModule",
+    "ScaledInteger",
     "call_layer",
     "check",
     "convert",

@@ -6,11 +6,25 @@ A format says which numbers exist; it never says how to round to them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["FLOAT", "BlockFloat", "FixedPoint", "Float", "Format", "FormatError", "Identity", "parse"]
+__all__ = [
+    "FLOAT",
+    "BlockFloat",
+    "FixedPoint",
+    "Float",
+    "Format",
+    "FormatError",
+    "Identity",
+    "Microscaling",
+    "Nvfp4",
+    "ScaledInteger",
+    "parse",
+]
 
 # A float32 significand has 24 bits: an integer grid of up to 24 bits is held exactly.
 MAX_WORD_LENGTH = 24
@@ -37,7 +51,7 @@ class Format:
 
     @property
     def bits(self) -> float:
-        """Stored bits per element, without what a block shares."""
+        """Stored bits per element, with its part of a tile's scale; what a tensor or a slice shares is left out."""
         raise NotImplementedError
 
 
@@ -82,44 +96,99 @@ class FixedPoint(Format):
         return self.wl
 
 
-@dataclass(frozen=True)
-class BlockFloat(Format):
-    """``wl``-bit integers times a power of two that a block shares. Spec ``bfp8``, ``bfp8[0]``.
+def _check_blocks(name: str, dims: tuple[int, ...] | None, tile: tuple[int, int] | None) -> None:
+    _require(dims is None or tile is None, f"{name}: dims {dims!r} and tile {tile!r} exclude each other; use one")
+    if dims is not None:
+        _require(
+            bool(dims) and all(isinstance(d, int) for d in dims) and len(set(dims)) == len(dims),
+            f"{name}: dims {dims!r} must be distinct integers; leave them out for one block a tensor",
+        )
+    if tile is not None:
+        _require(
+            len(tile) == 2 and all(isinstance(n, int) for n in tile) and tile[1] >= 1,
+            f"{name}: tile {tile!r} must be an axis and a size of 1 or more",
+        )
 
-    A block is the whole tensor, or one slice for each index of ``dims``. Its exponent is
-    E = floor(log2 max|x|), clamped to ``exponent_bits`` bits of two's complement, and its
-    step is 2^(E - (wl - 2)) (SWALP, section 5, "Block Floating Point"). A tensor of one
-    dimension or none is one block, whatever ``dims`` says.
+
+@dataclass(frozen=True)
+class _Blocked(Format):
+    """Which elements share a scale: one slice for each index of ``dims`` (spec ``[0,1]``), runs of ``tile[1]``
+    elements along the axis ``tile[0]``, of which the last may be short (spec ``[-1:32]``), or the whole tensor.
+
+    A tensor of one dimension or none has no slices: it is one block, whatever ``dims`` says.
+    """
+
+    dims: tuple[int, ...] | None = field(default=None, kw_only=True)
+    tile: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("dims", "tile"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        _check_blocks(type(self).__name__, self.dims, self.tile)
+
+    @property
+    def _blocks(self) -> str:
+        if self.tile is not None:
+            return f"[{self.tile[0]}:{self.tile[1]}]"
+        return "" if self.dims is None else f"[{','.join(map(str, self.dims))}]"
+
+    def _with_scale(self, element: float, scale: float) -> float:
+        return element + (scale / self.tile[1] if self.tile else 0)
+
+
+@dataclass(frozen=True)
+class BlockFloat(_Blocked):
+    """``wl``-bit integers times a power of two that a block shares. Spec ``bfp8``, ``bfp8[0]``, ``bfp8[-1:16]``.
+
+    A block's exponent is E = floor(log2 max|x|), clamped to ``exponent_bits`` bits of two's complement, and its
+    step is 2^(E - (wl - 2)) (SWALP, section 5, "Block Floating Point").
     """
 
     wl: int  # word length in bits, sign included
-    dims: tuple[int, ...] | None = None  # None: the whole tensor is one block
-    symmetric: bool = True  # sign and magnitude; False: two's complement (spec ``+twos``)
-    exponent_bits: int = 8  # of the shared exponent (spec ``+exp5``)
+    symmetric: bool = field(default=True, kw_only=True)  # sign and magnitude; False: two's complement (``+twos``)
+    exponent_bits: int = field(default=8, kw_only=True)  # of the shared exponent (spec ``+exp5``)
 
     def __post_init__(self) -> None:
         _check_word_length("block floating point", self.wl)
-        if self.dims is not None:
-            dims = tuple(self.dims)
-            object.__setattr__(self, "dims", dims)
-            _require(
-                bool(dims) and all(isinstance(d, int) for d in dims) and len(set(dims)) == len(dims),
-                f"block floating point: dims {dims!r} must be distinct integers; leave them out for one block a tensor",
-            )
+        super().__post_init__()
         _require(
             isinstance(self.exponent_bits, int) and 2 <= self.exponent_bits <= 8,
             f"block floating point: {self.exponent_bits!r} exponent bits are out of range; use 2 to 8",
         )
 
     def __str__(self) -> str:
-        dims = "" if self.dims is None else f"[{','.join(map(str, self.dims))}]"
         twos = "" if self.symmetric else "+twos"
         exponent = "" if self.exponent_bits == 8 else f"+exp{self.exponent_bits}"
-        return f"bfp{self.wl}{dims}{twos}{exponent}"
+        return f"bfp{self.wl}{self._blocks}{twos}{exponent}"
 
     @property
     def bits(self) -> float:
-        return self.wl
+        return self._with_scale(self.wl, self.exponent_bits)
+
+
+@dataclass(frozen=True)
+class ScaledInteger(_Blocked):
+    """Symmetric ``wl``-bit integers times a float32 scale, max|x| / (2^(wl-1) - 1). Spec ``int8``, ``int8[0]``.
+
+    The scale is computed in float32 (float64 for float64), and so are the quotient that is rounded and the product.
+    """
+
+    wl: int  # word length in bits, sign included
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.wl, int) and 2 <= self.wl <= 16,
+            f"scaled integer: word length {self.wl!r} is out of range; use 2 to 16 bits",
+        )
+        super().__post_init__()
+
+    def __str__(self) -> str:
+        return f"int{self.wl}{self._blocks}"
+
+    @property
+    def bits(self) -> float:
+        return self._with_scale(self.wl, 32)
 
 
 # What the highest exponent holds: IEEE 754 keeps it for infinities and NaNs; OCP's E4M3 gives
@@ -179,16 +248,109 @@ class Float(Format):
         return 1 - self.bias
 
     @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest finite value."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def min_normal(self) -> float:
+        return 2.0**self.min_exponent
+
+    @property
+    def min_subnormal(self) -> float:
+        """The smallest positive value."""
+        return 2.0 ** (self.min_exponent - self.man)
+
+    @property
+    def _largest(self) -> int:
+        """The code of ``max``: exponent field, then mantissa field."""
+        binade = 2**self.man
+        return 2**self.exp * binade - {"ieee": binade, "nan": 1, "finite": 0}[self.top] - 1
+
+    @property
+    def codes(self) -> int:
+        """How many codes stand for finite numbers, -0 and 0 being two."""
+        return 2 * (self._largest + 1)
+
+    @property
     def max(self) -> float:
         """The largest finite value."""
-        codes = 2**self.man  # in one binade
-        last = 2**self.exp * codes - {"ieee": codes, "nan": 1, "finite": 0}[self.top] - 1
-        exponent, mantissa = divmod(last, codes)
-        return (1 + mantissa / codes) * 2.0 ** (exponent - self.bias)
+        exponent, mantissa = divmod(self._largest, 2**self.man)
+        return (1 + mantissa / 2**self.man) * 2.0 ** (exponent - self.bias)
 
 
-# One row a family: the pattern of its specs, and the format a match stands for.
+# OCP Microscaling Formats (MX) Specification v1.0, section 5: spec -> element.
+MX_ELEMENTS: dict[str, Format] = {
+    "mxfp8": Float(4, 3),
+    "mxfp8_e5m2": Float(5, 2),
+    "mxfp6_e3m2": Float(3, 2),
+    "mxfp6_e2m3": Float(2, 3),
+    "mxfp4": Float(2, 1),
+    "mxint8": FixedPoint(8, 6, symmetric=True),
+}
+
+
+@dataclass(frozen=True)
+class Microscaling(_Blocked):
+    """OCP's MX formats: small elements on an E8M0 scale for each 32 along the last axis. Spec ``mxfp8``, ``mxfp4``.
+
+    The scale is 2^(floor(log2 max|x|) - max exponent of the element), within 2^-127 to 2^127; elements saturate
+    (specification v1.0, section 6.3).
+    """
+
+    element: Format
+    tile: tuple[int, int] | None = field(default=(-1, 32), kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.element in MX_ELEMENTS.values(),
+            f"microscaling: element {self.element} is none of OCP's; use one of {', '.join(map(str, MX_ELEMENTS))}",
+        )
+        super().__post_init__()
+
+    def __str__(self) -> str:
+        name = next(name for name, element in MX_ELEMENTS.items() if element == self.element)
+        return name + ("" if self.tile == (-1, 32) else self._blocks)
+
+    @property
+    def max_exponent(self) -> int:
+        """Of the element: what separates the block's exponent from its scale's."""
+        return self.element.max_exponent if isinstance(self.element, Float) else 0
+
+    @property
+    def bits(self) -> float:
+        return self._with_scale(self.element.bits, 8)
+
+
+@dataclass(frozen=True)
+class Nvfp4(_Blocked):
+    """NVIDIA's NVFP4: E2M1 on an E4M3 scale for each 16, on one float32 scale for the tensor. Spec ``nvfp4``.
+
+    The tensor's scale is max|x| / (6 * 448), a block's is its max|x| / 6 over that, rounded to nearest E4M3 and
+    kept at 2^-9 or more; both as in ScaledInteger.
+    """
+
+    tile: tuple[int, int] | None = field(default=(-1, 16), kw_only=True)
+
+    def __str__(self) -> str:
+        return "nvfp4" + ("" if self.tile == (-1, 16) else self._blocks)
+
+    @property
+    def bits(self) -> float:
+        return self._with_scale(4, 8)
+
+
+# One row a family: its specs, their pattern, and the format a match stands for.
 _INT = r"(-?\d+)"
+_BLOCKS = r"(?:\[(?P<dims>-?\d+(?:,-?\d+)*)\]|\[(?P<axis>-?\d+):(?P<size>-?\d+)\])?"
+
+
+def _blocks(m: re.Match[str]) -> dict[str, Any]:
+    if m["dims"]:
+        return {"dims": tuple(map(int, m["dims"].split(",")))}
+    return {"tile": (int(m["axis"]), int(m["size"]))} if m["axis"] else {}
+
+
 _FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
     ("float", r"float", lambda m: FLOAT),
     (
@@ -197,14 +359,9 @@ _FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
         lambda m: FixedPoint(int(m[1]), int(m[2]), symmetric=bool(m[3])),
     ),
     (
-        "bfp<wl>[<dim>,...][+twos][+exp<bits>]",
-        rf"bfp{_INT}(?:\[({_INT}(?:,{_INT})*)\])?(\+twos)?(?:\+exp{_INT})?",
-        lambda m: BlockFloat(
-            int(m[1]),
-            dims=tuple(map(int, m[2].split(","))) if m[2] else None,
-            symmetric=not m[5],
-            exponent_bits=int(m[6]) if m[6] else 8,
-        ),
+        "bfp<wl>[<dim>,... or <axis>:<size>][+twos][+exp<bits>]",
+        rf"bfp(?P<wl>-?\d+){_BLOCKS}(?P<twos>\+twos)?(?:\+exp(?P<exp>-?\d+))?",
+        lambda m: BlockFloat(int(m["wl"]), symmetric=not m["twos"], exponent_bits=int(m["exp"] or 8), **_blocks(m)),
     ),
     (
         "e<exp>m<man>[+ieee|+nan|+finite]",
@@ -213,7 +370,23 @@ _FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
     ),
     ("bf16", r"bf16", lambda m: Float(8, 7)),
     ("fp16", r"fp16", lambda m: Float(5, 10)),
+    (
+        "int<wl>[<dim>,... or <axis>:<size>]",
+        rf"int(?P<wl>-?\d+){_BLOCKS}",
+        lambda m: ScaledInteger(int(m["wl"]), **_blocks(m)),
+    ),
+    (
+        "|".join(MX_ELEMENTS) + "[<axis>:<size>]",
+        rf"(?P<name>{'|'.join(sorted(MX_ELEMENTS, key=len, reverse=True))}){_BLOCKS}",
+        lambda m: Microscaling(MX_ELEMENTS[m["name"]], **_tile_unless(m)),
+    ),
+    ("nvfp4[<axis>:<size>]", rf"nvfp4{_BLOCKS}", lambda m: Nvfp4(**_tile_unless(m))),
 )
+
+
+def _tile_unless(m: re.Match[str]) -> dict[str, Any]:
+    """Blocks of a format that has a tile by default, which dims replace."""
+    return {"tile": None, **_blocks(m)} if m["dims"] else _blocks(m)
 
 
 def parse(spec: str | Format) -> Format:

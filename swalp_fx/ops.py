@@ -8,7 +8,6 @@ is the identity (the straight-through estimator).
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,8 +16,19 @@ import torch
 from torch import Tensor
 
 from . import random
-from .formats import TOPS, BlockFloat, FixedPoint, Float, Format, Identity, parse
-from .recipe import ROUNDINGS, RecipeError
+from .formats import (
+    TOPS,
+    BlockFloat,
+    FixedPoint,
+    Float,
+    Format,
+    Identity,
+    Microscaling,
+    Nvfp4,
+    ScaledInteger,
+    parse,
+)
+from .recipe import ROUNDINGS, parse_rounding
 
 
 def _load(module: str) -> None:
@@ -36,15 +46,23 @@ if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda
 
 __all__ = ["quantize", "quantize_"]
 
-RANDOM_BITS = 16  # of a stochastic rounding that does not say: half a word, at most 2^-17 of a step from unbiased
-MAX_RANDOM_BITS = 24
-
 # Format -> (op, its numbers). The diff that adds a format adds a row.
 _OPS: dict[type[Format], tuple[str, Callable[[Any], tuple]]] = {
     FixedPoint: ("quantize_fixed", lambda f: (f.wl, f.fl, f.symmetric)),
-    BlockFloat: ("quantize_block", lambda f: (f.wl, f.symmetric, f.exponent_bits, list(f.dims or ()), 0, 0)),
-    Float: ("quantize_float", lambda f: (f.exp, f.man, TOPS.index(f.top))),
+    BlockFloat: ("quantize_block", lambda f: (f.wl, f.symmetric, f.exponent_bits, *_blocks(f))),
+    Float: ("quantize_float", lambda f: _element(f)),
+    Microscaling: ("quantize_microscaling", lambda f: (*_element(f.element), f.max_exponent, *_blocks(f))),
+    ScaledInteger: ("quantize_integer", lambda f: (f.wl, *_blocks(f))),
+    Nvfp4: ("quantize_nvfp4", lambda f: _blocks(f)),
 }
+
+
+def _element(f: Float | FixedPoint) -> tuple[int, int, int]:
+    return (f.exp, f.man, TOPS.index(f.top)) if isinstance(f, Float) else (0, f.fl, 0)
+
+
+def _blocks(f: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> tuple[list[int], int, int]:
+    return (list(f.dims or ()), *(f.tile or (0, 0)))
 
 
 def _register(name: str) -> None:
@@ -69,14 +87,7 @@ for _name, _ in _OPS.values():
 @cache
 def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
     """(op, in-place op, its numbers, rounding code, random bits); op is None for ``float``."""
-    match = re.fullmatch(r"stochastic(\d+)", rounding)
-    bits = int(match[1]) if match else RANDOM_BITS
-    name = "stochastic" if match else rounding
-    if name not in ROUNDINGS or not 1 <= bits <= MAX_RANDOM_BITS:
-        raise RecipeError(
-            f"unknown rounding {rounding!r}; use one of {', '.join(ROUNDINGS)}, or stochastic1 to "
-            f"stochastic{MAX_RANDOM_BITS} for other than {RANDOM_BITS} random bits"
-        )
+    name, bits = parse_rounding(rounding)
     format = parse(spec)
     if isinstance(format, Identity):
         return None, None, (), 0, bits
@@ -154,6 +165,9 @@ def quantize_(
     """``quantize`` in place; returns ``x``. Not differentiable: call it under ``torch.no_grad()``."""
     _, op, numbers, code, bits = _find(format, rounding)
     key = _draws(x, code, key, generator)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("quantize_ has no gradient, and x requires one; call it under torch.no_grad()")
     if op is not None:
         op(x, *numbers, code, bits, key, stream)
+        torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x

@@ -149,18 +149,32 @@ struct Cpu {
   static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     const S* from = static_cast<const S*>(x.const_data_ptr());
     S* to = static_cast<S*>(y.mutable_data_ptr());
-    with_rounding(drawing.rounding, drawing.random.bits, [&](const auto& round) {
-      switch (kIsa) {
-#ifdef SWALP_X86
-        case Isa::Avx512:
-          return avx512::quantize(format, cover, from, to, round, drawing.random);
-        case Isa::Avx2:
-          return avx2::quantize(format, cover, from, to, round, drawing.random);
-#endif
-        default:
-          return portable::quantize(format, cover, from, to, round, drawing.random);
+    const auto run_with = [&](const auto& round) {
+      // What training does not use is not worth compiling three times.
+      if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
+        return portable::quantize(format, cover, from, to, round, drawing.random);
+      } else {
+        run_on(kIsa, format, cover, from, to, round, drawing.random);
       }
-    });
+    };
+    if (drawing.rounding == Rounding::Stochastic && drawing.random.bits + format.magnitude_bits() <= 24) {
+      return run_with(RoundStochasticNarrow{static_cast<float>(1 << drawing.random.bits)});
+    }
+    with_rounding(drawing.rounding, drawing.random.bits, run_with);
+  }
+
+  template <class... Arguments>
+  static void run_on(Isa isa, const Arguments&... arguments) {
+    switch (isa) {
+#ifdef SWALP_X86
+      case Isa::Avx512:
+        return avx512::quantize(arguments...);
+      case Isa::Avx2:
+        return avx2::quantize(arguments...);
+#endif
+      default:
+        return portable::quantize(arguments...);
+    }
   }
 };
 

@@ -54,6 +54,12 @@ struct Launch {
   }
   static Bits* data(const Tensor& t) { return static_cast<Bits*>(t.mutable_data_ptr()); }
 
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), unsigned blocks, const Arguments&... arguments) const {
+    const cudaLaunchConfig_t config{dim3(blocks), dim3(kThreads), 0, stream};
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+
   void cover(const Cover& cover) const {
     if constexpr (kFast) {
       const Layout& layout = cover.layouts.front();
@@ -77,8 +83,7 @@ struct Launch {
     } else {
       if (cover.blocks == 1) {
         const Tensor maximum = zeros(1);
-        maximum_of_all<<<grid(layout.numel / kVector), kThreads, 0, stream>>>(x, layout.numel, data(maximum));
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(maximum_of_all<S>, grid(layout.numel / kVector), x, layout.numel, data(maximum));
         quads(layout, 0, data(maximum));
         return true;
       }
@@ -90,9 +95,8 @@ struct Launch {
       }
       if (size < kSmallestRow || size % kVector != 0) return false;
       const int64_t count = layout.dims[0].size;
-      quantize_rows<<<static_cast<unsigned>(std::min(count, kMostBlocks)), kThreads, 0, stream>>>(
-          format, round, x, y, count, size, random, key);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(quantize_rows<S, Format, Round>, static_cast<unsigned>(std::min(count, kMostBlocks)), format, round, x, y,
+             count, size, random, key);
       return true;
     }
   }
@@ -100,9 +104,8 @@ struct Launch {
   void quads(const Layout& layout, int64_t tile, const Bits* shared) const {
     const int64_t numel = layout.numel / random.block() * random.block();
     if (numel > 0) {
-      quantize_quads<<<grid(numel / random.block() * kQuad), kThreads, 0, stream>>>(
-          format, round, x, y, numel, static_cast<int>(tile), shared, random, key);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(quantize_quads<S, Format, Round>, grid(numel / random.block() * kQuad), format, round, x, y, numel,
+             static_cast<int>(tile), shared, random, key);
     }
     if (numel == layout.numel) return;
     // What is left over is less than a block of random bits.
@@ -129,20 +132,17 @@ struct Launch {
       maxima = zeros(cover.blocks);
       known = data(*maxima);
       for (const Layout& layout : cover.layouts) {
-        block_maxima<<<grid(layout.numel), kThreads, 0, stream>>>(layout, x, data(*maxima));
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(block_maxima<S>, grid(layout.numel), layout, x, data(*maxima));
       }
     }
     if (Format::shared == Shared::BlockAndTensor) {
       most = zeros(1);
       of_tensor = data(*most);
-      maximum_of_maxima<<<grid(cover.blocks), kThreads, 0, stream>>>(known, cover.blocks, data(*most));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(maximum_of_maxima<Bits>, grid(cover.blocks), known, cover.blocks, data(*most));
     }
     for (const Layout& layout : cover.layouts) {
-      quantize_elements<<<grid(layout.numel), kThreads, 0, stream>>>(format, round, layout, x, y, known, of_tensor,
-                                                                     random, key);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(quantize_elements<S, Format, Round>, grid(layout.numel), format, round, layout, x, y, known, of_tensor,
+             random, key);
     }
   }
 };

@@ -1,0 +1,400 @@
+"""The compiled op against the oracle at zero tolerance, on every layout, and as torch sees it."""
+
+import itertools
+
+import pytest
+import torch
+from tables import (
+    ALL_ROUNDINGS,
+    DTYPES,
+    FORMATS,
+    KEY,
+    STREAM,
+    assert_same_bits,
+    draws,
+    every_half,
+    hard_values,
+)
+
+from swalp_fx import FLOAT, FormatError, RecipeError, parse, quantize, quantize_, reference
+
+# One format for each op, and each way blocks can lie.
+ONE_OF_EACH = ["fixed8.6", "bfp8", "bfp8[0]", "bfp8[1]", "bfp8[-1]", "bfp8[0,1]", "bfp8[0,-1]", "e4m3"]
+
+
+def assert_follows_oracle(x, spec, rounding):
+    result = quantize(x, spec, rounding, key=KEY, stream=STREAM)
+    assert_same_bits(result, reference.quantize(x, spec, rounding, draws=draws(rounding, x.numel())), x)
+
+
+# ---- the oracle ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("spec", FORMATS)
+def test_a_million_float32_values(spec, rounding):
+    for x in hard_values(spec, torch.float32):
+        assert_follows_oracle(x, spec, rounding)
+
+
+@pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
+@pytest.mark.parametrize("spec", FORMATS)
+def test_every_bfloat16_pattern(spec, rounding):
+    assert_follows_oracle(every_half(torch.bfloat16), spec, rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", FORMATS)
+def test_every_dtype_and_rounding(spec, dtype):
+    for x, rounding in itertools.product(hard_values(spec, dtype, side=64), ALL_ROUNDINGS):
+        assert_follows_oracle(x, spec, rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", FORMATS)
+def test_sweep(spec, dtype):
+    """A million values of every dtype, and all 65,536 of float16 and bfloat16, under every rounding."""
+    halves = [every_half(dtype)] if dtype.itemsize == 2 else []
+    for x, rounding in itertools.product([*hard_values(spec, dtype, seed=1), *halves], ALL_ROUNDINGS):
+        assert_follows_oracle(x, spec, rounding)
+
+
+@pytest.mark.parametrize("spec", ["bfp8", "bfp8[0]", "bfp8[1]", "bfp8[0,1]"])
+def test_blocks_of_every_size(spec):
+    """From one element to more than a thread's piece, with NaN, infinities and zero blocks among them."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in [
+        (1, 1),
+        (3, 1),
+        (1, 5),
+        (2, 63),
+        (5, 65),
+        (3, 4, 7),
+        (2, 3, 5, 7),
+        (2, 50_000),
+        (70_000, 2),
+        (1, 140_000),
+    ]:
+        scale = torch.exp2(torch.randint(-140, 120, (shape[0], *[1] * (len(shape) - 1)), generator=generator).float())
+        x = torch.randn(shape, generator=generator) * scale
+        x.view(-1)[::17] = torch.inf
+        x.view(-1)[::23] = torch.nan
+        x[-1] = 0.0
+        assert_follows_oracle(x, spec, "nearest")
+        assert_follows_oracle(x, spec, "stochastic")
+
+
+@pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1])
+@pytest.mark.parametrize("stream", [0, 1, 2**32, 2**63 - 1])
+def test_every_key_and_stream(key, stream):
+    x = torch.rand(300) * 2 - 1
+    due = reference.quantize(x, "fixed8.4", "stochastic", key=key, stream=stream)
+    assert_same_bits(quantize(x, "fixed8.4", "stochastic", key=key, stream=stream), due)
+    signed = (key + 2**63) % 2**64 - 2**63
+    for shape in ((), (1,), (1, 1)):
+        as_tensor = torch.tensor(signed).reshape(shape)
+        assert_same_bits(quantize(x, "fixed8.4", "stochastic", key=as_tensor, stream=stream), due)
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+
+def layouts():
+    """Name, and a tensor of [4, 6, 10, 14] values laid out in its own way (a few differ in shape)."""
+    x = torch.randn(4, 6, 10, 14, generator=torch.Generator().manual_seed(0))
+    yield "contiguous", x
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "transposed", x.transpose(0, 1).contiguous().transpose(0, 1)
+    yield "reversed", x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    yield "rotated", x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    yield "expanded", x[:, :1].expand(4, 6, 10, 14)
+    yield "sliced", torch.nn.functional.pad(x, (2, 3, 1, 1))[:, :, 1:-1, 2:-3]
+    yield "strided", torch.randn(4, 6, 10, 28, generator=torch.Generator().manual_seed(1))[..., ::2]
+    yield "offset", torch.randn(3361, generator=torch.Generator().manual_seed(2))[1:].view(4, 6, 10, 14)
+    yield "ones among the sizes", x.reshape(24, 1, 140, 1).transpose(1, 3)
+    yield "empty", x[:, :0]
+    yield "two dimensions", x.reshape(24, 140).t()
+
+
+LAYOUTS = dict(layouts())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "up"])
+@pytest.mark.parametrize("spec", ONE_OF_EACH)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, spec, rounding):
+    x = LAYOUTS[layout]
+    drawing = {"key": KEY, "stream": STREAM}
+    due = quantize(x.contiguous(), spec, rounding, **drawing)
+    assert_same_bits(due, reference.quantize(x, spec, rounding, **drawing))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        typed = x.to(dtype)
+        assert_same_bits(
+            quantize(typed, spec, rounding, **drawing), quantize(typed.contiguous(), spec, rounding, **drawing)
+        )
+    assert_same_bits(quantize(x, spec, rounding, **drawing), due)
+    if layout != "expanded":  # in place, an expanded tensor writes one element many times
+        in_place = torch.empty_strided(x.shape, x.stride()).copy_(x)
+        assert quantize_(in_place, spec, rounding, **drawing) is in_place
+        assert_same_bits(in_place, due)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "reversed", "rotated", "offset"])
+def test_dense_layouts_are_kept(layout):
+    x = LAYOUTS[layout]
+    for spec in ONE_OF_EACH:
+        assert quantize(x, spec).stride() == x.stride()
+
+
+def test_in_place_on_a_slice_leaves_the_rest():
+    whole = torch.full((8, 8), 0.3)
+    quantize_(whole[::2, 1:3], "fixed8.2")
+    due = torch.full((8, 8), 0.3)
+    due[::2, 1:3] = 0.25
+    assert_same_bits(whole, due)
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_no_dimension(spec):
+    for value in (0.3, -1e-40, 0.0, -0.0, torch.inf, torch.nan):
+        for rounding in ALL_ROUNDINGS:
+            assert_follows_oracle(torch.tensor(value), spec, rounding)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)])
+@pytest.mark.parametrize("spec", ["fixed8.6", "bfp8", "bfp8[0]", "bfp8[1]", "e4m3"])
+def test_nothing_to_do(spec, shape):
+    assert quantize(torch.empty(shape), spec).shape == shape
+    assert quantize_(torch.empty(shape), spec, "stochastic", key=3).shape == shape
+
+
+def test_the_result_is_fresh():
+    x = torch.tensor([[0.5, 1.0]])
+    for spec in ("float", *FORMATS):
+        result = quantize(x, spec)
+        assert result.data_ptr() != x.data_ptr() and not result._is_view()
+        result.zero_()
+    assert x.tolist() == [[0.5, 1.0]]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("spec", ONE_OF_EACH)
+def test_the_number_of_threads_is_no_matter(spec, rounding):
+    before = torch.get_num_threads()
+    x = torch.randn(6, 7, 120, 130, generator=torch.Generator().manual_seed(0))
+    tensors = [x, x.contiguous(memory_format=torch.channels_last), x.reshape(42, -1)]
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append([quantize(t, spec, rounding, key=KEY) for t in tensors])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert_same_bits(one, two)
+
+
+# ---- what the op is to torch ---------------------------------------------------------------------
+
+SPACE = torch.ops.swalp_fx
+OPS = [
+    (SPACE.quantize_fixed.default, SPACE.quantize_fixed_.default, (8, 6, False)),
+    (SPACE.quantize_block.default, SPACE.quantize_block_.default, (8, True, 8, [0], 0, 0)),
+    (SPACE.quantize_float.default, SPACE.quantize_float_.default, (4, 3, 1)),
+]
+OP_NAMES = ["fixed", "block", "float"]
+
+
+@pytest.mark.parametrize("rounding", [0, 1], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("op, op_, numbers", OPS, ids=OP_NAMES)
+def test_opcheck(op, op_, numbers, rounding):
+    key = torch.tensor(5) if rounding == 1 else None
+    for x in (
+        torch.randn(3, 4),
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.randn(()),
+    ):
+        torch.library.opcheck(op, (x.requires_grad_(), *numbers, rounding, 16, key, 2))
+        torch.library.opcheck(op_, (x.detach().clone(), *numbers, rounding, 16, key, 2))
+
+
+@pytest.mark.parametrize("rounding", [0, 1], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("op, op_, numbers", OPS, ids=OP_NAMES)
+def test_a_list_of_tensors_is_as_many_calls(op, op_, numbers, rounding):
+    """Each tensor with its own stream, whatever its size, dtype and layout."""
+    tensors = [torch.randn(30, 40), torch.randn(7, 5).t(), torch.randn(64, dtype=torch.float64), torch.randn(0, 3)]
+    streams, key = [4, 0, 2**40, 1], torch.tensor(5)
+    due = [op(x, *numbers, rounding, 16, key, stream) for x, stream in zip(tensors, streams, strict=True)]
+    foreach = getattr(SPACE, f"{op_.name().removeprefix('swalp_fx::')}foreach_")
+    foreach(tensors, *numbers, rounding, 16, key, streams)
+    for result, expected in zip(tensors, due, strict=True):
+        assert_same_bits(result, expected)
+    with pytest.raises(RuntimeError, match="4 tensors but 3 streams; give each tensor one"):
+        foreach(tensors, *numbers, rounding, 16, key, streams[:3])
+
+
+@pytest.mark.parametrize("op, op_, numbers", OPS, ids=OP_NAMES)
+def test_a_list_with_a_tensor_that_is_refused_is_left_as_it_was(op, op_, numbers):
+    foreach = getattr(SPACE, f"{op_.name().removeprefix('swalp_fx::')}foreach_")
+    tensors = [torch.full((3, 3), 0.123456), torch.ones(3, 3, dtype=torch.int64)]
+    with pytest.raises(RuntimeError, match="x must be float32, float64, float16 or bfloat16"):
+        foreach(tensors, *numbers, 0, 16, None, [0, 1])
+    assert torch.equal(tensors[0], torch.full((3, 3), 0.123456))
+
+
+@pytest.mark.parametrize("spec", ["float", *ONE_OF_EACH])
+def test_the_gradient_is_that_of_the_identity(spec):
+    x = torch.randn(3, 4, requires_grad=True)
+    weight = torch.randn(3, 4)
+    (quantize(x, spec) * weight).sum().backward()
+    assert_same_bits(x.grad, weight)
+
+
+def test_no_gradient_where_none_is_wanted():
+    assert not quantize(torch.randn(3), "bfp8").requires_grad
+    with torch.no_grad():
+        assert not quantize(torch.randn(3, requires_grad=True), "bfp8").requires_grad
+
+
+@pytest.mark.parametrize("spec", ["fixed8.6", "bfp8[0]", "e4m3"])
+def test_fake_tensors_have_the_results_shape_and_strides(spec):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name in ("contiguous", "channels_last", "rotated", "sliced", "expanded", "strided"):
+        x = LAYOUTS[name]
+        due = quantize(x, spec)
+        with FakeTensorMode() as mode:
+            fake = quantize(mode.from_tensor(x), spec)
+        assert (fake.shape, fake.dtype, fake.stride()) == (due.shape, due.dtype, due.stride()), name
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+
+def test_manual_seed_rules_what_is_drawn():
+    x = torch.rand(200)
+    torch.manual_seed(1)
+    first, second = (quantize(x, "fixed8.4", "stochastic") for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(quantize(x, "fixed8.4", "stochastic"), first)
+    one, other = (quantize(x, "fixed8.4", "stochastic", generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_nearest_draws_nothing():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for rounding in ("nearest", "toward_zero", "down", "up", "nearest_away"):
+        quantize(torch.rand(200), "fixed8.4", rounding, generator=torch.Generator())
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    for _ in range(5):
+        torch.rand(200)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_streams_differ():
+    x = torch.full((1000,), 0.3)
+    assert not torch.equal(
+        quantize(x, "fixed8.4", "stochastic", key=1, stream=0), quantize(x, "fixed8.4", "stochastic", key=1, stream=1)
+    )
+
+
+def test_an_elements_word_depends_on_its_index_alone():
+    x = torch.rand(5000)
+    whole = quantize(x, "fixed8.4", "stochastic", key=1)
+    for n in (1, 63, 64, 65, 4999):
+        assert torch.equal(quantize(x[:n], "fixed8.4", "stochastic", key=1), whole[:n])
+
+
+# ---- specs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
+def test_float_changes_nothing(rounding):
+    x = hard_values("e4m3", torch.float32, side=64)[0]
+    assert_same_bits(quantize(x, "float", rounding), x)
+    assert_same_bits(quantize_(x.clone(), FLOAT, rounding), x)
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_a_spec_and_its_format_are_one(spec):
+    x = torch.randn(3, 4)
+    assert_same_bits(quantize(x, spec), quantize(x, parse(spec)))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+X = torch.ones(2, 3)
+
+REFUSED_BY_PYTHON = [
+    (lambda: quantize(X, "bfp88"), FormatError, "word length 88 is out of range; use 2 to 24 bits"),
+    (lambda: quantize(X, "e9m2"), FormatError, "9 exponent bits are out of range; use 2 to 8"),
+    (lambda: quantize(X, "posit8"), FormatError, "unknown format spec 'posit8'"),
+    (lambda: quantize(X, "bfp8", "nearst"), RecipeError, "unknown rounding 'nearst'; use one of nearest, stochastic"),
+    (lambda: quantize(X, "bfp8", "stochastic0"), RecipeError, "unknown rounding 'stochastic0'"),
+    (lambda: quantize(X, "bfp8", "stochastic25"), RecipeError, "unknown rounding 'stochastic25'"),
+    (lambda: quantize(X.long(), "bfp8"), TypeError, "not torch.int64; convert it with .float"),
+    (lambda: quantize(X.bool(), "float"), TypeError, "not torch.bool"),
+    (lambda: quantize(X.to(torch.complex64), "bfp8"), TypeError, "not torch.complex64"),
+    (lambda: quantize([1.0], "bfp8"), TypeError, "takes a tensor, not list"),
+    (lambda: quantize_(X.long(), "bfp8"), TypeError, "not torch.int64"),
+]
+
+
+NEAREST = (0, 16, None, 0)  # rounding, random_bits, key, stream
+KEY_MESSAGE = "the key must be a tensor of one int64; pass torch.tensor"
+REFUSED_BY_THE_OP = [
+    ("fixed", (X, 1, 0, False, *NEAREST), "wl = 1 is out of range; use 2 to 24"),
+    ("fixed", (X, 25, 0, False, *NEAREST), "wl = 25 is out of range"),
+    ("fixed", (X, 8, 101, False, *NEAREST), "fl = 101 is out of range; use -100 to 100"),
+    ("fixed", (X, 8, -101, False, *NEAREST), "fl = -101 is out of range"),
+    ("fixed", (X.int(), 8, 6, False, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
+    ("fixed", (X, 8, 6, False, 7, 16, None, 0), "rounding = 7 is out of range"),
+    ("fixed", (X, 8, 6, False, -1, 16, None, 0), "rounding = -1 is out of range"),
+    ("fixed", (X, 8, 6, False, 1, 25, torch.tensor(1), 0), "random_bits = 25 is out of range; use 1 to 24"),
+    ("fixed", (X, 8, 6, False, 1, 0, torch.tensor(1), 0), "random_bits = 0 is out of range"),
+    ("fixed", (X, 8, 6, False, 1, 16, None, 0), "stochastic rounding needs a key"),
+    ("fixed", (X, 8, 6, False, 1, 16, torch.tensor(1.0), 0), KEY_MESSAGE),
+    ("fixed", (X, 8, 6, False, 1, 16, torch.tensor([1, 2]), 0), KEY_MESSAGE),
+    ("fixed", (X, 8, 6, False, 1, 16, torch.tensor(1).int(), 0), KEY_MESSAGE),
+    ("block", (X, 8, True, 8, [], 0, 0, 1, 16, torch.tensor([], dtype=torch.long), 0), KEY_MESSAGE),
+    ("block", (X.bool(), 8, True, 8, [], 0, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
+    ("block", (X, 1, True, 8, [], 0, 0, *NEAREST), "wl = 1 is out of range; use 2 to 24"),
+    ("block", (X, 25, True, 8, [], 0, 0, *NEAREST), "wl = 25 is out of range"),
+    (
+        "block",
+        (X, 8, True, 8, [2], 0, 0, *NEAREST),
+        "block dimension 2 does not exist in a tensor of 2 dim.*; use -2 to 1",
+    ),
+    ("block", (X, 8, True, 8, [0, -3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
+    ("block", (X, 8, True, 1, [], 0, 0, *NEAREST), "exponent_bits = 1 is out of range; use 2 to 8"),
+    ("block", (X, 8, True, 9, [], 0, 0, *NEAREST), "exponent_bits = 9 is out of range"),
+    ("float", (X.long(), 4, 3, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
+    ("float", (X, 1, 3, 0, *NEAREST), "exp = 1 is out of range; use 2 to 8"),
+    ("float", (X, 9, 3, 0, *NEAREST), "exp = 9 is out of range"),
+    ("float", (X, 4, -1, 0, *NEAREST), "man = -1 is out of range; use 0 to 23"),
+    ("float", (X, 4, 24, 0, *NEAREST), "man = 24 is out of range"),
+    ("float", (X, 4, 3, 3, *NEAREST), "top = 3 is out of range"),
+    ("float", (X, 8, 7, 1, *NEAREST), "top = 1 is out of range; use 0 to 0"),
+    ("float", (X, 4, 3, 1, 1, 16, torch.tensor(1.0), 0), KEY_MESSAGE),
+]
+
+
+@pytest.mark.parametrize("call, error, message", REFUSED_BY_PYTHON)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["", "_"], ids=["fresh", "in place"])
+@pytest.mark.parametrize("op, arguments, message", REFUSED_BY_THE_OP)
+def test_refusals_by_the_op(op, arguments, message, form):
+    x, *rest = arguments
+    before = x.clone()
+    with pytest.raises(RuntimeError, match=f"swalp_fx::quantize_{op}: {message}"):
+        getattr(SPACE, f"quantize_{op}{form}")(x, *rest)
+    assert torch.equal(x, before)

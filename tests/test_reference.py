@@ -1,0 +1,291 @@
+"""The oracle against itself (one number, and tensors), against worked values, and against others' work."""
+
+import math
+
+import gfloat
+import gfloat.formats
+import ml_dtypes
+import numpy
+import pytest
+import torch
+from tables import ALL_ROUNDINGS, FORMATS, REAL_SCALE, assert_same_bits, draws, every_half, hard_values
+
+from swalp_fx import BlockFloat, FormatError, RecipeError, parse
+from swalp_fx.formats import MX_ELEMENTS
+from swalp_fx.reference import quantize, quantize_number, random_draws
+
+# ---- the law for one number, and the same for tensors --------------------------------------------
+
+
+# Formats whose scale is a power of two, 64 elements sharing it.
+ONE_BLOCK = [spec for spec in FORMATS if spec not in REAL_SCALE and getattr(parse(spec), "tile", None) is None]
+ONE_BLOCK += [f"{spec}[0:64]" for spec in MX_ELEMENTS]
+
+
+@pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
+@pytest.mark.parametrize("spec", ONE_BLOCK)
+def test_tensors_follow_the_law_for_one_number(spec, rounding):
+    for dtype in (torch.float32, torch.float64):
+        for x in (tensor.flatten() for tensor in hard_values(spec, dtype, side=8)):
+            maximum = max((abs(v) for v in x.tolist() if math.isfinite(v)), default=0.0)
+            law = [
+                quantize_number(v, spec, rounding, draw=draw, maximum=maximum)
+                for v, draw in zip(x.tolist(), draws(rounding, 64).tolist(), strict=True)
+            ]
+            result = quantize(x, spec, rounding, draws=draws(rounding, 64))
+            assert_same_bits(result, torch.tensor(law, dtype=torch.float64).to(dtype), x)
+
+
+# ---- worked values -------------------------------------------------------------------------------
+
+# The block of a BlockFloat value holds 1.97 too: exponent 0, and step 2^-(wl-2).
+EXAMPLES = [
+    # spec, rounding, x, result
+    ("fixed8.6", "nearest", 0.3, 19 / 64),
+    ("fixed8.6", "nearest", 2.5 / 64, 2 / 64),
+    ("fixed8.6", "nearest", 3.5 / 64, 4 / 64),
+    ("fixed8.6", "nearest_away", 2.5 / 64, 3 / 64),
+    ("fixed8.6", "nearest_away", -2.5 / 64, -3 / 64),
+    ("fixed8.6", "nearest_up", 2.5 / 64, 3 / 64),
+    ("fixed8.6", "nearest_up", -2.5 / 64, -2 / 64),
+    ("fixed8.6", "nearest", 5.0, 127 / 64),
+    ("fixed8.6", "nearest", -5.0, -2.0),
+    ("fixed8.6+sym", "nearest", -5.0, -127 / 64),
+    ("fixed8.6", "nearest", math.inf, 127 / 64),
+    ("fixed8.6", "nearest", -math.inf, -2.0),
+    ("fixed8.6", "up", 1e-40, 1 / 64),
+    ("fixed8.6", "up", -1e-40, -0.0),
+    ("fixed8.6", "down", -1e-40, -1 / 64),
+    ("fixed8.6", "down", 1e-40, 0.0),
+    ("fixed8.6", "toward_zero", -0.99 / 64, -0.0),
+    ("fixed8.-2", "nearest", 6.0, 8.0),
+    ("fixed8.-2", "nearest", 2.0, 0.0),
+    ("bfp4", "nearest", -1.97, -1.75),  # QPyTorch's value
+    ("bfp4+twos", "nearest", -1.97, -2.0),  # the SWALP authors'
+    ("bfp4", "nearest", 0.125, 0.0),
+    ("bfp4", "nearest", -0.375, -0.5),
+    ("bfp4", "nearest_away", 0.125, 0.25),
+    ("bfp4", "nearest_up", 0.125, 0.25),  # QPyTorch's values
+    ("bfp4", "nearest_up", -0.375, -0.25),
+    ("e4m3", "nearest", 460.0, 448.0),
+    ("e4m3", "nearest", math.inf, 448.0),
+    ("e4m3", "nearest", 2**-10, 0.0),  # half of the smallest subnormal: a tie
+    ("e4m3", "nearest", 3 * 2**-10, 2 * 2**-9),
+    ("e4m3", "nearest", 2**-10 * 1.001, 2**-9),
+    ("e5m2", "nearest", 60000.0, 57344.0),
+    ("e5m2", "nearest", -math.inf, -math.inf),
+    ("e5m2", "up", 1e-30, 2**-16),
+    ("e5m2+finite", "nearest", math.inf, 114688.0),
+    ("e3m2", "nearest", 1e9, 28.0),
+    ("e2m3", "nearest", -1e9, -7.5),
+    ("e2m1", "nearest", 2.5, 2.0),
+    ("e2m1", "nearest", 3.5, 4.0),
+    ("e2m1", "nearest", 5.0, 4.0),
+    ("e2m1", "nearest", 0.25, 0.0),
+    ("fp16", "nearest", 65519.0, 65504.0),
+    ("fp16", "nearest", 65520.0, 65504.0),
+    ("bf16", "nearest", 1 + 2**-8, 1.0),
+    ("bf16", "nearest", 1 + 3 * 2**-8, 1 + 2**-6),
+]
+
+
+@pytest.mark.parametrize("spec, rounding, x, result", EXAMPLES)
+def test_worked_values(spec, rounding, x, result):
+    assert repr(quantize_number(x, spec, rounding, maximum=1.97)) == repr(float(result))
+    block = torch.tensor([1.97, x], dtype=torch.float64)
+    assert repr(quantize(block, spec, rounding)[1].item()) == repr(float(result))
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_nan_stays_alone(spec):
+    x = torch.tensor([[1.5, math.nan], [0.25, -0.75]])
+    result = quantize(x, spec)
+    assert result.isnan().tolist() == [[False, True], [False, False]]
+    without = quantize(torch.tensor([[1.5, 0.0], [0.25, -0.75]]), spec)
+    assert_same_bits(result.nan_to_num(0.0), without)
+
+
+@pytest.mark.parametrize("exponent", [3, -5, 127, -100])
+def test_the_shared_exponent_comes_from_the_bits(exponent):
+    """2^3 (1 - 2^-24) has exponent 2, though its float32 logarithm is 3."""
+    x = torch.tensor([1 - 2**-24, 0.0]) * 2.0**exponent
+    assert quantize(x, "bfp4")[0] == 7 / 8 * 2.0**exponent
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_the_shared_exponent_is_clamped(bits):
+    """To two's complement: 3 bits hold exponents -4 to 3, and a block beyond them saturates or loses its step."""
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for exponent in (lowest - 1, lowest, lowest + 1, highest - 1, highest, highest + 1):
+        step = 2.0 ** (min(max(exponent, lowest), highest) - 2)
+        x = torch.tensor([1.9, 0.3], dtype=torch.float64) * 2.0**exponent
+        due = (x / step).round().clamp(max=7) * step
+        assert_same_bits(quantize(x, BlockFloat(4, exponent_bits=bits)), due)
+        assert quantize_number(x[1].item(), BlockFloat(4, exponent_bits=bits), maximum=x[0].item()) == due[1]
+
+
+def test_blocks_without_an_exponent():
+    x = torch.tensor([[0.0, -0.0], [math.inf, -0.0], [math.inf, 1.0], [math.nan, -math.inf]])
+    top = 127 * 2.0**121
+    result = quantize(x, "bfp8[0]")
+    expected = torch.tensor([[0.0, -0.0], [top, -0.0], [127 / 64, 1.0], [math.nan, -top]])
+    assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize(
+    "dims, blocks",
+    [(None, 1), ((0,), 2), ((1,), 3), ((0, 1), 6), ((-1,), 4), ((0, -1), 8), ((0, 1, 2), 24), ((-3,), 2)],
+)
+def test_blocks_are_slices_of_dims(dims, blocks):
+    """Each element is scaled by its own power of two; only blocks of equal maximum may share a step."""
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(0, 240, 10).reshape(
+        2, 3, 4
+    )
+    kept = [] if dims is None else [d % 3 for d in dims]
+    result = quantize(x, BlockFloat(6, dims=dims))
+    seen = set()
+    for index in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
+        here = tuple(i if d in kept else slice(None) for d, i in enumerate(index))
+        seen.add(str(here))
+        assert_same_bits(result[here], quantize(x[here].reshape(-1), "bfp6").reshape(x[here].shape))
+    assert len(seen) == blocks
+
+
+def test_one_dimension_is_one_block():
+    x = torch.tensor([1.97, 0.3])
+    assert_same_bits(quantize(x, "bfp4[0]"), quantize(x, "bfp4"))
+    assert quantize(torch.tensor(0.3), "bfp4[1]") == 0.3125
+
+
+# ---- stochastic rounding, draw by draw -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stochastic_goes_up_as_often_as_it_should(bits, sign):
+    """Of all draws of ``bits`` bits, frac 2^bits of them, to the nearest even, round away from zero."""
+    every = torch.arange(2**bits)
+    for frac in (0.0, 2.0**-bits, 1.5 * 2.0**-bits, 0.5, 0.71, 1 - 2.0**-bits, 1 - 2.0**-30, 2.0**-30):
+        x = torch.full((2**bits,), sign * (5 + frac), dtype=torch.float64)
+        result = quantize(x, "fixed8.0", f"stochastic{bits}", draws=every)
+        away = round(frac * 2**bits)
+        assert ((result.abs() == 6).sum(), (result.abs() == 5).sum()) == (away, 2**bits - away)
+
+
+def test_sixteen_bits_are_the_default():
+    x = torch.full((4,), 5 + 2.0**-16, dtype=torch.float64)
+    draws = torch.tensor([2**16 - 1, 2**16 - 2, 1, 0])
+    assert quantize(x, "fixed8.0", "stochastic", draws=draws).tolist() == [6.0, 5.0, 5.0, 5.0]
+    assert quantize(x, "fixed8.0", "stochastic16", draws=draws).tolist() == [6.0, 5.0, 5.0, 5.0]
+    assert quantize(x, "fixed8.0", "stochastic17", draws=2 * draws).tolist() == [6.0, 5.0, 5.0, 5.0]
+
+
+def test_draws_go_by_row_major_index():
+    x = torch.rand(6, 70, dtype=torch.float64)
+    straight = quantize(x, "fixed8.2", "stochastic", key=3, stream=4)
+    turned = quantize(x.t().contiguous().t(), "fixed8.2", "stochastic", key=3, stream=4)
+    assert_same_bits(straight, turned)
+    assert_same_bits(straight, quantize(x, "fixed8.2", "stochastic", draws=random_draws(3, 4, 420)))
+
+
+# ---- others' work --------------------------------------------------------------------------------
+
+GFLOAT = {
+    "e4m3": gfloat.formats.format_info_ocp_e4m3,
+    "e5m2": gfloat.formats.format_info_ocp_e5m2,
+    "e3m2": gfloat.formats.format_info_ocp_e3m2,
+    "e2m3": gfloat.formats.format_info_ocp_e2m3,
+    "e2m1": gfloat.formats.format_info_ocp_e2m1,
+    "fp16": gfloat.formats.format_info_binary16,
+    "bf16": gfloat.formats.format_info_bfloat16,
+}
+# gfloat has no rounding of ties up.
+GFLOAT_ROUNDINGS = {
+    "nearest": gfloat.RoundMode.TiesToEven,
+    "toward_zero": gfloat.RoundMode.TowardZero,
+    "down": gfloat.RoundMode.TowardNegative,
+    "up": gfloat.RoundMode.TowardPositive,
+    "nearest_away": gfloat.RoundMode.TiesToAway,
+    "stochastic": gfloat.RoundMode.Stochastic,
+    "stochastic8": gfloat.RoundMode.Stochastic,
+    "stochastic24": gfloat.RoundMode.Stochastic,
+}
+
+
+@pytest.mark.parametrize("rounding", GFLOAT_ROUNDINGS)
+@pytest.mark.parametrize("spec", GFLOAT)
+def test_gfloat_agrees(spec, rounding):
+    x = torch.cat(hard_values(spec, torch.float32)).flatten()
+    x = x[x.isfinite()][:: 1 if rounding == "nearest" else 16]
+    ours, random = {}, {}
+    if rounding.startswith("stochastic"):
+        ours = {"draws": draws(rounding).repeat(4)[: x.numel()]}
+        random = {"srbits": ours["draws"].numpy(), "srnumbits": int(rounding.removeprefix("stochastic") or 16)}
+    theirs = gfloat.round_ndarray(GFLOAT[spec], x.double().numpy(), GFLOAT_ROUNDINGS[rounding], sat=True, **random)
+    assert_same_bits(quantize(x, spec, rounding, **ours), torch.from_numpy(theirs).float(), x)
+
+
+CASTS = {
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e4m3+ieee": ml_dtypes.float8_e4m3,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e3m4": ml_dtypes.float8_e3m4,
+    "bf16": ml_dtypes.bfloat16,
+    "fp16": numpy.float16,
+    "e4m3 ": torch.float8_e4m3fn,
+    "e5m2 ": torch.float8_e5m2,
+    "bf16 ": torch.bfloat16,
+    "fp16 ": torch.float16,
+    "e8m23": torch.float32,
+}
+
+
+@pytest.mark.parametrize("spec", CASTS)
+def test_casts_agree_in_their_finite_range(spec):
+    """ml_dtypes' and torch's own casts overflow where ours saturate, and agree below that."""
+    dtype = CASTS[spec]
+    format = parse(spec)
+    x = torch.cat(hard_values(format, torch.float32)).flatten()
+    if format == parse("e8m23"):
+        x = torch.cat(hard_values(format, torch.float64)).flatten()
+    x = x[x.abs() <= format.max]
+    if isinstance(dtype, torch.dtype):
+        theirs = x.to(dtype).to(x.dtype)
+    else:
+        theirs = torch.from_numpy(x.numpy().astype(dtype).astype(numpy.float32))
+    assert x.numel() > 2**19
+    assert_same_bits(quantize(x, format), theirs, x)
+
+
+@pytest.mark.parametrize("spec", ["fp16", "bf16"])
+def test_a_dtype_holds_its_own_format(spec):
+    x = every_half({"fp16": torch.float16, "bf16": torch.bfloat16}[spec])
+    for rounding in ALL_ROUNDINGS:
+        assert_same_bits(quantize(x, spec, rounding, draws=draws(rounding, x.numel())), x)
+
+
+def test_the_swalp_authors_formula():
+    """Two's complement under nearest is their block_quantize (in float64, where its log2 is right)."""
+    x = torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for wl in (4, 6, 8):
+        exponent = torch.floor(torch.log2(x.abs().max()))
+        integer = torch.round(x * 2.0 ** (-exponent + (wl - 2))).clamp(-(2 ** (wl - 1)), 2 ** (wl - 1) - 1)
+        assert torch.equal(quantize(x, BlockFloat(wl, symmetric=False)), integer * 2.0 ** (exponent - (wl - 2)))
+
+
+# ---- what it refuses -----------------------------------------------------------------------------
+
+
+def test_refusals():
+    x = torch.ones(2, 2)
+    with pytest.raises(RecipeError, match="unknown rounding 'nearst'"):
+        quantize(x, "bfp8", "nearst")
+    with pytest.raises(RecipeError, match="unknown rounding 'stochastic25'"):
+        quantize(x, "bfp8", "stochastic25")
+    with pytest.raises(FormatError, match="block dimension 2 does not exist in a tensor of 2 dimensions"):
+        quantize(x, "bfp8[2]")
+    with pytest.raises(ValueError, match="needs a key or draws"):
+        quantize(x, "bfp8", "stochastic")
