@@ -1,0 +1,424 @@
+// Every CUDA kernel, run on the CPU, against the law it stands for, bit for bit: each element rounded by itself, with
+// the draw of its index and the maximum of its block. Any NaN equals any other. Exits with 1 if an element differs.
+#include "cuda_on_host.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdio>
+#include <limits>
+#include <new>
+
+#include "../../csrc/cuda/kernels.cuh"
+
+namespace swalp_fx {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+template <class S>
+using BitsOf = typename Ieee<Compute<S>>::Bits;
+
+std::mt19937 generator(2024);
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
+
+// ---- results ----------------------------------------------------------------------------------------
+
+struct Tally {
+  const char* kernel;
+  int64_t launches = 0, values = 0, wrong = 0;
+
+  template <class S>
+  void compare(S actual, S due, int64_t i) {
+    ++values;
+    if (memcmp(&actual, &due, sizeof(S)) == 0 || (actual != actual && due != due)) return;
+    if (++wrong <= 5) {
+      fprintf(stderr, "%s, launch %lld, at %lld: %a where %a is due\n", kernel, static_cast<long long>(launches),
+              static_cast<long long>(i), static_cast<double>(actual), static_cast<double>(due));
+    }
+  }
+  void print() const {
+    printf("%-18s %5lld launches %9lld values %lld wrong\n", kernel, static_cast<long long>(launches),
+           static_cast<long long>(values), static_cast<long long>(wrong));
+  }
+};
+
+Tally quads{"quantize_quads"}, rows{"quantize_rows"}, elements{"quantize_elements"}, of_blocks{"block_maxima"},
+    of_all{"maximum_of_all"}, of_maxima{"maximum_of_maxima"};
+
+// ---- memory -----------------------------------------------------------------------------------------
+
+// `size` values aligned to a Vector, and not a byte more: what lies beyond is the address sanitizer's.
+template <class S>
+class Memory {
+ public:
+  explicit Memory(int64_t size) : n(size), p(static_cast<S*>(operator new(n * sizeof(S), kAlignment))) {}
+  Memory(const Memory& m) : Memory(m.n) { memcpy(p, m.p, n * sizeof(S)); }
+  ~Memory() { operator delete(p, kAlignment); }
+  Memory& operator=(const Memory&) = delete;
+  S& operator[](int64_t i) const { return p[i]; }
+  S* data() const { return p; }
+  int64_t size() const { return n; }
+
+ private:
+  static constexpr auto kAlignment = static_cast<std::align_val_t>(alignof(Vector<S>));
+  int64_t n;
+  S* p;
+};
+
+// Neighbours of one scale, 16 within 1024, and among them zeros, infinities and NaN. Half of the results also have
+// bits of any pattern: their largest values are so large that in a long block little else is left.
+template <class S>
+Memory<S> hard_values(int64_t n) {
+  using Limits = std::numeric_limits<S>;
+  const S special[] = {S(0.0f), S(-0.0f), Limits::infinity(), -Limits::infinity(), Limits::quiet_NaN(),
+                       Limits::denorm_min()};
+  const bool any_pattern = below(2) == 0;
+  Memory<S> x(n);
+  int far = 0, near = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (i % 1024 == 0) far = below(4) == 0 ? -140 + static_cast<int>(below(260)) : -16 + static_cast<int>(below(24));
+    if (i % 16 == 0) near = far - static_cast<int>(below(8));
+    if (any_pattern && below(40) == 0) {
+      for (size_t b = 0; b < sizeof(S); ++b) reinterpret_cast<unsigned char*>(&x[i])[b] = generator() & 0xFF;
+    } else if (below(40) == 0) {
+      x[i] = special[below(6)];
+    } else {
+      x[i] = static_cast<S>(static_cast<float>(std::ldexp(static_cast<double>(below(1 << 25) - (1 << 24)), near - 24)));
+    }
+  }
+  return x;
+}
+
+// ---- the law ----------------------------------------------------------------------------------------
+
+template <class S, class Format, class Round>
+__attribute__((noinline)) S law(const Format& format, const Round& round, S x, BitsOf<S> maximum, Compute<S> most, const Random& random,
+      int64_t index) {
+  using T = Compute<S>;
+  S y{};
+  format.template with_quantizer<T>(maximum, most, [&](const auto& quantizer) {
+    const uint32_t draw = Round::draws ? draw_at(random, index) : 0u;
+    y = static_cast<S>(quantizer.apply(static_cast<T>(x), draw, round));
+  });
+  return y;
+}
+
+template <class S>
+void raise_to(BitsOf<S>& maximum, S x) {
+  maximum = std::max(maximum, finite_magnitude(static_cast<Compute<S>>(x)));
+}
+
+Random any_random(int bits) {
+  const uint64_t high = generator(), low = generator();
+  return {high << 32 | low, low << 33 | high, bits};
+}
+
+// The key passed with the launch, or left in the device's memory.
+struct KeyAt {
+  Random passed;
+  Memory<uint64_t> device{1};
+  const uint64_t* pointer;
+  KeyAt(const Random& random, bool on_device) : passed(random), pointer(on_device ? device.data() : nullptr) {
+    device[0] = random.key;
+    if (on_device) passed.key = ~random.key;
+  }
+};
+
+// ---- contiguous memory ------------------------------------------------------------------------------
+
+template <class S, class Format, class Round>
+void check_quads(const Format& format, const Round& round, int64_t n, int tile, bool whole, unsigned blocks, int bits) {
+  const Random random = any_random(bits);
+  const KeyAt key(random, below(2) == 0);
+  const auto x = hard_values<S>(n);
+  Memory<BitsOf<S>> shared(1);
+  shared[0] = 0;
+  for (int64_t i = 0; i < n; ++i) raise_to<S>(shared[0], x[i]);
+  for (const bool in_place : {false, true}) {
+    const Memory<S> from = x, to(n);
+    S* const y = in_place ? from.data() : to.data();
+    ++quads.launches;
+    cuda_on_host::launch(quantize_quads<S, Format, Round>, blocks, 64, format, round, from.data(), y, n, tile,
+                         whole ? shared.data() : nullptr, key.passed, key.pointer);
+    BitsOf<S> maximum = shared[0];
+    for (int64_t i = 0; i < n; ++i) {
+      if (tile > 0 && i % tile == 0) {
+        maximum = 0;
+        for (int64_t j = i; j < i + tile; ++j) raise_to<S>(maximum, x[j]);
+      }
+      quads.compare(y[i], law<S>(format, round, x[i], maximum, 0, random, i), i);
+    }
+  }
+}
+
+template <class S, class Format, class Round>
+void check_rows(const Format& format, const Round& round, int64_t count, int64_t size, unsigned blocks, int bits) {
+  const Random random = any_random(bits);
+  const KeyAt key(random, below(2) == 0);
+  const auto x = hard_values<S>(count * size);
+  for (const bool in_place : {false, true}) {
+    const Memory<S> from = x, to(x.size());
+    S* const y = in_place ? from.data() : to.data();
+    ++rows.launches;
+    cuda_on_host::launch(quantize_rows<S, Format, Round>, blocks, kThreads, format, round, from.data(), y, count, size,
+                         key.passed, key.pointer);
+    for (int64_t i = 0; i < x.size();) {
+      BitsOf<S> maximum = 0;
+      const int64_t end = i + size;
+      for (int64_t j = i; j < end; ++j) raise_to<S>(maximum, x[j]);
+      for (; i < end; ++i) rows.compare(y[i], law<S>(format, round, x[i], maximum, 0, random, i), i);
+    }
+  }
+}
+
+// Grids that are smaller than the work, as large, and larger.
+template <class S, class Format, class Round>
+void check_contiguous(const Format& format, const Round& round, int bits) {
+  if constexpr (Format::shared == Shared::Nothing) {
+    for (const int64_t n : {1, 5, 67}) check_quads<S>(format, round, n * kBlock, 0, false, 1 + below(3), bits);
+  } else {
+    check_quads<S>(format, round, 37 * kBlock, 0, true, 2, bits);
+    for (const int tile : {16, 32, 64, 128}) check_quads<S>(format, round, 21 * kBlock, tile, false, 1, bits);
+    check_quads<S>(format, round, 3 * kBlock, 32, false, 3, bits);
+    check_rows<S>(format, round, 7, 1028, 2, bits);
+    check_rows<S>(format, round, 2, 2500, 3, bits);
+  }
+}
+
+// ---- any layout -------------------------------------------------------------------------------------
+
+struct Case {
+  std::vector<Layout> layouts;
+  int64_t numel = 0, blocks = 1;
+};
+
+Layout nest(const Place& first, std::initializer_list<Dim> dims) {
+  Layout layout;
+  layout.first = first;
+  for (const Dim& d : dims) {
+    layout.dims[layout.rank++] = d;
+    layout.numel *= d.size;
+  }
+  return layout;
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  all.push_back({{nest({}, {})}, 1, 1});
+  all.push_back({{nest({}, {{1003, {1, 1, 0}}})}, 1003, 1});
+  // [37, 29] transposed in memory: a block for each row, for each column, for each element.
+  all.push_back({{nest({}, {{29, {37, 1, 0}}, {37, {1, 29, 1}}})}, 1073, 37});
+  all.push_back({{nest({}, {{29, {37, 1, 1}}, {37, {1, 29, 0}}})}, 1073, 29});
+  all.push_back({{nest({}, {{29, {37, 1, 1}}, {37, {1, 29, 29}}})}, 1073, 1073});
+  // [5, 7, 11] with the middle dimension last in memory, a block for each of the first.
+  all.push_back({{nest({}, {{5, {77, 77, 1}}, {11, {7, 1, 0}}, {7, {1, 11, 0}}})}, 385, 5});
+  // [9, 100] in runs of 32 along the rows, the last of 4.
+  all.push_back({{nest({}, {{9, {100, 100, 4}}, {3, {32, 32, 1}}, {32, {1, 1, 0}}}),
+                  nest({96, 96, 3}, {{9, {100, 100, 4}}, {4, {1, 1, 0}}})},
+                 900,
+                 36});
+  // [70, 13] in runs of 32 down the columns, the last of 6.
+  all.push_back({{nest({}, {{2, {416, 416, 13}}, {32, {13, 13, 0}}, {13, {1, 1, 1}}}),
+                  nest({832, 832, 26}, {{6, {13, 13, 0}}, {13, {1, 1, 1}}})},
+                 910,
+                 39});
+  // As many loops as there can be, in the opposite order in memory.
+  Layout deep;
+  for (int d = 0; d < Layout::kMaxDims; ++d) {
+    deep.dims[deep.rank++] = {2, {int64_t{1} << (Layout::kMaxDims - 1 - d), int64_t{1} << d, d % 2 << (d / 2)}};
+    deep.numel *= 2;
+  }
+  all.push_back({{deep}, deep.numel, 1 << Layout::kMaxDims / 2});
+  return all;
+}
+
+// Where each element of memory comes in the row-major order, and its block: counted up, one loop after another.
+void count_up(const Layout& layout, int d, const Place& p, std::vector<Place>& of_memory) {
+  if (d == layout.rank) {
+    of_memory[p.memory] = p;
+    return;
+  }
+  Place at = p;
+  for (int64_t i = 0; i < layout.dims[d].size; ++i) {
+    count_up(layout, d + 1, at, of_memory);
+    at.memory += layout.dims[d].step.memory;
+    at.index += layout.dims[d].step.index;
+    at.block += layout.dims[d].step.block;
+  }
+}
+
+std::vector<Place> places(const Case& c) {
+  std::vector<Place> of_memory(c.numel, {-1, -1, -1});
+  for (const Layout& layout : c.layouts) count_up(layout, 0, layout.first, of_memory);
+  return of_memory;
+}
+
+template <class S>
+std::vector<BitsOf<S>> maxima_of(const std::vector<Place>& of_memory, const Memory<S>& x, int64_t blocks) {
+  std::vector<BitsOf<S>> maxima(blocks);
+  for (const Place& p : of_memory) raise_to<S>(maxima.at(p.block), x[p.memory]);
+  return maxima;
+}
+
+template <class S, class Format, class Round>
+void check_elements(const Format& format, const Round& round, int bits) {
+  for (const Case& c : cases()) {
+    const Random random = any_random(bits);
+    const KeyAt key(random, below(2) == 0);
+    const auto of_memory = places(c);
+    const auto x = hard_values<S>(c.numel);
+    const auto maxima = maxima_of(of_memory, x, c.blocks);
+    const BitsOf<S> most = *std::max_element(maxima.begin(), maxima.end());
+    for (const bool in_place : {false, true}) {
+      const Memory<S> from = x, to(x.size());
+      S* const y = in_place ? from.data() : to.data();
+      for (const Layout& layout : c.layouts) {
+        ++elements.launches;
+        cuda_on_host::launch(quantize_elements<S, Format, Round>, 1 + below(3), 64, format, round, layout, from.data(),
+                             y, maxima.data(), &most, key.passed, key.pointer);
+      }
+      for (const Place& p : of_memory) {
+        const S due = law<S>(format, round, x[p.memory], maxima[p.block], bit_cast<Compute<S>>(most), random, p.index);
+        elements.compare(y[p.memory], due, p.memory);
+      }
+    }
+  }
+}
+
+// ---- maxima -----------------------------------------------------------------------------------------
+
+template <class S>
+void check_maxima() {
+  for (const Case& c : cases()) {
+    const auto x = hard_values<S>(c.numel);
+    const auto due = maxima_of(places(c), x, c.blocks);
+    Memory<BitsOf<S>> maxima(c.blocks);
+    memset(maxima.data(), 0, c.blocks * sizeof(BitsOf<S>));
+    for (const Layout& layout : c.layouts) {
+      ++of_blocks.launches;
+      cuda_on_host::launch(block_maxima<S>, 1 + below(3), 64, layout, x.data(), maxima.data());
+    }
+    for (int64_t b = 0; b < c.blocks; ++b) of_blocks.compare(maxima[b], due[b], b);
+  }
+  for (const int64_t n : {1, 3, 4, 1027, 4098}) {
+    for (const unsigned blocks : {1u, 3u}) {
+      auto x = hard_values<S>(n);
+      x[below(n)] = S(12345.0f);  // whichever thread holds the largest
+      BitsOf<S> due = 0;
+      for (int64_t i = 0; i < n; ++i) raise_to<S>(due, x[i]);
+      Memory<BitsOf<S>> found(1);
+      found[0] = 0;
+      ++of_all.launches;
+      cuda_on_host::launch(maximum_of_all<S>, blocks, kThreads, x.data(), n, found.data());
+      of_all.compare(found[0], due, n);
+    }
+  }
+}
+
+template <class Bits>
+void check_maximum_of_maxima() {
+  for (const int64_t n : {1, 31, 257, 3001}) {
+    for (const unsigned blocks : {1u, 2u}) {
+      Memory<Bits> maxima(n), found(1);
+      for (int64_t i = 0; i < n; ++i) maxima[i] = static_cast<Bits>(generator()) << (8 * sizeof(Bits) - 32);
+      found[0] = 0;
+      ++of_maxima.launches;
+      cuda_on_host::launch(maximum_of_maxima<Bits>, blocks, kThreads, maxima.data(), n, found.data());
+      of_maxima.compare(found[0], *std::max_element(maxima.data(), maxima.data() + n), n);
+    }
+  }
+}
+
+// ---- what runs --------------------------------------------------------------------------------------
+
+template <class S, class Format>
+void check_format(const Format& format) {
+  const RoundStochastic draw16{65536.0f}, draw24{16777216.0f};
+  check_elements<S>(format, RoundNearest{}, 16);
+  check_elements<S>(format, draw16, 16);
+  check_elements<S>(format, draw24, 24);
+  if constexpr (Format::shared != Shared::BlockAndTensor) {
+    check_contiguous<S>(format, RoundNearest{}, 16);
+    check_contiguous<S>(format, draw16, 16);
+    check_contiguous<S>(format, RoundStochastic{8.0f}, 3);
+  }
+}
+
+template <class S>
+void check_main_formats() {
+  check_format<S>(BlockFloat{8, true, 8});
+  check_format<S>(Float{4, 3, 1});
+  check_maxima<S>();
+}
+
+void check_everything() {
+  check_main_formats<float>();
+  check_main_formats<double>();
+  check_main_formats<Half>();
+  check_main_formats<BFloat16>();
+  check_maximum_of_maxima<uint32_t>();
+  check_maximum_of_maxima<uint64_t>();
+  check_format<float>(FixedPoint{8, 6, false});
+  check_format<float>(Microscaling{4, 3, 1, 8});
+  check_format<float>(Microscaling{0, 6, 0, 0});
+  check_format<float>(ScaledInteger{8});
+  check_format<float>(Nvfp4{});
+  check_format<BFloat16>(Microscaling{2, 1, 2, 2});
+  for (const Rounding r : {Rounding::TowardZero, Rounding::Down, Rounding::Up, Rounding::NearestAway, Rounding::NearestUp}) {
+    check_elements<float>(BlockFloat{4, false, 8}, RoundOther{r}, 16);
+    check_elements<float>(Float{5, 2, 0}, RoundOther{r}, 16);
+  }
+}
+
+// ---- the engine itself ------------------------------------------------------------------------------
+
+void lacks_the_other(int* y) { y[threadIdx.x] = __shfl_xor_sync(0x3u, static_cast<int>(threadIdx.x), 2); }
+void two_masks(int* y) { y[threadIdx.x] = __shfl_xor_sync(threadIdx.x == 0 ? 0x3u : 0xFu, 1, 1); }
+void two_shuffles(int* y) { y[threadIdx.x] = __shfl_xor_sync(0xFu, 1, threadIdx.x < 2 ? 1 : 2); }
+void barrier_in_a_branch(int* y) {
+  if (threadIdx.x > 0) __syncthreads();
+  y[threadIdx.x] = 1;
+}
+void no_barrier(int* y) {
+  __shared__ int of_thread[4];
+  of_thread[threadIdx.x] = static_cast<int>(blockIdx.x);
+  y[threadIdx.x] += of_thread[threadIdx.x ^ 1u] == static_cast<int>(blockIdx.x);
+}
+
+bool engine_refuses(void (*kernel)(int*)) {
+  int y[4] = {};
+  try {
+    cuda_on_host::launch(kernel, 1, 4, y);
+  } catch (const std::runtime_error&) {
+    return true;
+  }
+  return false;
+}
+
+bool engine_shows(void (*race)(int*)) {
+  int y[4] = {};
+  cuda_on_host::launch(race, 9, 4, y);
+  return std::any_of(y, y + 4, [](int right) { return right < 9; });
+}
+
+}  // namespace
+}  // namespace swalp_fx
+
+int main() {
+  using namespace swalp_fx;
+  for (const auto kernel : {lacks_the_other, two_masks, two_shuffles, barrier_in_a_branch}) {
+    if (!engine_refuses(kernel)) return puts("a kernel that breaks the rules ran to its end"), 1;
+  }
+  if (!engine_shows(no_barrier)) return puts("a missing barrier did not show"), 1;
+  check_everything();
+  Tally all{"total"};
+  for (const Tally* t : {&quads, &rows, &elements, &of_blocks, &of_all, &of_maxima}) {
+    t->print();
+    all.launches += t->launches;
+    all.values += t->values;
+    all.wrong += t->wrong;
+  }
+  all.print();
+  return all.wrong > 0;
+}
