@@ -19,7 +19,7 @@ from .nodes import call_layer, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
 from .passes import RewrittenModule
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, Rule
 from .report import report
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RewrittenModule",
+    "Rule",
     "ScaledInteger",
     "call_layer",
     "check",

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .optimizer import SWALP
-from .passes import RewrittenModule, rewrite
+from .passes import RewrittenModule, recipes_of_parameters, rewrite
 from .recipe import Recipe
 
 __all__ = ["Converted", "convert"]
@@ -49,7 +49,7 @@ def convert(
         names = ", ".join(path or "the model" for path in module.frozen)
         mode = "train" if model.training else "eval"
         warnings.warn(f"{names}: the branch that {mode} mode takes is kept in both modes", stacklevel=2)
-    swalp = SWALP(model, parsed)
+    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed) if parsed.rules else None)
     if optimizer is not None:
         swalp.attach(optimizer)
     return Converted(module, swalp)

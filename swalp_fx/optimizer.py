@@ -61,6 +61,7 @@ class SWALP:
     model: the float model; its parameters are the ones that attach() accepts and that are averaged.
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
+    local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
     The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
@@ -71,11 +72,12 @@ class SWALP:
     because torch does not copy hooks.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, local: Mapping[str, Recipe] | None = None) -> None:
         self.model = model
         self.recipe = recipe
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._names = list(self._parameters)
+        self._recipes = [(local or {}).get(name, recipe) for name in self._names]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
         self._average = Average(recipe.average)
         self._accumulators: dict[str, Tensor] = {}
@@ -272,22 +274,23 @@ class SWALP:
 
     def _prepare(self, step: _Step) -> None:
         """Round the gradients, and put the accumulators in the place of the weights."""
-        recipe = self.recipe
-        if recipe.gradient != FLOAT or recipe.momentum != FLOAT:  # SGD's momentum buffer is as sparse
-            self._refuse_sparse(step)
+        self._refuse_sparse(step)
         with torch.no_grad():
-            if recipe.gradient != FLOAT:
-                for index, parameter in step.parameters:
-                    if parameter.grad is not None:
-                        stream = GRADIENT << 32 | index
-                        quantize_(parameter.grad, recipe.gradient, recipe.rounding, key=step.key, stream=stream)
-            if recipe.accumulator is not None:
+            for index, parameter in step.parameters:
+                recipe = self._recipes[index]
+                if recipe.gradient != FLOAT and parameter.grad is not None:
+                    stream = GRADIENT << 32 | index
+                    quantize_(parameter.grad, recipe.gradient, recipe.rounding, key=step.key, stream=stream)
+            if self.recipe.accumulator is not None:
                 for index, parameter in step.parameters:
                     parameter.copy_(self._accumulator(index, parameter))
         step.ready = True
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
+            recipe = self._recipes[index]
+            if recipe.gradient == FLOAT and recipe.momentum == FLOAT:  # SGD's momentum buffer is as sparse
+                continue
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(
                     f"the gradient of {self._names[index]!r} is {parameter.grad.layout}, which has no rounding; "
@@ -303,28 +306,30 @@ class SWALP:
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
         with torch.no_grad():
-            if self.recipe.weight != FLOAT or self.recipe.accumulator is not None:
-                self._round_weights(step)
-            if self.recipe.momentum != FLOAT:
-                self._round_momentum(step, optimizer)
+            self._round_weights(step)
+            self._round_momentum(step, optimizer)
         self._step = None
         self._steps += 1
 
     def _round_weights(self, step: _Step) -> None:
-        recipe = self.recipe
         for index, parameter in step.parameters:
+            recipe = self._recipes[index]
             if recipe.accumulator is not None:
                 stream = ACCUMULATOR << 32 | index
                 quantize_(parameter, recipe.accumulator, recipe.rounding, key=step.key, stream=stream)
                 self._accumulators[self._names[index]].copy_(parameter)
-            quantize_(parameter, recipe.weight, recipe.rounding, key=step.key, stream=WEIGHT << 32 | index)
+            if recipe.weight != FLOAT:
+                quantize_(parameter, recipe.weight, recipe.rounding, key=step.key, stream=WEIGHT << 32 | index)
 
     def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
         for index, parameter in step.parameters:
+            recipe = self._recipes[index]
+            if recipe.momentum == FLOAT:
+                continue
             # By sorted name, because a loaded state may hold them in another order.
             for slot, (_, tensor) in enumerate(sorted(_moments(optimizer, parameter))):
                 stream = (MOMENTUM + slot) << 32 | index
-                quantize_(tensor, self.recipe.momentum, self.recipe.rounding, key=step.key, stream=stream)
+                quantize_(tensor, recipe.momentum, recipe.rounding, key=step.key, stream=stream)
 
     def _accumulator(self, index: int, parameter: nn.Parameter) -> Tensor:
         """The parameter's accumulator, on its device; at first a copy of the parameter."""

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from . import nodes
 from .capture import ConvertError
 from .formats import FLOAT, parse
-from .passes import RewrittenModule
+from .passes import RewrittenModule, recipes_of_parameters
 from .passes.classify import LAYER_PARTS, PART, name_of
 from .recipe import ROLES
 
@@ -64,29 +64,49 @@ class _Layer:
     formats: tuple[str, str, str, str, str]  # specs of W A E G M; "" for a role that it has not
     weights: dict[str, str]  # qualified name -> spec, of every parameter that it reads
     size: int  # values in the parameters that no earlier row has read
+    unrounded: str  # why its output is in float, if it is
 
 
 def _layers(module: RewrittenModule) -> Iterator[_Layer]:
     counted: set[int] = set()
+    recipes = {
+        id(module.get_parameter(name)): each for name, each in recipes_of_parameters(module, module.recipe).items()
+    }
     for node in module.graph.nodes:
         if node.meta.get(PART) not in LAYER_PARTS and not _is_bare_parameter(node):
             continue
         weights = _weights(node, module)
         parameters = {id(p): p for p in map(module.get_parameter, weights)}
         output = next((user for user in node.users if user.target is nodes.quantize_output), None)
-        recipe = module.recipe
+        local = [recipes[key] for key in parameters]
         yield _Layer(
             node.name,
             *_names(node, module),
             (
                 "/".join(dict.fromkeys(weights.values())),
                 *(map(str, output.args[3:5]) if output is not None else ("", "")),
-                *((str(recipe.gradient), str(recipe.momentum)) if weights else ("", "")),
+                *(
+                    "/".join(dict.fromkeys(str(getattr(each, role)) for each in local))
+                    for role in ("gradient", "momentum")
+                ),
             ),
             weights,
             sum(parameter.numel() for key, parameter in parameters.items() if key not in counted),
+            _why_unrounded(node, module),
         )
         counted |= parameters.keys()
+
+
+def _why_unrounded(node: Node, module: RewrittenModule) -> str:
+    recipe = module.recipe
+    if all(user.meta.get(PART) in ("exit", "output") for user in node.users) and not recipe.quantize_logits:
+        return "the model's output"
+    path = _called(node)
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    name = path if path is not None else ".".join(filter(None, [*stack[-1:], name_of(node)]))
+    if recipe.excludes(name):
+        return "the recipe excludes it"
+    return f"not in placement {recipe.placement}" if recipe.placement != "every" else "a rule says so"
 
 
 def _is_bare_parameter(node: Node) -> bool:
@@ -169,9 +189,10 @@ def _floats(module: RewrittenModule, layers: list[_Layer]) -> Iterator[str]:
     if by_recipe := [role for role in ROLES.values() if getattr(recipe, role) == FLOAT]:
         yield f"  {', '.join(by_recipe)}: the recipe says so"
     yield f"  {', '.join(node.name for node in graph.nodes if node.op == 'placeholder')}: the model's input"
-    bare = [layer.name for layer in layers if layer.operation != "parameter" and layer.formats[1] == ""]
-    if bare and len(bare) < len(layers):
-        yield f"  {', '.join(bare)}: the model's output"
+    bare = [layer for layer in layers if layer.operation != "parameter" and layer.formats[1] == ""]
+    if recipe.activation != FLOAT or recipe.error != FLOAT or len(bare) < len(layers):
+        for reason in dict.fromkeys(layer.unrounded for layer in bare):
+            yield f"  {', '.join(layer.name for layer in bare if layer.unrounded == reason)}: {reason}"
     moves = Counter(_names(node, module)[1] for node in graph.nodes if node.meta.get(PART) in ("movement", "exit"))
     if moves:
         yield f"  {', '.join(f'{name} x {n}' if n > 1 else name for name, n in moves.items())}: no new numbers"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ModelError", "build", "default_image_size", "names"]
+__all__ = ["REFERENCE_PLACEMENT", "ModelError", "build", "default_image_size", "names"]
 
 # Output channels of VGG16's convolutions; "pool" halves the image (Simonyan and Zisserman, table 1, column D).
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
@@ -155,6 +155,17 @@ MODELS: dict[str, tuple[Callable[[int, int, int], nn.Module], int]] = {
     "vgg16_bn": (_vgg(batch_norm=True), 32),
     "preresnet20": (_preresnet(20, (3, 3)), 32),
     "preresnet164": (_preresnet(164, (1, 3, 1)), 32),
+}
+# The layer outputs that the SWALP authors' networks round, as fields of a Recipe: VGG's 13 convolutions and 2 hidden
+# linear layers behind their ReLU; PreResNet's stem, each ReLU and each convolution of a block, but neither the last
+# ReLU, nor the convolution of a shortcut, nor the sums.
+_VGG_PLACEMENT = {"placement": "group"}
+_PRERESNET_PLACEMENT = {"placement": "compute+activation", "exclude": ("relu", "*.shortcut")}
+REFERENCE_PLACEMENT: dict[str, dict[str, object]] = {
+    "vgg16": _VGG_PLACEMENT,
+    "vgg16_bn": _VGG_PLACEMENT,
+    "preresnet20": _PRERESNET_PLACEMENT,
+    "preresnet164": _PRERESNET_PLACEMENT,
 }
 PREFIX = "torchvision:"  # tells torchvision's vgg16 from the paper's
 

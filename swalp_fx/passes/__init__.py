@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch.fx import Graph, GraphModule
 
 from ..capture import Captured, ConvertError, capture
 from ..recipe import Recipe
-from .assign import assign
-from .classify import classify
+from .assign import Scope, assign, subjects
+from .classify import classify, parameter_subjects
 from .insert import insert
 from .verify import verify
 
-__all__ = ["RewrittenModule", "assign", "classify", "insert", "rewrite", "verify"]
+__all__ = ["RewrittenModule", "assign", "classify", "insert", "recipes_of_parameters", "rewrite", "verify"]
 
 
 def rewrite(
@@ -27,15 +28,25 @@ def rewrite(
 
     ``leaves`` are module types to call whole: their weights are quantized, what happens inside them is not.
     ``identity`` inserts nodes for roles in ``float`` too.
-    Raises ConvertError, before anything is changed, for a model that cannot be traced or already is rewritten.
+    Raises, before anything is changed, ConvertError for a model that cannot be traced or already is rewritten, and
+    RecipeError for a rule, an include or an exclude that matches nothing in it.
     """
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, RewrittenModule):
             raise ConvertError(f"{path or 'the model'} is already converted; convert the float model it was made from")
     captured = capture(model, leaves)
-    plan = assign(classify(captured.graph, model), model, recipe, identity=identity)
-    graph = verify(insert(plan), captured.graph, model, recipe, identity=identity)
+    scope = Scope.of(model)
+    classified = classify(captured.graph, model)
+    named = chain(subjects(classified, model, scope), *scope.parameters.values())
+    recipe.refuse_unmatched(list(named))
+    plan = assign(classified, model, recipe, scope=scope, identity=identity)
+    graph = verify(insert(plan), captured.graph, model, recipe, scope=scope, identity=identity)
     return RewrittenModule(model, graph, captured, recipe, {"leaves": leaves, "identity": identity})
+
+
+def recipes_of_parameters(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
+    """First name -> the recipe of each parameter, its rule applied."""
+    return {name: recipe.at(*subjects) for name, subjects in parameter_subjects(model).items()}
 
 
 # What a rewritten module shares with the model: the very dictionaries, so that both stay one set of layers, wherever

@@ -1,19 +1,21 @@
-"""Which format each number is kept in, and which random stream rounds it."""
+"""Which numbers are rounded, to which format, and which random stream rounds them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..formats import FLOAT
-from ..recipe import Recipe
-from .classify import LAYER_PARTS, PART, attribute
+from ..recipe import Recipe, Subject
+from .classify import LAYER_PARTS, PART, attribute, name_of, node_subject, parameter_subjects
 
-__all__ = ["SITE", "Output", "Site", "Weight", "assign", "parameters_read"]
+__all__ = ["SITE", "Output", "Scope", "Site", "Weight", "assign", "parameters_read", "subjects"]
+
+ADDS = ("add", "iadd")
 
 SITE = "swalp_fx.site"  # the node.meta key that assign writes: a Site
 
@@ -36,6 +38,24 @@ class Output:
     activation: str
     error: str
     rounding: str
+    returned: bool = False  # whether the model returns it rounded too
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where a graph's root stands in the model whose names the recipe uses: ``Scope.of(root)`` is the model itself."""
+
+    path: str = ""
+    parameters: dict[str, tuple[Subject, ...]] = field(default_factory=dict)  # by their names in the root
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Scope:
+        return cls("", parameter_subjects(root))
+
+    def subject(self, node: Node, root: nn.Module) -> Subject:
+        """What the recipe sees of a classified node."""
+        name, kinds = node_subject(node, root)
+        return ".".join(filter(None, (self.path, name))), kinds
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,9 @@ class Site:
     output: Output | None = None
 
 
-def assign(graph: Graph, root: nn.Module, recipe: Recipe, *, identity: bool = False) -> Graph:
+def assign(
+    graph: Graph, root: nn.Module, recipe: Recipe, *, scope: Scope | None = None, identity: bool = False
+) -> Graph:
     """Writes ``node.meta[SITE]`` on every node with something to quantize; returns the classified ``graph``.
 
     Streams are numbered in the order of the graph. A role in ``float`` has no site; with ``identity`` it has, so that
@@ -58,25 +80,97 @@ def assign(graph: Graph, root: nn.Module, recipe: Recipe, *, identity: bool = Fa
         fc = self.fc(relu)          Site(weights=(("weight", Weight("fc.weight", 3, ...)),))    the logits: no output
         return fc
     """
+    scope = scope or Scope.of(root)
     names = {id(parameter): name for name, parameter in root.named_parameters()}
-    quantize_weights = identity or recipe.weight != FLOAT
-    quantize_outputs = identity or recipe.activation != FLOAT or recipe.error != FLOAT
+    local = {name: recipe.at(*subjects) for name, subjects in scope.parameters.items()}
+    placed = _placed(graph, root, recipe, scope)
     streams = count()
-    weights: dict[int, Weight] = {}
+    weights: dict[str, Weight] = {}
     for node in graph.nodes:
         site_weights = []
-        for name, parameter in parameters_read(node, root) if quantize_weights else ():
-            if id(parameter) not in weights:
-                weights[id(parameter)] = Weight(
-                    names[id(parameter)], next(streams), str(recipe.weight), recipe.rounding
-                )
-            site_weights.append((name, weights[id(parameter)]))
+        for alias, parameter in parameters_read(node, root):
+            name = names[id(parameter)]
+            if local[name].weight == FLOAT and not identity:
+                continue
+            if name not in weights:
+                weights[name] = Weight(name, next(streams), str(local[name].weight), recipe.rounding)
+            site_weights.append((alias, weights[name]))
         output = None
-        if quantize_outputs and node.meta[PART] in LAYER_PARTS and _is_read(node):
-            output = Output(next(streams), str(recipe.activation), str(recipe.error), recipe.rounding)
+        if node in placed:
+            here = recipe.at(scope.subject(node, root))
+            if identity or here.activation != FLOAT or here.error != FLOAT:
+                formats = str(here.activation), str(here.error), recipe.rounding
+                output = Output(next(streams), *formats, returned=recipe.quantize_logits)
         if site_weights or output:
             node.meta[SITE] = Site(tuple(site_weights), output)
     return graph
+
+
+def subjects(graph: Graph, root: nn.Module, scope: Scope) -> Iterator[Subject]:
+    """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
+    return (scope.subject(node, root) for node in graph.nodes if node.meta[PART] in ("input", *LAYER_PARTS))
+
+
+def _placed(graph: Graph, root: nn.Module, recipe: Recipe, scope: Scope) -> set[Node]:
+    """The nodes whose output is rounded.
+
+    every               each layer output
+    compute             those of convolutions, linear layers, products, attention, recurrent layers, embeddings
+    compute+activation  and those of activations
+    group               the last of each group: see _group_ends
+
+    and what the recipe includes, without what it excludes. The model's inputs, and what it only returns, are rounded
+    if the recipe says so.
+    """
+    ends = _group_ends(graph) if recipe.placement == "group" else set()
+    parts = LAYER_PARTS if recipe.placement == "every" else recipe.placement.split("+")
+    placed = set()
+    for node in graph.nodes:
+        part = node.meta[PART]
+        if part not in ("input", *LAYER_PARTS):
+            continue
+        name, _ = scope.subject(node, root)
+        if part == "input":
+            wanted = recipe.quantize_input and any(user.meta[PART] != "number" for user in node.users)
+        else:
+            wanted = node in ends or part in parts or recipe.includes(name)
+            wanted = wanted and (_is_read(node) or (recipe.quantize_logits and bool(node.users)))
+        if wanted and not recipe.excludes(name):
+            placed.add(node)
+    return placed
+
+
+def _group_ends(graph: Graph) -> set[Node]:
+    """The last node of each group: what hardware computes in one go before it writes anything to memory.
+
+    A group begins at a compute node, or at a norm or an activation that is in no group yet. While its last node has
+    one reader, it goes on through a norm, an activation, or an add that only an activation reads. Where two groups
+    meet in an add, the one that began first goes on.
+
+        conv -> norm -> relu            one group, rounded after relu
+        conv -> norm -> add -> relu     one group; the add's other operand ends a group of its own
+    """
+    ends, grouped = set(), set()
+    for node in graph.nodes:
+        if node in grouped or node.meta[PART] not in ("compute", "norm", "activation"):
+            continue
+        grouped.add(node)
+        while (following := _goes_on(node)) is not None and following not in grouped:
+            node = following
+            grouped.add(node)
+        ends.add(node)
+    return ends
+
+
+def _goes_on(node: Node) -> Node | None:
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if user.meta[PART] in ("norm", "activation"):
+        return user if user.all_input_nodes[0] is node else None  # not its weight
+    if user.meta[PART] == "arithmetic" and name_of(user).rstrip("_") in ADDS and len(user.users) == 1:
+        return user if next(iter(user.users)).meta[PART] == "activation" else None
+    return None
 
 
 def parameters_read(node: Node, root: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,8 +10,18 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from ..capture import writes_in_place
+from ..recipe import Subject
 
-__all__ = ["LAYER_PARTS", "PART", "PARTS", "attribute", "classify", "name_of"]
+__all__ = [
+    "LAYER_PARTS",
+    "PART",
+    "PARTS",
+    "attribute",
+    "classify",
+    "name_of",
+    "node_subject",
+    "parameter_subjects",
+]
 
 # The node.meta key that classify writes: one of the parts below, or one of "input", "output", "parameter" (a Parameter
 # read by itself), "state" (a buffer, read or written) and "exit" (movement whose result the model only returns).
@@ -100,6 +111,35 @@ def name_of(node: Node) -> str:
     return str(node.target)
 
 
+def node_subject(node: Node, root: nn.Module) -> Subject:
+    """What a recipe's patterns see of a classified ``node``: the name of its output, and its kinds.
+
+    A module's output has the module's name; a function's that of the module that calls it, and of what it calls:
+    ``layer1.0.add``.
+    """
+    kinds = [node.meta[PART]]
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return str(node.target), [*kinds, *(base.__name__ for base in type(module).__mro__)]
+    if node.op == "placeholder":
+        return str(node.target), kinds
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    name = name_of(node)
+    return ".".join(filter(None, [*stack[-1:], name])), [*kinds, name, name.rstrip("_")]
+
+
+def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
+    """First name -> what a recipe's patterns see of each parameter: all its names, with the kinds of their layers."""
+    names: dict[int, str] = {id(parameter): name for name, parameter in root.named_parameters()}
+    subjects: dict[str, list[Subject]] = {name: [] for name in names.values()}
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            full = f"{path}.{name}" if path else name
+            part = next((_PART_OF[base.__name__] for base in _layer_bases(module)), "parameter")
+            subjects[names[id(parameter)]].append((full, [part, *(base.__name__ for base in type(module).__mro__)]))
+    return {name: tuple(each) for name, each in subjects.items()}
+
+
 def classify(graph: Graph, root: nn.Module) -> Graph:
     """Writes ``node.meta[PART]`` on every node; changes nothing else, and returns ``graph``.
 
@@ -144,10 +184,15 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
 
 
 def _part_of_module(module: nn.Module) -> str:
+    for base in _layer_bases(module):
+        return _PART_OF[base.__name__]
+    return "compute" if any(True for _ in module.parameters()) else "arithmetic"
+
+
+def _layer_bases(module: nn.Module) -> Iterator[type]:
     for base in type(module).__mro__:
         if base.__module__.startswith(("torch.nn.", "torchvision.ops")) and base.__name__ in _PART_OF:
-            return _PART_OF[base.__name__]
-    return "compute" if any(True for _ in module.parameters()) else "arithmetic"
+            yield base
 
 
 def _is_torch(function: Any) -> bool:

@@ -62,10 +62,16 @@ class _Insertion:
         self.modules: dict[str, Node] = {}
         self.key: Node | None = None
         wants_key = any(_is_stochastic(node.meta.get(SITE, Site())) for node in graph.nodes)
+        begun = False
         for node in graph.nodes:
-            if wants_key and self.key is None and node.op != "placeholder" and node.target != "training":
-                self.key = self._draw_key()
+            if not begun and node.op != "placeholder" and node.target != "training":
+                begun = True
+                self.key = self._draw_key() if wants_key else None
+                for placeholder in self.raw:  # behind the key, and all placeholders
+                    self._quantize_output(placeholder)
             self._visit(node)
+            if begun:
+                self._quantize_output(node)
 
     def _visit(self, node: Node) -> None:
         site: Site = node.meta.get(SITE, Site())
@@ -78,13 +84,18 @@ class _Insertion:
         else:
             new = self.new.node_copy(node, lambda source: self._source(node, source))
         self.raw[node] = self.read[node] = new
-        if site.output is not None:
-            output = site.output
+
+    def _quantize_output(self, node: Node) -> None:
+        output = node.meta.get(SITE, Site()).output
+        if output is not None:
+            new = self.raw[node]
             arguments = (new, self.key, output.stream, output.activation, output.error, output.rounding)
             self.read[node] = self._call(nodes.quantize_output, arguments, f"{new.name}_q", node)
 
     def _source(self, reader: Node, source: Node) -> Node:
-        return self.raw[source] if reader.meta[PART] in ("exit", "output") else self.read[source]
+        output = source.meta.get(SITE, Site()).output
+        returned = output is not None and output.returned
+        return self.raw[source] if reader.meta[PART] in ("exit", "output") and not returned else self.read[source]
 
     def _draw_key(self) -> Node:
         # The flag of the root, which the captured graph reads behind its placeholders if anything uses it.

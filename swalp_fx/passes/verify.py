@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.fx.node import map_arg
 from .. import nodes
 from ..formats import FLOAT
 from ..recipe import Recipe
+from .assign import Scope
 
 __all__ = ["VerifyError", "verify"]
 
@@ -41,32 +41,65 @@ MEASURES = re.compile(
 )
 WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
 
+# The parts that a placement or a rule may name; of what makes numbers, the rest is arithmetic.
+PARTS = {
+    "compute": re.compile(
+        r"Linear|Bilinear|_ConvNd|(?:Deform)?Conv(?:Transpose)?[123]d|Embedding(?:Bag)?|MultiheadAttention|RNN(?:Cell)?Base"
+        r"|Transformer(?:(?:En|De)coder(?:Layer)?)?|(?:bi)?linear|(?:deform_)?conv(?:_transpose)?[123]d|embedding(?:_bag)?"
+        r"|matmul|b?mm|mv|dot|inner|outer|einsum|tensordot|add(?:mm|mv|bmm)|baddbmm|scaled_dot_product_attention"
+        r"|multi_head_attention_forward"
+    ),
+    "norm": re.compile(
+        r"_NormBase|(?:Layer|Group|RMS|LocalResponse)Norm|CrossMapLRN2d|FrozenBatchNorm2d"
+        r"|(?:batch|layer|group|instance|rms|local_response)_norm|normalize"
+    ),
+    "activation": re.compile(
+        r"(?i:r?relu6?|(?:leaky_?|p)relu|[sc]?elu|[gs]e?lu|glu|silu|mish|soft(?:plus|sign|min|shrink)|(?:log_?)?softmax"
+        r"|softmax2d|(?:log_?)?sigmoid|tanh(?:shrink)?|hard(?:tanh|sigmoid|swish|shrink)|threshold)|clamp|clip"
+    ),
+    "pooling": re.compile(
+        r"_(?:Adaptive)?(?:Max|Avg)PoolNd|_LPPoolNd|FractionalMaxPool[23]d|Upsample|(?:PS)?RoI(?:Align|Pool)"
+        r"|MultiScaleRoIAlign|(?:adaptive_)?(?:max|avg)_pool[123]d|lp_pool[12]d|interpolate|upsample|grid_sample"
+        r"|mean|sum|a?max|a?min"
+    ),
+}
+
 _OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
 
 
-def verify(graph: Graph, captured: Graph, root: nn.Module, recipe: Recipe, *, identity: bool = False) -> Graph:
+def verify(
+    graph: Graph,
+    captured: Graph,
+    root: nn.Module,
+    recipe: Recipe,
+    *,
+    scope: Scope | None = None,
+    identity: bool = False,
+) -> Graph:
     """``graph``, proved to be ``captured`` with every number of ``recipe`` quantized exactly once, and nothing else.
 
     Raises VerifyError, naming the node, unless
 
     1. without its quantize nodes, the graph is the captured one, node for node and argument for argument;
     2. every floating parameter that is read is read through one quantize node, the same for each of its readers;
-    3. every layer output that another layer reads is read through one quantize node, and only the model's own output
-       reads it bare;
-    4. nothing else is quantized: no input, movement, size, buffer or quantized tensor;
-    5. formats and rounding are the recipe's, and roles in float have no node;
+    3. every output that the recipe's placement names is read through one quantize node, and only the model's own
+       output reads it bare, unless the recipe rounds that too;
+    4. nothing else is quantized: no movement, size, buffer or quantized tensor, and no input but by the recipe;
+    5. formats and rounding are the recipe's at that place, its rules applied, and roles in float have no node;
     6. no two nodes share a stream, and all draw from the one key of this forward.
     """
-    _Proof(graph, captured, root, recipe, identity).run()
+    _Proof(graph, captured, root, recipe, scope or Scope.of(root), identity).run()
     return graph
 
 
 class _Proof:
-    def __init__(self, graph: Graph, captured: Graph, root: nn.Module, recipe: Recipe, identity: bool) -> None:
+    def __init__(
+        self, graph: Graph, captured: Graph, root: nn.Module, recipe: Recipe, scope: Scope, identity: bool
+    ) -> None:
         self.graph, self.captured, self.root, self.recipe = graph, captured, root, recipe
+        self.scope, self.identity = scope, identity
         self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
-        self.weights = identity or recipe.weight != FLOAT
-        self.outputs = identity or recipe.activation != FLOAT or recipe.error != FLOAT
+        self.kinds = _kinds(graph, root)
 
     def run(self) -> None:
         self._same_computation()
@@ -105,29 +138,102 @@ class _Proof:
                 _require(bound == wanted, node, f"binds {bound}, where its parameters are {wanted}")
 
     def _is_quantizable(self, value: Any) -> bool:
-        return self.weights and id(value) in self.parameters and value.is_floating_point()
+        if id(value) not in self.parameters or not value.is_floating_point():
+            return False
+        return self.identity or self._recipe_of(value).weight != FLOAT
+
+    def _recipe_of(self, parameter: Any) -> Recipe:
+        return self.recipe.at(*self.scope.parameters[self.parameters[id(parameter)]])
+
+    def _recipe_at(self, node: Node) -> Recipe:
+        return self.recipe.at((self._name(node), _spoken_kinds(node, self.root, self.kinds)))
+
+    def _name(self, node: Node) -> str:
+        """The qualified name of ``node``'s output in the model that the recipe speaks of."""
+        if (path := _path(node)) is not None:
+            names = [path]
+        elif node.op == "placeholder":
+            names = [str(node.target)]
+        else:
+            stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            names = [*stack[-1:], _called(node)]
+        return ".".join(name for name in (self.scope.path, *names) if name)
 
     def _outputs_once(self) -> None:
-        kinds = _kinds(self.graph, self.root)
-        exits = _exits(self.graph, kinds)
+        exits = _exits(self.graph, self.kinds)
+        ends = self._group_ends()
         for node in self.graph.nodes:
             quantizers = [u for u in node.users if u.target is nodes.quantize_output and u.args[0] is node]
-            bare = [u for u in node.users if u not in exits and u.op != "output" and u not in quantizers]
-            if self.outputs and kinds[node] == "layer" and (quantizers or bare):
+            readers = [u for u in node.users if u not in quantizers]
+            inner = [u for u in readers if u not in exits and u.op != "output"]
+            bare = readers if self.recipe.quantize_logits else inner
+            if (quantizers or bare) and self._is_eligible(node, ends, bool(quantizers or inner)):
                 _require(len(quantizers) == 1, node, f"is quantized {len(quantizers)} times")
                 _require(not bare, node, f"is read bare by {bare}")
             else:
-                _require(not quantizers, node, f"is quantized by {quantizers}, and is no layer output")
+                _require(not quantizers, node, f"is quantized by {quantizers}, and should not be")
+
+    def _is_eligible(self, node: Node, ends: set[Node], is_read: bool) -> bool:
+        """Whether the recipe wants ``node``'s output rounded."""
+        part, placement = _part(node, self.root, self.kinds), self.recipe.placement
+        if node.op == "placeholder":
+            sizes = all(self.kinds[user] == "number" for user in node.users)
+            wanted = self.recipe.quantize_input and not sizes
+        elif self.kinds[node] == "layer":
+            placed = {
+                "every": True,
+                "compute": part == "compute",
+                "compute+activation": part in ("compute", "activation"),
+                "group": node in ends,
+            }
+            wanted = placed[placement] or self.recipe.includes(self._name(node))
+        else:
+            return False
+        if not wanted or self.recipe.excludes(self._name(node)):
+            return False
+        here = self._recipe_at(node)
+        return self.identity or here.activation != FLOAT or here.error != FLOAT
+
+    def _group_ends(self) -> set[Node]:
+        """The last node of each group, found in the captured graph reader by reader: each node joins the group that
+        ends in the one node it continues, the earliest-begun of two."""
+        if self.recipe.placement != "group":
+            return set()
+        kinds = _kinds(self.captured, self.root)
+        group: dict[Node, int] = {}
+        last: dict[int, Node] = {}
+        for number, node in enumerate(self.captured.nodes):
+            part = _part(node, self.root, kinds)
+            sources = [s for s in node.all_input_nodes if s in group and last[group[s]] is s and len(s.users) == 1]
+            if part in ("norm", "activation"):
+                sources = [source for source in sources if source is node.all_input_nodes[0]]
+            elif part == "arithmetic":
+                readers = [_part(reader, self.root, kinds) for reader in node.users]
+                is_sum = any(name.rstrip("_") in ("add", "iadd") for name in _names(node, self.root))
+                if not sources or not is_sum or readers != ["activation"]:
+                    continue
+            elif part == "compute":
+                sources = []
+            else:
+                continue
+            group[node] = min((group[source] for source in sources), default=number)
+            last[group[node]] = node
+        ends = set(last.values())
+        pairs = zip(_listing(self.captured, self.root), _listing(self.graph, self.root), strict=True)
+        return {new for (old, _), (new, _) in pairs if old in ends}
 
     def _formats(self) -> None:
-        recipe = self.recipe
-        wanted: dict[Callable[..., Any], tuple[str, ...]] = {
-            nodes.quantize_weight: (str(recipe.weight), recipe.rounding),
-            nodes.quantize_output: (str(recipe.activation), str(recipe.error), recipe.rounding),
-        }
-        for function, formats in wanted.items():
-            for node in self.graph.find_nodes(op="call_function", target=function):
-                _require(node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
+        for node in self.graph.nodes:
+            formats: tuple[str, ...]
+            if node.target is nodes.quantize_weight:
+                here = self._recipe_of(_value(node.args[0], self.root))
+                formats = str(here.weight), here.rounding
+            elif node.target is nodes.quantize_output:
+                here = self._recipe_at(node.args[0])
+                formats = str(here.activation), str(here.error), here.rounding
+            else:
+                continue
+            _require(node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
 
     def _randomness(self) -> None:
         keys = self.graph.find_nodes(op="call_function", target=nodes.draw_key)
@@ -217,6 +323,43 @@ def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
     if any(MOVES.fullmatch(name) for name in names):
         return "moves"
     return "number" if any(MEASURES.fullmatch(name) for name in names) else "layer"
+
+
+def _part(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
+    """The finer part of a layer output; of anything else, its kind."""
+    if kinds[node] != "layer":
+        return "input" if node.op == "placeholder" else kinds[node]
+    names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
+    for part, pattern in PARTS.items():
+        if any(pattern.fullmatch(name) for name in names):
+            return part
+    module = _module(node, root)
+    return "compute" if module is not None and any(True for _ in module.parameters()) else "arithmetic"
+
+
+def _spoken_kinds(node: Node, root: nn.Module, kinds: dict[Node, str]) -> list[str]:
+    """All that a rule may call ``node``."""
+    part = _part(node, root, kinds)
+    if (module := _module(node, root)) is not None:
+        return [part, *(base.__name__ for base in type(module).__mro__)]
+    return [part] if node.op == "placeholder" else [part, _called(node), _called(node).rstrip("_")]
+
+
+def _called(node: Node) -> str:
+    """What ``node`` calls, whoever wrote it."""
+    if node.target is getattr:
+        return str(node.args[1])
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _path(node: Node) -> str | None:
+    """The qualified name of the module that ``node`` calls, by either kind of call."""
+    if node.op == "call_module":
+        return str(node.target)
+    if node.target is nodes.call_layer:
+        assert isinstance(node.args[0], Node)
+        return str(node.args[0].target)
+    return None
 
 
 def _module(node: Node, root: nn.Module) -> nn.Module | None:

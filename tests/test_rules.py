@@ -1,0 +1,164 @@
+"""Rules: exceptions by qualified name and kind, in the graph, in the optimizer and in the report."""
+
+import dataclasses
+import pickle
+
+import pytest
+import shapes
+import torch
+from torch import nn
+
+from swalp_fx import FLOAT, Recipe, RecipeError, Rule, convert, nodes, parse, quantize, report
+from swalp_fx.passes import recipes_of_parameters, rewrite
+from swalp_fx.recipe import matches
+
+
+def _recipe(*rules, **fields):
+    return Recipe.parse("bfp8[0]", rules=rules, **fields)
+
+
+def _specs(model, recipe, function):
+    found = rewrite(model, recipe).graph.find_nodes(op="call_function", target=function)
+    return {node.args[0].name: node.args[3:-1] for node in found}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matched"),
+    [
+        ("fc", "fc", True),
+        ("fc", "fc.weight", True),
+        ("fc", "fc2", False),
+        ("fc", "head.fc", False),
+        ("*.fc", "head.fc", True),
+        ("blocks.[01].*", "blocks.1.conv1", True),
+        ("*.bias", "blocks.1.conv1.bias", True),
+        (r"re:blocks\.\d+", "blocks.12.conv1", True),
+        (r"re:blocks\.\d", "blocks.12.conv1", False),
+    ],
+)
+def test_a_pattern_matches_a_whole_name_or_a_module_around_it(pattern, name, matched):
+    assert matches(pattern, name) is matched
+
+
+def test_the_first_match_wins_and_unset_roles_are_the_recipes():
+    recipe = _recipe(Rule("fc", weight="bfp4"), Rule("*", weight="bfp5", error="float"))
+    fc, other = recipe.at(("fc.weight", ["compute"])), recipe.at(("conv.weight", ["compute"]))
+    assert (fc.weight, fc.error) == (parse("bfp4"), parse("bfp8[0]"))
+    assert (other.weight, other.error) == (parse("bfp5"), FLOAT)
+
+
+def test_first_and_last_layer_in_float():
+    float_ = dict.fromkeys(("weight", "activation", "error"), "float")
+    recipe = _recipe(Rule("conv1", **float_), Rule("fc", **float_))
+    weights = _specs(shapes.PreResNet(), recipe, nodes.quantize_weight)
+    outputs = _specs(shapes.PreResNet(), recipe, nodes.quantize_output)
+    assert not any(name.startswith(("conv1", "fc")) for name in (*weights, *outputs))
+    assert "blocks_0_conv1_weight" in weights and "blocks_0_conv1" in outputs
+
+
+def test_norms_in_float_by_kind():
+    recipe = _recipe(Rule("*", kind="norm", weight="float", activation="bf16"))
+    weights = _specs(shapes.PreResNet(), recipe, nodes.quantize_weight)
+    outputs = _specs(shapes.PreResNet(), recipe, nodes.quantize_output)
+    assert weights and not any("bn" in name for name in weights)
+    assert outputs["blocks_0_bn1"] == ("e8m7", "bfp8[0]") and outputs["blocks_0_conv1"] == ("bfp8[0]", "bfp8[0]")
+
+
+@pytest.mark.parametrize("kind", ["arithmetic", "iadd"])
+def test_a_function_is_named_by_its_module_and_its_name(kind):
+    outputs = _specs(shapes.PreResNet(), _recipe(Rule("blocks.1", kind=kind, activation="bfp4")), nodes.quantize_output)
+    assert [name for name, formats in outputs.items() if formats[0] == "bfp4"] == ["iadd_1"]
+
+
+def test_a_rule_may_round_what_the_recipe_does_not():
+    recipe = Recipe(rules=(Rule("blocks.0.conv1", weight="bfp4", activation="bfp5"),))
+    assert _specs(shapes.PreResNet(), recipe, nodes.quantize_weight) == {"blocks_0_conv1_weight": ("bfp4",)}
+    assert _specs(shapes.PreResNet(), recipe, nodes.quantize_output) == {"blocks_0_conv1": ("bfp5", "float")}
+
+
+def test_a_tied_parameter_is_matched_by_each_of_its_names():
+    weights = _specs(shapes.Tied(), _recipe(Rule("second", weight="bfp4")), nodes.quantize_weight)
+    assert weights == {"first_weight": ("bfp4",), "first_bias": ("bfp8[0]",), "second_bias": ("bfp4",)}
+
+
+def test_a_parameter_read_by_itself_is_of_kind_parameter():
+    recipes = recipes_of_parameters(shapes.Direct(), _recipe(Rule("*", kind="parameter", weight="bfp4")))
+    assert [name for name, recipe in recipes.items() if recipe.weight == parse("bfp4")] == ["scale"]
+
+
+def test_the_optimizer_follows():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    floats = dict.fromkeys(("weight", "gradient", "momentum"), "float")
+    recipe = _recipe(Rule("0", **floats), Rule("1", gradient="bfp4", momentum="bfp5", weight="bfp6"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    module, _ = convert(model, optimizer, recipe=recipe)
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    first, second, third = ((p, p.grad, optimizer.state[p]["momentum_buffer"]) for p in model.parameters())
+    assert not any(_is_in(tensor, "bfp8[0]") for tensor in first)
+    assert all(map(_is_in, second, ("bfp6", "bfp4", "bfp5")))
+    assert all(_is_in(tensor, "bfp8[0]") and not _is_in(tensor, "bfp6") for tensor in third)
+
+
+def _is_in(tensor, spec):
+    return torch.equal(quantize(tensor.detach(), spec), tensor)
+
+
+def test_the_report_follows():
+    model, _ = shapes.made(shapes.Convnet)
+    module, _ = convert(
+        model, recipe=_recipe(Rule("0", weight="bfp4", gradient="bfp5"), Rule("1", activation="float", error="float"))
+    )
+    rows = [line.split() for line in report(module).splitlines()[2:4]]
+    assert rows[0] == ["0", "Conv2d", "bfp4", "bfp8[0]", "bfp8[0]", "bfp5", "bfp8[0]", "112"]
+    assert rows[1] == ["1", "BatchNorm2d", "bfp8[0]", "-", "-", "bfp8[0]", "bfp8[0]", "8"]
+    assert "  1: a rule says so" in report(module)
+
+
+def test_a_pickle_keeps_the_rules():
+    model, inputs = shapes.made(shapes.Tied)
+    module, _ = convert(model, recipe=_recipe(Rule("second", weight="bfp4")))
+    again = pickle.loads(pickle.dumps(module))
+    assert again.recipe == module.recipe and torch.equal(again.eval()(*inputs), module.eval()(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            Rule("blokcs.*", weight="float"),
+            r"rule 'blokcs.\*' matches nothing in the model; the nearest names are blocks",
+        ),
+        (Rule("re:conv", weight="float", kind="norm"), "rule 're:conv' matches nothing .*conv1"),
+        (Rule("blocks", kind="Conv2", weight="float"), r"kind='Conv2' of rule 'blocks' matches nothing .*Conv2d"),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_names(rule, message):
+    with pytest.raises(RecipeError, match=message):
+        convert(shapes.PreResNet(), recipe=_recipe(rule))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rule("", weight="float"), "a rule matches a qualified name"),
+        (lambda: Rule("re:(", weight="float"), r"rule 're:\(' is no regular expression"),
+        (lambda: Rule("fc"), "rule 'fc' sets no format"),
+        (lambda: _recipe("fc"), "rules must be a tuple of Rule"),
+        (lambda: Recipe(rules=Rule("fc", weight="float")), "rules must be a tuple of Rule"),
+        (lambda: Recipe.parse("bfp8 rules=fc"), "rules are not read from text"),
+    ],
+)
+def test_bad_rules_are_refused(make, message):
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+def test_rules_are_frozen_and_printed():
+    rule = Rule("fc", kind="Linear", weight="float", activation="bfp4")
+    assert str(_recipe(rule)) == "bfp8[0] rules=[fc kind=Linear W=float A=bfp4]"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.match = "conv"
