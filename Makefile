@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 ENVIRONMENT := .venv/environment.stamp
 INSTALLED := .venv/installed.stamp
 
-.PHONY: build demo test lint gpu clean
+.PHONY: build demo test lint sanitize gpu clean
 
 build: $(INSTALLED)
 
@@ -27,6 +27,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy swalp_fx
+
+# The op tests on a CPU module built with the address and undefined-behaviour sanitizers, which python must preload.
+SANITIZED := build/sanitized
+sanitize: $(INSTALLED)
+	SWALP_FX_SANITIZE=1 SWALP_FX_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZED)-objects --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so) \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ops.py tests/test_laws.py
 
 # What needs a GPU. It builds with the python and torch that are there, and installs nothing else.
 gpu:

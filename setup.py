@@ -43,6 +43,10 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x
 # Every product and sum is rounded on its own, as the numerics contract in csrc/README.md requires.
 COMMON = ["-O3", "-std=c++20"]
 CXX = [*COMMON, "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+# SWALP_FX_SANITIZE=1, for `make sanitize`: the CPU module stops at the first bad access or undefined result.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
+if os.environ.get("SWALP_FX_SANITIZE") != "1":
+    SANITIZE = []
 NVCC = [
     *COMMON,
     "-Xcompiler=-fvisibility=hidden",
@@ -73,7 +77,8 @@ extensions = [
         "swalp_fx._C",
         ["csrc/ops.cpp", *sources("cpu", "*.cpp")],
         define_macros=MACROS,
-        extra_compile_args={"cxx": CXX},
+        extra_compile_args={"cxx": CXX + SANITIZE},
+        extra_link_args=SANITIZE,
         py_limited_api=True,
         depends=headers,
     )
