@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 ENVIRONMENT := .venv/environment.stamp
 INSTALLED := .venv/installed.stamp
 
-.PHONY: build demo test lint sanitize gpu clean
+.PHONY: build demo test bench lint sanitize gpu clean
 
 build: $(INSTALLED)
 
@@ -22,6 +22,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python tools/benchmark.py op
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,8 +41,9 @@ sanitize: $(INSTALLED)
 # What needs a GPU. It builds with the python and torch that are there, and installs nothing else.
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m pytest tests/test_cuda.py
+	$(PYTHON) -m pytest -m gpu tests/test_cuda.py tests/test_optimizer.py tests/test_averaging.py
 	$(PYTHON) tools/train.py --dataset digits --device cuda
+	$(PYTHON) tools/benchmark.py op --device cuda
 
 clean:
 	rm -rf .venv build dist *.egg-info swalp_fx/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

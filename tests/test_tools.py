@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark
 import data
 import models
 import report
@@ -282,3 +283,33 @@ class TestReport:
         with pytest.raises(SystemExit, match=f"^report.py: error: .*{complaint}") as stop:
             report.main(words)
         assert "\n" not in stop.value.code
+
+
+# ---- benchmark.py --------------------------------------------------------------------------------
+
+
+def test_benchmark_times_every_format_beside_a_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.001)
+    monkeypatch.setattr(benchmark, "peers", lambda x: {"a clone": x.clone})
+    threads = torch.get_num_threads()
+    benchmark.main(["op", "--elements", "4K", "--threads", "1", "--json", str(tmp_path / "b.json")])
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["command"].startswith("python tools/benchmark.py op --elements 4K")
+    measured = {(row["what"], row["rounding"]) for row in result["rows"]}
+    assert {(spec, rounding) for spec in benchmark.SPECS for rounding in benchmark.ROUNDINGS} < measured
+    assert all(row["elements"] == 4096 and row["ms"] > 0 and row["ratio to copy"] > 0 for row in result["rows"])
+    assert "ratio to copy" in capsys.readouterr().out
+
+
+def test_benchmark_times_no_op_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(benchmark.reference, "quantize", lambda x, *args, **kwargs: x)
+    with pytest.raises(SystemExit, match=r"fixed8\.6, nearest: the op differs from the oracle"):
+        benchmark.main(["op", "--elements", "1K"])
+
+
+@pytest.mark.parametrize("size", ["1000", "12T", "0"])
+def test_benchmark_refuses_a_size_it_cannot_lay_out(size, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["op", "--elements", size])
+    assert f"'{size}' is not a multiple of 1024 elements; use 1M or 64M" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""How fast the op is, against a copy of the same tensor and against what else there is, in one run.
+
+    python tools/benchmark.py op
+    python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
+
+Each row first checks that the op equals the oracle bit for bit on a small tensor; a wrong op is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+import swalp_fx
+from swalp_fx import reference
+
+SPECS = ["fixed8.6", "e4m3", "e5m2", "bf16", "bfp8", "bfp8[0]", "bfp8[-1:16]", "mxfp8", "mxfp4", "int8[0]", "nvfp4"]
+ROUNDINGS = ["nearest", "stochastic"]
+COLUMNS = 1024
+KEY = 20190516
+SECONDS = 0.5  # of repetitions for a row
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def elements(text: str) -> int:
+    """``64M`` is 2^26; a multiple of a row of 1024."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    count = int(match[1]) * UNITS[match[2]] if match else 0
+    if count < COLUMNS or count % COLUMNS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {COLUMNS} elements; use 1M or 64M")
+    return count
+
+
+class Clock:
+    """Times calls on one device: the least of many repetitions, so that other work on the machine shows least."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def once(self, call: Callable[[], Any]) -> float:
+        """Seconds of one call."""
+        if self.cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+        begin_time = time.perf_counter()
+        call()
+        return time.perf_counter() - begin_time
+
+    def beside(self, call: Callable[[], Any], copy: Callable[[], Any]) -> tuple[float, float]:
+        """Least seconds of ``call`` and of ``copy``, run by turns."""
+        self.once(call), self.once(copy)  # warm up
+        pairs = [(self.once(call), self.once(copy)) for _ in range(3)]
+        count = min(1000, int(SECONDS / max(1e-6, sum(min(times) for times in zip(*pairs, strict=True)))))
+        pairs += [(self.once(call), self.once(copy)) for _ in range(count)]
+        of_call, of_copy = zip(*pairs, strict=True)
+        return min(of_call), min(of_copy)
+
+
+def agrees(spec: str, rounding: str, device: str) -> bool:
+    x = torch.randn(64, COLUMNS, generator=torch.Generator().manual_seed(0))
+    due = reference.quantize(x, spec, rounding, key=KEY)
+    return torch.equal(swalp_fx.quantize_(x.to(device, copy=True), spec, rounding, key=KEY).cpu(), due)
+
+
+def block_float_in_torch(x: Tensor) -> Tensor:
+    """bfp8[0] in plain torch operations, to nearest."""
+    step = torch.exp2(torch.floor(torch.log2(x.abs().amax(1, keepdim=True))) - 6)
+    return torch.clamp(torch.round(x / step), -127, 127) * step
+
+
+def peers(x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What else rounds a tensor: each out of place, into fresh memory, to nearest."""
+    found: dict[str, Callable[[], Any]] = {
+        "plain torch, bfp8[0]": lambda: block_float_in_torch(x),
+        "torch.fake_quantize_per_tensor_affine": lambda: torch.fake_quantize_per_tensor_affine(x, 1 / 64, 0, -128, 127),
+        "float8_e4m3fn and back": lambda: x.to(torch.float8_e4m3fn).float(),
+        "bfloat16 and back": lambda: x.bfloat16().float(),
+        "swalp_fx.quantize, bfp8[0]": lambda: swalp_fx.quantize(x, "bfp8[0]"),
+    }
+    compiled = torch.compile(block_float_in_torch)
+    try:
+        compiled(x)
+        found["torch.compile of plain torch, bfp8[0]"] = lambda: compiled(x)
+    except Exception as error:  # whatever the compiler at hand fails with
+        print(f"torch.compile does not work here: {str(error).splitlines()[0]}", file=sys.stderr)
+    try:
+        from qtorch.quant import block_quantize
+    except ImportError:
+        return found
+    found["qtorch.block_quantize, dim 0"] = lambda: block_quantize(x, wl=8, dim=0, rounding="nearest")
+    return found
+
+
+def row(name: str, rounding: str, numel: int, seconds: float, copy: float) -> dict[str, Any]:
+    return {
+        "what": name,
+        "rounding": rounding,
+        "elements": numel,
+        "ms": seconds * 1e3,
+        "G elements/s": numel / seconds / 1e9,
+        "GB/s": 8 * numel / seconds / 1e9,  # float32, read and written
+        "ratio to copy": seconds / copy,
+    }
+
+
+def measure(counts: Sequence[int], device: str) -> list[dict[str, Any]]:
+    clock = Clock(device)
+    rows = []
+    for numel in counts:
+        x = torch.randn(numel // COLUMNS, COLUMNS, device=device)
+        y = torch.empty_like(x)
+
+        def copy(x: Tensor = x, y: Tensor = y) -> None:
+            y.copy_(x)
+
+        for spec in SPECS:
+            for rounding in ROUNDINGS:
+                if not agrees(spec, rounding, device):
+                    raise SystemExit(f"{spec}, {rounding}: the op differs from the oracle, so its speed says nothing")
+                seconds, of_copy = clock.beside(
+                    lambda spec=spec, rounding=rounding, x=x: swalp_fx.quantize_(x, spec, rounding, key=KEY), copy
+                )
+                rows.append(row(spec, rounding, numel, seconds, of_copy))
+        x.normal_()
+        for name, call in peers(x).items():
+            rows.append(row(f"{name} (fresh memory)", "nearest", numel, *clock.beside(call, copy)))
+    return rows
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", choices=["op"], help="op: quantize_ in place, on float32 of shape [elements / 1024, 1024]"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--elements", type=elements, nargs="+", default=[elements("1M"), elements("64M")])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write what was measured here too")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU; use --device cpu")
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads}: use 1 or more")
+    torch.set_num_threads(args.threads)
+    about = {
+        "command": shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine(args.device),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+    rows = measure(args.elements, args.device)
+    for name, value in about.items():
+        print(f"{name}: {value}")
+    print()
+    print(tabulate(rows, headers="keys", floatfmt=("", "", "", ".3f", ".2f", ".1f", ".2f"), intfmt=","))
+    if args.json:
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
