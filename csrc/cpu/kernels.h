@@ -122,6 +122,47 @@ void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>
   });
 }
 
+// Tiles of kSize neighbours, one after another: with the size known, a tile is a few instructions, and no call.
+template <int kSize, class S, class Format, class Round>
+__attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S* y, int64_t tiles, int64_t index,
+                                              const Round round, Draws& draws) {
+  using T = Compute<S>;
+  for (int64_t tile = 0; tile < tiles; ++tile, x += kSize, y += kSize, index += kSize) {
+    typename Ieee<T>::Bits maximum = 0;
+    for (int i = 0; i < kSize; ++i) {
+      const auto bits = finite_magnitude(static_cast<T>(x[i]));
+      maximum = maximum < bits ? bits : maximum;
+    }
+    int64_t count = 0;
+    const uint32_t* draw = Round::draws ? draws.from(index, (tiles - tile) * kSize, count) : nullptr;
+    format.template with_quantizer<T>(maximum, T(0), [&](const auto& quantizer) {
+#pragma GCC ivdep
+      for (int i = 0; i < kSize; ++i) {
+        y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round));
+      }
+    });
+  }
+}
+
+// Whether the layout is tiles of 16 or 32 neighbours, row after row; if so, they are done.
+template <class S, class Format, class Round>
+bool quantized_tiles(const Format& format, const Layout& layout, const S* x, S* y, const Round& round,
+                     const Random& random) {
+  const int64_t size = layout.inner().size;
+  if (!layout.blocks_are_rows() || layout.rank != 2 || layout.inner().step.index != 1 || (size != 16 && size != 32)) {
+    return false;
+  }
+  const Place& across = layout.dims[0].step;
+  if (across.memory != size || across.index != size || layout.first.index % size != 0) return false;
+  torch::stable::parallel_for(0, layout.dims[0].size, Runs::kGrain / size, [&](int64_t begin, int64_t end) {
+    Draws draws(random);
+    const int64_t memory = layout.first.memory + begin * size, index = layout.first.index + begin * size;
+    const auto run = size == 16 ? &quantize_tiles<16, S, Format, Round> : &quantize_tiles<32, S, Format, Round>;
+    run(format, x + memory, y + memory, end - begin, index, round, draws);
+  });
+  return true;
+}
+
 template <class S, class Format, class Round>
 void quantize(const Format& format, const Cover& cover, const S* x, S* y, const Round& round, const Random& random) {
   using T = Compute<S>;
@@ -158,6 +199,9 @@ void quantize(const Format& format, const Cover& cover, const S* x, S* y, const 
   }
 
   for (const Layout& layout : cover.layouts) {
+    if constexpr (Format::shared == Shared::Block && !std::is_same_v<S, double>) {
+      if (quantized_tiles(format, layout, x, y, round, random)) continue;
+    }
     const Dim inner = layout.inner();
     const bool rows = whole_rows(layout);
     Runs(layout).for_each([&](auto each) {

@@ -14,6 +14,8 @@ namespace {
 // The innermost loops of a layout, cut into runs of at most kRun elements and shared out over torch's threads.
 class Runs {
  public:
+  static constexpr int64_t kGrain = 1 << 15;  // elements worth waking a thread for
+
   explicit Runs(const Layout& l) : layout(l), inner(l.inner()) {
     // A row that is a block and fits in the L2 cache stays whole: reading it again is then free.
     whole = inner.size <= (l.blocks_are_rows() ? kWholeRow : kRun);
@@ -35,7 +37,6 @@ class Runs {
  private:
   static constexpr int64_t kRun = 1 << 14;       // elements, of which the L1 cache holds some and the L2 cache all
   static constexpr int64_t kWholeRow = 1 << 17;  // elements
-  static constexpr int64_t kGrain = 1 << 15;     // elements worth waking a thread for
   const Layout& layout;
   Dim inner;
   bool whole;
