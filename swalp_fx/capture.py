@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import random
 from collections import OrderedDict
@@ -15,14 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.node import Argument
 from torch.fx.proxy import TraceError
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Captured", "ConvertError", "LiveTracer", "capture"]
+__all__ = ["ROOT", "CaptureError", "Captured", "ConvertError", "LiveTracer", "capture"]
+
+# The attribute by which the graph of a bare layer calls the layer, which is the graph's own root.
+ROOT = "_root"
 
 
 class ConvertError(ValueError):
     """A model that cannot be rewritten. The message names the module, the reason and the remedy."""
+
+
+class CaptureError(ConvertError):
+    """A module whose forward torch.fx cannot trace; those inside it may be traceable."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +41,22 @@ class Captured:
     graph: Graph
     constants: dict[str, torch.Tensor]  # tensors the graph reads that are no parameter or buffer, by attribute name
     frozen: tuple[str, ...]  # modules that branch on their training flag, so that the branch taken is all there is
+    bare: bool = False  # the model is one layer: the graph calls the root itself, with its hooks
 
 
 def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = ()) -> Captured:
     """The graph of ``model.forward``, following train and eval mode; the model is left exactly as it was.
 
     ``leaves`` are module types to call as they are rather than to trace through, beside torch.nn's own layers. Each
-    node holds its nn_module_stack and stack_trace.
+    node holds its nn_module_stack and stack_trace. A bare layer gives a graph of one call, of the module "".
 
-    Raises ConvertError, naming the module, the reason and the remedy, if the model cannot be traced.
+    Raises ConvertError, naming the module, the reason and the remedy, for what is no float model, and CaptureError for
+    a forward that cannot be traced.
     """
     tracer = LiveTracer(leaves)
-    _refuse_unfit(model, tracer)
+    _refuse_unfit(model)
+    if tracer.is_leaf_module(model, ""):
+        return Captured(_one_call(model), {}, (), bare=True)
     with _untouched(model):
         tracer.live_flags(model)
         state = _random_state()
@@ -54,7 +67,7 @@ def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = ()) -> Capture
         except ConvertError:
             raise
         except Exception as error:  # tracing runs the user's code, which may raise anything
-            raise ConvertError(tracer.explain(error)) from error
+            raise CaptureError(tracer.explain(error)) from error
         targets = {node.target for node in graph.find_nodes(op="get_attr")}
         constants = {
             name: value for name, value in vars(model).items() if name in targets and isinstance(value, torch.Tensor)
@@ -127,7 +140,7 @@ class LiveTracer(Tracer):
         self.path_of_module(m)  # raises for a module that forward has made, before the stack names it
         result = super().call_module(m, forward, args, kwargs)
         if _random_state() != state:
-            raise ConvertError(self._sentence(self.path_of_module(m), RANDOM))
+            raise CaptureError(self._sentence(self.path_of_module(m), RANDOM))
         return result
 
     def proxy(self, node: Node) -> Proxy:
@@ -199,7 +212,25 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_LiveProxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))
 
 
-def _refuse_unfit(model: nn.Module, tracer: LiveTracer) -> None:
+def _one_call(layer: nn.Module) -> Graph:
+    """``layer(...)``, with the inputs and the defaults of its forward."""
+    graph = Graph()
+    arguments: list[Node] = []
+    keywords: dict[str, Argument] = {}
+    for name, parameter in inspect.signature(layer.forward).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise CaptureError(f"cannot trace {type(layer).__name__}: its forward takes any number of inputs")
+        if parameter.default is parameter.empty:
+            arguments.append(graph.placeholder(name))
+        else:
+            keywords[name] = graph.placeholder(name, default_value=parameter.default)
+    call = graph.create_node("call_module", "", tuple(arguments), keywords, name=type(layer).__name__.lower())
+    call.meta["nn_module_stack"] = {"": ("", type(layer))}
+    graph.output(call)
+    return graph
+
+
+def _refuse_unfit(model: nn.Module) -> None:
     """Raises ConvertError for what is no float model that can be traced at all."""
     if not isinstance(model, nn.Module):
         raise ConvertError(f"cannot convert a {type(model).__name__}; pass a torch.nn.Module")
@@ -210,8 +241,10 @@ def _refuse_unfit(model: nn.Module, tracer: LiveTracer) -> None:
         raise ConvertError("cannot convert a compiled model; convert first, then torch.compile the result")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConvertError(f"cannot convert a TorchScript module ({kind}); convert the Python module it was made from")
-    if tracer.is_leaf_module(model, ""):
-        raise ConvertError(f"cannot convert a bare {kind}; wrap it: torch.nn.Sequential(layer)")
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise CaptureError(
+            f"cannot convert a bare {kind}, which has no forward; convert the module that calls its layers"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .passes import rewrite
+from .passes.parts import rewrite_what_can_be
 from .recipe import Recipe
 
 __all__ = ["Check", "check"]
@@ -49,7 +49,7 @@ def check(model: nn.Module, *inputs: Any, leaves: Sequence[type[nn.Module]] = ()
     compared = 0
     # One trace serves both modes: that it does is half of the proof.
     source = copy.deepcopy(model).train()
-    rewritten = rewrite(source, Recipe(rounding="nearest"), leaves=tuple(leaves), identity=True)
+    rewritten = rewrite_what_can_be(source, Recipe(rounding="nearest"), leaves=tuple(leaves), identity=True)
     for mode in ("train", "eval"):
         plain, low = copy.deepcopy(model), copy.deepcopy(rewritten)
         expected = _run(plain.train(mode == "train"), inputs)

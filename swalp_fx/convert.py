@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .optimizer import SWALP
-from .passes import RewrittenModule, recipes_of_parameters, rewrite
+from .passes import recipes_of_parameters
+from .passes.parts import parts_of, rewrite_what_can_be, rewritten_in
 from .recipe import Recipe
 
 __all__ = ["Converted", "convert"]
@@ -19,7 +20,9 @@ __all__ = ["Converted", "convert"]
 class Converted(NamedTuple):
     """What ``convert`` returns."""
 
-    module: RewrittenModule  # call it where the model was called
+    module: (
+        nn.Module
+    )  # a RewrittenModule, or a model of the same type with such modules in it; call it where the model was called
     swalp: SWALP  # the optimizer pass, and the average
 
 
@@ -39,14 +42,24 @@ def convert(
     leaves: module types that torch.fx cannot trace, or should not. They are called whole: their weights are
         quantized, what happens inside them is not.
 
-    Warns of modules that branch on their training flag: a graph holds one branch, that of the model's present mode.
-    Raises ConvertError (a model that cannot be traced, or is already converted), FormatError, RecipeError, and
+    A model whose own forward cannot be traced is rewritten in parts: its largest submodules that can be, in a copy of
+    its structure. ``report`` lists what stayed float, and why.
+
+    Warns of such a model, and of modules that branch on their training flag: a graph holds one branch, that of the
+    model's present mode.
+    Raises ConvertError (a model with nothing to rewrite, or already converted), FormatError, RecipeError, and
     ValueError for an optimizer with parameters that are not the model's, all before anything is changed.
     """
     parsed = Recipe.parse(recipe)
-    module = rewrite(model, parsed, leaves=tuple(leaves))
-    if module.frozen:
-        names = ", ".join(path or "the model" for path in module.frozen)
+    module = rewrite_what_can_be(model, parsed, leaves=tuple(leaves))
+    if parts := parts_of(module):
+        reason = next(iter(parts.floats.values()))
+        warnings.warn(
+            f"{reason}. Rewritten instead: {len(parts.rewritten)} of its submodules; see report", stacklevel=2
+        )
+    frozen = [".".join(filter(None, (path, each))) for path, part in rewritten_in(module) for each in part.frozen]
+    if frozen:
+        names = ", ".join(path or "the model" for path in frozen)
         mode = "train" if model.training else "eval"
         warnings.warn(f"{names}: the branch that {mode} mode takes is kept in both modes", stacklevel=2)
     swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed) if parsed.rules else None)

@@ -15,10 +15,11 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import ConvertError
+from .capture import ROOT, ConvertError
 from .formats import FLOAT, parse
-from .passes import RewrittenModule, recipes_of_parameters
+from .passes import RewrittenModule
 from .passes.classify import LAYER_PARTS, PART, name_of
+from .passes.parts import parts_of, rewritten_in
 from .recipe import ROLES
 
 __all__ = ["report"]
@@ -27,15 +28,16 @@ __all__ = ["report"]
 WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
-def report(module: RewrittenModule, *inputs: Any) -> str:
+def report(module: nn.Module, *inputs: Any) -> str:
     """One row a layer: its name, operation, output shape, the formats of W A E G M, and parameters; then totals.
 
     With ``inputs``, a copy of the module runs on them once, in eval mode, to fill in the shapes. A ``-`` is a role
     that stays in float or that the layer has not; the lines below the table say why. A parameter that several layers
     read is counted at the first.
+    A model rewritten in parts gives one table of all its parts, and the reasons why the rest computes in float.
     Raises ConvertError for a module that is not rewritten.
     """
-    if not isinstance(module, RewrittenModule):
+    if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
         raise ConvertError(f"report takes the module that convert returns, not a {type(module).__name__}")
     layers = list(_layers(module))
     shapes = _shapes(module, inputs) if inputs else {}
@@ -58,7 +60,7 @@ def report(module: RewrittenModule, *inputs: Any) -> str:
 class _Layer:
     """One row of the table."""
 
-    node: str  # its name in the graph
+    node: tuple[str, str]  # the part, and the name in its graph
     name: str  # qualified; of the module around it, if it is a function
     operation: str
     formats: tuple[str, str, str, str, str]  # specs of W A E G M; "" for a role that it has not
@@ -67,10 +69,16 @@ class _Layer:
     unrounded: str  # why its output is in float, if it is
 
 
-def _layers(module: RewrittenModule) -> Iterator[_Layer]:
+def _layers(module: nn.Module) -> Iterator[_Layer]:
     counted: set[int] = set()
+    for path, part in rewritten_in(module):
+        yield from _layers_of(part, path, counted)
+
+
+def _layers_of(module: RewrittenModule, path: str, counted: set[int]) -> Iterator[_Layer]:
+    scope = module._options["scope"]
     recipes = {
-        id(module.get_parameter(name)): each for name, each in recipes_of_parameters(module, module.recipe).items()
+        id(module.get_parameter(name)): module.recipe.at(*subjects) for name, subjects in scope.parameters.items()
     }
     for node in module.graph.nodes:
         if node.meta.get(PART) not in LAYER_PARTS and not _is_bare_parameter(node):
@@ -79,9 +87,11 @@ def _layers(module: RewrittenModule) -> Iterator[_Layer]:
         parameters = {id(p): p for p in map(module.get_parameter, weights)}
         output = next((user for user in node.users if user.target is nodes.quantize_output), None)
         local = [recipes[key] for key in parameters]
+        name, operation = _names(node, module)
         yield _Layer(
-            node.name,
-            *_names(node, module),
+            (path, node.name),
+            _join(path, name) or node.name,
+            operation,
             (
                 "/".join(dict.fromkeys(weights.values())),
                 *(map(str, output.args[3:5]) if output is not None else ("", "")),
@@ -90,7 +100,7 @@ def _layers(module: RewrittenModule) -> Iterator[_Layer]:
                     for role in ("gradient", "momentum")
                 ),
             ),
-            weights,
+            {_join(path, name): spec for name, spec in weights.items()},
             sum(parameter.numel() for key, parameter in parameters.items() if key not in counted),
             _why_unrounded(node, module),
         )
@@ -98,15 +108,19 @@ def _layers(module: RewrittenModule) -> Iterator[_Layer]:
 
 
 def _why_unrounded(node: Node, module: RewrittenModule) -> str:
-    recipe = module.recipe
+    recipe, scope = module.recipe, module._options["scope"]
     if all(user.meta.get(PART) in ("exit", "output") for user in node.users) and not recipe.quantize_logits:
         return "the model's output"
     path = _called(node)
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    name = path if path is not None else ".".join(filter(None, [*stack[-1:], name_of(node)]))
+    name = _join(scope.path, path if path is not None else _join(*stack[-1:], name_of(node)))
     if recipe.excludes(name):
         return "the recipe excludes it"
     return f"not in placement {recipe.placement}" if recipe.placement != "every" else "a rule says so"
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 def _is_bare_parameter(node: Node) -> bool:
@@ -119,7 +133,8 @@ def _is_bare_parameter(node: Node) -> bool:
 def _called(node: Node) -> str | None:
     """The qualified name of the module that ``node`` calls."""
     if node.target is nodes.call_layer:
-        return str(node.args[0].target)  # type: ignore[union-attr]
+        target = str(node.args[0].target)  # type: ignore[union-attr]
+        return "" if target == ROOT else target
     return str(node.target) if node.op == "call_module" else None
 
 
@@ -133,49 +148,63 @@ def _weights(node: Node, module: RewrittenModule) -> dict[str, str]:
     if path is None:
         return {}
     bound: Any = node.args[1] if node.target is nodes.call_layer else {}
-    names = [name for name, _ in module.get_submodule(path).named_parameters()]
-    return {f"{path}.{name}": str(bound[name].args[3] if name in bound else FLOAT) for name in names}
+    names = [name for name, _ in module._root.get_submodule(path).named_parameters()]
+    return {_join(path, name): str(bound[name].args[3] if name in bound else FLOAT) for name in names}
 
 
 def _names(node: Node, module: RewrittenModule) -> tuple[str, str]:
     """(layer, operation) of the row."""
     if (path := _called(node)) is not None:
-        return path, type(module.get_submodule(path)).__name__
+        return path, type(module._root.get_submodule(path)).__name__
     if _is_bare_parameter(node):
         return next(iter(_weights(node, module))), "parameter"
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return (stack[-1] if stack else "") or node.name, name_of(node)
 
 
-def _shapes(module: RewrittenModule, inputs: tuple[Any, ...]) -> dict[str, str]:
-    """Each node's output shape, by its name in the graph."""
-    shapes: dict[str, str] = {}
+class _Shapes(Interpreter):
+    """A run of one part, which notes each node's output shape."""
 
-    class Shapes(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-            shapes[n.name] = ", ".join("x".join(map(str, tensor.shape)) or "1" for tensor in tensors)
-            return result
+    def __init__(self, part: RewrittenModule, path: str, shapes: dict[tuple[str, str], str]) -> None:
+        super().__init__(part)
+        self.path, self.shapes = path, shapes
 
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.shapes[self.path, n.name] = ", ".join("x".join(map(str, tensor.shape)) or "1" for tensor in tensors)
+        return result
+
+    def on_call(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = [node.target for node in self.graph.nodes if node.op == "placeholder"]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self.run(*(given[name] for name in names if name in given))
+
+
+def _shapes(module: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, str], str]:
+    """Each node's output shape, by its part and its name in the part's graph."""
+    shapes: dict[tuple[str, str], str] = {}
+    copied = copy.deepcopy(module).eval()
+    for path, part in rewritten_in(copied):
+        part.register_forward_pre_hook(_Shapes(part, path, shapes).on_call, with_kwargs=True)
     with torch.no_grad():
-        Shapes(copy.deepcopy(module).eval()).run(*inputs)
+        copied(*inputs)
     return shapes
 
 
-def _totals(module: RewrittenModule, layers: list[_Layer]) -> Iterator[str]:
+def _totals(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
     specs = {id(module.get_parameter(name)): spec for layer in layers for name, spec in layer.weights.items()}
     parameters = list(module.parameters())
     bits = sum(p.numel() * _bits(specs.get(id(p), str(FLOAT)), p) for p in parameters)
     values = sum(p.numel() for p in parameters)
-    outputs = len(module.graph.find_nodes(op="call_function", target=nodes.quantize_output))
+    outputs = sum(layer.formats[1] != "" for layer in layers)
     formats = ", ".join(f"{number} in {spec}" for spec, number in Counter(specs.values()).items()) or "none"
     yield f"parameters  {values:,} values in {len(parameters)} tensors: {formats}"
     if values:
         share = bits / (32 * values)
         yield f"bits        {bits:,.0f}, {share:.1%} of {32 * values:,} in float32 (shared exponents not counted)"
     yield f"outputs     {outputs} of {sum(layer.operation != 'parameter' for layer in layers)} rounded"
-    yield f"rounding    {module.recipe.rounding}"
+    yield f"rounding    {next(part.recipe.rounding for _, part in rewritten_in(module))}"
 
 
 def _bits(spec: str, parameter: Tensor) -> float:
@@ -183,27 +212,38 @@ def _bits(spec: str, parameter: Tensor) -> float:
     return 8 * parameter.element_size() if format == FLOAT else format.bits
 
 
-def _floats(module: RewrittenModule, layers: list[_Layer]) -> Iterator[str]:
+def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
     """Why what is in float is in float, a line a reason."""
-    graph, recipe = module.graph, module.recipe
+    parts = list(rewritten_in(module))
+    recipe = parts[0][1].recipe
+    nodes_of = [(node, part) for _, part in parts for node in part.graph.nodes]
     if by_recipe := [role for role in ROLES.values() if getattr(recipe, role) == FLOAT]:
         yield f"  {', '.join(by_recipe)}: the recipe says so"
-    yield f"  {', '.join(node.name for node in graph.nodes if node.op == 'placeholder')}: the model's input"
+    if isinstance(module, RewrittenModule) and not recipe.quantize_input:
+        yield f"  {', '.join(node.name for node, _ in nodes_of if node.op == 'placeholder')}: the model's input"
     bare = [layer for layer in layers if layer.operation != "parameter" and layer.formats[1] == ""]
     if recipe.activation != FLOAT or recipe.error != FLOAT or len(bare) < len(layers):
         for reason in dict.fromkeys(layer.unrounded for layer in bare):
             yield f"  {', '.join(layer.name for layer in bare if layer.unrounded == reason)}: {reason}"
-    moves = Counter(_names(node, module)[1] for node in graph.nodes if node.meta.get(PART) in ("movement", "exit"))
+    moves = Counter(_names(node, part)[1] for node, part in nodes_of if node.meta.get(PART) in ("movement", "exit"))
     if moves:
         yield f"  {', '.join(f'{name} x {n}' if n > 1 else name for name, n in moves.items())}: no new numbers"
-    paths = dict.fromkeys(path for node in graph.nodes if (path := _called(node)) is not None)
-    if whole := [path for path in paths if _is_whole(module.get_submodule(path))]:
+    called = {
+        _join(path, inner): part._root.get_submodule(inner)
+        for path, part in parts
+        for node in part.graph.nodes
+        if (inner := _called(node)) is not None
+    }
+    if whole := [path or "the model" for path, layer in called.items() if _is_whole(layer)]:
         yield f"  inside {', '.join(whole)}: called whole, with quantized weights"
     read = {id(module.get_parameter(name)) for layer in layers for name in layer.weights}
     if unread := [name for name, parameter in module.named_parameters() if id(parameter) not in read]:
-        yield f"  {', '.join(unread)}: never read"
-    if module.frozen:
-        names = ", ".join(path or "the model" for path in module.frozen)
+        yield f"  {', '.join(unread)}: never read" + ("" if isinstance(module, RewrittenModule) else " by a graph")
+    if (rewritten := parts_of(module)) is not None:
+        for path, why in rewritten.floats.items():
+            yield f"  {path or 'the model itself'}, outside of its rewritten modules: {why}"
+    if frozen := [_join(path, each) for path, part in parts for each in part.frozen]:
+        names = ", ".join(path or "the model" for path in frozen)
         yield f"frozen: {names} branched on the training flag; the branch of the traced mode is kept in both modes"
 
 

@@ -203,7 +203,7 @@ def test_a_leaf_of_the_user_is_called_whole():
 @pytest.mark.parametrize(
     ("model", "remedy"),
     [
-        (lambda: nn.Conv2d(3, 3, 3), "torch.nn.Sequential"),
+        (lambda: nn.ModuleList([nn.Conv2d(3, 3, 3)]), "convert the module that calls its layers"),
         (lambda: nn.DataParallel(Dropping()), "convert the module inside"),
         (lambda: torch.compile(Dropping()), "then torch.compile"),
         (lambda: torch.jit.script(nn.Sequential(nn.ReLU())), "Python module"),

@@ -60,5 +60,5 @@ def test_the_model_and_the_random_state_are_left_alone():
 
 
 def test_what_cannot_be_rewritten_is_refused():
-    with pytest.raises(ConvertError, match="Sequential"):
-        check(nn.Linear(2, 2), torch.randn(1, 2))
+    with pytest.raises(ConvertError, match="then wrap the result"):
+        check(nn.DataParallel(nn.Linear(2, 2)), torch.randn(1, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +18,16 @@ from .classify import classify, parameter_subjects
 from .insert import insert
 from .verify import verify
 
-__all__ = ["RewrittenModule", "assign", "classify", "insert", "recipes_of_parameters", "rewrite", "verify"]
+__all__ = [
+    "RewrittenModule",
+    "assign",
+    "classify",
+    "insert",
+    "recipes_of_parameters",
+    "rewrite",
+    "rewrite_at",
+    "verify",
+]
 
 
 def rewrite(
@@ -28,20 +37,37 @@ def rewrite(
 
     ``leaves`` are module types to call whole: their weights are quantized, what happens inside them is not.
     ``identity`` inserts nodes for roles in ``float`` too.
-    Raises, before anything is changed, ConvertError for a model that cannot be traced or already is rewritten, and
-    RecipeError for a rule, an include or an exclude that matches nothing in it.
+    Raises, before anything is changed, CaptureError for a model that cannot be traced, ConvertError for one that is
+    already rewritten or no float model, and RecipeError for a rule, an include or an exclude that matches nothing.
     """
+    refuse_rewritten(model)
+    scope = Scope.of(model)
+    module = rewrite_at(model, recipe, scope=scope, leaves=leaves, identity=identity)
+    named = chain(subjects(module._captured.graph, model, scope), *scope.parameters.values())
+    recipe.refuse_unmatched(list(named))
+    return module
+
+
+def rewrite_at(
+    root: nn.Module,
+    recipe: Recipe,
+    *,
+    scope: Scope,
+    leaves: tuple[type[nn.Module], ...] = (),
+    identity: bool = False,
+) -> RewrittenModule:
+    """``rewrite`` of the ``root`` that stands at ``scope`` in the model whose names the recipe uses."""
+    captured = capture(root, leaves)
+    plan = assign(classify(captured.graph, root), root, recipe, scope=scope, identity=identity)
+    graph = verify(insert(plan), captured.graph, root, recipe, scope=scope, identity=identity)
+    return RewrittenModule(root, graph, captured, recipe, {"scope": scope, "leaves": leaves, "identity": identity})
+
+
+def refuse_rewritten(model: nn.Module) -> None:
+    """Raises ConvertError if ``model`` is rewritten, or a module in it."""
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, RewrittenModule):
             raise ConvertError(f"{path or 'the model'} is already converted; convert the float model it was made from")
-    captured = capture(model, leaves)
-    scope = Scope.of(model)
-    classified = classify(captured.graph, model)
-    named = chain(subjects(classified, model, scope), *scope.parameters.values())
-    recipe.refuse_unmatched(list(named))
-    plan = assign(classified, model, recipe, scope=scope, identity=identity)
-    graph = verify(insert(plan), captured.graph, model, recipe, scope=scope, identity=identity)
-    return RewrittenModule(model, graph, captured, recipe, {"leaves": leaves, "identity": identity})
 
 
 def recipes_of_parameters(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
@@ -66,7 +92,7 @@ class RewrittenModule(GraphModule):
     frozen: tuple[str, ...]  # modules that branched on their training flag: the branch taken is all there is
     _root: nn.Module
     _captured: Captured
-    _options: dict[str, Any]  # of rewrite
+    _options: dict[str, Any]  # of rewrite_at
 
     def __init__(
         self, root: nn.Module, graph: Graph, captured: Captured, recipe: Recipe, options: dict[str, Any]
@@ -75,11 +101,31 @@ class RewrittenModule(GraphModule):
         super().__init__(nn.Module(), Graph(), type(root).__name__)
         state = vars(self)
         state |= {name: vars(root)[name] for name in SHARED}
-        state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
+        if not captured.bare:  # a layer that the graph calls runs its own
+            state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
         state |= {"training": root.training, "recipe": recipe, "frozen": captured.frozen, **captured.constants}
         # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
         state |= {"_root": root, "_captured": captured, "_options": options}
         self.graph = graph
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A model that is rewritten in parts reads what its parts know of themselves: channels, sizes, flags.
+            value = getattr(vars(self).get("_root"), name, None)
+            if value is None or callable(value):
+                raise
+            return value
+
+    def __iter__(self) -> NoReturn:
+        raise ConvertError(
+            f"this {type(self).__name__} is rewritten whole, and its layers by themselves would compute in float; "
+            "call it, or make it a ModuleList"
+        )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        iter(self)
 
     def train(self, mode: bool = True) -> RewrittenModule:
         self._root.training = mode  # the flag that the shared layers' flags belong to
@@ -114,4 +160,4 @@ class RewrittenModule(GraphModule):
 
 
 def _rebuild(root: nn.Module, recipe: Recipe, options: dict[str, Any]) -> RewrittenModule:
-    return rewrite(root, recipe, **options)
+    return rewrite_at(root, recipe, **options)

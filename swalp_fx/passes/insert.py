@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import nodes
+from ..capture import ROOT
 from .assign import SITE, Site, Weight
 from .classify import PART
 
@@ -79,7 +80,7 @@ class _Insertion:
             ((_, weight),) = site.weights
             self.raw[node] = self.read[node] = self._weight(weight, node)
             return
-        if site.weights:
+        if site.weights or node.target == "":  # a bare layer is called by name, even with nothing to bind
             new = self._call_layer(node, site)
         else:
             new = self.new.node_copy(node, lambda source: self._source(node, source))
@@ -114,7 +115,7 @@ class _Insertion:
     def _call_layer(self, node: Node, site: Site) -> Node:
         path = str(node.target)
         if path not in self.modules:
-            self.modules[path] = self._attribute(path, f"{path}_module", node)
+            self.modules[path] = self._attribute(path or ROOT, f"{path or 'layer'}_module", node)
         weights = {name: self._weight(weight, node) for name, weight in site.weights}
         arguments, keywords = map_arg((node.args, node.kwargs), lambda source: self._source(node, source))
         arguments = (self.modules[path], weights, *arguments)

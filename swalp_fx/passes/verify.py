@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import nodes
+from ..capture import ROOT
 from ..formats import FLOAT
 from ..recipe import Recipe
 from .assign import Scope
@@ -281,13 +282,15 @@ def _line(node: Node, names: dict[Node, str]) -> str:
     if target is nodes.call_layer:
         module, _, *rest = arguments
         assert isinstance(module, Node)
-        op, target, arguments = "call_module", module.target, tuple(rest)
+        op, target, arguments = "call_module", str(_path(node)), tuple(rest)
     return f"{op} {target} {map_arg((arguments, node.kwargs), lambda source: names[source])}"
 
 
 def _value(node: Any, root: nn.Module) -> Any:
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
+    if node.target == ROOT:
+        return root
     value: Any = root
     for name in str(node.target).split("."):
         value = getattr(value, name, None)
@@ -358,7 +361,7 @@ def _path(node: Node) -> str | None:
         return str(node.target)
     if node.target is nodes.call_layer:
         assert isinstance(node.args[0], Node)
-        return str(node.args[0].target)
+        return "" if node.args[0].target == ROOT else str(node.args[0].target)
     return None
 
 
