@@ -44,7 +44,7 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x
 COMMON = ["-O3", "-std=c++20"]
 CXX = [*COMMON, "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 # SWALP_FX_SANITIZE=1, for `make sanitize`: the CPU module stops at the first bad access or undefined result.
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv", "-g1", "-O1"]
 if os.environ.get("SWALP_FX_SANITIZE") != "1":
     SANITIZE = []
 NVCC = [

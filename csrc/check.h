@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -59,7 +60,8 @@ inline Blocks blocks_of(const char* op, const Tensor& x, const std::vector<int64
   }
   if (size > 0 && x.dim() > 0) {
     blocks.axis = dimension(op, "block axis", x, axis);
-    blocks.size = size;
+    // A run longer than the axis is the axis; sizes near 2^63 would overflow what is computed from them.
+    blocks.size = std::min(size, std::max<int64_t>(1, x.size(blocks.axis)));
     blocks.kept.assign(x.dim(), true);
   }
   return blocks;

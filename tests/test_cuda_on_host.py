@@ -140,7 +140,7 @@ def test_sizes(on_host, op, rounding):
 def test_runs_along_an_axis(on_host, op, rounding):
     """Of every length with a kernel of its own and of others, the last of a row short or not."""
     for size, (axis, shape) in itertools.product(
-        (1, 8, 16, 24, 32, 64, 128, 256, 1000), [(1, (5, 384)), (1, (5, 100)), (0, (100, 6)), (0, (300,))]
+        (1, 8, 16, 24, 32, 64, 128, 256, 1000, 2**63 - 1), [(1, (5, 384)), (1, (5, 100)), (0, (100, 6)), (0, (300,))]
     ):
         assert_follows_cpu(on_host, op, values(*shape), ([], axis, size), rounding)
 

@@ -18,11 +18,13 @@ unsigned grid(int64_t threads) {
   return static_cast<unsigned>(std::clamp<int64_t>((threads + kThreads - 1) / kThreads, 1, kMostBlocks));
 }
 
-// Memory and random bits in the same order, without gaps.
-bool is_contiguous(const Layout& l) {
+// Memory without gaps, in the order of the random bits if any are drawn.
+template <class Round>
+bool in_order(const Layout& l) {
   int64_t numel = 1;
   for (int d = l.rank - 1; d >= 0; --d) {
-    if (l.dims[d].step.memory != numel || l.dims[d].step.index != numel) return false;
+    const Place& step = l.dims[d].step;
+    if (step.memory != numel || (Round::draws && step.index != numel)) return false;
     numel *= l.dims[d].size;
   }
   return l.first.memory == 0;
@@ -63,7 +65,7 @@ struct Launch {
   void cover(const Cover& cover) const {
     if constexpr (kFast) {
       const Layout& layout = cover.layouts.front();
-      if (cover.layouts.size() == 1 && is_contiguous(layout) && is_aligned(x) && is_aligned(y) &&
+      if (cover.layouts.size() == 1 && in_order<Round>(layout) && is_aligned(x) && is_aligned(y) &&
           random.draws_per_word() == kDrawsPerWord && fast(cover, layout)) {
         return;
       }
