@@ -296,6 +296,9 @@ def test_benchmark_times_every_format_beside_a_copy(tmp_path, monkeypatch, capsy
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["command"].startswith("python tools/benchmark.py op --elements 4K")
+    assert result.keys() == {"command", "machine", "threads", "torch", "date", "rows"} and result["threads"] == 1
+    keys = {"what", "rounding", "elements", "ms", "G elements/s", "GB/s", "ratio to copy"}
+    assert all(row.keys() == keys for row in result["rows"])
     measured = {(row["what"], row["rounding"]) for row in result["rows"]}
     assert {(spec, rounding) for spec in benchmark.SPECS for rounding in benchmark.ROUNDINGS} < measured
     assert all(row["elements"] == 4096 and row["ms"] > 0 and row["ratio to copy"] > 0 for row in result["rows"])
@@ -313,3 +316,20 @@ def test_benchmark_refuses_a_size_it_cannot_lay_out(size, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["op", "--elements", size])
     assert f"'{size}' is not a multiple of 1024 elements; use 1M or 64M" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--json", "/nowhere/b.json"], "--json /nowhere/b.json is no file in a folder that exists"),
+        (["--json", "/"], "--json / is no file in a folder that exists"),
+        (["--threads", "0"], "--threads 0: use 1 or more"),
+        (["--device", "warp"], "invalid choice: 'warp'"),
+    ],
+)
+def test_benchmark_refuses_bad_input_before_it_measures(words, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(SystemExit):
+        benchmark.main(["op", *words])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("benchmark.py: error: ") and complaint in message

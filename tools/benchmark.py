@@ -154,7 +154,9 @@ def machine(device: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "what", choices=["op"], help="op: quantize_ in place, on float32 of shape [elements / 1024, 1024]"
     )
@@ -167,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: torch finds no GPU; use --device cpu")
     if args.threads < 1:
         parser.error(f"--threads {args.threads}: use 1 or more")
+    # Before the minutes of measuring, which a file that cannot be written would lose.
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json} is no file in a folder that exists; name one")
     torch.set_num_threads(args.threads)
     about = {
         "command": shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
