@@ -74,6 +74,17 @@ def _floor_log2(magnitude: float) -> int:
     return math.frexp(magnitude)[1] - 1  # frexp gives a fraction in [1/2, 1)
 
 
+def _shared_exponent(x: float, format: BlockFloat | Microscaling, maximum: float | None) -> int:
+    """Of the block whose largest finite magnitude is ``maximum``, or of x alone."""
+    smallest, largest = exponent_bounds(format)
+    if maximum is None:
+        maximum = 0.0 if math.isinf(x) else abs(x)
+    if maximum == 0:  # a block that is zero, or nothing but infinities, has no exponent: any one serves
+        return largest
+    offset = format.max_exponent if isinstance(format, Microscaling) else 0
+    return min(max(_floor_log2(maximum) - offset, smallest), largest)
+
+
 def _grid_of_number(x: float, format: Format, maximum: float | None) -> tuple[Fraction, Fraction, Fraction]:
     """Lowest value, highest value and step of the grid on which x is rounded."""
     two = Fraction(2)
@@ -82,20 +93,11 @@ def _grid_of_number(x: float, format: Format, maximum: float | None) -> tuple[Fr
         lowest, highest = integer_bounds(format)
         return lowest * step, highest * step, step
     if isinstance(format, BlockFloat):
-        smallest, largest = exponent_bounds(format)
-        if maximum is None:
-            maximum = 0.0 if math.isinf(x) else abs(x)
-        # A block that is zero, or nothing but infinities, has no exponent: any one serves.
-        exponent = min(max(_floor_log2(maximum), smallest), largest) if maximum > 0 else largest
-        step = two ** (exponent - (format.wl - 2))
+        step = two ** (_shared_exponent(x, format, maximum) - (format.wl - 2))
         lowest, highest = integer_bounds(format)
         return lowest * step, highest * step, step
     if isinstance(format, Microscaling):
-        smallest, largest = exponent_bounds(format)
-        if maximum is None:
-            maximum = 0.0 if math.isinf(x) else abs(x)
-        exponent = _floor_log2(maximum) - format.max_exponent if maximum > 0 else largest
-        scale = two ** min(max(exponent, smallest), largest)
+        scale = two ** _shared_exponent(x, format, maximum)
         lo, hi, step = _grid_of_number(x / float(scale), format.element, None)
         return lo * scale, hi * scale, step * scale
     if isinstance(format, Float):
