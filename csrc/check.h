@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <optional>
@@ -40,6 +42,21 @@ inline void check_input(const char* op, const Tensor& x) {
                       type == ScalarType::BFloat16;
   require(served, op, "x must be float32, float64, float16 or bfloat16, not scalar type ", static_cast<int>(type),
           "; convert it first");
+}
+
+// Calls f with a zero of the type that x, which check_input has passed, holds.
+template <class F>
+void with_scalar(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half());
+    default:
+      return f(torch::headeronly::BFloat16());
+  }
 }
 
 inline int64_t dimension(const char* op, const char* name, const Tensor& x, int64_t d) {
@@ -111,10 +128,11 @@ struct QuantizeFixed {
 
 struct QuantizeBlock {
   static constexpr auto name = "quantize_block";
-  static BlockFloat format(int64_t wl, bool symmetric, int64_t exponent_bits) {
+  static BlockFloat format(int64_t wl, bool symmetric, int64_t smallest_exponent, int64_t largest_exponent) {
     check_range(name, "wl", wl, 2, 24);
-    check_range(name, "exponent_bits", exponent_bits, 2, 8);
-    return {static_cast<int>(wl), symmetric, static_cast<int>(exponent_bits)};
+    check_range(name, "smallest_exponent", smallest_exponent, -128, 0);
+    check_range(name, "largest_exponent", largest_exponent, 0, 127);
+    return {static_cast<int>(wl), symmetric, static_cast<int>(smallest_exponent), static_cast<int>(largest_exponent)};
   }
 };
 
@@ -131,7 +149,7 @@ struct QuantizeFloat {
 struct QuantizeMicroscaling {
   static constexpr auto name = "quantize_microscaling";
   static Microscaling format(int64_t exp, int64_t man, int64_t top, int64_t largest_exponent) {
-    check_range(name, "exp", exp, 0, 5);
+    check_range(name, "exp", exp, 2, 5);
     check_range(name, "man", man, 0, 22);
     check_range(name, "top", top, 0, 2);
     check_range(name, "largest_exponent", largest_exponent, 0, 31);
@@ -152,12 +170,18 @@ struct QuantizeNvfp4 {
   static Nvfp4 format() { return {}; }
 };
 
-// ---- the ops over a Device, which provides run(format, cover, x, y, drawing) for dense x and y --------
+// ---- the ops over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list ----------
 
 // One tensor's call, checked: nothing has been changed yet.
 template <class Device, class Op, class Format>
-class Call {
- public:
+struct Call {
+  Tensor x;
+  Format format;
+  Drawing drawing;
+  Cover cover;
+  bool dense;
+  Tensor copied;  // of x, where x is not dense: then the cover is of the copy
+
   Call(Tensor input, const Format& f, const Dims& dims, int64_t axis, int64_t size, int64_t rounding, int64_t bits,
        const Key& key, int64_t stream)
       : x(std::move(input)), format(f), drawing(checked_drawing(x, rounding, bits, key, stream)) {
@@ -167,6 +191,8 @@ class Call {
     if (!dense) cover = make_cover(copied = torch::stable::contiguous(x), blocks);
     require(cover.dense, Op::name, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");
   }
+
+  int64_t numel() const { return cover.numel(); }
 
   Tensor fresh() const {
     const Tensor& from = dense ? x : copied;
@@ -182,13 +208,6 @@ class Call {
   }
 
  private:
-  Tensor x;
-  Format format;
-  Drawing drawing;
-  Cover cover;
-  bool dense;
-  Tensor copied;  // of x, where x is not dense
-
   void run(const Tensor& from, Tensor& to) const {
     if (!cover.layouts.empty()) Device::run(format, cover, from, to, drawing);
   }
@@ -218,7 +237,7 @@ struct Elementwise {
     check_streams(Op::name, xs, streams);
     std::vector<OneCall> calls;
     for (size_t i = 0; i < xs.size(); ++i) calls.push_back(call(xs[i], numbers..., rounding, bits, key, streams[i]));
-    for (OneCall& one : calls) one.in_place();
+    Device::in_place(calls);
   }
 };
 
@@ -245,7 +264,7 @@ struct Blockwise {
     for (size_t i = 0; i < xs.size(); ++i) {
       calls.push_back(call(xs[i], numbers..., dims, axis, size, rounding, bits, key, streams[i]));
     }
-    for (OneCall& one : calls) one.in_place();
+    Device::in_place(calls);
   }
 };
 

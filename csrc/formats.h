@@ -27,19 +27,12 @@ struct UnitScale {
   }
 };
 
-// 2^e for |e| up to 127. Products are exact unless they underflow, far below every step.
-template <class T>
-struct NearScale {
-  T down, up;
-  SWALP_HD explicit NearScale(int e) : down(power_of_two<T>(-e)), up(power_of_two<T>(e)) {}
-  SWALP_HD T divide(T x) const { return x * down; }
-  SWALP_HD T multiply(T q) const { return q * up; }
-};
-
-// 2^e for |e| up to 252, in two factors: 2^-e itself can lie beyond the numbers of float.
+// 2^e for |e| up to 252, in two factors: 2^-e itself can lie beyond the numbers of float. Products are exact unless they
+// underflow, far below every step.
 template <class T>
 struct FarScale {
   T down[2], up[2];
+  FarScale() = default;
   SWALP_HD explicit FarScale(int e) {
     const int half = e >> 1;
     down[0] = power_of_two<T>(-half);
@@ -61,55 +54,95 @@ struct RealScale {
 
 // ---- elements -------------------------------------------------------------------------------
 
-// Integers of `wl` bits. Clamping before rounding keeps |v| below 2^24 and changes no result,
-// because the bounds are integers.
+// Elements take a power-of-two scale 2^e into their grid, and so need no division, where their steps and what
+// RoundNearest adds are normal numbers of T.
+template <class T>
+SWALP_HD bool takes_in(int smallest_step, int largest_step) {
+  return (smallest_step > -Ieee<T>::bias) & (largest_step + Ieee<T>::mantissa <= Ieee<T>::bias);
+}
+
+// Each element gives v clamped to its range and rounded, with the sign of x.
+
+// Integers of `wl` bits times 2^e. The bounds are on the grid, so that clamping first changes no result.
 template <class T>
 struct IntegerElement {
   T lo, hi;
-  SWALP_HD IntegerElement(int wl, bool symmetric)
-      : lo((symmetric ? T(1) : T(0)) - power_of_two<T>(wl - 1)), hi(power_of_two<T>(wl - 1) - T(1)) {}
+  Step<T> step;  // one for all, so that RoundNearest has its own, shorter way: it scales, and keeps the sign
+  IntegerElement() = default;
+  SWALP_HD IntegerElement(int wl, bool symmetric, int e = 0)
+      : lo(((symmetric ? T(1) : T(0)) - power_of_two<T>(wl - 1)) * power_of_two<T>(e)),
+        hi((power_of_two<T>(wl - 1) - T(1)) * power_of_two<T>(e)),
+        step(bit_cast<Step<T>>(power_of_two<T>(e))) {}
   template <class Round>
-  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_integer) const {
-    return round_to_integer(clamp(v, lo, hi), x, draw);
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
+    const T clamped = clamp(v, lo, hi);
+    if constexpr (std::is_same_v<Round, RoundNearest>) {
+      return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
+    }
+    return with_sign(round_to_step(std::fabs(clamped), step, x, draw), x);
   }
 };
 
-// Floats: the step of v is 2^(max(exponent of v, min_exponent) - man).
+// The largest finite value of a float. top: what the highest exponent holds, a code of TOPS in swalp_fx/formats.py.
+SWALP_HD float largest_float(int exp, int man, int top) {
+  // Its code, as exponent field and mantissa field.
+  int field = (1 << exp) - (top == 0 ? 2 : 1);
+  int mantissa = (1 << man) - (top == 1 ? 2 : 1);
+  if (mantissa < 0) {
+    mantissa = 0;
+    --field;
+  }
+  const int bias = (1 << (exp - 1)) - 1;
+  return (1.0f + static_cast<float>(mantissa) * power_of_two<float>(-man)) * power_of_two<float>(field - bias);
+}
+
+// 2^min_exponent of a float: below it the step no longer shrinks.
+SWALP_HD int smallest_exponent(int exp) { return 2 - (1 << (exp - 1)); }
+
+// Floats times 2^e: the step of v is 2^(max(exponent of v, min_exponent) - man).
 template <class T>
 struct FloatElement {
-  using Bits = typename Ieee<T>::Bits;
   T max;
-  T per_step, step;  // 2^man and 2^-man
-  Bits lowest;       // bits of 2^min_exponent
+  Step<T> lowest, per_binade;  // the bits of 2^min_exponent; what makes a binade's bits those of its step
 
-  // top: what the highest exponent holds, a code of TOPS in swalp_fx/formats.py.
-  SWALP_HD FloatElement(int exp, int man, int top)
-      : per_step(power_of_two<T>(man)), step(power_of_two<T>(-man)) {
-    const int bias = (1 << (exp - 1)) - 1;
-    lowest = bit_cast<Bits>(power_of_two<T>(1 - bias));
-    // The largest finite code, as exponent field and mantissa field.
-    int field = (1 << exp) - (top == 0 ? 2 : 1);
-    int mantissa = (1 << man) - (top == 1 ? 2 : 1);
-    if (mantissa < 0) {
-      mantissa = 0;
-      --field;
-    }
-    max = (T(1) + static_cast<T>(mantissa) * step) * power_of_two<T>(field - bias);
-  }
+  FloatElement() = default;
+  SWALP_HD FloatElement(int exp, int man, float largest, int e = 0)
+      : max(static_cast<T>(largest) * power_of_two<T>(e)),
+        lowest(bit_cast<Step<T>>(power_of_two<T>(smallest_exponent(exp) + e))),
+        per_binade(static_cast<Step<T>>(man) << Ieee<T>::mantissa) {}
 
   template <class Round>
-  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_integer) const {
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
+    T magnitude = std::fabs(v);
+    magnitude = magnitude > max ? max : magnitude;
+    const Step<T> binade = bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << Ieee<T>::mantissa);
+    return with_sign(round_to_step(magnitude, larger(binade, lowest) - per_binade, x, draw), x);
+  }
+};
+
+// Floats of as many exponents as T = float has: v is scaled to its own binade, since steps are beyond T at both ends.
+template <class T>
+struct WideFloatElement {
+  T max;
+  Step<T> lowest, step;  // of the numbers from 1 to 2
+
+  SWALP_HD WideFloatElement(int exp, int man, float largest)
+      : max(static_cast<T>(largest)),
+        lowest(bit_cast<Step<T>>(power_of_two<T>(smallest_exponent(exp)))),
+        step(bit_cast<Step<T>>(power_of_two<T>(-man))) {}
+
+  template <class Round>
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
     constexpr int m = Ieee<T>::mantissa;
     using Integer = typename Ieee<T>::Integer;
-    v = clamp(v, -max, max);
-    // The binade as a power of two, and one over it: bits of 2^e and 2^-e add up to twice the bias.
+    T magnitude = std::fabs(v);
+    magnitude = magnitude > max ? max : magnitude;
+    const Step<T> binade = bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << m);
+    const Step<T> bounded = larger(binade, lowest);
     // Below 2^-e = 2^-(bias - 1) comes 2^-bias, the largest subnormal power of two.
-    const Bits binade = magnitude_bits(v) & (~Bits(0) << m);
-    const Bits bounded = binade > lowest ? binade : lowest;
-    const auto rest = static_cast<Integer>((static_cast<Bits>(2 * Ieee<T>::bias) << m) - bounded);
+    const auto rest = static_cast<Integer>((Step<T>(2 * Ieee<T>::bias) << m) - bounded);
     const T inverse = bit_cast<T>(rest > (Integer(1) << (m - 1)) ? rest : Integer(1) << (m - 1));
-    const T q = round_to_integer(v * inverse * per_step, x, draw);
-    return q * step * bit_cast<T>(bounded);
+    return with_sign(round_to_step(magnitude * inverse, step, x, draw) * bit_cast<T>(bounded), x);
   }
 };
 
@@ -124,12 +157,13 @@ struct Quantizer {
   SWALP_HD T apply(T x, uint32_t draw, const Round& round) const {
     const T q = scale.multiply(element.round(scale.divide(x), x, draw, round));
     if constexpr (kKeepsInfinity) return std::fabs(x) <= std::numeric_limits<T>::max() ? q : x;
+    if constexpr (Round::loses_nan) return x == x ? q : x;
     return q;
   }
 };
 
-// Each format tells what its blocks share, and a number of bits below whose power of two its elements lie when they
-// are rounded; with_quantizer calls f with a Quantizer.
+// Each format tells what its blocks share, and a number of bits whose power of two no element exceeds, counted in
+// steps; with_quantizer calls f with a Quantizer.
 
 // What a block shares. `maximum` holds the bits of its largest finite magnitude: an exponent is read
 // off them, because a float32 log2 gives 3 for 2^3 (1 - 2^-24). A block with nothing finite but
@@ -140,29 +174,49 @@ struct FixedPoint {
   static constexpr auto shared = Shared::Nothing;
   int wl, fl;
   bool symmetric;
-  int magnitude_bits() const { return wl; }
+  int magnitude_bits() const { return wl - 1; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits, T, F&& f) const {
-    f(Quantizer<T, IntegerElement<T>, NearScale<T>>{{wl, symmetric}, NearScale<T>(-fl)});
+    f(Quantizer<T, IntegerElement<T>, UnitScale>{{wl, symmetric, -fl}, {}});
   }
 };
+
+// The exponent that a block shares: floor(log2 maximum) - less, within the exponents that can be stored.
+template <class T>
+SWALP_HD int shared_exponent(typename Ieee<T>::Bits maximum, int less, int smallest, int largest) {
+  const int e = exponent_of<T>(maximum) - less;
+  return maximum == 0 || e > largest ? largest : e < smallest ? smallest : e;
+}
+
+// The same where the maximum is normal and the exponent within its bounds.
+template <class T>
+SWALP_HD int normal_exponent(typename Ieee<T>::Bits maximum, int less) {
+  return static_cast<int>(maximum >> Ieee<T>::mantissa) - Ieee<T>::bias - less;
+}
 
 struct BlockFloat {
   static constexpr auto shared = Shared::Block;
   int wl;
   bool symmetric;
-  int exponent_bits;
-  int magnitude_bits() const { return wl; }
+  int smallest, largest;  // shared exponent
+  int magnitude_bits() const { return wl - 1; }
 
+  template <class T>
+  SWALP_HD bool is_usual(typename Ieee<T>::Bits maximum) const {
+    const int e = normal_exponent<T>(maximum, 0);
+    return (e > -Ieee<T>::bias) & (e >= smallest) & (e <= largest) & takes_in<T>(e - (wl - 2), e - (wl - 2));
+  }
+  template <class T>
+  SWALP_HD auto usual(typename Ieee<T>::Bits maximum, T) const {
+    const IntegerElement<T> element(wl, symmetric, normal_exponent<T>(maximum, wl - 2));
+    return Quantizer<T, IntegerElement<T>, UnitScale>{element, {}};
+  }
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T, F&& f) const {
-    const int largest = (1 << (exponent_bits - 1)) - 1;
-    int e = exponent_of<T>(maximum);
-    e = maximum == 0 || e > largest ? largest : e < -largest - 1 ? -largest - 1 : e;
-    e -= wl - 2;
-    if (e >= -127) {
-      f(Quantizer<T, IntegerElement<T>, NearScale<T>>{{wl, symmetric}, NearScale<T>(e)});
+    const int e = shared_exponent<T>(maximum, 0, smallest, largest) - (wl - 2);
+    if (takes_in<T>(e, e)) {
+      f(Quantizer<T, IntegerElement<T>, UnitScale>{{wl, symmetric, e}, {}});
     } else {
       f(Quantizer<T, IntegerElement<T>, FarScale<T>>{{wl, symmetric}, FarScale<T>(e)});
     }
@@ -172,36 +226,52 @@ struct BlockFloat {
 struct Float {
   static constexpr auto shared = Shared::Nothing;
   int exp, man, top;
+  float largest;
+  Float(int e, int m, int t) : exp(e), man(m), top(t), largest(largest_float(e, m, t)) {}
   int magnitude_bits() const { return man + 1; }
 
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits, T, F&& f) const {
-    const FloatElement<T> element(exp, man, top);
-    if (top == 0) {
-      f(Quantizer<T, FloatElement<T>, UnitScale, true>{element, {}});
+    if (exp == 8) {
+      f(Quantizer<T, WideFloatElement<T>, UnitScale, true>{{exp, man, largest}, {}});
+    } else if (top == 0) {
+      f(Quantizer<T, FloatElement<T>, UnitScale, true>{{exp, man, largest}, {}});
     } else {
-      f(Quantizer<T, FloatElement<T>, UnitScale>{element, {}});
+      f(Quantizer<T, FloatElement<T>, UnitScale>{{exp, man, largest}, {}});
     }
   }
 };
 
-// OCP microscaling: floats (or, with exp = 0, integers of man fractional bits) on a shared E8M0
-// scale 2^(floor(log2 maximum) - largest exponent of the element), within 2^-127 to 2^127.
+// OCP microscaling: floats on a shared E8M0 scale 2^(floor(log2 maximum) - largest exponent of the element), within
+// 2^-127 to 2^127. (Its integers are a BlockFloat of these exponents.)
 struct Microscaling {
   static constexpr auto shared = Shared::Block;
-  int exp, man, top, largest_exponent;
-  int magnitude_bits() const { return man + 2; }
+  int exp, man, largest_exponent;
+  float largest;
+  Microscaling(int e, int m, int top, int most) : exp(e), man(m), largest_exponent(most), largest(largest_float(e, m, top)) {}
+  int magnitude_bits() const { return man + 1; }
 
+  SWALP_HD int smallest_step(int e) const { return smallest_exponent(exp) + e - man; }
+  SWALP_HD int largest_step(int e) const { return largest_exponent + e - man; }
+
+  template <class T>
+  SWALP_HD bool is_usual(typename Ieee<T>::Bits maximum) const {
+    const int e = normal_exponent<T>(maximum, largest_exponent);
+    return (e + largest_exponent > -Ieee<T>::bias) & (e >= -127) & (e <= 127) &
+           takes_in<T>(smallest_step(e), largest_step(e));
+  }
+  template <class T>
+  SWALP_HD auto usual(typename Ieee<T>::Bits maximum, T) const {
+    const FloatElement<T> element(exp, man, largest, normal_exponent<T>(maximum, largest_exponent));
+    return Quantizer<T, FloatElement<T>, UnitScale>{element, {}};
+  }
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T, F&& f) const {
-    int e = exponent_of<T>(maximum) - largest_exponent;
-    e = maximum == 0 || e > 127 ? 127 : e < -127 ? -127 : e;
-    if (exp > 0) {
-      f(Quantizer<T, FloatElement<T>, NearScale<T>>{{exp, man, top}, NearScale<T>(e)});
-    } else if (e - man >= -127) {
-      f(Quantizer<T, IntegerElement<T>, NearScale<T>>{{man + 2, true}, NearScale<T>(e - man)});
+    const int e = shared_exponent<T>(maximum, largest_exponent, -127, 127);
+    if (takes_in<T>(smallest_step(e), largest_step(e))) {
+      f(Quantizer<T, FloatElement<T>, UnitScale>{{exp, man, largest, e}, {}});
     } else {
-      f(Quantizer<T, IntegerElement<T>, FarScale<T>>{{man + 2, true}, FarScale<T>(e - man)});
+      f(Quantizer<T, FloatElement<T>, FarScale<T>>{{exp, man, largest}, FarScale<T>(e)});
     }
   }
 };
@@ -217,13 +287,21 @@ SWALP_HD T real_scale(float scale, T element_max) {
 struct ScaledInteger {
   static constexpr auto shared = Shared::Block;
   int wl;
-  int magnitude_bits() const { return wl; }
+  int magnitude_bits() const { return wl - 1; }
 
-  template <class T, class F>
-  SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T, F&& f) const {
+  template <class T>
+  SWALP_HD bool is_usual(typename Ieee<T>::Bits) const {
+    return true;
+  }
+  template <class T>
+  SWALP_HD auto usual(typename Ieee<T>::Bits maximum, T) const {
     const IntegerElement<T> element(wl, true);
     const float scale = static_cast<float>(bit_cast<T>(maximum) / element.hi);
-    f(Quantizer<T, IntegerElement<T>, RealScale<T>>{element, {real_scale<T>(scale, element.hi)}});
+    return Quantizer<T, IntegerElement<T>, RealScale<T>>{element, {real_scale<T>(scale, element.hi)}};
+  }
+  template <class T, class F>
+  SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T most, F&& f) const {
+    f(usual<T>(maximum, most));
   }
 };
 
@@ -232,16 +310,24 @@ struct Nvfp4 {
   static constexpr auto shared = Shared::BlockAndTensor;
   int magnitude_bits() const { return 2; }
 
-  template <class T, class F>
-  SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T tensor_maximum, F&& f) const {
-    const FloatElement<T> element(2, 1, 2);
-    const FloatElement<T> block_scale(4, 3, 1);
+  template <class T>
+  SWALP_HD bool is_usual(typename Ieee<T>::Bits) const {
+    return true;
+  }
+  template <class T>
+  SWALP_HD auto usual(typename Ieee<T>::Bits maximum, T tensor_maximum) const {
+    const FloatElement<T> element(2, 1, 6.0f);
+    const FloatElement<T> block_scale(4, 3, 448.0f);
     const T most = element.max * block_scale.max;
     const T outer = real_scale<T>(static_cast<float>(tensor_maximum / most), most);
     const T wanted = bit_cast<T>(maximum) / element.max / outer;
     T inner = block_scale.round(wanted, wanted, 0u, RoundNearest{});
     inner = inner > T(0) ? inner : power_of_two<T>(-9);  // E4M3's smallest: a block never loses its scale
-    f(Quantizer<T, FloatElement<T>, RealScale<T>>{element, {inner * outer}});
+    return Quantizer<T, FloatElement<T>, RealScale<T>>{element, {inner * outer}};
+  }
+  template <class T, class F>
+  SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T tensor_maximum, F&& f) const {
+    f(usual<T>(maximum, tensor_maximum));
   }
 };
 

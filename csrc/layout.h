@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "portable.h"
@@ -58,6 +59,10 @@ struct Cover {
   std::vector<Layout> layouts;
   int64_t blocks = 1;
   bool dense = true;  // false: x has gaps, overlaps or too many loops; copy it first
+
+  int64_t numel() const {
+    return std::accumulate(layouts.begin(), layouts.end(), int64_t{0}, [](int64_t n, const Layout& l) { return n + l.numel; });
+  }
 };
 
 inline bool add_layout(std::vector<Dim> loops, const Place& first, std::vector<Layout>& layouts) {

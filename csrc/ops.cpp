@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def(name "_(Tensor(a!) x, " parameters SWALP_ROUNDING "int stream) -> ()");                 \
   m.def(name "_foreach_(Tensor(a!)[] xs, " parameters SWALP_ROUNDING "int[] streams) -> ()")
   SWALP_DEF("quantize_fixed", "int wl, int fl, bool symmetric, ");
-  SWALP_DEF("quantize_block", "int wl, bool symmetric, int exponent_bits, " SWALP_BLOCKS);
+  SWALP_DEF("quantize_block", "int wl, bool symmetric, int smallest_exponent, int largest_exponent, " SWALP_BLOCKS);
   SWALP_DEF("quantize_float", "int exp, int man, int top, ");
   SWALP_DEF("quantize_microscaling", "int exp, int man, int top, int largest_exponent, " SWALP_BLOCKS);
   SWALP_DEF("quantize_integer", "int wl, " SWALP_BLOCKS);

@@ -20,20 +20,22 @@ struct RoundKeys {
   }
 };
 
-// Runs one counter in each lane of V, a vector of 64-bit lanes of which only the low halves count:
-// a 32 x 32 -> 64 bit product then leaves its low half in place and its high half one shift away.
-template <class Lanes, class V>
-SWALP_HD void philox4x32(V (&c)[4], const RoundKeys& keys) {
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
+// Runs one counter in each lane of V, a vector of 64-bit lanes of which only the low halves count: a 32 x 32 -> 64 bit
+// product then leaves its low half in place and its high half one shift away. kSets of them, side by side, keep a
+// processor's multipliers busy while each waits for its own.
+template <class Lanes, int kSets, class V>
+SWALP_HD void philox4x32(V (&c)[kSets][4], const RoundKeys& keys) {
+  SWALP_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const V p0 = Lanes::multiply(c[0], 0xD2511F53u);
-    const V p1 = Lanes::multiply(c[2], 0xCD9E8D57u);
-    c[0] = (p1 >> 32) ^ c[1] ^ keys.k[round][0];
-    c[1] = p1;
-    c[2] = (p0 >> 32) ^ c[3] ^ keys.k[round][1];
-    c[3] = p0;
+    SWALP_UNROLL
+    for (int set = 0; set < kSets; ++set) {
+      const V p0 = Lanes::multiply(c[set][0], 0xD2511F53u);
+      const V p1 = Lanes::multiply(c[set][2], 0xCD9E8D57u);
+      c[set][0] = (p1 >> 32) ^ c[set][1] ^ keys.k[round][0];
+      c[set][1] = p1;
+      c[set][2] = (p0 >> 32) ^ c[set][3] ^ keys.k[round][1];
+      c[set][3] = p0;
+    }
   }
 }
 
@@ -62,12 +64,11 @@ struct Random {
 };
 
 // The four words of one counter.
-SWALP_HD void words_of(const Random& random, int64_t counter, uint64_t (&c)[4]) {
-  c[0] = static_cast<uint64_t>(counter);
-  c[1] = static_cast<uint64_t>(counter) >> 32;
-  c[2] = random.stream;
-  c[3] = random.stream >> 32;
+SWALP_HD void words_of(const Random& random, int64_t counter, uint64_t (&words)[4]) {
+  const auto n = static_cast<uint64_t>(counter);
+  uint64_t c[1][4] = {{n, n >> 32, random.stream, random.stream >> 32}};
   philox4x32<OneLane>(c, RoundKeys(random.key));
+  for (int j = 0; j < 4; ++j) words[j] = c[0][j];
 }
 
 // The draw of the element at row-major index i.

@@ -16,6 +16,15 @@
 #define SWALP_HD inline
 #endif
 
+// Before a loop whose count is small and known: the compiler's own limits would keep it.
+#if defined(__CUDA_ARCH__)
+#define SWALP_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__clang__)
+#define SWALP_UNROLL _Pragma("GCC unroll 16")
+#else
+#define SWALP_UNROLL
+#endif
+
 namespace swalp_fx {
 
 // The layout of an IEEE 754 binary type.
@@ -55,12 +64,29 @@ SWALP_HD typename Ieee<T>::Bits magnitude_bits(T x) {
   return bit_cast<Bits>(x) & (~Bits(0) >> 1);
 }
 
-// The same, but 0 for infinities and NaN: they must not set a block's scale.
+template <class T>
+SWALP_HD bool is_finite_magnitude(typename Ieee<T>::Bits magnitude) {
+  return magnitude < magnitude_bits(std::numeric_limits<T>::infinity());
+}
+
+// The bits of |x|, but 0 for infinities and NaN: they must not set a block's scale.
 template <class T>
 SWALP_HD typename Ieee<T>::Bits finite_magnitude(T x) {
   const auto bits = magnitude_bits(x);
   // A mask, not a choice: compilers turn a choice inside a maximum into a branch.
-  return bits & -static_cast<typename Ieee<T>::Bits>(bits < magnitude_bits(std::numeric_limits<T>::infinity()));
+  return bits & -static_cast<typename Ieee<T>::Bits>(is_finite_magnitude<T>(bits));
+}
+
+template <class Bits>
+SWALP_HD Bits larger(Bits a, Bits b) {
+  return a < b ? b : a;
+}
+
+// A magnitude with the sign of x, which may be that of zero.
+template <class T>
+SWALP_HD T with_sign(T magnitude, T x) {
+  using Bits = typename Ieee<T>::Bits;
+  return bit_cast<T>(bit_cast<Bits>(magnitude) | (bit_cast<Bits>(x) & ~(~Bits(0) >> 1)));
 }
 
 // floor(log2) of a magnitude, subnormals included; -2000 for zero.

@@ -10,58 +10,76 @@ namespace swalp_fx {
 enum class Rounding : int { Nearest, Stochastic, TowardZero, Down, Up, NearestAway, NearestUp };
 constexpr int kRoundings = 7;
 
-// Each functor gives y rounded to an integer, sign kept (of zero too). |y| is below 2^24, or y is NaN
-// and stays NaN. x is what y was scaled from, and draw a random integer; most ignore them.
+// A power of two as the bits of a T: adding Bits(n) << mantissa multiplies it by 2^n.
+template <class T>
+using Step = typename Ieee<T>::Bits;
 
+// Each functor gives a magnitude rounded to a multiple of a step; magnitude / step is below 2^24. x is what the magnitude
+// belongs to, and draw a random integer; most ignore them. NaN stays NaN, unless the functor loses_nan.
+
+// Adds a number so large that the sum's last place is the step: the addition itself rounds, ties to even.
 struct RoundNearest {
-  static constexpr bool draws = false;
+  static constexpr bool draws = false, loses_nan = false;
   template <class T>
-  SWALP_HD T operator()(T y, T, uint32_t) const {
-    return std::rint(y);
+  SWALP_HD T operator()(T magnitude, Step<T> step, T, uint32_t) const {
+    constexpr int m = Ieee<T>::mantissa;
+    const T shifter = bit_cast<T>(step + (Step<T>(m) << m));
+    return (magnitude + shifter) - shifter;
   }
 };
 
 // Adds the random bits below the last place and carries, as an adder in hardware does: up with probability
-// |y| - floor |y|, rounded to a multiple of 1 / resolution. Representable values never move.
+// magnitude / step - floor(magnitude / step), rounded to a multiple of 2^-bits. Representable values never move.
 struct RoundStochastic {
-  static constexpr bool draws = true;
+  static constexpr bool draws = true, loses_nan = true;
+  int bits;  // draws are below 2^bits
+  template <class T>
+  SWALP_HD T operator()(T magnitude, Step<T> step, T, uint32_t draw) const {
+    constexpr int m = Ieee<T>::mantissa;
+    // The sum's last place is the step over 2^bits, and its pattern an integer in that unit.
+    const T shifter = bit_cast<T>(step + (static_cast<Step<T>>(m - bits) << m));
+    const Step<T> sum = bit_cast<Step<T>>(magnitude + shifter) + draw;
+    return bit_cast<T>(sum & (~Step<T>(0) << bits)) - shifter;
+  }
+};
+
+// 1 / step: the bits of 2^e and 2^-e add up to twice the bias.
+template <class T>
+SWALP_HD T inverse_of(Step<T> step) {
+  return bit_cast<T>((Step<T>(2 * Ieee<T>::bias) << Ieee<T>::mantissa) - step);
+}
+
+// The same where the sum does not fit.
+struct RoundStochasticWide {
+  static constexpr bool draws = true, loses_nan = false;
   float resolution;  // draws are below it: a power of two up to 2^24
   template <class T>
-  SWALP_HD T operator()(T y, T, uint32_t draw) const {
-    const T magnitude = std::fabs(y);
-    const T whole = std::trunc(magnitude);
-    const T rest = magnitude - whole;  // exact: both are multiples of y's last place
+  SWALP_HD T operator()(T magnitude, Step<T> step, T, uint32_t draw) const {
+    const T y = magnitude * inverse_of<T>(step);
+    const T whole = std::trunc(y);
+    const T rest = y - whole;  // exact: both are multiples of y's last place
     // The sum is exact below 2^24, and monotone beyond.
     const bool up = static_cast<T>(static_cast<int32_t>(draw)) + std::rint(rest * T(resolution)) >= T(resolution);
-    return std::copysign(whole + (up ? T(1) : T(0)), y);
+    return (whole + (up ? T(1) : T(0))) * bit_cast<T>(step);
   }
 };
 
-// The same where |y| < 2^(24 - bits), in fewer steps: then |y| in units of the lowest random bit fits in 24 bits.
-struct RoundStochasticNarrow {
-  static constexpr bool draws = true;
-  float resolution;
-  template <class T>
-  SWALP_HD T operator()(T y, T, uint32_t draw) const {
-    // Beyond 2^24 the sum may be off by one, which no longer reaches the next multiple of the resolution.
-    const T sum = std::rint(std::fabs(y) * T(resolution)) + static_cast<T>(static_cast<int32_t>(draw));
-    return std::copysign(std::trunc(sum * (T(1) / T(resolution))), y);
-  }
-};
-
-// The rest, chosen at run time: they are compared with, not trained with.
+// Any rounding, chosen at run time: the rest are compared with, not trained with.
 struct RoundOther {
-  static constexpr bool draws = false;
+  static constexpr bool draws = false, loses_nan = false;
   Rounding rounding;
   template <class T>
-  SWALP_HD T operator()(T y, T x, uint32_t) const {
-    const T magnitude = std::fabs(y);
-    const T whole = std::trunc(magnitude);
+  SWALP_HD T operator()(T magnitude, Step<T> step, T x, uint32_t) const {
+    const T y = magnitude * inverse_of<T>(step);
+    const T whole = std::trunc(y);
     // Where y underflowed, x still tells that there is a rest, and on which side of zero.
-    const T rest = y == T(0) && x != T(0) ? std::numeric_limits<T>::min() : magnitude - whole;
+    const T rest = y == T(0) && x != T(0) ? std::numeric_limits<T>::min() : y - whole;
     const bool negative = x < T(0);
     bool away = false;
     switch (rounding) {
+      case Rounding::Nearest:
+        away = rest > T(0.5) || (rest == T(0.5) && std::trunc(whole * T(0.5)) * T(2) != whole);
+        break;
       case Rounding::Down:
         away = rest > T(0) && negative;
         break;
@@ -77,21 +95,18 @@ struct RoundOther {
       default:  // toward zero
         break;
     }
-    return std::copysign(whole + (away ? T(1) : T(0)), x);
+    return (whole + (away ? T(1) : T(0))) * bit_cast<T>(step);
   }
 };
 
-// Calls f with the functor for `rounding`.
-template <class F>
-void with_rounding(Rounding rounding, int random_bits, F&& f) {
-  switch (rounding) {
-    case Rounding::Nearest:
-      return f(RoundNearest{});
-    case Rounding::Stochastic:
-      return f(RoundStochastic{static_cast<float>(1 << random_bits)});
-    default:
-      return f(RoundOther{rounding});
-  }
+// Calls f with the functor for `rounding` of Ts of at most 2^magnitude_bits steps.
+template <class T, class F>
+void with_rounding(Rounding rounding, int random_bits, int magnitude_bits, F&& f) {
+  constexpr int m = Ieee<T>::mantissa;
+  if (rounding == Rounding::Nearest && magnitude_bits <= m) return f(RoundNearest{});
+  if (rounding != Rounding::Stochastic) return f(RoundOther{rounding});
+  if (random_bits + magnitude_bits <= m) return f(RoundStochastic{random_bits});
+  return f(RoundStochasticWide{static_cast<float>(1 << random_bits)});
 }
 
 }  // namespace swalp_fx

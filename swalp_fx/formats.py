@@ -166,6 +166,12 @@ class BlockFloat(_Blocked):
     def bits(self) -> float:
         return self._with_scale(self.wl, self.exponent_bits)
 
+    @property
+    def exponent_bounds(self) -> tuple[int, int]:
+        """Lowest and highest shared exponent: ``exponent_bits`` bits of two's complement."""
+        half = 2 ** (self.exponent_bits - 1)
+        return -half, half - 1
+
 
 @dataclass(frozen=True)
 class ScaledInteger(_Blocked):
@@ -320,6 +326,11 @@ class Microscaling(_Blocked):
     @property
     def bits(self) -> float:
         return self._with_scale(self.element.bits, 8)
+
+    @property
+    def exponent_bounds(self) -> tuple[int, int]:
+        """Lowest and highest exponent of the scale: E8M0's 2^-127 to 2^127."""
+        return -127, 127
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The compiled ops, and ``quantize``: rounding a tensor to a format.
 
 ``torch.ops.swalp_fx.quantize_fixed``, ``quantize_block`` and ``quantize_float`` take numbers
-alone; a format's row in ``_OPS`` says which op serves it and with which numbers. Their gradient
+alone; a format's row in ``_CALLS`` says which op serves it and with which numbers. Their gradient
 is the identity (the straight-through estimator).
 """
 
@@ -46,19 +46,33 @@ if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda
 
 __all__ = ["quantize", "quantize_"]
 
-# Format -> (op, its numbers). The diff that adds a format adds a row.
-_OPS: dict[type[Format], tuple[str, Callable[[Any], tuple]]] = {
-    FixedPoint: ("quantize_fixed", lambda f: (f.wl, f.fl, f.symmetric)),
-    BlockFloat: ("quantize_block", lambda f: (f.wl, f.symmetric, f.exponent_bits, *_blocks(f))),
-    Float: ("quantize_float", lambda f: _element(f)),
-    Microscaling: ("quantize_microscaling", lambda f: (*_element(f.element), f.max_exponent, *_blocks(f))),
-    ScaledInteger: ("quantize_integer", lambda f: (f.wl, *_blocks(f))),
-    Nvfp4: ("quantize_nvfp4", lambda f: _blocks(f)),
+OPS = (
+    "quantize_fixed",
+    "quantize_block",
+    "quantize_float",
+    "quantize_microscaling",
+    "quantize_integer",
+    "quantize_nvfp4",
+)
+
+# Format -> which op serves it, with which numbers. The diff that adds a format adds a row.
+_CALLS: dict[type[Format], Callable[[Any], tuple[str, tuple]]] = {
+    FixedPoint: lambda f: ("quantize_fixed", (f.wl, f.fl, f.symmetric)),
+    BlockFloat: lambda f: ("quantize_block", (f.wl, f.symmetric, *f.exponent_bounds, *_blocks(f))),
+    Float: lambda f: ("quantize_float", (f.exp, f.man, TOPS.index(f.top))),
+    Microscaling: lambda f: _microscaling(f),
+    ScaledInteger: lambda f: ("quantize_integer", (f.wl, *_blocks(f))),
+    Nvfp4: lambda f: ("quantize_nvfp4", _blocks(f)),
 }
 
 
-def _element(f: Float | FixedPoint) -> tuple[int, int, int]:
-    return (f.exp, f.man, TOPS.index(f.top)) if isinstance(f, Float) else (0, f.fl, 0)
+def _microscaling(f: Microscaling) -> tuple[str, tuple]:
+    """Its integers are block floating point on E8M0's exponents."""
+    e = f.element
+    if isinstance(e, FixedPoint):
+        return "quantize_block", (e.wl, e.symmetric, *f.exponent_bounds, *_blocks(f))
+    assert isinstance(e, Float)
+    return "quantize_microscaling", (e.exp, e.man, TOPS.index(e.top), f.max_exponent, *_blocks(f))
 
 
 def _blocks(f: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> tuple[list[int], int, int]:
@@ -80,7 +94,7 @@ def _register(name: str) -> None:
     torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
 
 
-for _name, _ in _OPS.values():
+for _name in OPS:
     _register(_name)
 
 
@@ -91,12 +105,12 @@ def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, in
     format = parse(spec)
     if isinstance(format, Identity):
         return None, None, (), 0, bits
-    op, numbers = _OPS[type(format)]
+    op, numbers = _CALLS[type(format)](format)
     space = torch.ops.swalp_fx
     return (
         getattr(space, op).default,
         getattr(space, op + "_").default,
-        numbers(format),
+        numbers,
         ROUNDINGS.index(name),
         bits,
     )

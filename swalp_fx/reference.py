@@ -40,14 +40,6 @@ def integer_bounds(format: FixedPoint | BlockFloat) -> tuple[int, int]:
     return -half + format.symmetric, half - 1
 
 
-def exponent_bounds(format: BlockFloat | Microscaling) -> tuple[int, int]:
-    """Lowest and highest shared exponent: ``exponent_bits`` bits of two's complement, or E8M0's 2^-127 to 2^127."""
-    if isinstance(format, Microscaling):
-        return -127, 127
-    half = 2 ** (format.exponent_bits - 1)
-    return -half, half - 1
-
-
 # ---- one number ---------------------------------------------------------------------------------
 
 
@@ -76,7 +68,7 @@ def _floor_log2(magnitude: float) -> int:
 
 def _shared_exponent(x: float, format: BlockFloat | Microscaling, maximum: float | None) -> int:
     """Of the block whose largest finite magnitude is ``maximum``, or of x alone."""
-    smallest, largest = exponent_bounds(format)
+    smallest, largest = format.exponent_bounds
     if maximum is None:
         maximum = 0.0 if math.isinf(x) else abs(x)
     if maximum == 0:  # a block that is zero, or nothing but infinities, has no exponent: any one serves
@@ -206,14 +198,14 @@ def _grid(v: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
         lowest, highest = integer_bounds(format)
         return lowest * step, highest * step, step
     if isinstance(format, BlockFloat):
-        smallest, largest = exponent_bounds(format)
+        smallest, largest = format.exponent_bounds
         maximum = _block_maximum(torch.where(v.isfinite(), v.abs(), 0.0), format)
         exponent = torch.where(maximum > 0, _exponent(maximum).clamp(smallest, largest), largest)
         step = _power_of_two(exponent - (format.wl - 2))
         lowest, highest = integer_bounds(format)
         return lowest * step, highest * step, step
     if isinstance(format, Microscaling):
-        smallest, largest = exponent_bounds(format)
+        smallest, largest = format.exponent_bounds
         maximum = _block_maximum(torch.where(v.isfinite(), v.abs(), 0.0), format)
         exponent = torch.where(maximum > 0, _exponent(maximum) - format.max_exponent, largest).clamp(smallest, largest)
         scale = _power_of_two(exponent)

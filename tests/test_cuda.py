@@ -180,7 +180,7 @@ def test_opcheck_and_gradient(spec):
     space = torch.ops.swalp_fx
     op, numbers = {
         "fixed8.6": (space.quantize_fixed, (8, 6, False)),
-        "bfp8[0]": (space.quantize_block, (8, True, 8, [0], 0, 0)),
+        "bfp8[0]": (space.quantize_block, (8, True, -128, 127, [0], 0, 0)),
         "e4m3": (space.quantize_float, (4, 3, 1)),
     }[spec]
     torch.library.opcheck(op.default, (x, *numbers, 1, 16, torch.tensor(5), 2))

@@ -52,7 +52,7 @@ def test_kernels(tmp_path):
 NUMBERS = {
     "quantize_fixed": (8, 6, False),
     "quantize_float": (4, 3, 1),
-    "quantize_block": (8, True, 8),
+    "quantize_block": (8, True, -128, 127),
     "quantize_microscaling": (2, 1, 2, 2),
     "quantize_integer": (8,),
     "quantize_nvfp4": (),
@@ -165,7 +165,7 @@ def test_layouts(on_host, op, rounding):
 def test_a_list_of_tensors(on_host):
     tensors = [values(30, 40), values(7, 5).t(), values(64, dtype=torch.float64), values(0, 3)]
     due = [x.clone() for x in tensors]
-    arguments = (8, True, 8, [0], 0, 0, ROUNDINGS.index("stochastic"), 16, torch.tensor(KEY), [4, 0, 2**40, 1])
+    arguments = (8, True, -128, 127, [0], 0, 0, ROUNDINGS.index("stochastic"), 16, torch.tensor(KEY), [4, 0, 2**40, 1])
     on_host.quantize_block_foreach_(tensors, *arguments)
     torch.ops.swalp_fx.quantize_block_foreach_(due, *arguments)
     for result, expected in zip(tensors, due, strict=True):

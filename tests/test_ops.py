@@ -200,7 +200,7 @@ def test_the_number_of_threads_is_no_matter(spec, rounding):
 SPACE = torch.ops.swalp_fx
 OPS = [
     (SPACE.quantize_fixed.default, SPACE.quantize_fixed_.default, (8, 6, False)),
-    (SPACE.quantize_block.default, SPACE.quantize_block_.default, (8, True, 8, [0], 0, 0)),
+    (SPACE.quantize_block.default, SPACE.quantize_block_.default, (8, True, -128, 127, [0], 0, 0)),
     (SPACE.quantize_float.default, SPACE.quantize_float_.default, (4, 3, 1)),
 ]
 OP_NAMES = ["fixed", "block", "float"]
@@ -360,18 +360,22 @@ REFUSED_BY_THE_OP = [
     ("fixed", (X, 8, 6, False, 1, 16, torch.tensor(1.0), 0), KEY_MESSAGE),
     ("fixed", (X, 8, 6, False, 1, 16, torch.tensor([1, 2]), 0), KEY_MESSAGE),
     ("fixed", (X, 8, 6, False, 1, 16, torch.tensor(1).int(), 0), KEY_MESSAGE),
-    ("block", (X, 8, True, 8, [], 0, 0, 1, 16, torch.tensor([], dtype=torch.long), 0), KEY_MESSAGE),
-    ("block", (X.bool(), 8, True, 8, [], 0, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
-    ("block", (X, 1, True, 8, [], 0, 0, *NEAREST), "wl = 1 is out of range; use 2 to 24"),
-    ("block", (X, 25, True, 8, [], 0, 0, *NEAREST), "wl = 25 is out of range"),
+    ("block", (X, 8, True, -128, 127, [], 0, 0, 1, 16, torch.tensor([], dtype=torch.long), 0), KEY_MESSAGE),
     (
         "block",
-        (X, 8, True, 8, [2], 0, 0, *NEAREST),
+        (X.bool(), 8, True, -128, 127, [], 0, 0, *NEAREST),
+        "x must be float32, float64, float16 or bfloat16, not",
+    ),
+    ("block", (X, 1, True, -128, 127, [], 0, 0, *NEAREST), "wl = 1 is out of range; use 2 to 24"),
+    ("block", (X, 25, True, -128, 127, [], 0, 0, *NEAREST), "wl = 25 is out of range"),
+    (
+        "block",
+        (X, 8, True, -128, 127, [2], 0, 0, *NEAREST),
         "block dimension 2 does not exist in a tensor of 2 dim.*; use -2 to 1",
     ),
-    ("block", (X, 8, True, 8, [0, -3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
-    ("block", (X, 8, True, 1, [], 0, 0, *NEAREST), "exponent_bits = 1 is out of range; use 2 to 8"),
-    ("block", (X, 8, True, 9, [], 0, 0, *NEAREST), "exponent_bits = 9 is out of range"),
+    ("block", (X, 8, True, -128, 127, [0, -3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
+    ("block", (X, 8, True, -129, 127, [], 0, 0, *NEAREST), "smallest_exponent = -129 is out of range; use -128 to 0"),
+    ("block", (X, 8, True, -128, 128, [], 0, 0, *NEAREST), "largest_exponent = 128 is out of range; use 0 to 127"),
     ("float", (X.long(), 4, 3, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
     ("float", (X, 1, 3, 0, *NEAREST), "exp = 1 is out of range; use 2 to 8"),
     ("float", (X, 9, 3, 0, *NEAREST), "exp = 9 is out of range"),

@@ -1,5 +1,5 @@
 // The loops, written for a compiler that vectorises. quantize_cpu.cpp includes this once for each
-// instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it.
+// instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it: 1, 4 or 8.
 
 // A window on the draws, moved along as a thread goes through its elements.
 class Draws {
@@ -21,38 +21,56 @@ class Draws {
   int64_t begin = 0, end = 0;
   alignas(64) uint32_t draw[kWindow];
 
-  void refill(int64_t index, int64_t wanted) {
+  // Counters at a time, in two pairs of vectors, one of even counters and one of odd ones: their low halves join into
+  // rows.
+  static constexpr int64_t kPair = 2 * kLanes, kAtOnce = 2 * kPair;
+
+  __attribute__((noinline)) void refill(int64_t index, int64_t wanted) {
     const int64_t block = random.block();
-    begin = index / block * block;
-    end = std::min(begin + kWindow, (index + wanted + block - 1) / block * block);
-    const bool halves = random.draws_per_word() == 2;
-    const int shift = (halves ? 16 : 32) - random.bits;
-    uint32_t* row = draw;
-    for (int64_t counter = begin / block * kCounters; row < draw + (end - begin); counter += kCounters, row += block) {
-      for (int64_t lane = 0; lane < kCounters; lane += 2 * kLanes) {
-        halves ? generate<2>(counter + lane, row + lane, shift) : generate<1>(counter + lane, row + lane, shift);
+    const int64_t first = index / block * kCounters / kAtOnce * kAtOnce;
+    begin = first / kCounters * block;
+    const int64_t needed = (std::min(begin + kWindow, index + wanted) + block - 1) / block * kCounters;
+    const int64_t last = (needed + kAtOnce - 1) / kAtOnce * kAtOnce;
+    end = last / kCounters * block;
+    for (int64_t counter = first; counter < last; counter += kAtOnce) {
+      const int64_t at = (counter - first) / kCounters * block + (counter - first) % kCounters;
+      if (random.bits == 16) {
+        generate<2>(counter, at, std::integral_constant<int, 0>());
+      } else if (random.draws_per_word() == 2) {
+        generate<2>(counter, at, 16 - random.bits);
+      } else {
+        generate<1>(counter, at, 32 - random.bits);
       }
     }
   }
 
-  // Even counters in one vector, odd ones in another: their low halves then join into one row.
-  template <int kPerWord>
-  void generate(int64_t counter, uint32_t* row, int shift) const {
+  template <int kPerWord, class Shift>
+  void generate(int64_t counter, int64_t at, const Shift unused_bits) {
     using Vector = Lanes::Vector;
+    const int shift = unused_bits;
     const Vector zero = Vector{};
-    const Vector even = Lanes::twice_lane_number() + static_cast<uint64_t>(counter);
-    Vector a[4] = {even, zero + (static_cast<uint64_t>(counter) >> 32), zero + random.stream,
-                   zero + (random.stream >> 32)};
-    Vector b[4] = {even + 1, a[1], a[2], a[3]};
-    philox4x32<Lanes>(a, keys);
-    philox4x32<Lanes>(b, keys);
-    for (int j = 0; j < 4; ++j, row += kPerWord * kCounters) {
-      const Vector words = (a[j] & uint64_t{0xFFFFFFFF}) | (b[j] << 32);
-      if constexpr (kPerWord == 1) {
-        store(row, (words >> shift) & mask(0xFFFFFFFFu >> shift));
-      } else {
-        store(row, (words >> shift) & mask(0xFFFFu >> shift));
-        store(row + kCounters, (words >> (16 + shift)) & mask(0xFFFFu >> shift));
+    Vector c[4][4];
+    SWALP_UNROLL
+    for (int set = 0; set < 4; ++set) {
+      const auto first = static_cast<uint64_t>(counter + set / 2 * kPair + set % 2);
+      c[set][0] = Lanes::twice_lane_number() + first;
+      c[set][1] = zero + (first >> 32);
+      c[set][2] = zero + random.stream;
+      c[set][3] = zero + (random.stream >> 32);
+    }
+    philox4x32<Lanes>(c, keys);
+    SWALP_UNROLL
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t* row = draw + at + pair * (kPair < kCounters ? kPair : 4 * kPerWord * kCounters);
+      SWALP_UNROLL
+      for (int j = 0; j < 4; ++j, row += kPerWord * kCounters) {
+        const Vector words = (c[2 * pair][j] & uint64_t{0xFFFFFFFF}) | (c[2 * pair + 1][j] << 32);
+        if constexpr (kPerWord == 1) {
+          store(row, (words >> shift) & mask(0xFFFFFFFFu >> shift));
+        } else {
+          store(row, (words >> shift) & mask(0xFFFFu >> shift));
+          store(row + kCounters, (words >> (16 + shift)) & mask(0xFFFFu >> shift));
+        }
       }
     }
   }
@@ -91,10 +109,10 @@ template <class S>
 __attribute__((noinline)) typename Ieee<Compute<S>>::Bits maximum_of_run(const S* x, int64_t n) {
   using T = Compute<S>;
   typename Ieee<T>::Bits maximum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto bits = finite_magnitude(static_cast<T>(x[i]));
-    maximum = maximum < bits ? bits : maximum;
-  }
+  for (int64_t i = 0; i < n; ++i) maximum = larger(maximum, magnitude_bits(static_cast<T>(x[i])));
+  if (is_finite_magnitude<T>(maximum)) return maximum;
+  maximum = 0;
+  for (int64_t i = 0; i < n; ++i) maximum = larger(maximum, finite_magnitude(static_cast<T>(x[i])));
   return maximum;
 }
 
@@ -122,54 +140,114 @@ void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>
   });
 }
 
-// Asks for the next row while this one is computed: its maximum is found at the speed of the cache, not of memory.
-template <class S>
-inline void prefetch(const S* next, int64_t n) {
-  constexpr int64_t kLine = 64, kMost = 1 << 14;  // bytes
-  const auto* bytes = reinterpret_cast<const char*>(next);
-  const int64_t size = std::min<int64_t>(n * static_cast<int64_t>(sizeof(S)), kMost);
-  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(bytes + i, 0, 2);
-}
-
-// Tiles of kSize neighbours, one after another: with the size known, a tile is a few instructions, and no call.
-template <int kSize, class S, class Format, class Round>
-__attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S* y, int64_t tiles, int64_t index,
-                                              const Round round, Draws& draws) {
-  using T = Compute<S>;
-  for (int64_t tile = 0; tile < tiles; ++tile, x += kSize, y += kSize, index += kSize) {
-    typename Ieee<T>::Bits maximum = 0;
-    for (int i = 0; i < kSize; ++i) {
-      const auto bits = finite_magnitude(static_cast<T>(x[i]));
-      maximum = maximum < bits ? bits : maximum;
-    }
-    int64_t count = 0;
-    const uint32_t* draw = Round::draws ? draws.from(index, (tiles - tile) * kSize, count) : nullptr;
-    format.template with_quantizer<T>(maximum, T(0), [&](const auto& quantizer) {
+// kSize neighbours with one quantizer. Not unrolled: the loop is what the compiler vectorises.
+template <int kSize, class S, class Q, class Round>
+inline void quantize_tile(const Q& quantizer, const S* x, S* y, const Round& round, const uint32_t* draw) {
 #pragma GCC ivdep
-      for (int i = 0; i < kSize; ++i) {
-        y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round));
-      }
-    });
+#pragma GCC unroll 1
+  for (int i = 0; i < kSize; ++i) {
+    y[i] = static_cast<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), Round::draws ? draw[i] : 0u, round));
   }
 }
 
-// Whether the layout is tiles of 16 or 32 neighbours, row after row; if so, they are done.
-template <class S, class Format, class Round>
-bool quantized_tiles(const Format& format, const Layout& layout, const S* x, S* y, const Round& round,
-                     const Random& random) {
+constexpr int64_t kBatch = 32;  // tiles: more than GCC unrolls a loop whole for, which would keep it from vectorising
+
+// The largest finite magnitude in each of kBatch tiles. In rounds that halve what is left, which vectorises without a
+// horizontal maximum for each tile.
+template <int kSize, class S>
+inline void maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima)[kBatch]) {
+  using T = Compute<S>;
+  using Bits = typename Ieee<T>::Bits;
+  constexpr int kWidth = 16;
+  Bits halves[kBatch * kWidth];
+  for (int64_t t = 0; t < kBatch; ++t) {
+    for (int i = 0; i < kWidth; ++i) {
+      Bits maximum = magnitude_bits(static_cast<T>(x[t * kSize + i]));
+      for (int j = i + kWidth; j < kSize; j += kWidth) {
+        maximum = larger(maximum, magnitude_bits(static_cast<T>(x[t * kSize + j])));
+      }
+      halves[t * kWidth + i] = maximum;
+    }
+  }
+  SWALP_UNROLL
+  for (int n = kBatch * kWidth / 2; n >= kBatch; n /= 2) {
+#pragma GCC ivdep
+    for (int i = 0; i < n; ++i) halves[i] = larger(halves[2 * i], halves[2 * i + 1]);
+  }
+  Bits maximum = 0;
+  for (int64_t t = 0; t < kBatch; ++t) {
+    maxima[t] = halves[t];
+    maximum = larger(maximum, maxima[t]);
+  }
+  if (is_finite_magnitude<T>(maximum)) return;
+  for (int64_t t = 0; t < kBatch; ++t) maxima[t] = maximum_of_run(x + t * kSize, kSize);
+}
+
+// Tiles of kSize neighbours, one after another, in batches: first the maxima, then the quantizers, then the rounding, so
+// that no tile waits for its own maximum.
+template <int kSize, class S, class Format, class Round>
+__attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S* y, int64_t tiles, int64_t index,
+                                              Compute<S> tensor_maximum, const Round round, Draws& draws) {
+  using T = Compute<S>;
+  using Bits = typename Ieee<T>::Bits;
+  for (int64_t batch; tiles > 0; tiles -= batch, x += batch * kSize, y += batch * kSize, index += batch * kSize) {
+    batch = std::min(kBatch, tiles);
+    Bits maxima[kBatch] = {};
+    if (batch == kBatch) {
+      maxima_of_tiles<kSize>(x, maxima);
+    } else {
+      for (int64_t t = 0; t < batch; ++t) maxima[t] = maximum_of_run(x + t * kSize, kSize);
+    }
+    Bits unusual = 0;
+    for (int64_t t = 0; t < kBatch; ++t) unusual |= Bits(t < batch) & Bits(!format.template is_usual<T>(maxima[t]));
+    decltype(format.template usual<T>(maxima[0], tensor_maximum)) quantizers[kBatch];
+    for (int64_t t = 0; t < kBatch; ++t) quantizers[t] = format.template usual<T>(maxima[t], tensor_maximum);
+    for (int64_t t = 0; t < batch; ++t) {
+      const int64_t at = t * kSize;
+      int64_t count = 0;
+      const uint32_t* draw = Round::draws ? draws.from(index + at, (tiles - t) * kSize, count) : nullptr;
+      if (unusual == 0) {
+        quantize_tile<kSize>(quantizers[t], x + at, y + at, round, draw);
+      } else {
+        format.template with_quantizer<T>(maxima[t], tensor_maximum, [&](const auto& quantizer) {
+          quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
+        });
+      }
+    }
+  }
+}
+
+// Whether the layout is tiles of 16 or 32 neighbours, row after row.
+inline bool are_tiles(const Layout& layout) {
   const int64_t size = layout.inner().size;
   if (!layout.blocks_are_rows() || layout.rank != 2 || layout.inner().step.index != 1 || (size != 16 && size != 32)) {
     return false;
   }
   const Place& across = layout.dims[0].step;
-  if (across.memory != size || across.index != size || layout.first.index % size != 0) return false;
+  return across.memory == size && across.index == size && layout.first.index % size == 0;
+}
+
+template <class S, class Format, class Round>
+void quantize_layout_of_tiles(const Format& format, const Layout& layout, const S* x, S* y, Compute<S> tensor_maximum,
+                              const Round& round, const Random& random) {
+  const int64_t size = layout.inner().size;
+  const auto run = size == 16 ? &quantize_tiles<16, S, Format, Round> : &quantize_tiles<32, S, Format, Round>;
   torch::stable::parallel_for(0, layout.dims[0].size, Runs::kGrain / size, [&](int64_t begin, int64_t end) {
     Draws draws(random);
     const int64_t memory = layout.first.memory + begin * size, index = layout.first.index + begin * size;
-    const auto run = size == 16 ? &quantize_tiles<16, S, Format, Round> : &quantize_tiles<32, S, Format, Round>;
-    run(format, x + memory, y + memory, end - begin, index, round, draws);
+    run(format, x + memory, y + memory, end - begin, index, tensor_maximum, round, draws);
   });
-  return true;
+}
+
+// The largest finite magnitude of all n elements.
+template <class S>
+typename Ieee<Compute<S>>::Bits maximum_of_all(const S* x, int64_t n) {
+  Layout all;
+  all.dims[all.rank++] = {n, {1, 1, 0}};
+  all.numel = n;
+  typename Ieee<Compute<S>>::Bits maximum = 0;
+  maxima_of_blocks(all, x, &maximum);
+  return maximum;
 }
 
 template <class S, class Format, class Round>
@@ -189,43 +267,35 @@ void quantize(const Format& format, const Cover& cover, const S* x, S* y, const 
         });
       }
     });
-    return;
-  }
-
-  const auto whole_rows = [](const Layout& layout) {
-    return Format::shared == Shared::Block && layout.blocks_are_rows() && Runs(layout).are_whole();
-  };
-  std::vector<Bits> maxima;
-  T tensor_maximum = 0;
-  if (!std::all_of(cover.layouts.begin(), cover.layouts.end(), whole_rows)) {
-    maxima.resize(cover.blocks);
+  } else {
+    T tensor_maximum = 0;
+    if (Format::shared == Shared::BlockAndTensor) tensor_maximum = bit_cast<T>(maximum_of_all(x, cover.numel()));
+    std::vector<Bits> maxima;
     for (const Layout& layout : cover.layouts) {
-      if (!whole_rows(layout)) maxima_of_blocks(layout, x, maxima.data());
-    }
-    if (Format::shared == Shared::BlockAndTensor) {
-      tensor_maximum = bit_cast<T>(*std::max_element(maxima.begin(), maxima.end()));
-    }
-  }
-
-  for (const Layout& layout : cover.layouts) {
-    if constexpr (Format::shared == Shared::Block && !std::is_same_v<S, double>) {
-      if (quantized_tiles(format, layout, x, y, round, random)) continue;
-    }
-    const Dim inner = layout.inner();
-    const bool rows = whole_rows(layout);
-    Runs(layout).for_each([&](auto each) {
-      Draws draws(random);
-      each([&](const Place& p, int64_t size) {
-        // One element at a time where neighbours lie in different blocks.
-        const int64_t piece = inner.step.block == 0 ? size : 1;
-        Place at = p;
-        for (int64_t i = 0; i < size; i += piece, inner.advance(at, piece)) {
-          const Bits maximum = rows ? maximum_of_run(x + at.memory, piece) : maxima[at.block];
-          if (rows) prefetch(x + at.memory + piece, piece);
-          format.template with_quantizer<T>(maximum, tensor_maximum,
-                                            [&](const auto& quantizer) { run(inner, at, piece, quantizer, draws); });
-        }
+      if (!std::is_same_v<S, double> && are_tiles(layout)) {
+        quantize_layout_of_tiles(format, layout, x, y, tensor_maximum, round, random);
+        continue;
+      }
+      // A row that is a block, and whole, is read twice by one thread; other blocks wait for all threads' maxima.
+      const bool rows = layout.blocks_are_rows() && Runs(layout).are_whole();
+      if (!rows) {
+        maxima.resize(cover.blocks);
+        maxima_of_blocks(layout, x, maxima.data());
+      }
+      const Dim inner = layout.inner();
+      Runs(layout).for_each([&](auto each) {
+        Draws draws(random);
+        each([&](const Place& p, int64_t size) {
+          // One element at a time where neighbours lie in different blocks.
+          const int64_t piece = inner.step.block == 0 ? size : 1;
+          Place at = p;
+          for (int64_t i = 0; i < size; i += piece, inner.advance(at, piece)) {
+            const Bits maximum = rows ? maximum_of_run(x + at.memory, piece) : maxima[at.block];
+            format.template with_quantizer<T>(maximum, tensor_maximum,
+                                              [&](const auto& quantizer) { run(inner, at, piece, quantizer, draws); });
+          }
+        });
       });
-    });
+    }
   }
 }

@@ -1,7 +1,4 @@
 // The ops on the CPU: which elements a thread takes, and which instructions it has.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../check.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -134,18 +131,33 @@ const Isa kIsa = best_isa();
 struct Cpu {
   template <class Format>
   static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    switch (x.scalar_type()) {
-      case ScalarType::Float:
-        return run_as<float>(format, cover, x, y, drawing);
-      case ScalarType::Double:
-        return run_as<double>(format, cover, x, y, drawing);
-      case ScalarType::Half:
-        return run_as<torch::headeronly::Half>(format, cover, x, y, drawing);
-      default:
-        return run_as<torch::headeronly::BFloat16>(format, cover, x, y, drawing);
-    }
+    with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });
   }
 
+  // A list of tensors, in one loop: a thread takes the tensors that begin in its part of all elements. Those that are
+  // worth all threads come first, and each has loops of its own.
+  template <class OneCall>
+  static void in_place(std::vector<OneCall>& calls) {
+    std::vector<OneCall*> small;
+    std::vector<int64_t> begins;
+    int64_t numel = 0;
+    for (OneCall& call : calls) {
+      if (call.numel() > Runs::kGrain || !call.dense) {
+        call.in_place();
+      } else if (call.numel() > 0) {
+        small.push_back(&call);
+        begins.push_back(numel);
+        numel += call.numel();
+      }
+    }
+    torch::stable::parallel_for(0, numel, Runs::kGrain, [&](int64_t begin, int64_t end) {
+      const auto first = std::lower_bound(begins.begin(), begins.end(), begin);
+      const auto last = std::lower_bound(first, begins.end(), end);
+      for (auto at = first; at != last; ++at) small[at - begins.begin()]->in_place();
+    });
+  }
+
+ private:
   template <class S, class Format>
   static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     const S* from = static_cast<const S*>(x.const_data_ptr());
@@ -158,10 +170,7 @@ struct Cpu {
         run_on(kIsa, format, cover, from, to, round, drawing.random);
       }
     };
-    if (drawing.rounding == Rounding::Stochastic && drawing.random.bits + format.magnitude_bits() <= 24) {
-      return run_with(RoundStochasticNarrow{static_cast<float>(1 << drawing.random.bits)});
-    }
-    with_rounding(drawing.rounding, drawing.random.bits, run_with);
+    with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
   }
 
   template <class... Arguments>

@@ -66,11 +66,6 @@ struct NoDraws {
 template <class Round>
 using DrawsOf = std::conditional_t<Round::draws, QuadDraws, NoDraws>;
 
-template <class Bits>
-__device__ __forceinline__ Bits larger(Bits a, Bits b) {
-  return a < b ? b : a;
-}
-
 // ---- contiguous memory: elementwise formats, and blocks of 16, 32, 64 or 128 neighbours -----------
 
 // `shared` is the maximum of a block that is the whole tensor. Where it is null, a format that shares has blocks
@@ -174,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   if (maximum > 0) raise(&maxima[block], maximum);
 }
 
-// ---- maxima of many threads, and one thread block a row -------------------------------------------------------------------------
+// ---- maxima of many threads, and one thread block a row ---------------------------------------------
 
 // The largest value that any thread of the block has, in every thread.
 template <class Bits>
@@ -250,6 +245,56 @@ __global__ void __launch_bounds__(kThreads)
           }
           *reinterpret_cast<Vector<S>*>(y + i) = v;
         }
+      }
+    });
+  }
+}
+
+// ---- a list of tensors ------------------------------------------------------------------------------
+
+// One of them: rows of `size` neighbours, the last of which may be short. A row is a block, or, in a format whose elements
+// share nothing, a piece of the tensor. Thread blocks from `first` on work at it.
+template <class S>
+struct Item {
+  S* x;
+  int64_t numel, size;
+  uint64_t stream;
+  unsigned first;
+};
+
+// As many as a launch takes by value: its parameters have 4 KB.
+template <class S>
+struct Items {
+  static constexpr int kMost = 64;
+  int count = 0;
+  Item<S> at[kMost];
+};
+
+template <class S, class Format, class Round>
+__global__ void __launch_bounds__(kThreads)
+    quantize_items(const Format format, const Round round, const Items<S> items, const Random drawn,
+                   const uint64_t* key) {
+  using T = Compute<S>;
+  typename Ieee<T>::Bits maximum = 0;
+  int i = 0;
+  while (i + 1 < items.count && blockIdx.x >= items.at[i + 1].first) ++i;
+  const Item<S>& item = items.at[i];
+  const unsigned beyond = i + 1 < items.count ? items.at[i + 1].first : gridDim.x;
+  Random random = Round::draws ? with_key(drawn, key) : drawn;
+  random.stream = item.stream;
+  for (int64_t row = blockIdx.x - item.first; row * item.size < item.numel; row += beyond - item.first) {
+    const int64_t begin = row * item.size, end = begin + item.size < item.numel ? begin + item.size : item.numel;
+    if constexpr (Format::shared == Shared::Block) {
+      maximum = 0;
+      for (int64_t j = begin + threadIdx.x; j < end; j += blockDim.x) {
+        maximum = larger(maximum, finite_magnitude(static_cast<T>(item.x[j])));
+      }
+      maximum = maximum_of_threads(maximum);
+    }
+    format.template with_quantizer<T>(maximum, T(0), [&](const auto& quantizer) {
+      for (int64_t j = begin + threadIdx.x; j < end; j += blockDim.x) {
+        const uint32_t draw = Round::draws ? draw_at(random, j) : 0u;
+        item.x[j] = static_cast<S>(quantizer.apply(static_cast<T>(item.x[j]), draw, round));
       }
     });
   }

@@ -2,8 +2,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+
+#include <map>
 
 #include "../check.h"
 #include "kernels.cuh"
@@ -13,18 +13,19 @@ namespace {
 
 constexpr int64_t kMostBlocks = 132 * 16;    // two waves of full occupancy on the largest GPUs; the kernels stride on
 constexpr int64_t kSmallestRow = 4 * kThreads;  // elements that keep a thread block busy
+constexpr int64_t kLargestItem = 1 << 18;    // elements of a tensor that is not worth a launch of its own
+constexpr int64_t kPiece = 8 * kThreads;     // elements that a thread block takes of an item with no blocks
 
 unsigned grid(int64_t threads) {
   return static_cast<unsigned>(std::clamp<int64_t>((threads + kThreads - 1) / kThreads, 1, kMostBlocks));
 }
 
 // Memory without gaps, in the order of the random bits if any are drawn.
-template <class Round>
-bool in_order(const Layout& l) {
+bool in_order(const Layout& l, bool draws) {
   int64_t numel = 1;
   for (int d = l.rank - 1; d >= 0; --d) {
     const Place& step = l.dims[d].step;
-    if (step.memory != numel || (Round::draws && step.index != numel)) return false;
+    if (step.memory != numel || (draws && step.index != numel)) return false;
     numel *= l.dims[d].size;
   }
   return l.first.memory == 0;
@@ -65,7 +66,7 @@ struct Launch {
   void cover(const Cover& cover) const {
     if constexpr (kFast) {
       const Layout& layout = cover.layouts.front();
-      if (cover.layouts.size() == 1 && in_order<Round>(layout) && is_aligned(x) && is_aligned(y) &&
+      if (cover.layouts.size() == 1 && in_order(layout, Round::draws) && is_aligned(x) && is_aligned(y) &&
           random.draws_per_word() == kDrawsPerWord && fast(cover, layout)) {
         return;
       }
@@ -152,36 +153,89 @@ struct Launch {
 struct Cuda {
   template <class Format>
   static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    switch (x.scalar_type()) {
-      case ScalarType::Float:
-        return run_as<float>(format, cover, x, y, drawing);
-      case ScalarType::Double:
-        return run_as<double>(format, cover, x, y, drawing);
-      case ScalarType::Half:
-        return run_as<torch::headeronly::Half>(format, cover, x, y, drawing);
-      default:
-        return run_as<torch::headeronly::BFloat16>(format, cover, x, y, drawing);
+    with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });
+  }
+
+  // A list of tensors: the small ones in as few launches as take them, each large one in its own.
+  template <class OneCall>
+  static void in_place(std::vector<OneCall>& calls) {
+    std::map<std::pair<int32_t, ScalarType>, std::vector<OneCall*>> small;
+    for (OneCall& call : calls) {
+      if (row_of_item(call) > 0) {
+        small[{call.x.get_device(), call.x.scalar_type()}].push_back(&call);
+      } else {
+        call.in_place();
+      }
+    }
+    for (const auto& [kind, items] : small) {
+      for (size_t i = 0; i < items.size(); i += kMostItems) {
+        const std::vector<OneCall*> some(items.begin() + i, items.begin() + std::min(items.size(), i + kMostItems));
+        with_scalar(kind.second, [&](auto zero) { launch_items<decltype(zero)>(some); });
+      }
     }
   }
 
  private:
+  static constexpr int kMostItems = Items<float>::kMost;
+
+  static cudaStream_t current_stream(const Tensor& x) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  static const uint64_t* key_on_device(const Drawing& drawing) {
+    const bool there = drawing.key && drawing.key->is_cuda();
+    return there ? static_cast<const uint64_t*>(drawing.key->const_data_ptr()) : nullptr;
+  }
+
   template <class S, class Format>
   static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
-    const bool key_on_device = drawing.key && drawing.key->is_cuda();
-    const auto* key = key_on_device ? static_cast<const uint64_t*>(drawing.key->const_data_ptr()) : nullptr;
-    with_rounding(drawing.rounding, drawing.random.bits, [&](const auto& round) {
+    with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), [&](const auto& round) {
       Launch<S, Format, std::decay_t<decltype(round)>>{format,
                                                        round,
                                                        x,
                                                        static_cast<const S*>(x.const_data_ptr()),
                                                        static_cast<S*>(y.mutable_data_ptr()),
                                                        drawing.random,
-                                                       key,
-                                                       static_cast<cudaStream_t>(stream)}
+                                                       key_on_device(drawing),
+                                                       current_stream(x)}
           .cover(cover);
+    });
+  }
+
+  // The elements in a row of a call's tensor as an Item; 0 where it is none.
+  template <class OneCall>
+  static int64_t row_of_item(const OneCall& call) {
+    constexpr auto shared = std::decay_t<decltype(call.format)>::shared;
+    if (shared == Shared::BlockAndTensor || !call.dense || call.cover.layouts.size() != 1) return 0;
+    const Layout& layout = call.cover.layouts.front();
+    const bool draws = call.drawing.rounding == Rounding::Stochastic;
+    if (layout.numel > kLargestItem || !in_order(layout, draws)) return 0;
+    if (shared == Shared::Nothing) return kPiece;
+    if (call.cover.blocks == 1) return layout.numel;
+    return layout.rank == 2 && layout.blocks_are_rows() ? layout.inner().size : 0;
+  }
+
+  template <class S, class OneCall>
+  static void launch_items(const std::vector<OneCall*>& calls) {
+    const OneCall& any = *calls.front();
+    const torch::stable::accelerator::DeviceGuard guard(any.x.get_device());
+    Items<S> items;
+    unsigned blocks = 0;
+    for (const OneCall* call : calls) {
+      const int64_t numel = call->numel(), size = row_of_item(*call);
+      items.at[items.count++] = {static_cast<S*>(call->x.mutable_data_ptr()), numel, size, call->drawing.random.stream,
+                                 blocks};
+      blocks += static_cast<unsigned>(std::min((numel + size - 1) / size, kMostBlocks));
+    }
+    const cudaLaunchConfig_t config{dim3(blocks), dim3(kThreads), 0, current_stream(any.x)};
+    const Drawing& drawing = any.drawing;
+    with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, any.format.magnitude_bits(), [&](const auto& round) {
+      using Format = std::decay_t<decltype(any.format)>;
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, quantize_items<S, Format, std::decay_t<decltype(round)>>, any.format,
+                                        round, items, drawing.random, key_on_device(drawing)));
     });
   }
 };

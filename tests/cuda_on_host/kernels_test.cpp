@@ -334,20 +334,27 @@ void check_maximum_of_maxima() {
 
 template <class S, class Format>
 void check_format(const Format& format) {
-  const RoundStochastic draw16{65536.0f}, draw24{16777216.0f};
-  check_elements<S>(format, RoundNearest{}, 16);
-  check_elements<S>(format, draw16, 16);
-  check_elements<S>(format, draw24, 24);
-  if constexpr (Format::shared != Shared::BlockAndTensor) {
-    check_contiguous<S>(format, RoundNearest{}, 16);
-    check_contiguous<S>(format, draw16, 16);
-    check_contiguous<S>(format, RoundStochastic{8.0f}, 3);
+  const auto check = [&](Rounding rounding, int bits, bool contiguous) {
+    with_rounding<Compute<S>>(rounding, bits, format.magnitude_bits(), [&](const auto& round) {
+      if constexpr (!std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
+        if (!contiguous) check_elements<S>(format, round, bits);
+        if constexpr (Format::shared != Shared::BlockAndTensor) {
+          if (contiguous) check_contiguous<S>(format, round, bits);
+        }
+      }
+    });
+  };
+  for (const bool contiguous : {false, true}) {
+    check(Rounding::Nearest, 16, contiguous);
+    check(Rounding::Stochastic, 16, contiguous);
   }
+  check(Rounding::Stochastic, 24, false);
+  check(Rounding::Stochastic, 3, true);
 }
 
 template <class S>
 void check_main_formats() {
-  check_format<S>(BlockFloat{8, true, 8});
+  check_format<S>(BlockFloat{8, true, -128, 127});
   check_format<S>(Float{4, 3, 1});
   check_maxima<S>();
 }
@@ -361,12 +368,12 @@ void check_everything() {
   check_maximum_of_maxima<uint64_t>();
   check_format<float>(FixedPoint{8, 6, false});
   check_format<float>(Microscaling{4, 3, 1, 8});
-  check_format<float>(Microscaling{0, 6, 0, 0});
+  check_format<float>(BlockFloat{8, true, -127, 127});
   check_format<float>(ScaledInteger{8});
   check_format<float>(Nvfp4{});
   check_format<BFloat16>(Microscaling{2, 1, 2, 2});
   for (const Rounding r : {Rounding::TowardZero, Rounding::Down, Rounding::Up, Rounding::NearestAway, Rounding::NearestUp}) {
-    check_elements<float>(BlockFloat{4, false, 8}, RoundOther{r}, 16);
+    check_elements<float>(BlockFloat{4, false, -128, 127}, RoundOther{r}, 16);
     check_elements<float>(Float{5, 2, 0}, RoundOther{r}, 16);
   }
 }
