@@ -67,7 +67,7 @@ def test_specs(spec, format):
     assert str(format) == spec
 
 
-@hypothesis.settings(derandomize=True, max_examples=1000)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=500)
 @hypothesis.given(EVERY_FORMAT)
 def test_every_format_is_what_its_spec_parses_to(format):
     assert parse(str(format)) == format
