@@ -17,6 +17,8 @@ from tables import (
 )
 
 from swalp_fx import FLOAT, FormatError, RecipeError, parse, quantize, quantize_, reference
+from swalp_fx.ops import quantize_foreach_
+from swalp_fx.random import draw_key
 
 # One format for each op, and each way blocks can lie.
 ONE_OF_EACH = ["fixed8.6", "bfp8", "bfp8[0]", "bfp8[1]", "bfp8[-1]", "bfp8[0,1]", "bfp8[0,-1]", "e4m3"]
@@ -241,6 +243,58 @@ def test_a_list_with_a_tensor_that_is_refused_is_left_as_it_was(op, op_, numbers
     with pytest.raises(RuntimeError, match="x must be float32, float64, float16 or bfloat16"):
         foreach(tensors, *numbers, 0, 16, None, [0, 1])
     assert torch.equal(tensors[0], torch.full((3, 3), 0.123456))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "stochastic8"])
+@pytest.mark.parametrize("spec", ["float", *ONE_OF_EACH])
+def test_a_list_is_rounded_as_its_tensors_are(spec, rounding):
+    tensors = [torch.randn(6, 7), torch.randn(4, 9, dtype=torch.float64).t(), torch.randn(5, 3).bfloat16()]
+    tensors += [torch.zeros(0, 3), torch.randn(40)]
+    streams = [3, 2**40, 0, 5, 3]
+    due = [quantize(x, spec, rounding, key=KEY, stream=stream) for x, stream in zip(tensors, streams, strict=True)]
+    versions = [x._version for x in tensors]
+    quantize_foreach_(tensors, spec, rounding, key=KEY, streams=streams)
+    for result, expected, version in zip(tensors, due, versions, strict=True):
+        assert_same_bits(result, expected)
+        assert result._version == version + (spec != "float")
+
+
+def test_a_list_draws_one_key_for_all():
+    one, other = torch.full((1000,), 0.3), torch.full((1000,), 0.3)
+    quantize_foreach_(
+        [one, other], "fixed8.4", "stochastic", streams=[0, 1], generator=torch.Generator().manual_seed(2)
+    )
+    key = draw_key(torch.Generator().manual_seed(2))
+    for stream, result in enumerate((one, other)):
+        assert_same_bits(result, quantize(torch.full((1000,), 0.3), "fixed8.4", "stochastic", key=key, stream=stream))
+
+
+def test_a_tensor_given_twice_is_rounded_twice_in_order():
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    due = quantize(quantize(x, "bfp4+twos", "stochastic", key=1, stream=5), "bfp4+twos", "stochastic", key=1, stream=4)
+    quantize_foreach_([x, torch.rand(3), x.view(10, 100)], "bfp4+twos", "stochastic", key=1, streams=[5, 0, 4])
+    assert_same_bits(x, due)
+
+
+def test_an_empty_list_is_nothing_to_do():
+    quantize_foreach_([], "bfp8", "stochastic", streams=[])
+
+
+@pytest.mark.parametrize("spec", ["float", "bfp8"])
+@pytest.mark.parametrize(
+    "last, streams, error, message",
+    [
+        (torch.ones(2), [0], ValueError, "2 tensors but 1 streams; give each tensor one"),
+        (torch.ones(2).long(), [0, 1], TypeError, "takes a floating-point tensor, not torch.int64"),
+        ([1.0], [0, 1], TypeError, "takes a tensor, not list"),
+        (torch.ones(2, requires_grad=True), [0, 1], RuntimeError, "quantize_foreach_ has no gradient"),
+    ],
+)
+def test_a_list_is_refused_before_any_of_it_changes(spec, last, streams, error, message):
+    first = torch.full((3,), 0.123456)
+    with pytest.raises(error, match=message):
+        quantize_foreach_([first, last], spec, streams=streams)
+    assert torch.equal(first, torch.full((3,), 0.123456)) and first._version == 0
 
 
 @pytest.mark.parametrize("spec", ["float", *ONE_OF_EACH])
