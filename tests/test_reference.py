@@ -267,15 +267,6 @@ def test_a_dtype_holds_its_own_format(spec):
         assert_same_bits(quantize(x, spec, rounding, draws=draws(rounding, x.numel())), x)
 
 
-def test_the_swalp_authors_formula():
-    """Two's complement under nearest is their block_quantize (in float64, where its log2 is right)."""
-    x = torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for wl in (4, 6, 8):
-        exponent = torch.floor(torch.log2(x.abs().max()))
-        integer = torch.round(x * 2.0 ** (-exponent + (wl - 2))).clamp(-(2 ** (wl - 1)), 2 ** (wl - 1) - 1)
-        assert torch.equal(quantize(x, BlockFloat(wl, symmetric=False)), integer * 2.0 ** (exponent - (wl - 2)))
-
-
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
