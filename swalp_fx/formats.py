@@ -1,7 +1,8 @@
 """Number formats: frozen values with a canonical string, an element grid on a scale.
 
 A format says which numbers exist; it never says how to round to them.
-``parse(str(f)) == f`` holds for every format.
+``parse(str(f)) == f`` holds for every format. Named formats are constants, ``E4M3`` or ``MXFP8``,
+and ``PRESETS`` has them by the names that ``parse`` takes. docs/formats.md is their table.
 """
 
 from __future__ import annotations
@@ -13,7 +14,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "BF16",
+    "BFP8",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
     "FLOAT",
+    "FP16",
+    "INT4",
+    "INT8",
+    "MSFP12",
+    "MSFP16",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8",
+    "MXFP8_E5M2",
+    "MXINT8",
+    "NVFP4",
+    "PRESETS",
+    "TF32",
     "BlockFloat",
     "FixedPoint",
     "Float",
@@ -47,24 +69,73 @@ def _check_word_length(name: str, wl: int) -> None:
 
 
 class Format:
-    """A set of representable numbers: immutable, hashable, printed as its spec."""
+    """A set of representable numbers: immutable, hashable, printed as its spec.
+
+    Its facts are those of an element on a scale of 1, as in OCP's tables; every number is an element times its block's
+    scale, which lies within ``scales``. What is an element on a scale says which one in ``_element``; the elements
+    themselves, integers and floats, state each fact.
+    """
+
+    @property
+    def _element(self) -> Format:
+        raise NotImplementedError
+
+    @property
+    def element_bits(self) -> int:
+        """Stored bits of an element by itself."""
+        return self._element.element_bits
+
+    @property
+    def scale_bits(self) -> int:
+        """Stored bits of the scale that a block shares; none where there is none to share."""
+        return 0
 
     @property
     def bits(self) -> float:
         """Stored bits per element, with its part of a tile's scale; what a tensor or a slice shares is left out."""
-        raise NotImplementedError
+        return self.element_bits
+
+    @property
+    def codes(self) -> int:
+        """How many of an element's codes stand for finite numbers; with sign and magnitude, -0 and 0 are two."""
+        return self._element.codes
+
+    @property
+    def max(self) -> float:
+        """The largest finite value."""
+        return self._element.max
+
+    @property
+    def min(self) -> float:
+        """The lowest finite value: -max, or one step below it in two's complement."""
+        return self._element.min
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest value from which on the significand has all its bits: of integers, the upper half's first."""
+        return self._element.min_normal
+
+    @property
+    def min_subnormal(self) -> float:
+        """The smallest positive value: the step of an integer grid."""
+        return self._element.min_subnormal
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The smallest and the largest scale; 1 and 1 where there is none to share."""
+        return 1.0, 1.0
 
 
 @dataclass(frozen=True)
 class Identity(Format):
-    """Every number the tensor's own dtype holds: nothing is rounded. Spec ``float``."""
+    """Every number the tensor's own dtype holds: nothing is rounded. Spec ``float``, with the facts of float32."""
 
     def __str__(self) -> str:
         return "float"
 
     @property
-    def bits(self) -> float:
-        return 32
+    def _element(self) -> Format:
+        return Float(8, 23)
 
 
 FLOAT = Identity()
@@ -92,8 +163,28 @@ class FixedPoint(Format):
         return f"fixed{self.wl}.{self.fl}" + ("+sym" if self.symmetric else "")
 
     @property
-    def bits(self) -> float:
+    def element_bits(self) -> int:
         return self.wl
+
+    @property
+    def codes(self) -> int:
+        return 2**self.wl - self.symmetric
+
+    @property
+    def max(self) -> float:
+        return (2 ** (self.wl - 1) - 1) * self.min_subnormal
+
+    @property
+    def min(self) -> float:
+        return -self.max if self.symmetric else -self.max - self.min_subnormal
+
+    @property
+    def min_normal(self) -> float:
+        return 2.0 ** (self.wl - 2 - self.fl)
+
+    @property
+    def min_subnormal(self) -> float:
+        return 2.0**-self.fl
 
 
 def _check_blocks(name: str, dims: tuple[int, ...] | None, tile: tuple[int, int] | None) -> None:
@@ -113,7 +204,8 @@ def _check_blocks(name: str, dims: tuple[int, ...] | None, tile: tuple[int, int]
 @dataclass(frozen=True)
 class _Blocked(Format):
     """Which elements share a scale: one slice for each index of ``dims`` (spec ``[0,1]``), runs of ``tile[1]``
-    elements along the axis ``tile[0]``, of which the last may be short (spec ``[-1:32]``), or the whole tensor.
+    elements along the axis ``tile[0]``, of which the last may be short (spec ``[-1:32]``), or the whole tensor
+    (``[]`` in the spec of a format that has a tile by itself).
 
     A tensor of one dimension or none has no slices: it is one block, whatever ``dims`` says.
     """
@@ -129,12 +221,15 @@ class _Blocked(Format):
 
     @property
     def _blocks(self) -> str:
-        if self.tile is not None:
-            return f"[{self.tile[0]}:{self.tile[1]}]"
-        return "" if self.dims is None else f"[{','.join(map(str, self.dims))}]"
+        if self.dims is not None:
+            return f"[{','.join(map(str, self.dims))}]"
+        if self.tile == type(self).tile:
+            return ""
+        return "[]" if self.tile is None else f"[{self.tile[0]}:{self.tile[1]}]"
 
-    def _with_scale(self, element: float, scale: float) -> float:
-        return element + (scale / self.tile[1] if self.tile else 0)
+    @property
+    def bits(self) -> float:
+        return self.element_bits + (self.scale_bits / self.tile[1] if self.tile else 0)
 
 
 @dataclass(frozen=True)
@@ -163,8 +258,21 @@ class BlockFloat(_Blocked):
         return f"bfp{self.wl}{self._blocks}{twos}{exponent}"
 
     @property
-    def bits(self) -> float:
-        return self._with_scale(self.wl, self.exponent_bits)
+    def _element(self) -> Format:
+        return FixedPoint(self.wl, self.wl - 2, self.symmetric)  # in [-2, 2): the block's exponent is that of its scale
+
+    @property
+    def codes(self) -> int:
+        return 2**self.wl  # sign and magnitude has two zeros, two's complement one number below -max
+
+    @property
+    def scale_bits(self) -> int:
+        return self.exponent_bits
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        half = 2 ** (self.exponent_bits - 1)
+        return 2.0**-half, 2.0 ** (half - 1)
 
     @property
     def exponent_bounds(self) -> tuple[int, int]:
@@ -193,8 +301,16 @@ class ScaledInteger(_Blocked):
         return f"int{self.wl}{self._blocks}"
 
     @property
-    def bits(self) -> float:
-        return self._with_scale(self.wl, 32)
+    def _element(self) -> Format:
+        return FixedPoint(self.wl, 0, symmetric=True)
+
+    @property
+    def scale_bits(self) -> int:
+        return 32
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        return FLOAT.min_subnormal, FLOAT.max
 
 
 # What the highest exponent holds: IEEE 754 keeps it for infinities and NaNs; OCP's E4M3 gives
@@ -241,7 +357,7 @@ class Float(Format):
         return f"e{self.exp}m{self.man}" + ("" if self.top == self._default_top else f"+{self.top}")
 
     @property
-    def bits(self) -> float:
+    def element_bits(self) -> int:
         return 1 + self.exp + self.man
 
     @property
@@ -264,7 +380,6 @@ class Float(Format):
 
     @property
     def min_subnormal(self) -> float:
-        """The smallest positive value."""
         return 2.0 ** (self.min_exponent - self.man)
 
     @property
@@ -275,23 +390,39 @@ class Float(Format):
 
     @property
     def codes(self) -> int:
-        """How many codes stand for finite numbers, -0 and 0 being two."""
         return 2 * (self._largest + 1)
 
     @property
+    def min(self) -> float:
+        return -self.max
+
+    @property
     def max(self) -> float:
-        """The largest finite value."""
         exponent, mantissa = divmod(self._largest, 2**self.man)
         return (1 + mantissa / 2**self.man) * 2.0 ** (exponent - self.bias)
 
 
+FP16 = Float(5, 10)  # IEEE 754 binary16
+BF16 = Float(8, 7)  # the upper half of a float32
+TF32 = Float(8, 10)  # what NVIDIA's tensor cores read of a float32
+E5M2 = Float(5, 2)  # OCP 8-bit Floating Point Specification v1.0, as is the next
+E4M3 = Float(4, 3)
+E3M2 = Float(3, 2)  # OCP Microscaling Formats (MX) Specification v1.0, as are the next two
+E2M3 = Float(2, 3)
+E2M1 = Float(2, 1)
+BFP8 = BlockFloat(8)  # the "big block" of the SWALP paper, 8 bits
+MSFP12 = BlockFloat(4, tile=(-1, 16))  # Microsoft Floating Point (Rouhani et al., NeurIPS 2020), as is the next
+MSFP16 = BlockFloat(8, tile=(-1, 16))
+INT8 = ScaledInteger(8)
+INT4 = ScaledInteger(4)
+
 # OCP Microscaling Formats (MX) Specification v1.0, section 5: spec -> element.
 MX_ELEMENTS: dict[str, Format] = {
-    "mxfp8": Float(4, 3),
-    "mxfp8_e5m2": Float(5, 2),
-    "mxfp6_e3m2": Float(3, 2),
-    "mxfp6_e2m3": Float(2, 3),
-    "mxfp4": Float(2, 1),
+    "mxfp8": E4M3,
+    "mxfp8_e5m2": E5M2,
+    "mxfp6_e3m2": E3M2,
+    "mxfp6_e2m3": E2M3,
+    "mxfp4": E2M1,
     "mxint8": FixedPoint(8, 6, symmetric=True),
 }
 
@@ -316,7 +447,7 @@ class Microscaling(_Blocked):
 
     def __str__(self) -> str:
         name = next(name for name, element in MX_ELEMENTS.items() if element == self.element)
-        return name + ("" if self.tile == (-1, 32) else self._blocks)
+        return name + self._blocks
 
     @property
     def max_exponent(self) -> int:
@@ -324,8 +455,16 @@ class Microscaling(_Blocked):
         return self.element.max_exponent if isinstance(self.element, Float) else 0
 
     @property
-    def bits(self) -> float:
-        return self._with_scale(self.element.bits, 8)
+    def _element(self) -> Format:
+        return self.element
+
+    @property
+    def scale_bits(self) -> int:
+        return 8
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        return 2.0**-127, 2.0**127  # E8M0
 
     @property
     def exponent_bounds(self) -> tuple[int, int]:
@@ -344,16 +483,39 @@ class Nvfp4(_Blocked):
     tile: tuple[int, int] | None = field(default=(-1, 16), kw_only=True)
 
     def __str__(self) -> str:
-        return "nvfp4" + ("" if self.tile == (-1, 16) else self._blocks)
+        return f"nvfp4{self._blocks}"
 
     @property
-    def bits(self) -> float:
-        return self._with_scale(4, 8)
+    def _element(self) -> Format:
+        return E2M1
 
+    @property
+    def scale_bits(self) -> int:
+        return E4M3.element_bits
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Of the block's scale and the tensor's together, in float32."""
+        return FLOAT.min_subnormal, FLOAT.max
+
+
+MXFP8 = Microscaling(E4M3)
+MXFP8_E5M2 = Microscaling(E5M2)
+MXFP6_E3M2 = Microscaling(E3M2)
+MXFP6_E2M3 = Microscaling(E2M3)
+MXFP4 = Microscaling(E2M1)
+MXINT8 = Microscaling(MX_ELEMENTS["mxint8"])
+NVFP4 = Nvfp4()
+
+# Name -> format: every constant of this module, in lower case. A name that is not the format's spec is another for it.
+PRESETS: dict[str, Format] = {
+    name.lower(): value for name, value in tuple(globals().items()) if isinstance(value, Format)
+}
 
 # One row a family: its specs, their pattern, and the format a match stands for.
 _INT = r"(-?\d+)"
 _BLOCKS = r"(?:\[(?P<dims>-?\d+(?:,-?\d+)*)\]|\[(?P<axis>-?\d+):(?P<size>-?\d+)\])?"
+_TILED = rf"(?:(?P<whole>\[\])|{_BLOCKS})"
 
 
 def _blocks(m: re.Match[str]) -> dict[str, Any]:
@@ -363,7 +525,6 @@ def _blocks(m: re.Match[str]) -> dict[str, Any]:
 
 
 _FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
-    ("float", r"float", lambda m: FLOAT),
     (
         "fixed<wl>.<fl>[+sym]",
         rf"fixed{_INT}\.{_INT}(\+sym)?",
@@ -379,8 +540,6 @@ _FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
         rf"e{_INT}m{_INT}(?:\+({'|'.join(TOPS)}))?",
         lambda m: Float(int(m[1]), int(m[2]), top=m[3] or ""),
     ),
-    ("bf16", r"bf16", lambda m: Float(8, 7)),
-    ("fp16", r"fp16", lambda m: Float(5, 10)),
     (
         "int<wl>[<dim>,... or <axis>:<size>]",
         rf"int(?P<wl>-?\d+){_BLOCKS}",
@@ -388,20 +547,20 @@ _FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
     ),
     (
         "|".join(MX_ELEMENTS) + "[<axis>:<size>]",
-        rf"(?P<name>{'|'.join(sorted(MX_ELEMENTS, key=len, reverse=True))}){_BLOCKS}",
+        rf"(?P<name>{'|'.join(MX_ELEMENTS)}){_TILED}",
         lambda m: Microscaling(MX_ELEMENTS[m["name"]], **_tile_unless(m)),
     ),
-    ("nvfp4[<axis>:<size>]", rf"nvfp4{_BLOCKS}", lambda m: Nvfp4(**_tile_unless(m))),
+    ("nvfp4[<axis>:<size>]", rf"nvfp4{_TILED}", lambda m: Nvfp4(**_tile_unless(m))),
 )
 
 
 def _tile_unless(m: re.Match[str]) -> dict[str, Any]:
-    """Blocks of a format that has a tile by default, which dims replace."""
-    return {"tile": None, **_blocks(m)} if m["dims"] else _blocks(m)
+    """Blocks of a format that has a tile by default, which dims or the whole tensor replace."""
+    return {"tile": None, **_blocks(m)} if m["dims"] or m["whole"] else _blocks(m)
 
 
 def parse(spec: str | Format) -> Format:
-    """The format that ``spec`` names; a format is returned as it is.
+    """The format that ``spec`` or a preset's name stands for; a format is returned as it is.
 
     Raises FormatError, naming the spec and the families there are, if it names none.
     """
@@ -409,8 +568,12 @@ def parse(spec: str | Format) -> Format:
         return spec
     if not isinstance(spec, str):
         raise FormatError(f"a format spec must be a string or a format, not {type(spec).__name__} {spec!r}")
+    if (preset := PRESETS.get(spec.strip())) is not None:
+        return preset
     for _, pattern, build in _FAMILIES:
         if match := re.fullmatch(pattern, spec.strip()):
             return build(match)
-    families = ", ".join(name for name, _, _ in _FAMILIES)
-    raise FormatError(f"unknown format spec {spec!r}; use one of {families}")
+    names = [name for name in PRESETS if not any(re.fullmatch(pattern, name) for _, pattern, _ in _FAMILIES)]
+    raise FormatError(
+        f"unknown format spec {spec!r}; use one of {', '.join([*names, *(family for family, _, _ in _FAMILIES)])}"
+    )

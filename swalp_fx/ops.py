@@ -8,7 +8,8 @@ is the identity (the straight-through estimator).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,7 +45,7 @@ _load("_C")
 if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda") is not None:
     _load("_C_cuda")
 
-__all__ = ["quantize", "quantize_"]
+__all__ = ["quantize", "quantize_", "quantize_foreach_"]
 
 OPS = (
     "quantize_fixed",
@@ -121,12 +122,20 @@ def _find(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]
     return (_lookup.__wrapped__ if torch.compiler.is_compiling() else _lookup)(spec, rounding)
 
 
-def _draws(x: Tensor, code: int, key: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
-    """The key to draw from, if rounding code ``code`` draws at all."""
+def _require_floating(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"quantize takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
     if not x.is_floating_point():
         raise TypeError(f"quantize takes a floating-point tensor, not {x.dtype}; convert it with .float() first")
+
+
+def _require_no_gradient(x: Tensor, name: str) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no gradient, and x requires one; call it under torch.no_grad()")
+
+
+def _draws(code: int, key: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
+    """The key to draw from, if rounding code ``code`` draws at all."""
     if ROUNDINGS[code] != "stochastic":
         return None
     if key is None:
@@ -161,7 +170,8 @@ def quantize(
     Raises FormatError, RecipeError (unknown rounding) and TypeError (x is not floating).
     """
     op, _, numbers, code, bits = _find(format, rounding)
-    key = _draws(x, code, key, generator)
+    _require_floating(x)
+    key = _draws(code, key, generator)
     if op is None:
         return x.clone()
     return op(x, *numbers, code, bits, key, stream)
@@ -178,10 +188,52 @@ def quantize_(
 ) -> Tensor:
     """``quantize`` in place; returns ``x``. Not differentiable: call it under ``torch.no_grad()``."""
     _, op, numbers, code, bits = _find(format, rounding)
-    key = _draws(x, code, key, generator)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("quantize_ has no gradient, and x requires one; call it under torch.no_grad()")
+    _require_floating(x)
+    _require_no_gradient(x, "quantize_")
+    key = _draws(code, key, generator)
     if op is not None:
         op(x, *numbers, code, bits, key, stream)
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
+
+
+@cache
+def _list_form(op: Any) -> Any:
+    """The in-place op of a list of tensors, from that of one."""
+    return getattr(torch.ops.swalp_fx, f"{op.name().removeprefix('swalp_fx::')}foreach_").default
+
+
+def quantize_foreach_(
+    xs: Sequence[Tensor],
+    format: str | Format,
+    rounding: str = "nearest",
+    *,
+    streams: Sequence[int],
+    key: Tensor | int | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """``quantize_`` of each tensor with its own stream, under one key, in one call for each device: the same bits.
+
+    A tensor that is given twice is rounded twice, in the order of the list; other tensors must not overlap. Raises what
+    ``quantize_`` does, and ValueError if there is not one stream a tensor, before any tensor is changed.
+    """
+    _, op, numbers, code, bits = _find(format, rounding)
+    if len(xs) != len(streams):
+        raise ValueError(f"{len(xs)} tensors but {len(streams)} streams; give each tensor one")
+    for x in xs:
+        _require_floating(x)
+        _require_no_gradient(x, "quantize_foreach_")
+    key = _draws(code, key, generator)
+    if op is None:
+        return
+    calls: defaultdict[tuple, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
+    times: Counter[int] = Counter()
+    for x, stream in zip(xs, streams, strict=True):
+        # One call rounds its tensors side by side, so memory that comes again waits for the next.
+        tensors, of_each = calls[x.device, times[x.data_ptr()]]
+        times[x.data_ptr()] += x.numel() > 0
+        tensors.append(x)
+        of_each.append(stream)
+    for tensors, of_each in calls.values():
+        _list_form(op)(tensors, *numbers, code, bits, key, of_each)
+        torch.autograd.graph.increment_version(tensors)

@@ -15,6 +15,7 @@ its state_dict.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -26,8 +27,8 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .averaging import Average, mean_dtype, recalibrate
-from .formats import FLOAT
-from .ops import quantize_
+from .formats import FLOAT, Format
+from .ops import quantize_foreach_
 from .random import fold_in
 from .recipe import Recipe
 
@@ -276,11 +277,8 @@ class SWALP:
         """Round the gradients, and put the accumulators in the place of the weights."""
         self._refuse_sparse(step)
         with torch.no_grad():
-            for index, parameter in step.parameters:
-                recipe = self._recipes[index]
-                if recipe.gradient != FLOAT and parameter.grad is not None:
-                    stream = GRADIENT << 32 | index
-                    quantize_(parameter.grad, recipe.gradient, recipe.rounding, key=step.key, stream=stream)
+            gradients = ((GRADIENT, index, p.grad) for index, p in step.parameters if p.grad is not None)
+            self._round("gradient", gradients, step)
             if self.recipe.accumulator is not None:
                 for index, parameter in step.parameters:
                     parameter.copy_(self._accumulator(index, parameter))
@@ -312,24 +310,35 @@ class SWALP:
         self._steps += 1
 
     def _round_weights(self, step: _Step) -> None:
-        for index, parameter in step.parameters:
-            recipe = self._recipes[index]
-            if recipe.accumulator is not None:
-                stream = ACCUMULATOR << 32 | index
-                quantize_(parameter, recipe.accumulator, recipe.rounding, key=step.key, stream=stream)
+        if self.recipe.accumulator is not None:
+            self._round("accumulator", ((ACCUMULATOR, *each) for each in step.parameters), step)
+            for index, parameter in step.parameters:
                 self._accumulators[self._names[index]].copy_(parameter)
-            if recipe.weight != FLOAT:
-                quantize_(parameter, recipe.weight, recipe.rounding, key=step.key, stream=WEIGHT << 32 | index)
+        self._round("weight", ((WEIGHT, *each) for each in step.parameters), step)
 
     def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
-        for index, parameter in step.parameters:
+        # By sorted name, because a loaded state may hold them in another order.
+        moments = (
+            (MOMENTUM + slot, index, tensor)
+            for index, parameter in step.parameters
+            for slot, (_, tensor) in enumerate(sorted(_moments(optimizer, parameter)))
+        )
+        self._round("momentum", moments, step)
+
+    def _round(self, role: str, tensors: Iterable[tuple[int, int, Tensor]], step: _Step) -> None:
+        """Round ``tensors``, each (upper half of its stream, index of its parameter, tensor), to the role's formats.
+
+        One call for each format and rounding, because a small tensor's rounding takes less time than the call.
+        """
+        calls: defaultdict[tuple[Format, str], tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
+        for half, index, tensor in tensors:
             recipe = self._recipes[index]
-            if recipe.momentum == FLOAT:
-                continue
-            # By sorted name, because a loaded state may hold them in another order.
-            for slot, (_, tensor) in enumerate(sorted(_moments(optimizer, parameter))):
-                stream = (MOMENTUM + slot) << 32 | index
-                quantize_(tensor, recipe.momentum, recipe.rounding, key=step.key, stream=stream)
+            if (format := getattr(recipe, role)) != FLOAT:
+                xs, streams = calls[format, recipe.rounding]
+                xs.append(tensor)
+                streams.append(half << 32 | index)
+        for (format, rounding), (xs, streams) in calls.items():
+            quantize_foreach_(xs, format, rounding, key=step.key, streams=streams)
 
     def _accumulator(self, index: int, parameter: nn.Parameter) -> Tensor:
         """The parameter's accumulator, on its device; at first a copy of the parameter."""

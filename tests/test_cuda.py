@@ -8,6 +8,7 @@ import torch
 from tables import ALL_ROUNDINGS, DTYPES, FORMATS, KEY, STREAM, assert_same_bits, every_half, hard_values
 
 from swalp_fx import parse, quantize, quantize_, random, reference
+from swalp_fx.ops import quantize_foreach_
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,6 +142,14 @@ def test_the_key_may_lie_on_either_device():
     due = quantize(x, "fixed8.4", "stochastic", key=5)
     for key in (5, torch.tensor(5), torch.tensor([5], device=DEVICE)):
         assert_same_bits(quantize(x.to(DEVICE), "fixed8.4", "stochastic", key=key).cpu(), due)
+
+
+def test_a_list_may_lie_on_both_devices():
+    tensors = [torch.randn(30, 40), torch.randn(7, 9).to(DEVICE), torch.randn(100).to(DEVICE), torch.randn(3, 3)]
+    due = [quantize(x, "bfp8[0]", "stochastic", key=KEY, stream=stream) for stream, x in enumerate(tensors)]
+    quantize_foreach_(tensors, "bfp8[0]", "stochastic", key=KEY, streams=range(4))
+    for result, expected in zip(tensors, due, strict=True):
+        assert_same_bits(result, expected)
 
 
 def test_the_current_stream_is_used():

@@ -1,14 +1,31 @@
 """Formats: specs that round-trip, the numbers that define them, and what is refused."""
 
 import dataclasses
+import math
 import pickle
+from pathlib import Path
 
 import gfloat.formats
+import hypothesis
 import pytest
 import torch
-from tables import FORMATS
+from tables import EVERY_FORMAT, FORMATS, every_half
 
-from swalp_fx import FLOAT, BlockFloat, FixedPoint, Float, FormatError, parse
+import formats as formats_tool
+from swalp_fx import (
+    FLOAT,
+    BlockFloat,
+    FixedPoint,
+    Float,
+    FormatError,
+    Microscaling,
+    Nvfp4,
+    ScaledInteger,
+    formats,
+    parse,
+    reference,
+)
+from swalp_fx.formats import E2M1, E4M3, MX_ELEMENTS, PRESETS
 
 # The canonical spec, and the value it stands for.
 SPECS = [
@@ -32,6 +49,15 @@ SPECS = [
     ("e5m10", Float(5, 10)),
     ("e2m0", Float(2, 0)),
     ("e8m23", Float(8, 23)),
+    ("mxfp8", Microscaling(E4M3)),
+    ("mxfp4[0:8]", Microscaling(E2M1, tile=(0, 8))),
+    ("mxfp6_e3m2[0,1]", Microscaling(Float(3, 2), dims=(0, 1), tile=None)),
+    ("mxint8[]", Microscaling(MX_ELEMENTS["mxint8"], tile=None)),
+    ("nvfp4", Nvfp4()),
+    ("nvfp4[]", Nvfp4(tile=None)),
+    ("nvfp4[-2:16]", Nvfp4(tile=(-2, 16))),
+    ("int8", ScaledInteger(8)),
+    ("int4[-1:128]", ScaledInteger(4, tile=(-1, 128))),
 ]
 
 
@@ -41,7 +67,14 @@ def test_specs(spec, format):
     assert str(format) == spec
 
 
-@pytest.mark.parametrize("spec", FORMATS)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=500)
+@hypothesis.given(EVERY_FORMAT)
+def test_every_format_is_what_its_spec_parses_to(format):
+    assert parse(str(format)) == format
+    assert str(parse(str(format))) == str(format)
+
+
+@pytest.mark.parametrize("spec", [*FORMATS, *PRESETS])
 def test_round_trip(spec):
     format = parse(spec)
     assert parse(str(format)) == format
@@ -134,9 +167,112 @@ def test_what_the_highest_exponent_holds(exp, man):
         assert Float(exp, man, top="nan").max == (2 * top_binade - 2 * step if man else ieee)
 
 
-@pytest.mark.parametrize("spec, bits", [("float", 32), ("fixed8.6", 8), ("bfp6[0]", 6), ("e4m3", 8), ("bf16", 16)])
-def test_bits(spec, bits):
-    assert parse(spec).bits == bits
+# ---- the facts of every format -------------------------------------------------------------------
+
+# spec: element bits, scale bits, bits per element, finite codes, min, max, min normal, min subnormal, scales.
+FACTS = {
+    "fixed8.6": (8, 0, 8, 256, -2, 127 / 64, 1, 1 / 64, (1, 1)),
+    "fixed8.6+sym": (8, 0, 8, 255, -127 / 64, 127 / 64, 1, 1 / 64, (1, 1)),
+    "fixed4.-3": (4, 0, 4, 16, -64, 56, 32, 8, (1, 1)),
+    "bfp8": (8, 8, 8, 256, -127 / 64, 127 / 64, 1, 1 / 64, (2.0**-128, 2.0**127)),
+    "bfp8[0]+twos": (8, 8, 8, 256, -2, 127 / 64, 1, 1 / 64, (2.0**-128, 2.0**127)),
+    "bfp4[-1:16]+exp5": (4, 5, 4 + 5 / 16, 16, -1.75, 1.75, 1, 0.25, (2.0**-16, 2.0**15)),
+    "int8": (8, 32, 8, 255, -127, 127, 64, 1, (2.0**-149, torch.finfo(torch.float32).max)),
+    "int4[-1:128]": (4, 32, 4.25, 15, -7, 7, 4, 1, (2.0**-149, torch.finfo(torch.float32).max)),
+    "e4m3": (8, 0, 8, 254, -448, 448, 2**-6, 2**-9, (1, 1)),
+    "e2m1": (4, 0, 4, 16, -6, 6, 1, 0.5, (1, 1)),
+    "mxfp8": (8, 8, 8.25, 254, -448, 448, 2**-6, 2**-9, (2.0**-127, 2.0**127)),
+    "mxfp4": (4, 8, 4.25, 16, -6, 6, 1, 0.5, (2.0**-127, 2.0**127)),
+    "mxint8": (8, 8, 8.25, 255, -127 / 64, 127 / 64, 1, 1 / 64, (2.0**-127, 2.0**127)),
+    "nvfp4": (4, 8, 4.5, 16, -6, 6, 1, 0.5, (2.0**-149, torch.finfo(torch.float32).max)),
+}
+NAMES = ("element_bits", "scale_bits", "bits", "codes", "min", "max", "min_normal", "min_subnormal", "scales")
+
+
+@pytest.mark.parametrize("spec", FACTS)
+def test_facts(spec):
+    assert tuple(getattr(parse(spec), name) for name in NAMES) == FACTS[spec]
+
+
+def test_float_has_the_facts_of_float32():
+    for name in NAMES:
+        assert getattr(FLOAT, name) == getattr(Float(8, 23), name)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fixed6.4",
+        "fixed6.4+sym",
+        "bfp6",
+        "bfp6+twos",
+        "int6",
+        "e4m3",
+        "e5m2",
+        "e3m2",
+        "e2m1",
+        "e4m3+ieee",
+        "mxfp4",
+        "mxint8",
+    ],
+)
+def test_facts_are_those_of_what_rounding_gives(spec):
+    """Of every finite bfloat16, which holds each number of these formats, in a block whose scale is 1."""
+    format = parse(spec)
+    x = every_half(torch.bfloat16).flatten().double()
+    # A power-of-two scale is 1 for a maximum in the element's highest binade, and an integer's for its largest value.
+    reach = format.max if spec == "int6" else 2.0 ** math.floor(math.log2(format.max)) * 1.999
+    values = reference.quantize(x[x.isfinite()].clamp(-reach, reach), dataclasses.replace(format, **one_block(format)))
+    values = values.unique()
+    assert (values.min(), values.max()) == (format.min, format.max)
+    signed_zero = not isinstance(format._element if hasattr(format, "tile") else format, FixedPoint) or spec == "bfp6"
+    assert format.codes == values.numel() + signed_zero
+    positive = values[values >= 0]
+    steps, binades = positive.diff(), torch.exp2(positive[:-1].log2().floor())
+    normal = positive[:-1] >= format.min_normal
+    assert (steps[~normal] == format.min_subnormal).all()
+    assert (steps[normal] / binades[normal] == format.min_subnormal / format.min_normal).all()
+
+
+def one_block(format):
+    """What makes the whole tensor one block, where the format has blocks."""
+    return {"tile": None} if hasattr(format, "tile") else {}
+
+
+# ---- named formats -------------------------------------------------------------------------------
+
+
+def test_every_constant_is_a_preset():
+    constants = {name.lower(): value for name, value in vars(formats).items() if isinstance(value, formats.Format)}
+    assert constants == PRESETS and len(PRESETS) > 20
+    assert {name.upper() for name in PRESETS} < set(formats.__all__)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_parsed_by_its_name(name):
+    assert parse(name) is PRESETS[name] is getattr(formats, name.upper())
+    assert parse(str(PRESETS[name])) == PRESETS[name]
+
+
+def test_every_microscaling_format_is_named():
+    assert {*MX_ELEMENTS} < {*PRESETS}
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "formats.md"
+
+
+def test_the_documents_table_is_what_the_tool_prints(capsys):
+    formats_tool.main([])
+    assert capsys.readouterr().out in DOCUMENT.read_text()
+
+
+def test_the_tool_prints_the_facts_of_any_format(capsys):
+    formats_tool.main(["bfp8[0]+twos+exp5", "fixed16.-4"])
+    rows = capsys.readouterr().out.splitlines()
+    assert "5 bits per slice" in rows[2] and "-2 to 1.984375" in rows[2] and "2^-16 to 2^15" in rows[2]
+    assert "-524288 to 524272" in rows[3]
+    with pytest.raises(SystemExit, match=r"formats.py: error: unknown format spec 'bfp'"):
+        formats_tool.main(["bfp"])
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -154,7 +290,7 @@ REFUSED = [
     ("e9m2", "float: 9 exponent bits are out of range; use 2 to 8"),
     ("e5m24", "float: 24 mantissa bits are out of range; use 0 to 23"),
     ("e8m7+finite", "with 8 exponent bits top 'finite' goes beyond float32; use top 'ieee'"),
-    ("bfp", "unknown format spec 'bfp'; use one of float, fixed<wl>"),
+    ("bfp", "unknown format spec 'bfp'; use one of float, fp16, bf16, tf32, msfp12, msfp16, fixed<wl>"),
     ("bfp8[]", "unknown format spec"),
     ("bfp8[0", "unknown format spec"),
     ("bfp8+", "unknown format spec"),

@@ -17,9 +17,14 @@ from tables import (
 )
 
 from swalp_fx import FLOAT, FormatError, RecipeError, parse, quantize, quantize_, reference
+from swalp_fx.ops import quantize_foreach_
+from swalp_fx.random import draw_key
 
 # One format for each op, and each way blocks can lie.
-ONE_OF_EACH = ["fixed8.6", "bfp8", "bfp8[0]", "bfp8[1]", "bfp8[-1]", "bfp8[0,1]", "bfp8[0,-1]", "e4m3"]
+ONE_OF_EACH = [
+    *("fixed8.6", "e4m3", "bfp8", "bfp8[0]", "bfp8[1]", "bfp8[-1]", "bfp8[0,1]", "bfp8[0,-1]"),
+    *("bfp8[-1:16]", "bfp4[0:4]", "mxfp8", "mxint8[-1:4]", "int8[0]", "int4[-1:8]", "nvfp4"),
+]
 
 
 def assert_follows_oracle(x, spec, rounding):
@@ -202,8 +207,11 @@ OPS = [
     (SPACE.quantize_fixed.default, SPACE.quantize_fixed_.default, (8, 6, False)),
     (SPACE.quantize_block.default, SPACE.quantize_block_.default, (8, True, -128, 127, [0], 0, 0)),
     (SPACE.quantize_float.default, SPACE.quantize_float_.default, (4, 3, 1)),
+    (SPACE.quantize_microscaling.default, SPACE.quantize_microscaling_.default, (4, 3, 1, 8, [], -1, 32)),
+    (SPACE.quantize_integer.default, SPACE.quantize_integer_.default, (8, [], -1, 2)),
+    (SPACE.quantize_nvfp4.default, SPACE.quantize_nvfp4_.default, ([], -1, 16)),
 ]
-OP_NAMES = ["fixed", "block", "float"]
+OP_NAMES = ["fixed", "block", "float", "microscaling", "integer", "nvfp4"]
 
 
 @pytest.mark.parametrize("rounding", [0, 1], ids=["nearest", "stochastic"])
@@ -241,6 +249,58 @@ def test_a_list_with_a_tensor_that_is_refused_is_left_as_it_was(op, op_, numbers
     with pytest.raises(RuntimeError, match="x must be float32, float64, float16 or bfloat16"):
         foreach(tensors, *numbers, 0, 16, None, [0, 1])
     assert torch.equal(tensors[0], torch.full((3, 3), 0.123456))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "stochastic8"])
+@pytest.mark.parametrize("spec", ["float", *ONE_OF_EACH])
+def test_a_list_is_rounded_as_its_tensors_are(spec, rounding):
+    tensors = [torch.randn(6, 7), torch.randn(4, 10, dtype=torch.float64).t(), torch.randn(6, 3).bfloat16()]
+    tensors += [torch.zeros(0, 3), torch.randn(40)]
+    streams = [3, 2**40, 0, 5, 3]
+    due = [quantize(x, spec, rounding, key=KEY, stream=stream) for x, stream in zip(tensors, streams, strict=True)]
+    versions = [x._version for x in tensors]
+    quantize_foreach_(tensors, spec, rounding, key=KEY, streams=streams)
+    for result, expected, version in zip(tensors, due, versions, strict=True):
+        assert_same_bits(result, expected)
+        assert result._version == version + (spec != "float")
+
+
+def test_a_list_draws_one_key_for_all():
+    one, other = torch.full((1000,), 0.3), torch.full((1000,), 0.3)
+    quantize_foreach_(
+        [one, other], "fixed8.4", "stochastic", streams=[0, 1], generator=torch.Generator().manual_seed(2)
+    )
+    key = draw_key(torch.Generator().manual_seed(2))
+    for stream, result in enumerate((one, other)):
+        assert_same_bits(result, quantize(torch.full((1000,), 0.3), "fixed8.4", "stochastic", key=key, stream=stream))
+
+
+def test_a_tensor_given_twice_is_rounded_twice_in_order():
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    due = quantize(quantize(x, "bfp4+twos", "stochastic", key=1, stream=5), "bfp4+twos", "stochastic", key=1, stream=4)
+    quantize_foreach_([x, torch.rand(3), x.view(10, 100)], "bfp4+twos", "stochastic", key=1, streams=[5, 0, 4])
+    assert_same_bits(x, due)
+
+
+def test_an_empty_list_is_nothing_to_do():
+    quantize_foreach_([], "bfp8", "stochastic", streams=[])
+
+
+@pytest.mark.parametrize("spec", ["float", "bfp8"])
+@pytest.mark.parametrize(
+    "last, streams, error, message",
+    [
+        (torch.ones(2), [0], ValueError, "2 tensors but 1 streams; give each tensor one"),
+        (torch.ones(2).long(), [0, 1], TypeError, "takes a floating-point tensor, not torch.int64"),
+        ([1.0], [0, 1], TypeError, "takes a tensor, not list"),
+        (torch.ones(2, requires_grad=True), [0, 1], RuntimeError, "quantize_foreach_ has no gradient"),
+    ],
+)
+def test_a_list_is_refused_before_any_of_it_changes(spec, last, streams, error, message):
+    first = torch.full((3,), 0.123456)
+    with pytest.raises(error, match=message):
+        quantize_foreach_([first, last], spec, streams=streams)
+    assert torch.equal(first, torch.full((3,), 0.123456)) and first._version == 0
 
 
 @pytest.mark.parametrize("spec", ["float", *ONE_OF_EACH])
@@ -332,6 +392,11 @@ X = torch.ones(2, 3)
 REFUSED_BY_PYTHON = [
     (lambda: quantize(X, "bfp88"), FormatError, "word length 88 is out of range; use 2 to 24 bits"),
     (lambda: quantize(X, "e9m2"), FormatError, "9 exponent bits are out of range; use 2 to 8"),
+    (lambda: quantize(X, "int17"), FormatError, "word length 17 is out of range; use 2 to 16 bits"),
+    (lambda: quantize(X, "bfp8[-1:0]"), FormatError, "must be an axis and a size of 1 or more"),
+    (lambda: quantize(X, "bfp8[2]"), RuntimeError, "block dimension 2 does not exist in a tensor of 2 dimensions"),
+    (lambda: quantize(X, "mxfp4[-3:8]"), RuntimeError, "block axis -3 does not exist in a tensor of 2 dimensions"),
+    (lambda: quantize(X, "bfp8", "stochastic", key=torch.tensor([1, 2])), RuntimeError, "tensor of one int64"),
     (lambda: quantize(X, "posit8"), FormatError, "unknown format spec 'posit8'"),
     (lambda: quantize(X, "bfp8", "nearst"), RecipeError, "unknown rounding 'nearst'; use one of nearest, stochastic"),
     (lambda: quantize(X, "bfp8", "stochastic0"), RecipeError, "unknown rounding 'stochastic0'"),
@@ -376,6 +441,17 @@ REFUSED_BY_THE_OP = [
     ("block", (X, 8, True, -128, 127, [0, -3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
     ("block", (X, 8, True, -129, 127, [], 0, 0, *NEAREST), "smallest_exponent = -129 is out of range; use -128 to 0"),
     ("block", (X, 8, True, -128, 128, [], 0, 0, *NEAREST), "largest_exponent = 128 is out of range; use 0 to 127"),
+    (
+        "block",
+        (X, 8, True, -128, 127, [], 2, 4, *NEAREST),
+        "block axis 2 does not exist in a tensor of 2 dim.*; use -2 to 1",
+    ),
+    ("block", (X, 8, True, -128, 127, [], -3, 4, *NEAREST), "block axis -3 does not exist"),
+    (
+        "block",
+        (X, 8, True, -128, 127, [], -1, -1, *NEAREST),
+        "block size = -1 is out of range; use 0 .no runs. or more",
+    ),
     ("float", (X.long(), 4, 3, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
     ("float", (X, 1, 3, 0, *NEAREST), "exp = 1 is out of range; use 2 to 8"),
     ("float", (X, 9, 3, 0, *NEAREST), "exp = 9 is out of range"),
@@ -384,6 +460,20 @@ REFUSED_BY_THE_OP = [
     ("float", (X, 4, 3, 3, *NEAREST), "top = 3 is out of range"),
     ("float", (X, 8, 7, 1, *NEAREST), "top = 1 is out of range; use 0 to 0"),
     ("float", (X, 4, 3, 1, 1, 16, torch.tensor(1.0), 0), KEY_MESSAGE),
+    ("microscaling", (X.short(), 4, 3, 1, 8, [], -1, 32, *NEAREST), "x must be float32, float64, float16 or bfloat16"),
+    ("microscaling", (X, 6, 3, 1, 8, [], -1, 32, *NEAREST), "exp = 6 is out of range; use 2 to 5"),
+    ("microscaling", (X, 4, 23, 1, 8, [], -1, 32, *NEAREST), "man = 23 is out of range; use 0 to 22"),
+    ("microscaling", (X, 4, 3, 3, 8, [], -1, 32, *NEAREST), "top = 3 is out of range; use 0 to 2"),
+    ("microscaling", (X, 4, 3, 1, 32, [], -1, 32, *NEAREST), "largest_exponent = 32 is out of range; use 0 to 31"),
+    ("microscaling", (X, 4, 3, 1, 8, [], 2, 32, *NEAREST), "block axis 2 does not exist"),
+    ("integer", (X.to(torch.complex64), 8, [], 0, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16"),
+    ("integer", (X, 1, [], 0, 0, *NEAREST), "wl = 1 is out of range; use 2 to 16"),
+    ("integer", (X, 17, [], 0, 0, *NEAREST), "wl = 17 is out of range"),
+    ("integer", (X, 8, [-3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
+    ("nvfp4", (X.byte(), [], -1, 16, *NEAREST), "x must be float32, float64, float16 or bfloat16"),
+    ("nvfp4", (X, [], 2, 16, *NEAREST), "block axis 2 does not exist"),
+    ("nvfp4", (X, [], -1, -16, *NEAREST), "block size = -16 is out of range"),
+    ("nvfp4", (X, [], -1, 16, 1, 16, torch.tensor([1, 2]), 0), KEY_MESSAGE),
 ]
 
 
@@ -399,6 +489,6 @@ def test_refusals(call, error, message):
 def test_refusals_by_the_op(op, arguments, message, form):
     x, *rest = arguments
     before = x.clone()
-    with pytest.raises(RuntimeError, match=f"swalp_fx::quantize_{op}: {message}"):
+    with pytest.raises(RuntimeError, match=f"^swalp_fx::quantize_{op}: {message}"):
         getattr(SPACE, f"quantize_{op}{form}")(x, *rest)
     assert torch.equal(x, before)

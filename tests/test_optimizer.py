@@ -287,6 +287,52 @@ def test_other_dtypes_step_and_keep_their_dtype(dtype, accumulator):
 # The user's own loop
 
 
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_dtypes_and_recipes_side_by_side_round_as_each_alone(accumulator):
+    """A step's tensors are rounded together; each must still get what a call of its own would give it."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float32)
+    model = nn.ParameterList([torch.randn(5, 4, dtype=dtype) for dtype in dtypes])
+    changes = ACCUMULATORS[accumulator]
+    recipe = Recipe.parse(RECIPE, **changes)
+    others = {"3": Recipe.parse("fixed8.5 M=float", rounding="up", **changes), "4": Recipe.parse("float", **changes)}
+    gradients = [torch.randn_like(p) for p in model]
+    for p, gradient in zip(model, gradients, strict=True):
+        p.grad = gradient.clone()
+    before = [p.detach().clone() for p in model]
+    torch.manual_seed(7)
+    optimizer, swalp = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), SWALP(model, recipe, others)
+    swalp.attach(optimizer)
+    optimizer.step()
+    for index, p in enumerate(model):
+        its = others.get(str(index), recipe)
+
+        def q(tensor, role, half, its=its, index=index):
+            return quantize(tensor, getattr(its, role), its.rounding, key=fold_in(7, 0), stream=half << 32 | index)
+
+        gradient = q(gradients[index], "gradient", 1)
+        stepped = before[index] - 0.5 * gradient
+        if its.accumulator is not None:
+            stepped = q(stepped, "accumulator", 2)
+        assert same(p.grad, gradient)
+        assert same(p.detach(), q(stepped, "weight", 3))
+        assert same(optimizer.state[p]["momentum_buffer"], q(gradient, "momentum", 4))
+
+
+def test_a_gradient_that_two_parameters_share_is_rounded_for_each():
+    model = nn.ParameterList([torch.randn(6, 5), torch.randn(6, 5)])
+    recipe = Recipe.parse("float", gradient="fixed8.3", rounding="stochastic")
+    shared = torch.randn(6, 5)
+    due = quantize(shared, "fixed8.3", "stochastic", key=fold_in(7, 0), stream=1 << 32)
+    due = quantize(due, "fixed8.3", "stochastic", key=fold_in(7, 0), stream=1 << 32 | 1)
+    for p in model:
+        p.grad = shared
+    torch.manual_seed(7)
+    optimizer, swalp = torch.optim.SGD(model.parameters(), lr=0.1), SWALP(model, recipe)
+    swalp.attach(optimizer)
+    optimizer.step()
+    assert same(shared, due)
+
+
 def test_parameter_groups_and_schedulers_work_as_before():
     def make(parameters):
         first, *rest = parameters

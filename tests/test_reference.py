@@ -1,5 +1,6 @@
 """The oracle against itself (one number, and tensors), against worked values, and against others' work."""
 
+import dataclasses
 import math
 
 import gfloat
@@ -151,6 +152,22 @@ def test_blocks_are_slices_of_dims(dims, blocks):
     assert len(seen) == blocks
 
 
+@pytest.mark.parametrize("spec", ["bfp6[-1:4]", "bfp6[0:4]", "mxfp4[1:4]", "int4[-1:4]"])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 10])
+def test_the_last_run_of_an_axis_may_be_short(spec, length):
+    """A run is rounded as a tensor of its own, and so are the elements that are left over."""
+    format = parse(spec)
+    shape = (length, 3) if format.tile[0] == 0 else (3, length)
+    binades = torch.arange(length * 3).reshape(shape)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(length)) * 2.0**binades
+    alone = dataclasses.replace(format, tile=None)
+    due = torch.empty_like(x)
+    for line, result in zip(x.unbind(1 - format.tile[0] % 2), due.unbind(1 - format.tile[0] % 2), strict=True):
+        for run, rounded in zip(line.split(4), result.split(4), strict=True):
+            rounded.copy_(quantize(run, alone))
+    assert_same_bits(quantize(x, spec), due)
+
+
 def test_one_dimension_is_one_block():
     x = torch.tensor([1.97, 0.3])
     assert_same_bits(quantize(x, "bfp4[0]"), quantize(x, "bfp4"))
@@ -260,20 +277,82 @@ def test_casts_agree_in_their_finite_range(spec):
     assert_same_bits(quantize(x, format), theirs, x)
 
 
+def blocks_of_every_scale(size, blocks=60):
+    """[blocks, size] float32, a power of two a row, with zeros, a row of zeros, ties, and one maximum far above."""
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(blocks, size, generator=generator)
+    x[::3] = (x[::3] * 4).round() / 4
+    x *= torch.exp2(torch.randint(-60, 60, (blocks, 1), generator=generator).float())
+    x[1] = 0.0
+    x[:, 3] = 0.0
+    x[5, 0] *= 1000
+    return x
+
+
+GFLOAT_BLOCKS = {
+    "mxfp8": gfloat.formats.format_info_mxfp8_e4m3,
+    "mxfp8_e5m2": gfloat.formats.format_info_mxfp8_e5m2,
+    "mxfp6_e3m2": gfloat.formats.format_info_mxfp6_e3m2,
+    "mxfp6_e2m3": gfloat.formats.format_info_mxfp6_e2m3,
+    "mxfp4": gfloat.formats.format_info_mxfp4_e2m1,
+    "mxint8": gfloat.formats.format_info_mxint8,
+}
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "toward_zero", "down", "up", "nearest_away"])
+@pytest.mark.parametrize("spec", GFLOAT_BLOCKS)
+def test_gfloat_agrees_on_blocks(spec, rounding):
+    info, mode = GFLOAT_BLOCKS[spec], GFLOAT_ROUNDINGS[rounding]
+    x = blocks_of_every_scale(info.k)
+    theirs = [gfloat.quantize_block(info, row, gfloat.compute_scale_amax, mode) for row in x.double().numpy()]
+    due = torch.from_numpy(numpy.stack(theirs)).float()
+    if spec == "mxint8":  # gfloat's integers have -2, which ours leave out
+        lowest = due == -torch.exp2(torch.frexp(x.abs().amax(1, keepdim=True)).exponent.float())
+        due = torch.where(lowest & (due != 0), due * 127 / 128, due)
+    ours = quantize(x, spec, rounding)
+    assert torch.equal(ours, due)  # gfloat's integers have no -0
+
+
+@pytest.mark.parametrize("spec", GFLOAT_BLOCKS)
+def test_formats_know_what_gfloat_knows(spec):
+    """Of a block format: its element's and its scale's bits, and 32 elements a block."""
+    info, format = GFLOAT_BLOCKS[spec], parse(spec)
+    assert (format.element_bits, format.scale_bits, format.tile) == (info.element_bits, info.scale_bits, (-1, info.k))
+    assert format.bits == info.block_size_bytes * 8 / info.k
+    assert format.max == info.etype.max and format.min_subnormal == info.etype.smallest
+    assert format.scales == (info.stype.smallest, info.stype.max)
+
+
+def test_nvfp4_is_made_of_two_casts():
+    """ml_dtypes' E4M3 of the blocks' maxima, and its E2M1 of what they divide."""
+    generator = torch.Generator().manual_seed(0)
+    # Over the 12 binades from the tensor's maximum down, past which E4M3 has no scale for a block.
+    x = (torch.randn(60, 64, generator=generator) * torch.exp2(-12 * torch.rand(60, 1, generator=generator))).numpy()
+    outer = numpy.abs(x).max() / numpy.float32(6 * 448)
+    blocks = x.reshape(60, 4, 16)
+    inner = (numpy.abs(blocks).max(2, keepdims=True) / numpy.float32(6) / outer).astype(ml_dtypes.float8_e4m3fn)
+    scale = numpy.maximum(inner.astype(numpy.float32), numpy.float32(2.0**-9)) * outer
+    quotient = numpy.clip(blocks / scale, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(numpy.float32)
+    due = torch.from_numpy((quotient * scale).reshape(60, 64))
+    x = torch.from_numpy(x)
+    assert_same_bits(quantize(x, "nvfp4"), due, x)
+    assert quantize(x, "nvfp4").unique().numel() > 100
+
+
+@pytest.mark.parametrize("wl", [2, 4, 8, 16])
+def test_scaled_integers_divide_and_round(wl):
+    x = blocks_of_every_scale(32)
+    most = 2 ** (wl - 1) - 1
+    scale = x.abs().amax(1, keepdim=True) / most
+    due = torch.where(scale > 0, (x / scale).round().clamp(-most, most) * scale, x)
+    assert_same_bits(quantize(x, f"int{wl}[0]"), due, x)
+
+
 @pytest.mark.parametrize("spec", ["fp16", "bf16"])
 def test_a_dtype_holds_its_own_format(spec):
     x = every_half({"fp16": torch.float16, "bf16": torch.bfloat16}[spec])
     for rounding in ALL_ROUNDINGS:
         assert_same_bits(quantize(x, spec, rounding, draws=draws(rounding, x.numel())), x)
-
-
-def test_the_swalp_authors_formula():
-    """Two's complement under nearest is their block_quantize (in float64, where its log2 is right)."""
-    x = torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for wl in (4, 6, 8):
-        exponent = torch.floor(torch.log2(x.abs().max()))
-        integer = torch.round(x * 2.0 ** (-exponent + (wl - 2))).clamp(-(2 ** (wl - 1)), 2 ** (wl - 1) - 1)
-        assert torch.equal(quantize(x, BlockFloat(wl, symmetric=False)), integer * 2.0 ** (exponent - (wl - 2)))
 
 
 # ---- what it refuses -----------------------------------------------------------------------------
