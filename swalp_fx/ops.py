@@ -153,6 +153,28 @@ def quantize(
     return op(x, *numbers, code, bits, key, stream)
 
 
+def rounded(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+    """``quantize`` of a floating ``x`` for callers that see to the gradient: none is recorded, and nothing checked."""
+    op, _, numbers, code, bits = _find(spec, rounding)
+    if op is None:
+        return x.clone()
+    if torch.compiler.is_compiling():
+        return op(x, *numbers, code, bits, key, stream)
+    # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, *numbers, code, bits, key, stream)
+
+
+def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+    """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
+    _, op, numbers, code, bits = _find(spec, rounding)
+    if op is not None:
+        op(x, *numbers, code, bits, key, stream)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
+    return x
+
+
 def quantize_(
     x: Tensor,
     format: str | Format,
