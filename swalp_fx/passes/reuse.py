@@ -40,7 +40,8 @@ OWN_GRADIENT = """
     _BatchNorm LayerNorm GroupNorm batch_norm layer_norm group_norm
     ReLU ReLU6 GELU SiLU Mish Hardswish LeakyReLU Sigmoid Tanh relu relu_ gelu silu sigmoid tanh
     mul
-    MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d max_pool1d max_pool2d max_pool3d
+    MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
 """
 
 # With one of these on a layer, its user may keep what goes in or out.

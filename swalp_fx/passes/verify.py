@@ -65,17 +65,17 @@ PARTS = {
     ),
 }
 
-# What computes its output by its inputs' values alone, in new memory: its derivative does not need the output.
+# What computes its output in new memory, and needs it no more to differentiate.
 FORGETS = re.compile(
-    r"(?:Bil|bil|L|l)inear|(?:C|c)onv(?:T|_t)?(?:ranspose)?[123]d|[eE]mbedding|matmul|b?mm|mv|_BatchNorm"
-    r"|(?:Layer|Group)Norm|(?:batch|layer|group)_norm|GELU|gelu|SiLU|Mish|Hardswish|LeakyReLU|add|sub|mul"
+    r"[lL]inear|[bB]ilinear|[cC]onv(?:_?[tT]ranspose)?[123]d|[eE]mbedding|matmul|b?mm|mv|_BatchNorm|(?:Layer|Group)Norm"
+    r"|(?:batch|layer|group)_norm|GELU|gelu|SiLU|Mish|Hardswish|LeakyReLU|add|sub|mul"
     r"|(?:Adaptive)?AvgPool[123]d|(?:adaptive_)?avg_pool[123]d"
 )
 ADDS_INTO = re.compile(r"i(?:add|sub)|(?:add|sub)_")
-# What differentiates to new memory, by its first input.
+# What differentiates into new memory, by its first input.
 REMAKES = re.compile(
-    r"[lL]inear|(?:C|c)onv(?:T|_t)?(?:ranspose)?[123]d|matmul|b?mm|_BatchNorm|(?:Layer|Group)Norm|(?:batch|layer|group)_norm"
-    r"|ReLU6?|relu_?|GELU|gelu|SiLU|silu|Mish|Hardswish|LeakyReLU|Sigmoid|sigmoid|Tanh|tanh|mul|(?:Max|Avg)Pool[123]d"
+    r"[lL]inear|[cC]onv(?:_?[tT]ranspose)?[123]d|matmul|b?mm|_BatchNorm|(?:Layer|Group)Norm|(?:batch|layer|group)_norm"
+    r"|ReLU6?|relu_?|GELU|gelu|SiLU|silu|Mish|Hardswish|LeakyReLU|[sS]igmoid|[tT]anh|mul|(?:Max|Avg)Pool[123]d"
     r"|(?:max|avg)_pool[123]d"
 )
 
