@@ -90,7 +90,7 @@ def refuse_unequal(*nodes_and_formats: Any) -> None:
 def whole(once: Callable[[Callable[[], Any]], float], name: str, device: str) -> dict[str, Any]:
     """What a node costs in a model: the model with nodes that round nothing, less the model as it is, by turns."""
     model = models.build(name).to(device)
-    x = torch.randn(2, 3, 32, 32, device=device)
+    x = torch.randn(2, 3, 8, 8, device=device)
     if not (found := swalp_fx.check(model, x)):
         raise SystemExit(f"{name}: {found}; so the speed says nothing")
     rewritten = rewrite(model, swalp_fx.Recipe(rounding="nearest"), identity=True)
