@@ -129,6 +129,16 @@ def test_a_layer_computes_as_by_functional_call_and_runs_its_hooks_once(made):
     assert all(parameter is own[name] for name, parameter in layer.named_parameters())
 
 
+@pytest.mark.parametrize("in_place", ["", "AE"])
+def test_an_output_is_quantized_under_the_transforms_of_torch_func(in_place):
+    def loss(x):
+        return nodes.quantize_output(x * 2, None, 0, "bfp4", "bfp5", "nearest", in_place=in_place).square().sum()
+
+    x = torch.randn(4, 6, requires_grad=True)
+    loss(x).backward()
+    assert torch.equal(torch.func.grad(loss)(x.detach()), x.grad)
+
+
 class _Body(nn.Module):
     def __init__(self):
         super().__init__()
