@@ -37,7 +37,7 @@ def measure(once: Callable[[Callable[[], Any]], float], device: str) -> dict[str
 def chained(device: str) -> list[tuple[str, str, Run]]:
     """(what, formats, a chain of such nodes); before them, what PyTorch's own cost."""
     key, layer = torch.tensor(KEY), nn.Linear(*SHAPE).to(device)
-    weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    weights = dict(layer.named_parameters())
     nodes: list[tuple[str, str, Callable[[Tensor, int], Tensor]]] = [
         ("torch.clone", "", lambda x, i: x.clone()),
         ("a linear layer", "", lambda x, i: layer(x)),

@@ -17,7 +17,7 @@ import swalp_fx
 
 RECIPE = "bfp8[0]"
 BATCH, SIZE = 32, 32
-SECONDS = 20.0  # of steps for a model
+SECONDS = 40.0  # of steps for a model
 TURNS = 3  # at least, behind one that warms up
 
 PHASES = ("forward", "backward", "update")
