@@ -145,6 +145,24 @@ def _draws(code: int, key: Tensor | int | None, generator: torch.Generator | Non
     return key
 
 
+class _StraightThrough(torch.autograd.Function):
+    """An op and its gradient under torch.func, whose transforms do not take what torch.library registers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, key: Tensor | None, op: Any, numbers: tuple, code: int, bits: int, stream: int) -> Tensor:
+        return op(x, *numbers, code, bits, key, stream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None, None, None, None, None, None
+
+
 def quantize(
     x: Tensor,
     format: str | Format,
@@ -174,7 +192,31 @@ def quantize(
     key = _draws(code, key, generator)
     if op is None:
         return x.clone()
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _StraightThrough.apply(x, key, op, numbers, code, bits, stream)
     return op(x, *numbers, code, bits, key, stream)
+
+
+def rounded(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+    """``quantize`` of a floating ``x`` for callers that see to the gradient: none is recorded, and nothing checked."""
+    op, _, numbers, code, bits = _find(spec, rounding)
+    if op is None:
+        return x.clone()
+    if torch.compiler.is_compiling():
+        return op(x, *numbers, code, bits, key, stream)
+    # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, *numbers, code, bits, key, stream)
+
+
+def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+    """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
+    _, op, numbers, code, bits = _find(spec, rounding)
+    if op is not None:
+        op(x, *numbers, code, bits, key, stream)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
+    return x
 
 
 def quantize_(

@@ -131,6 +131,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
     quantize_input: bool = False
     quantize_logits: bool = False  # what the model returns
+    in_place: bool = True  # round where a number already lies, if nothing else reads it there: the same numbers, faster
     rules: tuple[Rule, ...] = ()  # in order: the first that matches wins
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class Recipe:
             raise RecipeError(f"unknown placement {self.placement!r}; use one of {', '.join(PLACEMENTS)}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
-        for name in ("quantize_input", "quantize_logits"):
+        for name in ("quantize_input", "quantize_logits", "in_place"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}")
         if isinstance(self.rules, Rule) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -214,6 +215,7 @@ class Recipe:
                 words.append(f"{name}={getattr(self, name)}")
         words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]
         words += [f"{name}=true" for name in ("quantize_input", "quantize_logits") if getattr(self, name)]
+        words += [] if self.in_place else ["in_place=false"]
         words += [f"rules=[{'; '.join(map(str, self.rules))}]"] if self.rules else []
         return " ".join(words)
 
@@ -233,6 +235,7 @@ _READ = {
     "exclude": _read_globs,
     "quantize_input": _read_bool,
     "quantize_logits": _read_bool,
+    "in_place": _read_bool,
 }  # field -> what its text means
 
 

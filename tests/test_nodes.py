@@ -1,5 +1,7 @@
 """The functions that a rewritten graph calls."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,65 @@ def test_a_layer_is_called_with_the_weights_given_and_keeps_its_own():
     assert torch.allclose(y.mean(0), torch.ones(3), atol=1e-6)
     assert layer.num_batches_tracked == 1
     assert torch.equal(layer.weight, torch.ones(3)) and set(weights) == {"weight", "bias"}
+
+
+def test_a_layer_that_raises_has_its_own_weights_back():
+    layer = nn.Linear(3, 3)
+    own = dict(layer.named_parameters())
+    with pytest.raises(RuntimeError, match="shapes"):
+        nodes.call_layer(layer, {"weight": torch.ones(3, 3)}, torch.ones(2, 4))
+    with pytest.raises(KeyError, match="wait"):
+        nodes.call_layer(layer, {"weight": torch.ones(3, 3), "wait": torch.ones(3)}, torch.ones(2, 3))
+    assert all(getattr(layer, name) is parameter for name, parameter in own.items())
+
+
+def _attention():
+    return nn.MultiheadAttention(4, 2, batch_first=True), [torch.randn(2, 3, 4)] * 3
+
+
+def _shared():
+    shared = nn.Linear(4, 4)
+    return nn.Sequential(shared, nn.Tanh(), shared), [torch.randn(2, 4)]
+
+
+def _parametrized():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), [torch.randn(2, 4)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        _attention,
+        _shared,
+        _parametrized,
+        lambda: (nn.LSTM(4, 4, 2), [torch.randn(3, 2, 4)]),
+        lambda: (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), [torch.randn(2, 3, 4)]),
+    ],
+)
+def test_a_layer_computes_as_by_functional_call_and_runs_its_hooks_once(made):
+    layer, inputs = made()
+    weights = {name: p.detach() * 2 for name, p in layer.named_parameters(remove_duplicate=False)}
+    own = dict(layer.named_parameters())
+    # On a copy: it does not give a module that has two names its own weights back.
+    due = torch.func.functional_call(copy.deepcopy(layer), dict(weights), tuple(inputs), tie_weights=False)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append("after"))
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    found = nodes.call_layer(layer, weights, *inputs)
+    leaves = [torch.utils._pytree.tree_leaves(each) for each in (found, due)]
+    assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+    assert calls == ["before", "after"]
+    assert all(parameter is own[name] for name, parameter in layer.named_parameters())
+
+
+@pytest.mark.parametrize("in_place", ["", "AE"])
+def test_an_output_is_quantized_under_the_transforms_of_torch_func(in_place):
+    def loss(x):
+        return nodes.quantize_output(x * 2, None, 0, "bfp4", "bfp5", "nearest", in_place=in_place).square().sum()
+
+    x = torch.randn(4, 6, requires_grad=True)
+    loss(x).backward()
+    assert torch.equal(torch.func.grad(loss)(x.detach()), x.grad)
 
 
 class _Body(nn.Module):

@@ -117,7 +117,7 @@ def test_every_parameter_and_every_output_but_the_logits(name, weights, outputs)
 def test_a_line_of_the_code_reads_as_it_runs():
     code = rewrite(shapes.Convnet(), RECIPE).code
     assert "key = swalp_fx_draw_key(training)" in code
-    assert "_0_q = swalp_fx_quantize_output(_0, key, 2, 'bfp8[0]', 'bfp8[0]', 'stochastic')" in code
+    assert "_0_q = swalp_fx_quantize_output(_0, key, 2, 'bfp8[0]', 'bfp8[0]', 'stochastic', in_place = 'AE')" in code
     assert "_0 = swalp_fx_call_layer(_0_module, {'weight': _0_weight_q, 'bias': _0_bias_q}, input_1)" in code
 
 

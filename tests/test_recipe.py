@@ -48,6 +48,7 @@ def test_float_rounds_nothing():
         "bfp8[0,1] accumulator=fp16 average=bfp12+twos",
         "fixed8.6 M=float rounding=toward_zero",
         "bfp8 accumulator=float",
+        "bfp8 quantize_logits=true in_place=false",
     ],
 )
 def test_round_trip(text):

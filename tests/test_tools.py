@@ -13,7 +13,10 @@ import torch
 import benchmark
 import data
 import models
+import overhead
 import report
+import steps
+import swalp_fx
 import train
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -333,3 +336,71 @@ def test_benchmark_refuses_bad_input_before_it_measures(words, complaint, monkey
         benchmark.main(["op", *words])
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("benchmark.py: error: ") and complaint in message
+
+
+def test_benchmark_of_the_graph_times_each_node_forward_and_backward(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "SECONDS", 0.001)
+    monkeypatch.setattr(overhead, "CHAIN", 3)
+    monkeypatch.setattr(overhead, "WHOLE", ["preresnet20"])
+    monkeypatch.setattr(overhead, "CONVERTED", ["preresnet20"])
+    benchmark.main(["graph", "--json", str(tmp_path / "b.json")])
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result.keys() == {"command", "machine", "threads", "torch", "date", "nodes", "convert"}
+    *chains, whole = result["nodes"]
+    assert {"torch.clone", "quantize_weight", "quantize_output", "quantize_output, in place"} < {
+        row["what"] for row in chains
+    }
+    assert all(row["nodes"] == 3 and row["forward us"] > 0 and row["backward us"] > 0 for row in chains)
+    assert whole["what"] == "preresnet20, less the float model" and whole["nodes"] == 130
+    (converted,) = result["convert"]
+    assert converted["convert"] == "preresnet20" and converted["nodes"] > 0 and converted["seconds"] > 0
+    assert "backward us" in capsys.readouterr().out
+
+
+def test_benchmark_of_the_graph_times_no_wrong_node(monkeypatch):
+    monkeypatch.setattr(swalp_fx, "quantize_output", lambda x, *how, in_place="": x * (2 if in_place else 1))
+    with pytest.raises(SystemExit, match="float, nearest: in place the numbers differ"):
+        benchmark.main(["graph"])
+
+
+def test_benchmark_of_a_step_stands_beside_the_float_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "SECONDS", 0.0)
+    benchmark.main(["step", "--models", "preresnet20", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["step"] for row in rows][:2] == ["float", "swalp_fx bfp8[0]"]
+    for row in rows:
+        assert row["ms"] == pytest.approx(row["forward ms"] + row["backward ms"] + row["update ms"])
+        assert row["ratio to float"] == pytest.approx(row["ms"] / rows[0]["ms"])
+    assert "ratio to float" in capsys.readouterr().out
+
+
+def test_benchmark_of_a_step_trains_what_it_times():
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    contender = steps.in_low_precision(models.build("preresnet20"))
+    before = [parameter.detach().clone() for parameter in contender.model.parameters()]
+    contender.step(benchmark.Clock("cpu").once, images, labels)
+    assert len(contender.seconds) == 1 and all(seconds > 0 for seconds in contender.seconds[0])
+    weights = list(contender.model.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(weights, before, strict=True) if a.dim() > 1)
+    assert all(torch.equal(swalp_fx.quantize(weight, steps.RECIPE), weight) for weight in weights)
+
+
+def test_benchmark_of_a_step_times_no_wrong_graph(monkeypatch):
+    monkeypatch.setattr(swalp_fx, "check", lambda *_: swalp_fx.Check(1, ("train output 0: differs",)))
+    with pytest.raises(SystemExit, match=r"preresnet20: 1 of 1 tensors differ.*; so the speed says nothing"):
+        benchmark.main(["step", "--models", "preresnet20"])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["graph", "--elements", "1M"], "--elements is an option of op, not of graph"),
+        (["op", "--models", "vgg16"], "--models is an option of step, not of op"),
+        (["step", "--models", "vgg61"], "--models: there is no model 'vgg61'"),
+    ],
+)
+def test_benchmark_ignores_no_option(words, complaint, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(words)
+    assert capsys.readouterr().err.splitlines()[-1] == f"benchmark.py: error: {complaint}"

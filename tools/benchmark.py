@@ -1,9 +1,11 @@
-"""How fast the op is, against a copy of the same tensor and against what else there is, in one run.
+"""How fast the op, the nodes of a graph and a training step are, each against its like, in one run.
 
-    python tools/benchmark.py op
+    python tools/benchmark.py op                  # the op, against a copy of the same tensor and against its peers
     python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
+    python tools/benchmark.py graph               # what a node costs beside its arithmetic, and how long convert takes
+    python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
 
-Each row first checks that the op equals the oracle bit for bit on a small tensor; a wrong op is not timed.
+Each first checks that the results agree, the op with the oracle, the graph with the model, and times nothing wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import models
+import overhead
+import steps
 import swalp_fx
 from swalp_fx import reference
 
@@ -32,6 +37,7 @@ ROUNDINGS = ["nearest", "stochastic"]
 COLUMNS = 1024
 KEY = 20190516
 SECONDS = 0.5  # of repetitions for a row
+DIGITS = {"ms": ".3f", "GB/s": ".1f"}  # of a column, where they are not two behind the point
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -157,11 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "what", choices=["op"], help="op: quantize_ in place, on float32 of shape [elements / 1024, 1024]"
-    )
+    parser.add_argument("what", choices=["op", "graph", "step"], help="op: quantize_ in place, on float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--elements", type=elements, nargs="+", default=[elements("1M"), elements("64M")])
+    parser.add_argument("--elements", type=elements, nargs="+", help="of op: [elements / 1024, 1024] (1M and 64M)")
+    parser.add_argument("--models", nargs="+", help="of step: names, as tools/train.py takes them (vgg16 and resnet18)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write what was measured here too")
     args = parser.parse_args(argv)
@@ -169,6 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: torch finds no GPU; use --device cpu")
     if args.threads < 1:
         parser.error(f"--threads {args.threads}: use 1 or more")
+    for option, what in (("elements", "op"), ("models", "step")):
+        if getattr(args, option) is not None and args.what != what:
+            parser.error(f"--{option} is an option of {what}, not of {args.what}")
+    if unknown := [name for name in args.models or () if name not in models.names()]:
+        parser.error(f"--models: there is no model {unknown[0]!r}")
     # Before the minutes of measuring, which a file that cannot be written would lose.
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json} is no file in a folder that exists; name one")
@@ -180,13 +190,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "date": date.today().isoformat(),
     }
-    rows = measure(args.elements, args.device)
+    clock = Clock(args.device)
+    if args.what == "op":
+        tables = {"rows": measure(args.elements or [elements("1M"), elements("64M")], args.device)}
+    elif args.what == "graph":
+        tables = overhead.measure(clock.once, args.device)
+    else:
+        tables = steps.measure(clock.once, args.models or ["vgg16", "resnet18"], args.device)
     for name, value in about.items():
         print(f"{name}: {value}")
-    print()
-    print(tabulate(rows, headers="keys", floatfmt=("", "", "", ".3f", ".2f", ".1f", ".2f"), intfmt=","))
+    for rows in tables.values():
+        print("\n" + tabulate(rows, headers="keys", floatfmt=[DIGITS.get(name, ".2f") for name in rows[0]], intfmt=","))
     if args.json:
-        args.json.write_text(json.dumps({**about, "rows": rows}, indent=2))
+        args.json.write_text(json.dumps({**about, **tables}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rewrite: classify, assign, insert, verify, and the module that they make."""
+"""The rewrite: classify, assign, insert, reuse, verify, and the module that they make."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..recipe import Recipe
 from .assign import Scope, assign, subjects
 from .classify import classify, parameter_subjects
 from .insert import insert
+from .reuse import reuse
 from .verify import verify
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "classify",
     "insert",
     "recipes_of_parameters",
+    "reuse",
     "rewrite",
     "rewrite_at",
     "verify",
@@ -59,7 +61,10 @@ def rewrite_at(
     """``rewrite`` of the ``root`` that stands at ``scope`` in the model whose names the recipe uses."""
     captured = capture(root, leaves)
     plan = assign(classify(captured.graph, root), root, recipe, scope=scope, identity=identity)
-    graph = verify(insert(plan), captured.graph, root, recipe, scope=scope, identity=identity)
+    graph = insert(plan)
+    if recipe.in_place:
+        graph = reuse(graph, root)
+    verify(graph, captured.graph, root, recipe, scope=scope, identity=identity)
     return RewrittenModule(root, graph, captured, recipe, {"scope": scope, "leaves": leaves, "identity": identity})
 
 

@@ -65,6 +65,20 @@ PARTS = {
     ),
 }
 
+# What computes its output in new memory, and needs it no more to differentiate.
+FORGETS = re.compile(
+    r"[lL]inear|[bB]ilinear|[cC]onv(?:_?[tT]ranspose)?[123]d|[eE]mbedding|matmul|b?mm|mv|_BatchNorm|(?:Layer|Group)Norm"
+    r"|(?:batch|layer|group)_norm|GELU|gelu|SiLU|Mish|Hardswish|LeakyReLU|add|sub|mul"
+    r"|(?:Adaptive)?AvgPool[123]d|(?:adaptive_)?avg_pool[123]d"
+)
+ADDS_INTO = re.compile(r"i(?:add|sub)|(?:add|sub)_")
+# What differentiates into new memory, by its first input.
+REMAKES = re.compile(
+    r"[lL]inear|[cC]onv(?:_?[tT]ranspose)?[123]d|matmul|b?mm|_BatchNorm|(?:Layer|Group)Norm|(?:batch|layer|group)_norm"
+    r"|ReLU6?|relu_?|GELU|gelu|SiLU|silu|Mish|Hardswish|LeakyReLU|[sS]igmoid|[tT]anh|mul|(?:Max|Avg)Pool[123]d"
+    r"|(?:max|avg)_pool[123]d"
+)
+
 _OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
 
 
@@ -87,7 +101,9 @@ def verify(
        output reads it bare, unless the recipe rounds that too;
     4. nothing else is quantized: no movement, size, buffer or quantized tensor, and no input but by the recipe;
     5. formats and rounding are the recipe's at that place, its rules applied, and roles in float have no node;
-    6. no two nodes share a stream, and all draw from the one key of this forward.
+    6. no two nodes share a stream, and all draw from the one key of this forward;
+    7. an output that is rounded in place is in memory of its own that nothing else reads, autograd included, and so is
+       an error signal; and the recipe allows it.
     """
     _Proof(graph, captured, root, recipe, scope or Scope.of(root), identity).run()
     return graph
@@ -108,6 +124,7 @@ class _Proof:
         self._outputs_once()
         self._formats()
         self._randomness()
+        self._memory()
 
     def _same_computation(self) -> None:
         before = _listing(self.captured, self.root)
@@ -250,6 +267,45 @@ class _Proof:
                 _require(0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
                 _require(drawn_from is key, node, f"draws from {drawn_from}, not from the key of this forward")
                 _require(key is not None or "stochastic" not in rounding, node, "rounds stochastically without a key")
+
+    def _memory(self) -> None:
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            letters = node.kwargs.get("in_place", "")
+            _require(not letters or self.recipe.in_place, node, "rounds in place where the recipe says not to")
+            if "A" in letters:
+                _require(self._is_owned(node.args[0]), node, f"overwrites {node.args[0]}, which may be read again")
+            if "E" in letters:
+                readers = list(node.users)
+                owned = len(readers) == 1 and _takes_first(readers[0], node) and self._runs(readers[0], REMAKES)
+                _require(owned, node, f"overwrites the gradient of {readers}, which may be read again")
+
+    def _is_owned(self, node: Any) -> bool:
+        """Whether ``node``'s output lies in memory that its one reader alone will read."""
+        while len(node.users) == 1 and self._runs(node, ADDS_INTO):
+            node = node.args[0]
+        if len(node.users) != 1 or "out" in node.kwargs:
+            return False
+        return node.target is nodes.quantize_output or self._runs(node, FORGETS)
+
+    def _runs(self, node: Node, pattern: re.Pattern[str]) -> bool:
+        """Whether ``node`` runs code of PyTorch's own of such a name, that nobody watches."""
+        module = _module(node, self.root)
+        if module is None:
+            is_call = node.op in ("call_function", "call_method")
+            return is_call and any(pattern.fullmatch(name) for name in _names(node, self.root))
+        hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks") and value}
+        watchers = [name for name in hooks if name.startswith(("_forward", "_backward"))]
+        overwrites = pattern is FORGETS and getattr(module, "inplace", False)
+        if watchers or overwrites or "forward" in vars(module):
+            return False
+        own = next(base for base in type(module).__mro__ if "forward" in vars(base))
+        return own.__module__.startswith("torch.nn.") and pattern.fullmatch(own.__name__) is not None
+
+
+def _takes_first(reader: Node, node: Node) -> bool:
+    """Whether ``node`` is the first input of ``reader``."""
+    inputs = reader.args[2:] if reader.target is nodes.call_layer else reader.args
+    return bool(inputs) and inputs[0] is node
 
 
 def _require(ok: bool, node: Node | None, complaint: str) -> None:

@@ -1,0 +1,504 @@
+"""Rounding in place: the tables hold on real layers, nothing changes but the memory, and a wrong place is refused."""
+
+import copy
+import operator
+
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from swalp_fx import Recipe, convert, nodes
+from swalp_fx.passes import rewrite
+from swalp_fx.passes.reuse import OVERWRITES, OWN_GRADIENT, OWN_OUTPUT
+from swalp_fx.passes.verify import ADDS_INTO, FORGETS, REMAKES, VerifyError, verify
+
+RECIPE = Recipe.parse("bfp6[0]")
+
+IMAGE, TEXT = (2, 4, 6, 6), (2, 3, 4)
+LINE, VOLUME = (2, 4, 6), (2, 4, 4, 4, 4)
+ROWS = (5, 4)
+
+
+def _convolutions():
+    for d, shape in enumerate((LINE, IMAGE, VOLUME), 1):
+        kernel = (4, 4) + (3,) * d
+        yield f"Conv{d}d", getattr(nn, f"Conv{d}d")(4, 4, 3), [shape]
+        yield f"ConvTranspose{d}d", getattr(nn, f"ConvTranspose{d}d")(4, 4, 3), [shape]
+        yield f"conv{d}d", getattr(F, f"conv{d}d"), [shape, kernel]
+        yield f"conv_transpose{d}d", getattr(F, f"conv_transpose{d}d"), [shape, kernel]
+
+
+def _pools():
+    for d, shape in enumerate((LINE, IMAGE, VOLUME), 1):
+        for kind in ("Max", "Avg"):
+            yield f"{kind}Pool{d}d", getattr(nn, f"{kind}Pool{d}d")(2), [shape]
+            pool = getattr(F, f"{kind.lower()}_pool{d}d")
+            yield f"{kind.lower()}_pool{d}d", lambda x, pool=pool: pool(x, 2), [shape]
+        for size in (1, 2):
+            yield f"AdaptiveAvgPool{d}d", getattr(nn, f"AdaptiveAvgPool{d}d")(size), [shape]
+            pool = getattr(F, f"adaptive_avg_pool{d}d")
+            yield f"adaptive_avg_pool{d}d", lambda x, pool=pool, size=size: pool(x, size), [shape]
+
+
+def _activations():
+    for kind in ("ReLU", "ReLU6", "GELU", "SiLU", "Mish", "Hardswish", "LeakyReLU", "Sigmoid", "Tanh"):
+        yield kind, getattr(nn, kind)(), [IMAGE]
+    for name in ("relu", "relu_", "gelu", "silu", "sigmoid", "tanh"):
+        yield name, getattr(F, name), [IMAGE]
+
+
+def _norms():
+    yield "_BatchNorm", nn.BatchNorm2d(4), [IMAGE]
+    yield "_BatchNorm", nn.BatchNorm1d(4).eval(), [LINE]
+    yield "_BatchNorm", nn.BatchNorm2d(4, affine=False), [IMAGE]
+    yield "LayerNorm", nn.LayerNorm(4), [TEXT]
+    yield "GroupNorm", nn.GroupNorm(2, 4), [IMAGE]
+    yield "batch_norm", lambda x: F.batch_norm(x, None, None, training=True), [IMAGE]
+    yield "layer_norm", lambda x: F.layer_norm(x, (4,)), [TEXT]
+    yield "group_norm", lambda x: F.group_norm(x, 2), [IMAGE]
+
+
+def _products():
+    yield "Linear", nn.Linear(4, 3), [ROWS]
+    yield "Linear", nn.Linear(4, 3, bias=False), [TEXT]
+    yield "Bilinear", nn.Bilinear(4, 4, 3), [ROWS, ROWS]
+    yield "linear", F.linear, [TEXT, (3, 4)]
+    yield "bilinear", F.bilinear, [ROWS, ROWS, (3, 4, 4)]
+    yield "matmul", torch.matmul, [TEXT, (4, 3)]
+    yield "matmul", torch.matmul, [(2, 1, 3, 4), (3, 4, 2)]
+    yield "matmul", torch.matmul, [ROWS, (4,)]
+    yield "mm", torch.mm, [ROWS, (4, 3)]
+    yield "bmm", torch.bmm, [TEXT, (2, 4, 3)]
+    yield "mv", torch.mv, [ROWS, (4,)]
+
+
+def _sums():
+    for name in ("add", "sub", "mul"):
+        for second in (ROWS, (1, 4)):
+            yield name, getattr(torch, name), [ROWS, second]
+        yield name, lambda x, name=name: getattr(x, name)(1), [ROWS]
+        yield name, lambda x, name=name: getattr(x, name)(x), [ROWS]
+
+
+def _embeddings():
+    table, where = nn.Embedding(5, 4), torch.tensor([[1, 2, 2]])
+    yield "Embedding", lambda weight: torch.func.functional_call(table, {"weight": weight}, where), [ROWS]
+    yield "embedding", lambda weight: F.embedding(where, weight), [ROWS]
+
+
+# (name in the tables, what it names, shapes of its inputs)
+CALLS = [
+    *_convolutions(), *_pools(), *_activations(), *_norms(), *_products(), *_sums(), *_embeddings(),
+]  # fmt: skip
+# As readers only: what they write into is not theirs.
+IN_PLACE = [(kind, getattr(nn, kind)(inplace=True), [IMAGE]) for kind in ("ReLU", "SiLU", "Hardswish", "LeakyReLU")]
+
+
+def _of(table, calls):
+    named = [(f"{name}-{i}", call, sizes) for i, (name, call, sizes) in enumerate(calls) if name in table.split()]
+    return pytest.mark.parametrize(("call", "sizes"), [pytest.param(*each, id=name) for name, *each in named])
+
+
+def _memory(*tensors):
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _inputs(sizes):
+    """No leaves, so that they may be overwritten."""
+    torch.manual_seed(0)
+    return [torch.rand(size, requires_grad=True).clone() for size in sizes]
+
+
+def _forward(call, sizes):
+    """(inputs, output, what autograd keeps)"""
+    inputs, kept = _inputs(sizes), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        return inputs, call(*inputs), kept
+
+
+def _gradients(call, sizes):
+    """(gradient of the output, gradients of the inputs), each in the memory in which autograd passes it."""
+    inputs, got = _inputs(sizes), {}
+    for i, each in enumerate(inputs):
+        each.register_hook(lambda gradient, i=i: got.update({i: gradient}))
+    output = call(*inputs)
+    given = torch.rand(output.shape)
+    output.backward(given)
+    return given, [got[i] for i in range(len(inputs))]
+
+
+def test_every_name_is_tried():
+    assert {name for name, *_ in CALLS} == {*OWN_OUTPUT.split(), *OWN_GRADIENT.split()}
+
+
+@_of(OWN_OUTPUT, CALLS)
+def test_an_output_of_the_table_is_in_memory_of_its_own(call, sizes):
+    inputs, output, kept = _forward(call, sizes)
+    assert _memory(output).isdisjoint(_memory(*inputs, *kept))
+
+
+@_of(OWN_GRADIENT, [*CALLS, *IN_PLACE])
+def test_a_gradient_of_the_table_is_in_memory_of_its_own(call, sizes):
+    given, (first, *others) = _gradients(call, sizes)
+    assert _memory(first).isdisjoint(_memory(given, *others))
+    assert torch._debug_has_internal_overlap(first) == 0
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "amax"])
+def test_what_differentiates_by_its_result_is_in_no_table(name):
+    _, output, kept = _forward(getattr(torch, name), [ROWS])
+    assert _memory(output) & _memory(*kept) and name not in OWN_OUTPUT.split()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("add", lambda x: x + 1),
+        ("cat", lambda x: torch.cat([x, x.detach()])),
+        ("flatten", torch.flatten),
+        ("Dropout", nn.Dropout().eval()),
+        ("sum", torch.sum),
+    ],
+)
+def test_what_hands_on_its_gradient_is_in_no_table(name, call):
+    given, (first,) = _gradients(call, [ROWS])
+    assert _memory(first) & _memory(given) and name not in OWN_GRADIENT.split()
+
+
+@pytest.mark.parametrize("name", sorted(OVERWRITES))
+def test_a_writer_keeps_nothing(name):
+    call = getattr(operator, name, None) or getattr(torch.Tensor, name)
+    (written, _), output, kept = _forward(call, [ROWS, ROWS])
+    assert output is written and not kept
+
+
+@pytest.mark.parametrize(
+    ("table", "pattern"),
+    [(OWN_OUTPUT, FORGETS), (OWN_GRADIENT, REMAKES), (" ".join(OVERWRITES), ADDS_INTO)],
+    ids=["outputs", "gradients", "writers"],
+)
+def test_the_prover_knows_the_same_names(table, pattern):
+    for name in {*OWN_OUTPUT.split(), *OWN_GRADIENT.split(), *OVERWRITES, "softmax", "exp", "cat", "view"}:
+        assert bool(pattern.fullmatch(name)) == (name in table.split()), name
+
+
+# Where
+
+
+def _letters(module):
+    """Producer -> the letters of its quantize node."""
+    found = module.graph.find_nodes(op="call_function", target=nodes.quantize_output)
+    return {node.args[0].name: node.kwargs.get("in_place", "") for node in found}
+
+
+class Residual(nn.Module):
+    inputs = (torch.Size(IMAGE),)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.relu(self.conv(x))
+        z = self.bn(self.last(y))
+        z += y
+        return self.last(self.relu(z))
+
+
+def test_a_residual_block():
+    assert _letters(rewrite(Residual(), RECIPE)) == {
+        "conv": "AE",
+        "relu": "",  # differentiates by its result, and two read it
+        "last": "AE",
+        "bn": "A",  # a sum hands one gradient to both its terms
+        "iadd": "AE",  # into bn's memory, which is the sum's alone
+        "relu_1": "E",
+    }
+
+
+class _Two(nn.Module):
+    """``read`` reads what ``make`` gives, and what is read is read by a layer."""
+
+    def __init__(self, make, read=lambda y: y.exp()):
+        super().__init__()
+        self.make, self.read, self.layer = make, read, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(self.read(self.make(x)))
+
+
+class _Keeps(nn.Linear):
+    """A user's own forward may keep what it returns."""
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def _patched():
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x, forward=layer.forward: forward(x).exp()
+    return layer
+
+
+def _hooked(register):
+    layer = nn.Linear(4, 4)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "read", "letters"),
+    [
+        (nn.Linear(4, 4), torch.tanh, "AE"),
+        (nn.Linear(4, 4), torch.exp, "A"),
+        (nn.Linear(4, 4), lambda y: y.tanh() + y.sin(), "A"),
+        (nn.Linear(4, 4), lambda y: y + y, "A"),
+        (nn.Linear(4, 4), lambda y: (y * 2).flatten(1), "AE"),
+        (nn.Linear(4, 4), lambda y: y.flatten(1).exp(), "A"),
+        (nn.Linear(4, 4), nn.Dropout(), "A"),
+        (_hooked("register_forward_hook"), torch.tanh, "E"),
+        (_hooked("register_full_backward_hook"), torch.tanh, "E"),
+        (nn.Linear(4, 4), _hooked("register_forward_pre_hook"), "A"),
+        (nn.Linear(4, 4), _hooked("register_full_backward_hook"), "A"),
+        (_Keeps(4, 4), torch.tanh, "E"),
+        (_patched(), torch.tanh, "E"),
+        (nn.SiLU(), torch.tanh, "AE"),
+        (nn.SiLU(inplace=True), torch.tanh, "E"),
+        (lambda x: F.leaky_relu(x, inplace=True), torch.tanh, "E"),
+        (torch.sigmoid, torch.tanh, "E"),
+        (lambda x: x.mul_(2), torch.tanh, "E"),
+        (lambda x: torch.add(x, 1), torch.tanh, "AE"),
+        (lambda x: torch.add(x, 1, out=torch.empty(5, 4)), torch.tanh, "E"),
+        (lambda x: x.mul(2), lambda y: y.add_(1), "A"),
+        (lambda x: x.add_(1), torch.tanh, "E"),
+    ],
+)
+def test_where(make, read, letters):
+    module = rewrite(_Two(make, read), RECIPE, leaves=(_Keeps,))
+    assert next(iter(_letters(module).values())) == letters
+
+
+def test_what_writes_into_memory_of_its_own():
+    class Writing(nn.Module):
+        def forward(self, x):
+            y = x.mul(2)
+            z = y.mul(3).add_(y)  # into the product
+            w = z.tanh()
+            w += 1  # into tanh's result, rounded in memory of its own
+            return w.exp()
+
+    assert _letters(rewrite(Writing(), RECIPE)) == {"mul": "A", "mul_1": "A", "add_": "AE", "tanh": "", "iadd": "A"}
+
+
+def test_what_the_model_returns_bare_is_left_alone():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return self.layer(y), y.view(-1)
+
+    assert _letters(rewrite(Both(), RECIPE)) == {"layer": "E"}
+    assert _letters(rewrite(Both(), Recipe.parse(RECIPE, quantize_logits=True))) == {"layer": "A", "layer_1": "A"}
+
+
+def test_an_error_in_float_is_not_rounded_at_all():
+    assert set(_letters(rewrite(Residual(), Recipe.parse("bfp6[0] E=float"))).values()) == {"A", ""}
+
+
+def test_the_recipe_can_forbid_it():
+    assert Recipe.parse("bfp6[0]").in_place
+    recipe = Recipe.parse("bfp6[0] in_place=false")
+    assert not recipe.in_place and Recipe.parse(str(recipe)) == recipe
+    assert set(_letters(rewrite(Residual(), recipe)).values()) == {""}
+
+
+def test_it_is_seen_in_the_code():
+    assert "conv_q = swalp_fx_quantize_output(conv, key, 2, 'bfp6[0]', 'bfp6[0]', 'stochastic', in_place = 'AE')" in (
+        rewrite(Residual(), RECIPE).code
+    )
+
+
+# What it does
+
+
+def test_the_memory_is_the_same_and_the_tensor_is_not():
+    x = torch.rand(ROWS, requires_grad=True) * 2
+    y = nodes.quantize_output(x, None, 0, "bfp4", "bfp4", "nearest", in_place="A")
+    assert y is not x and not y._is_view() and _memory(x) == _memory(y) and x._version == 1
+    error = torch.rand(ROWS)
+    before = error.clone()
+    (gradient,) = torch.autograd.grad(
+        nodes.quantize_output(x, None, 0, "bfp4", "bfp4", "nearest", in_place="E"), x, error
+    )
+    assert _memory(gradient) == _memory(error) and torch.equal(gradient, nodes.quantize(before, "bfp4"))
+
+
+@pytest.mark.parametrize("format", ["bfp4", "float"])
+def test_autograd_notices_where_the_table_is_wrong(format):
+    x = torch.rand(ROWS, requires_grad=True)
+    y = nodes.quantize_output(x.exp(), None, 0, format, format, "nearest", in_place="A")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_gradient_of_the_gradient_is_out_of_place():
+    x = torch.rand(ROWS, requires_grad=True)
+    y = nodes.quantize_output(x * 1, None, 0, "bfp4", "bfp4", "nearest", in_place="AE").pow(3).sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, nodes.quantize(6 * nodes.quantize(x.detach(), "bfp4"), "bfp4"))
+
+
+def _run(model, inputs, in_place, *, train, recipe="bfp6[0]", call=lambda module, *inputs: module(*inputs)):
+    """Every tensor that a forward and a backward leave behind."""
+    model = copy.deepcopy(model)
+    module, _ = convert(model, recipe=Recipe.parse(recipe, in_place=in_place))
+    module.train(train)
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    torch.manual_seed(1)
+    outputs = [out for out in pytree.tree_leaves(call(module, *inputs)) if out.requires_grad]
+    torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+    gradients = [x.grad for x in (*inputs, *model.parameters())]
+    return [*outputs, *(x for x in gradients if x is not None), *model.buffers()]
+
+
+def _same(*args, **kwargs):
+    found, expected = (_run(*args, in_place, **kwargs) for in_place in (True, False))
+    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("recipe", ["bfp6[0]", "float A=e4m3 rounding=nearest", "mxfp6_e3m2 A=float"])
+@pytest.mark.parametrize("kind", [*shapes.ALL, Residual], ids=lambda kind: kind.__name__)
+def test_the_numbers_are_the_same(kind, recipe, train):
+    assert _same(*shapes.made(kind), recipe=recipe, train=train)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 32),
+        ("mobilenet_v3_small", 32),
+        ("efficientnet_b0", 32),
+        ("shufflenet_v2_x0_5", 32),
+        ("convnext_tiny", 32),
+        ("densenet121", 32),
+        ("googlenet", 64),
+        ("swin_t", 32),
+        ("vit_b_16", 224),
+    ],
+)
+@pytest.mark.slow
+def test_the_numbers_of_torchvision_are_the_same(name, size):
+    torch.manual_seed(0)
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(num_classes=10, **options)
+    assert _same(model, [torch.randn(2, 3, size, size)], train=True)
+
+
+def _autocast(module, *inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(*inputs)
+
+
+def _channels_last(module, *inputs):
+    return module.to(memory_format=torch.channels_last)(*(x.to(memory_format=torch.channels_last) for x in inputs))
+
+
+def _compiled(module, *inputs):
+    return torch.compile(module, fullgraph=True, backend="aot_eager")(*inputs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _autocast,
+        _channels_last,
+        lambda module, *inputs: checkpoint(module, *inputs, use_reentrant=False),
+        lambda module, *inputs: checkpoint(module, *inputs, use_reentrant=True),
+    ],
+    ids=["autocast", "channels_last", "checkpoint", "reentrant checkpoint"],
+)
+def test_the_numbers_are_the_same_under(call):
+    assert _same(*shapes.made(Residual), train=True, call=call)
+
+
+def test_compiled_it_computes_what_it_computes_eagerly():
+    model, inputs = shapes.made(Residual)
+    arguments = {"train": False, "recipe": "bfp6[0] rounding=nearest"}
+    eager, compiled = (_run(model, inputs, True, **arguments, call=call) for call in (lambda m, *x: m(*x), _compiled))
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_exported_in_inference_and_on_fake_tensors():
+    model, inputs = shapes.made(Residual)
+    module, _ = convert(model, recipe="bfp6[0]")
+    module.eval()
+    expected = module(*inputs)
+    assert torch.equal(torch.export.export(module, tuple(inputs)).module()(*inputs), expected)
+    with torch.inference_mode():
+        assert torch.equal(module(*inputs), expected)
+    with torch.no_grad():
+        assert torch.equal(module(*inputs), expected)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert module(*(mode.from_tensor(x) for x in inputs)).shape == expected.shape
+
+
+# verify: a mark where none may be
+
+
+def _mark(name, letters):
+    def spoil(module):
+        (node,) = [each for each in module.graph.nodes if each.name == f"{name}_q"]
+        node.kwargs = {"in_place": letters}
+
+    spoil.__name__ = f"{letters} of {name}"
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (_mark("relu", "A"), "node relu_q: it overwrites relu, which"),
+        (_mark("relu_1", "AE"), "node relu_1_q: it overwrites relu_1, which"),
+        (_mark("relu", "E"), "node relu_q: it overwrites the gradient of"),
+        (_mark("bn", "AE"), "node bn_q: it overwrites the gradient of"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_wrong_mark_is_refused(spoil, complaint):
+    model, _ = shapes.made(Residual)
+    module = rewrite(model, RECIPE)
+    verify(module.graph, module._captured.graph, model, RECIPE)
+    spoil(module)
+    with pytest.raises(VerifyError) as failure:
+        verify(module.graph, module._captured.graph, model, RECIPE)
+    assert complaint in str(failure.value)
+
+
+def test_a_mark_on_what_a_hook_may_keep_is_refused():
+    model, _ = shapes.made(Residual)
+    module = rewrite(model, RECIPE)
+    model.conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(VerifyError, match="overwrites conv, which may be read again"):
+        verify(module.graph, module._captured.graph, model, RECIPE)
+
+
+def test_a_mark_that_the_recipe_forbids_is_refused():
+    model, _ = shapes.made(Residual)
+    module = rewrite(model, RECIPE)
+    recipe = Recipe.parse(RECIPE, in_place=False)
+    with pytest.raises(VerifyError, match="where the recipe says not to"):
+        verify(module.graph, module._captured.graph, model, recipe)
