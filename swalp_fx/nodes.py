@@ -53,10 +53,18 @@ def draw_key(training: bool) -> Tensor | None:
 
 @_public
 def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rounding: str) -> Tensor:
-    """Q_W(x), in a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it is whole."""
+    """Q_W(x), in a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it is whole.
+
+    Like the parameter itself, the result requires its gradient in whatever mode it is made: it may be first read in a
+    no_grad block, and again outside of it.
+    """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
-    return quantize(x, weight, _rounding(rounding, key), key=key, stream=stream)
+    rounding = _rounding(rounding, key)
+    if torch.is_grad_enabled():
+        return quantize(x, weight, rounding, key=key, stream=stream)
+    with torch.inference_mode(False):  # which enables gradients
+        return quantize(x, weight, rounding, key=key, stream=stream)
 
 
 class _QuantizeOutput(torch.autograd.Function):

@@ -242,9 +242,9 @@ def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
     if (rewritten := parts_of(module)) is not None:
         for path, why in rewritten.floats.items():
             yield f"  {path or 'the model itself'}, outside of its rewritten modules: {why}"
-    if frozen := [_join(path, each) for path, part in parts for each in part.frozen]:
-        names = ", ".join(path or "the model" for path in frozen)
-        yield f"frozen: {names} branched on the training flag; the branch of the traced mode is kept in both modes"
+    if flags := [_join(path, each) for path, part in parts for each in part._present.captured.flags]:
+        names = ", ".join(path or "the model" for path in flags)
+        yield f"branches: {names} on the training flag; each branch has a graph, and this table is of the present one"
 
 
 def _is_whole(module: nn.Module) -> bool:
