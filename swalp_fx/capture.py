@@ -99,6 +99,7 @@ _HOOKED = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
 BRANCH = "it branches on a tensor's value or shape, which a graph cannot hold"
 LOOP = "it loops over a tensor, or over sizes, that are known only when it runs"
 RANDOM = "it draws random numbers without reading its input, which would be drawn once and then kept"
+HANDED = "it hands code to the autograd function {}, where no graph sees it"
 KEPT = "it changes its attribute {}, which a graph does not keep, unless it sets a buffer to a tensor that it computes"
 WRITTEN = "it writes into its parameter {}, where a graph reads a rounded copy"
 
@@ -153,8 +154,11 @@ class LiveTracer(Tracer):
             vars(module)[name] = value  # what later reads see; the caller restores it
 
         def record_apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-            if not any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves(args)):
+            leaves = pytree.tree_leaves(args)
+            if not any(isinstance(leaf, Proxy) for leaf in leaves):
                 return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+            if any(callable(leaf) and not isinstance(leaf, Proxy) for leaf in leaves):  # reentrant checkpointing
+                raise TraceError(HANDED.format(function.__name__))
             return self.create_proxy("call_function", _applied(function), args, {})
 
         with (

@@ -178,14 +178,29 @@ def classify(graph: Graph, root: nn.Module) -> Graph:
     return view                      output
     """
     parameters = {id(parameter) for parameter in root.parameters()}
+    filled = _filled(graph, root)
     for node in graph.nodes:
-        node.meta[PART] = _part(node, root, parameters)
+        part = _part(node, root, parameters)
+        node.meta[PART] = "movement" if part == "number" and node in filled else part
     _mark_updates(graph)
     for node in reversed(graph.nodes):
         leaves = node.users and all(user.meta[PART] in ("exit", "output") for user in node.users)
         if leaves and node.meta[PART] in ("movement", "number"):
             node.meta[PART] = "exit"
     return graph
+
+
+def _filled(graph: Graph, root: nn.Module) -> set[Node]:
+    """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
+    filled = set()
+    for node in graph.nodes:
+        is_write = name_of(node) in ("setitem", *IN_PLACE_OPERATORS) or writes_in_place(node, root)
+        if is_write and len(node.all_input_nodes) > 1:
+            written = node.args[0]
+            while isinstance(written, Node) and name_of(written) == "getitem":
+                written = written.args[0]
+            filled.add(written)
+    return filled
 
 
 def _mark_updates(graph: Graph) -> None:
@@ -214,12 +229,15 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
         return "state"
     if is_derived(node, root):
         return "parameter"
-    if node.all_input_nodes and all(source.meta[PART] == "number" for source in node.all_input_nodes):
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    has_parameters = module is not None and any(True for _ in module.parameters())
+    sources = node.all_input_nodes
+    if sources and not has_parameters and all(source.meta[PART] == "number" for source in sources):
         return "number"
-    if node.op == "call_module":
-        return _part_of_module(root.get_submodule(str(node.target)))
+    if module is not None:
+        return _part_of_module(module)
     if node.op == "call_function" and not _is_torch(node.target):
-        return "arithmetic"
+        return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
     name = name_of(node)
     return _PART_OF.get(name) or _PART_OF.get(name.rstrip("_")) or "arithmetic"
 

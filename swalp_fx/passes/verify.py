@@ -377,13 +377,31 @@ def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
         return "other"
     if node.target is setattr or _writes_buffer(node, root, kinds):
         return "buffer"
-    inputs = node.all_input_nodes
-    if inputs and all(kinds[source] == "number" for source in inputs):
-        return "number"
+    inputs, module = node.all_input_nodes, _module(node, root)
+    has_parameters = module is not None and any(True for _ in module.parameters())
+    if inputs and not has_parameters and all(kinds[source] == "number" for source in inputs):
+        return "moves" if _is_filled(node, root) else "number"
+    if isinstance(node.target, type) and not _is_torch(node.target):
+        return "moves"  # a tuple or a record, whose fields have names
     names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
     if any(MOVES.fullmatch(name) for name in names):
         return "moves"
-    return "number" if any(MEASURES.fullmatch(name) for name in names) else "layer"
+    if any(MEASURES.fullmatch(name) for name in names):
+        return "moves" if _is_filled(node, root) else "number"
+    return "layer"
+
+
+def _is_filled(node: Node, root: nn.Module) -> bool:
+    """Whether another tensor is written into ``node``, or into a part of it."""
+    for user in node.users:
+        names = _names(user, root)
+        is_first = bool(user.args) and user.args[0] is node
+        if is_first and names == ["getitem"] and _is_filled(user, root):
+            return True
+        is_write = any(name == "setitem" or WRITES.fullmatch(name) for name in names)
+        if is_first and is_write and len(user.all_input_nodes) > 1:
+            return True
+    return False
 
 
 def _part(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
