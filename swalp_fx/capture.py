@@ -6,9 +6,8 @@ import contextlib
 import inspect
 import operator
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import StackSummary
 from typing import Any
@@ -19,6 +18,13 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import Argument
 from torch.fx.proxy import TraceError
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
+
+from .modes import recorded, replaced
+from .snapshot import untouched
 
 __all__ = ["ROOT", "CaptureError", "Captured", "ConvertError", "LiveTracer", "capture"]
 
@@ -40,15 +46,20 @@ class Captured:
 
     graph: Graph
     constants: dict[str, torch.Tensor]  # tensors the graph reads that are no parameter or buffer, by attribute name
-    frozen: tuple[str, ...]  # modules that branch on their training flag, so that the branch taken is all there is
+    # Modules that branch on their training flag -> the flag whose branch the graph holds.
+    flags: dict[str, bool] = field(default_factory=dict)
     bare: bool = False  # the model is one layer: the graph calls the root itself, with its hooks
 
 
-def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = ()) -> Captured:
+def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = (), *, training: bool | None = None) -> Captured:
     """The graph of ``model.forward``, following train and eval mode; the model is left exactly as it was.
 
     ``leaves`` are module types to call as they are rather than to trace through, beside torch.nn's own layers. Each
-    node holds its nn_module_stack and stack_trace. A bare layer gives a graph of one call, of the module "".
+    node holds its nn_module_stack and stack_trace. A bare layer gives a graph of one call, of the module "". Where a
+    module branches on its training flag, the graph holds the branch of ``training``, or of the flag as it is if None.
+
+    Modes that forward switches (autocast, gradients, inference) are switched by nodes, custom autograd functions are
+    called whole, and a buffer that is set is set by the graph: ``setattr(module, "buffer", value)``.
 
     Raises ConvertError, naming the module, the reason and the remedy, for what is no float model, and CaptureError for
     a forward that cannot be traced.
@@ -56,14 +67,19 @@ def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = ()) -> Capture
     tracer = LiveTracer(leaves)
     _refuse_unfit(model)
     if tracer.is_leaf_module(model, ""):
-        return Captured(_one_call(model), {}, (), bare=True)
-    with _untouched(model):
-        tracer.live_flags(model)
+        return Captured(_one_call(model), {}, bare=True)
+    with untouched(model) as snapshot:
+        tracer.live_flags(model, training)
         state = _random_state()
         try:
-            graph = tracer.trace(model)
+            with recorded(tracer), tracer.recording():
+                graph = tracer.trace(model)
             if _random_state() != state:
                 raise TraceError(RANDOM)
+            for path, name in snapshot.changes():
+                raise CaptureError(tracer.sentence(path, KEPT.format(name)))
+            for path, name in _parameters_written(graph, model):
+                raise CaptureError(tracer.sentence(path, WRITTEN.format(name)))
         except ConvertError:
             raise
         except Exception as error:  # tracing runs the user's code, which may raise anything
@@ -75,12 +91,17 @@ def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = ()) -> Capture
     _read_after_writes(graph, model)
     if not tracer.flag.users:
         graph.erase_node(tracer.flag)
-    return Captured(graph, constants, tuple(sorted(tracer.frozen)))
+    return Captured(graph, constants, tracer.flags)
 
+
+_HOOKED = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
 
 BRANCH = "it branches on a tensor's value or shape, which a graph cannot hold"
 LOOP = "it loops over a tensor, or over sizes, that are known only when it runs"
 RANDOM = "it draws random numbers without reading its input, which would be drawn once and then kept"
+HANDED = "it hands code to the autograd function {}, where no graph sees it"
+KEPT = "it changes its attribute {}, which a graph does not keep, unless it sets a buffer to a tensor that it computes"
+WRITTEN = "it writes into its parameter {}, where a graph reads a rounded copy"
 
 
 _TORCH = Path(torch.__file__).parent
@@ -91,7 +112,7 @@ class LiveTracer(Tracer):
     """torch.fx's tracer, but faithful to training.
 
     A module's training flag is read when the graph runs, not when it is traced; so are buffers. ``x += y`` and
-    ``x[i] = y`` stay in place. A branch on a flag is taken at once, and the module noted in ``frozen``.
+    ``x[i] = y`` stay in place. A branch on a flag is taken at once, and the flag noted in ``flags``.
     """
 
     record_stack_traces = True
@@ -100,19 +121,51 @@ class LiveTracer(Tracer):
     def __init__(self, leaves: Sequence[type[nn.Module]] = ()) -> None:
         super().__init__()
         self.leaves = tuple(leaves)
-        self.frozen: set[str] = set()
+        self.flags: dict[str, bool] = {}
         self.flag: Node  # the root's training flag
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # torchvision's own layers branch on their flag (StochasticDepth) or on shapes (RoIAlign); its blocks have
         # children, and are traced through.
         is_torchvision_layer = type(m).__module__.startswith("torchvision.ops") and not any(True for _ in m.children())
-        return isinstance(m, self.leaves) or is_torchvision_layer or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, (*self.leaves, ParametrizationList)):
+            return True
+        # A layer whose weight is derived is traced through, so that what it computes with is seen.
+        is_layer = is_torchvision_layer or super().is_leaf_module(m, module_qualified_name)
+        return is_layer and not any(is_parametrized(each) for each in m.modules())
 
-    def live_flags(self, root: nn.Module) -> None:
+    def live_flags(self, root: nn.Module, training: bool | None) -> None:
         """Puts a proxy in place of every training flag; the caller restores them."""
         for path, module in root.named_modules():
-            vars(module)["training"] = _Flag(self, path, module.training)
+            value = module.training if training is None else training
+            vars(module)["training"] = _Flag(self, path, value)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """While it holds, buffers that are set and custom autograd functions become nodes."""
+        set_attribute = nn.Module.__setattr__
+
+        def record_buffer(module: nn.Module, name: str, value: Any) -> None:
+            if not isinstance(value, Proxy) or name not in vars(module)["_buffers"]:
+                return set_attribute(module, name, value)
+            path = self.path_of_module(module)
+            owner = self.create_proxy("get_attr", path or ROOT, (), {})
+            self.create_proxy("call_function", setattr, (owner, name, value), {})
+            vars(module)[name] = value  # what later reads see; the caller restores it
+
+        def record_apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+            leaves = pytree.tree_leaves(args)
+            if not any(isinstance(leaf, Proxy) for leaf in leaves):
+                return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+            if any(callable(leaf) and not isinstance(leaf, Proxy) for leaf in leaves):  # reentrant checkpointing
+                raise TraceError(HANDED.format(function.__name__))
+            return self.create_proxy("call_function", _applied(function), args, {})
+
+        with (
+            replaced(nn.Module, "__setattr__", record_buffer),
+            replaced(torch.autograd.Function, "apply", classmethod(record_apply)),
+        ):
+            yield
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
         function, arguments = super().create_args_for_root(*args, **kwargs)
@@ -140,7 +193,7 @@ class LiveTracer(Tracer):
         self.path_of_module(m)  # raises for a module that forward has made, before the stack names it
         result = super().call_module(m, forward, args, kwargs)
         if _random_state() != state:
-            raise CaptureError(self._sentence(self.path_of_module(m), RANDOM))
+            raise CaptureError(self.sentence(self.path_of_module(m), RANDOM))
         return result
 
     def proxy(self, node: Node) -> Proxy:
@@ -163,9 +216,9 @@ class LiveTracer(Tracer):
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         if not isinstance(error, TraceError):
             reason = f"{type(error).__name__}: {reason}"
-        return self._sentence(path, reason)
+        return self.sentence(path, reason)
 
-    def _sentence(self, path: str, reason: str) -> str:
+    def sentence(self, path: str, reason: str) -> str:
         kind = type(self.root.get_submodule(path)).__name__
         if path:
             remedy = f"call it as it is with leaves=[{kind}], or rewrite its forward"
@@ -190,7 +243,7 @@ class _Flag(Proxy):
         return self.read
 
     def __bool__(self) -> bool:
-        self.tracer.frozen.add(self.path)  # type: ignore[attr-defined]
+        self.tracer.flags[self.path] = self.value  # type: ignore[attr-defined]
         return self.value
 
 
@@ -208,8 +261,19 @@ def _record_in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Pro
     return record
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+for _name in IN_PLACE_OPERATORS:
     setattr(_LiveProxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))
+
+
+def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, as a function that goes by the name of its class, as generated code must name it."""
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args)
+
+    apply.__name__, apply.__qualname__, apply.__module__ = function.__name__, function.__qualname__, function.__module__
+    return apply
 
 
 def _one_call(layer: nn.Module) -> Graph:
@@ -248,39 +312,26 @@ def _refuse_unfit(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if norm := next((name for kind, name in _HOOKED.items() if isinstance(hook, kind)), None):
+                raise ConvertError(
+                    f"{path or kind}: torch.nn.utils.{norm} derives its weight in a hook, out of sight; "
+                    f"use torch.nn.utils.parametrizations.{norm}, or torch.nn.utils.remove_{norm} first"
+                )
 
 
 def _random_state() -> tuple[bytes, object]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
-_CONTAINERS = (dict, OrderedDict, list, set)
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """On leaving, the model is as it was on entering: attributes, their containers, buffers; and the random state."""
-    saved = []
-    for module in model.modules():
-        attributes = dict(vars(module))
-        containers = [(value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS]
-        saved.append((module, attributes, containers))
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        for module, attributes, containers in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, copy in containers:
-                container.clear()
-                container.extend(copy) if isinstance(container, list) else container.update(copy)
-        for buffer, version, copy in buffers:
-            if buffer._version != version:
-                buffer.detach().copy_(copy)
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
+# What gives the same numbers in another form, or some of them: a write into it is a write into its source.
+# fmt: off
+VIEWS = (
+    "getitem", "data", "detach", "view", "view_as", "reshape", "flatten", "squeeze", "unsqueeze", "t", "T", "mT",
+    "transpose", "permute", "narrow", "select",
+)
+# fmt: on
 
 
 def writes_in_place(node: Node, root: nn.Module) -> bool:
@@ -301,3 +352,24 @@ def _read_after_writes(graph: Graph, root: nn.Module) -> None:
         written = node.args[0]
         for user in [user for user in written.users if user > node]:
             user.replace_input_with(written, node)
+
+
+def _parameters_written(graph: Graph, root: nn.Module) -> Iterator[tuple[str, str]]:
+    """(qualified name of the module, parameter) of each write into a parameter or a part of one."""
+    parameters = {name: None for name, _ in root.named_parameters(remove_duplicate=False)}
+    for node in graph.nodes:
+        if not (writes_in_place(node, root) or _called(node) in ("setitem", *IN_PLACE_OPERATORS)) or not node.args:
+            continue
+        written = node.args[0]
+        while isinstance(written, Node) and _called(written) in VIEWS and written.args:
+            written = written.args[0]
+        if isinstance(written, Node) and written.op == "get_attr" and written.target in parameters:
+            path, _, name = str(written.target).rpartition(".")
+            yield path, name
+
+
+def _called(node: Node) -> str:
+    """What ``node`` calls; of an attribute, its name."""
+    if node.target is getattr:
+        return str(node.args[1])
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,11 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor))
+    for leaf in pytree.tree_leaves(nest):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
 def _difference(expected: Tensor | None, found: Tensor | None) -> str | None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
-from .passes.parts import parts_of, rewrite_what_can_be, rewritten_in
+from .passes.parts import parts_of, rewrite_what_can_be
 from .recipe import Recipe
 
 __all__ = ["Converted", "convert"]
@@ -48,8 +48,7 @@ def convert(
     A model whose own forward cannot be traced is rewritten in parts: its largest submodules that can be, in a copy of
     its structure. ``report`` lists what stayed float, and why.
 
-    Warns of such a model, and of modules that branch on their training flag: a graph holds one branch, that of the
-    model's present mode.
+    Warns of such a model. One that branches on its training flag has a graph for each branch, and follows the flag.
     Raises ConvertError (a model with nothing to rewrite, or already converted), FormatError, RecipeError, and
     ValueError for an optimizer with parameters that are not the model's, all before anything is changed.
     """
@@ -60,12 +59,7 @@ def convert(
         warnings.warn(
             f"{reason}. Rewritten instead: {len(parts.rewritten)} of its submodules; see report", stacklevel=2
         )
-    frozen = [".".join(filter(None, (path, each))) for path, part in rewritten_in(module) for each in part.frozen]
-    if frozen:
-        names = ", ".join(path or "the model" for path in frozen)
-        mode = "train" if model.training else "eval"
-        warnings.warn(f"{names}: the branch that {mode} mode takes is kept in both modes", stacklevel=2)
-    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed) if parsed.rules else None)
+    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed))
     if optimizer is not None:
         swalp.attach(optimizer)
     return Converted(module, swalp)

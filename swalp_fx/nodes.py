@@ -121,10 +121,21 @@ def draw_key(training: bool) -> Tensor | None:
 
 @_public
 def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rounding: str) -> Tensor:
-    """Q_W(x), in a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it is whole."""
+    """Q_W(x), in a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it is whole.
+
+    Like the parameter itself, the result requires its gradient in whatever mode it is made: it may be first read in a
+    no_grad block, and again outside of it.
+    """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
     rounding = _rounding(rounding, key)
+    if torch.is_grad_enabled():
+        return _straight_through(x, weight, rounding, key, stream)
+    with torch.inference_mode(False):  # which enables gradients
+        return _straight_through(x, weight, rounding, key, stream)
+
+
+def _straight_through(x: Tensor, weight: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
     if _is_transformed():
         return quantize(x, weight, rounding, key=key, stream=stream)
     return _QuantizeWeight.apply(x, weight, rounding, key, stream)

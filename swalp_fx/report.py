@@ -12,18 +12,22 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 
 from . import nodes
 from .capture import ROOT, ConvertError
 from .formats import FLOAT, parse
 from .passes import RewrittenModule
-from .passes.classify import LAYER_PARTS, PART, name_of
+from .passes.classify import LAYER_PARTS, PART, is_derived, name_of
 from .passes.parts import parts_of, rewritten_in
 from .recipe import ROLES
 
 __all__ = ["report"]
 
+# Operations of rows that are no layer's output.
+DERIVED = "derived weight"
+PARAMETERS = ("parameter", DERIVED)
 # Layers that compute much on their own, out of the graph's sight.
 WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -93,7 +97,7 @@ def _layers_of(module: RewrittenModule, path: str, counted: set[int]) -> Iterato
             _join(path, name) or node.name,
             operation,
             (
-                "/".join(dict.fromkeys(weights.values())),
+                "/".join(dict.fromkeys(_specs(node, weights))),
                 *(map(str, output.args[3:5]) if output is not None else ("", "")),
                 *(
                     "/".join(dict.fromkeys(str(getattr(each, role)) for each in local))
@@ -124,10 +128,17 @@ def _join(*names: str) -> str:
 
 
 def _is_bare_parameter(node: Node) -> bool:
-    """Whether ``node`` is a parameter that something else than a layer reads: in float, or quantized."""
+    """Whether ``node`` is a parameter, or a derived weight, that something else than a layer reads: in float, or
+    quantized."""
     if node.target is nodes.quantize_weight:
         return any(user.target is not nodes.call_layer for user in node.users)
-    return node.meta.get(PART) == "parameter"
+    return node.meta.get(PART) == "parameter" and all(user.target is not nodes.quantize_weight for user in node.users)
+
+
+def _derivation(node: Node, module: RewrittenModule) -> str | None:
+    """The qualified name of the parametrization that derives the weight that ``node`` is, or rounds."""
+    source = node.args[0] if node.target is nodes.quantize_weight else node
+    return str(source.target) if isinstance(source, Node) and is_derived(source, module._root) else None
 
 
 def _called(node: Node) -> str | None:
@@ -140,6 +151,9 @@ def _called(node: Node) -> str | None:
 
 def _weights(node: Node, module: RewrittenModule) -> dict[str, str]:
     """Qualified name -> spec, of every parameter that ``node`` reads."""
+    if (path := _derivation(node, module)) is not None:
+        originals = module._root.get_submodule(path).named_parameters()
+        return {_join(path, name): str(FLOAT) for name, _ in originals}
     if node.target is nodes.quantize_weight:
         return {str(node.args[0].target): str(node.args[3])}  # type: ignore[union-attr]
     if node.op == "get_attr":
@@ -152,8 +166,16 @@ def _weights(node: Node, module: RewrittenModule) -> dict[str, str]:
     return {_join(path, name): str(bound[name].args[3] if name in bound else FLOAT) for name in names}
 
 
+def _specs(node: Node, weights: dict[str, str]) -> list[str]:
+    """What the weights that ``node`` rounds, or is given, are rounded to."""
+    return [str(node.args[3])] if node.target is nodes.quantize_weight else list(weights.values())
+
+
 def _names(node: Node, module: RewrittenModule) -> tuple[str, str]:
     """(layer, operation) of the row."""
+    if (path := _derivation(node, module)) is not None:
+        layer, _, name = path.rpartition("parametrizations.")
+        return layer + name, DERIVED
     if (path := _called(node)) is not None:
         return path, type(module._root.get_submodule(path)).__name__
     if _is_bare_parameter(node):
@@ -221,7 +243,7 @@ def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
         yield f"  {', '.join(by_recipe)}: the recipe says so"
     if isinstance(module, RewrittenModule) and not recipe.quantize_input:
         yield f"  {', '.join(node.name for node, _ in nodes_of if node.op == 'placeholder')}: the model's input"
-    bare = [layer for layer in layers if layer.operation != "parameter" and layer.formats[1] == ""]
+    bare = [layer for layer in layers if layer.operation not in PARAMETERS and layer.formats[1] == ""]
     if recipe.activation != FLOAT or recipe.error != FLOAT or len(bare) < len(layers):
         for reason in dict.fromkeys(layer.unrounded for layer in bare):
             yield f"  {', '.join(layer.name for layer in bare if layer.unrounded == reason)}: {reason}"
@@ -236,16 +258,19 @@ def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
     }
     if whole := [path or "the model" for path, layer in called.items() if _is_whole(layer)]:
         yield f"  inside {', '.join(whole)}: called whole, with quantized weights"
+    if derived := [name for layer in layers if layer.operation == DERIVED for name in layer.weights]:
+        yield f"  {', '.join(dict.fromkeys(derived))}: a weight is derived from them, and rounded"
     read = {id(module.get_parameter(name)) for layer in layers for name in layer.weights}
     if unread := [name for name, parameter in module.named_parameters() if id(parameter) not in read]:
         yield f"  {', '.join(unread)}: never read" + ("" if isinstance(module, RewrittenModule) else " by a graph")
     if (rewritten := parts_of(module)) is not None:
         for path, why in rewritten.floats.items():
             yield f"  {path or 'the model itself'}, outside of its rewritten modules: {why}"
-    if frozen := [_join(path, each) for path, part in parts for each in part.frozen]:
-        names = ", ".join(path or "the model" for path in frozen)
-        yield f"frozen: {names} branched on the training flag; the branch of the traced mode is kept in both modes"
+    if flags := [_join(path, each) for path, part in parts for each in part._present.captured.flags]:
+        names = ", ".join(path or "the model" for path in flags)
+        yield f"branches: {names} on the training flag; each branch has a graph, and this table is of the present one"
 
 
 def _is_whole(module: nn.Module) -> bool:
-    return isinstance(module, WHOLE) or any(True for _ in module.children())
+    has_children = any(True for _ in module.children()) and not isinstance(module, ParametrizationList)
+    return isinstance(module, WHOLE) or has_children

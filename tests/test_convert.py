@@ -222,13 +222,42 @@ def test_bad_input_is_refused_before_anything_is_changed(call, kind, message):
     assert "\n" not in str(failure.value)
 
 
-def test_a_frozen_branch_is_warned_of():
-    class Frozen(nn.Module):
-        def forward(self, x):
-            return x * 2 if self.training else x
+class Heads(nn.Module):
+    """Branches on its training flag, and on a block's, which may differ."""
 
-    with pytest.warns(UserWarning, match="0: the branch that train mode takes is kept in both modes"):
-        convert(nn.Sequential(Frozen()))
+    def __init__(self):
+        super().__init__()
+        self.block, self.head, self.auxiliary = Half(), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.block(x)
+        return self.head(x), self.auxiliary(x * torch.tensor(2.0)) if self.training else None
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor(0.5) if self.training else x
+
+
+def test_a_branch_on_a_training_flag_follows_the_flag():
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(4, 6)
+    module, _ = convert(model, recipe="float W=bfp8 A=bfp8")
+    expected = copy.deepcopy(model)
+    for parameter in expected.parameters():
+        parameter.data = quantize(parameter.data, "bfp8")
+    for flags in ((True, True), (False, False), (True, False), (False, True)):
+        for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):
+            other.train(flags[0]).block.train(flags[1])
+            expected.train(flags[0]).block.train(flags[1])
+            assert other(x)[0].sub(expected(x)[0]).abs().max() < 0.1
+            assert (other(x)[1] is None) is not flags[0]
+
+
+def test_constants_of_every_branch_move_with_the_module():
+    module, _ = convert(Heads())
+    module.to("meta").eval()
+    assert module._tensor_constant0.device.type == "meta"
 
 
 def test_a_refused_optimizer_is_left_alone():

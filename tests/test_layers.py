@@ -18,6 +18,7 @@ LAYERS = [
     ["reference"],
     ["ops"],
     ["nodes"],
+    ["modes", "snapshot"],
     ["capture"],
     ["passes"],
     ["averaging"],

@@ -289,6 +289,70 @@ def test_a_wrong_graph_is_refused_by_node(spoil, complaint):
     assert complaint in str(failure.value)
 
 
+def _derived_bare(graph):
+    node = next(n for n in _nodes(graph, nodes.quantize_weight) if n.args[0].op == "call_module")
+    node.replace_all_uses_with(node.args[0])
+
+
+def _derived_twice(graph):
+    node = next(n for n in _nodes(graph, nodes.quantize_weight) if n.args[0].op == "call_module")
+    with graph.inserting_after(node):
+        graph.create_node("call_function", node.target, (*node.args[:2], 99, *node.args[3:]))
+
+
+def _original_quantized(graph):
+    like = _nodes(graph, nodes.quantize_weight)[0]
+    derived = like.args[0]
+    with graph.inserting_before(like):
+        original = graph.create_node("get_attr", "conv.parametrizations.weight.original0")
+    like.update_arg(0, original)
+    graph.erase_node(derived)
+
+
+def _in_another_mode(graph):
+    _nodes(graph, torch._C._set_grad_enabled)[-1].append(_nodes(graph, nodes.quantize_output)[1])
+
+
+def _without_a_switch(graph):
+    graph.erase_node(_nodes(graph, torch._C._set_grad_enabled)[-1])
+
+
+def _update_quantized(graph):
+    (update,) = [node for node in graph.nodes if node.name == "mul_1"]
+    like = _nodes(graph, nodes.quantize_output)[0]
+    with graph.inserting_after(update):
+        node = graph.create_node("call_function", like.target, (update, like.args[1], 99, *like.args[3:]))
+    update.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+
+
+def _write_lost(graph):
+    graph.erase_node(_nodes(graph, setattr)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "complaint"),
+    [
+        (shapes.Normed, _derived_bare, "is a weight read by"),
+        (shapes.Normed, _derived_twice, "is a weight read by"),
+        (shapes.Normed, _original_quantized, "was "),
+        (shapes.NoGradBlock, _in_another_mode, "is in another mode than tanh, which it quantizes"),
+        (shapes.NoGradBlock, _without_a_switch, "was "),
+        (shapes.Rebound, _update_quantized, "node mul_1: it is quantized by"),
+        (shapes.Rebound, _write_lost, "was "),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else "",
+)
+def test_a_wrong_graph_of_more_than_layers_is_refused(kind, spoil, complaint):
+    model, _ = shapes.made(kind)
+    captured = capture(model).graph
+    graph = insert(assign(classify(captured, model), model, RECIPE))
+    verify(graph, captured, model, RECIPE)
+    spoil(graph)
+    with pytest.raises(VerifyError) as failure:
+        verify(graph, captured, model, RECIPE)
+    assert complaint in str(failure.value)
+
+
 def test_a_recipe_in_float_wants_a_graph_without_nodes():
     graph, captured, model = _right()
     with pytest.raises(VerifyError):

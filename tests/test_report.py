@@ -67,14 +67,13 @@ def test_what_stayed_in_float_and_why():
     assert "  inside lstm, attention: called whole, with quantized weights" in _report(shapes.Recurrent, "bfp8")
 
 
-def test_a_frozen_branch_is_reported():
-    class Frozen(nn.Module):
+def test_branches_on_a_flag_are_reported():
+    class Branching(nn.Module):
         def forward(self, x):
             return x * 2 if self.training else x
 
-    with pytest.warns(UserWarning, match="kept in both modes"):
-        module, _ = convert(nn.Sequential(Frozen()))
-    assert report(module).splitlines()[-1].startswith("frozen: 0 branched on the training flag")
+    module, _ = convert(nn.Sequential(Branching()))
+    assert report(module).splitlines()[-1].startswith("branches: 0 on the training flag; each branch has a graph")
 
 
 def test_it_leaves_the_module_as_it_was():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -12,9 +13,11 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from ..capture import Captured, ConvertError, capture
+from ..formats import FLOAT
+from ..modes import SWITCHES, held
 from ..recipe import Recipe
 from .assign import Scope, assign, subjects
-from .classify import classify, parameter_subjects
+from .classify import classify, originals, parameter_subjects
 from .insert import insert
 from .reuse import reuse
 from .verify import verify
@@ -45,7 +48,8 @@ def rewrite(
     refuse_rewritten(model)
     scope = Scope.of(model)
     module = rewrite_at(model, recipe, scope=scope, leaves=leaves, identity=identity)
-    named = chain(subjects(module._captured.graph, model, scope), *scope.parameters.values())
+    graphs = [version.captured.graph for version in module._versions]
+    named = chain(*(subjects(graph, model, scope) for graph in graphs), *scope.parameters.values())
     recipe.refuse_unmatched(list(named))
     return module
 
@@ -59,13 +63,39 @@ def rewrite_at(
     identity: bool = False,
 ) -> RewrittenModule:
     """``rewrite`` of the ``root`` that stands at ``scope`` in the model whose names the recipe uses."""
-    captured = capture(root, leaves)
-    plan = assign(classify(captured.graph, root), root, recipe, scope=scope, identity=identity)
+    options = {"scope": scope, "leaves": leaves, "identity": identity}
+    versions = [_version(root, recipe, options)]
+    for mode in (True, False):
+        if any(flag != mode for flag in versions[0].captured.flags.values()):
+            versions.append(_version(root, recipe, options, training=mode))
+    return RewrittenModule(root, versions, recipe, options)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A module's forward as a graph. One that branches on training flags has one for each branch it was called in."""
+
+    captured: Captured
+    graph: Graph
+
+    def copy(self, memo: dict[int, Any] | None = None) -> Version:
+        """Its own graph and constants."""
+        constants = dict(self.captured.constants) if memo is None else copy.deepcopy(self.captured.constants, memo)
+        return Version(replace(self.captured, constants=constants), copy.deepcopy(self.graph))
+
+    def is_of(self, root: nn.Module) -> bool:
+        """Whether it holds the branches that ``root`` would take now."""
+        return all(root.get_submodule(path).training == value for path, value in self.captured.flags.items())
+
+
+def _version(root: nn.Module, recipe: Recipe, options: dict[str, Any], training: bool | None = None) -> Version:
+    captured = capture(root, options["leaves"], training=training)
+    where = {name: options[name] for name in ("scope", "identity")}
+    plan = assign(classify(captured.graph, root), root, recipe, **where)
     graph = insert(plan)
     if recipe.in_place:
         graph = reuse(graph, root)
-    verify(graph, captured.graph, root, recipe, scope=scope, identity=identity)
-    return RewrittenModule(root, graph, captured, recipe, {"scope": scope, "leaves": leaves, "identity": identity})
+    return Version(captured, verify(graph, captured.graph, root, recipe, **where))
 
 
 def refuse_rewritten(model: nn.Module) -> None:
@@ -76,8 +106,13 @@ def refuse_rewritten(model: nn.Module) -> None:
 
 
 def recipes_of_parameters(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
-    """First name -> the recipe of each parameter, its rule applied."""
-    return {name: recipe.at(*subjects) for name, subjects in parameter_subjects(model).items()}
+    """First name -> the recipe of each parameter, its rule applied.
+
+    What a parametrization derives a weight from is no weight: the graph rounds what is derived, the step does not.
+    """
+    recipes = {name: recipe.at(*subjects) for name, subjects in parameter_subjects(model).items()}
+    floats = dict.fromkeys(originals(model), FLOAT)
+    return {name: replace(each, weight=floats.get(name, each.weight)) for name, each in recipes.items()}
 
 
 # What a rewritten module shares with the model: the very dictionaries, so that both stay one set of layers, wherever
@@ -94,24 +129,45 @@ class RewrittenModule(GraphModule):
     """
 
     recipe: Recipe
-    frozen: tuple[str, ...]  # modules that branched on their training flag: the branch taken is all there is
     _root: nn.Module
-    _captured: Captured
+    _versions: list[Version]
+    _present: Version  # the one that the graph is of
+    _switches: bool  # whether it switches a mode, such as autocast
     _options: dict[str, Any]  # of rewrite_at
 
-    def __init__(
-        self, root: nn.Module, graph: Graph, captured: Captured, recipe: Recipe, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, root: nn.Module, versions: list[Version], recipe: Recipe, options: dict[str, Any]) -> None:
         # torch.fx would copy what the graph reads, in the order in which it is read: it gets nothing to copy.
         super().__init__(nn.Module(), Graph(), type(root).__name__)
         state = vars(self)
         state |= {name: vars(root)[name] for name in SHARED}
-        if not captured.bare:  # a layer that the graph calls runs its own
+        if not versions[0].captured.bare:  # a layer that the graph calls runs its own
             state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
-        state |= {"training": root.training, "recipe": recipe, "frozen": captured.frozen, **captured.constants}
         # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
-        state |= {"_root": root, "_captured": captured, "_options": options}
-        self.graph = graph
+        state |= {"training": root.training, "recipe": recipe, "_root": root, "_versions": versions}
+        state |= {"_options": options}
+        self._become(versions[0])
+
+    def _become(self, version: Version) -> None:
+        """Computes by ``version`` from now on."""
+        switches = any(node.target in SWITCHES for node in version.graph.nodes)
+        vars(self).update({"_present": version, "_switches": switches, **version.captured.constants})
+        self.graph = version.graph
+
+    def _follow_flags(self) -> None:
+        """Computes by the version of the branches that the training flags ask for, made if there is none yet."""
+        if self._present.captured.flags and not self._present.is_of(self):
+            version = next((each for each in self._versions if each.is_of(self)), None)
+            if version is None:
+                version = _version(self._root, self.recipe, self._options)
+                self._versions.append(version)
+            self._become(version)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._follow_flags()
+        if not self._switches or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with held():
+            return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -135,34 +191,49 @@ class RewrittenModule(GraphModule):
     def train(self, mode: bool = True) -> RewrittenModule:
         self._root.training = mode  # the flag that the shared layers' flags belong to
         super().train(mode)
+        self._follow_flags()
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewrittenModule:
         super()._apply(fn, recurse)
-        for name in self._captured.constants:
-            vars(self)[name] = fn(vars(self)[name])
+        for version in self._versions:
+            constants = version.captured.constants
+            constants |= {name: fn(constant) for name, constant in constants.items()}
+        vars(self).update(self._present.captured.constants)
         return self
 
     def _own_state(self) -> dict[str, Any]:
-        """What the root and the recipe do not say."""
-        return {name: vars(self)[name] for name in ("training", *HOOKS, *self._captured.constants)}
+        """What the root and the recipe do not say, beside constants."""
+        return {name: vars(self)[name] for name in ("training", *HOOKS)}
 
     def __copy__(self) -> RewrittenModule:
-        graph = copy.deepcopy(self.graph)
-        new = RewrittenModule(self._root, graph, self._captured, self.recipe, self._options)
-        vars(new).update(self._own_state())
-        return new
+        return self._copy(self._root, self._own_state(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         root = copy.deepcopy(self._root, memo)
-        graph = copy.deepcopy(self.graph)
-        memo[id(self)] = new = RewrittenModule(root, graph, self._captured, self.recipe, self._options)
+        memo[id(self)] = new = self._copy(root, {}, memo)
         vars(new).update(copy.deepcopy(self._own_state(), memo))
         return new
 
+    def _copy(self, root: nn.Module, state: dict[str, Any], memo: dict[int, Any] | None) -> RewrittenModule:
+        copies = {id(version): version.copy(memo) for version in self._versions}
+        new = RewrittenModule(root, list(copies.values()), self.recipe, self._options)
+        new._become(copies[id(self._present)])
+        vars(new).update(state)
+        return new
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._root, self.recipe, self._options), self._own_state()
+        constants = [(version.captured.flags, version.captured.constants) for version in self._versions]
+        return _rebuild, (self._root, self.recipe, self._options, constants), self._own_state()
 
 
-def _rebuild(root: nn.Module, recipe: Recipe, options: dict[str, Any]) -> RewrittenModule:
-    return rewrite_at(root, recipe, **options)
+def _rebuild(
+    root: nn.Module, recipe: Recipe, options: dict[str, Any], constants: list[tuple[dict[str, bool], dict[str, Any]]]
+) -> RewrittenModule:
+    module = rewrite_at(root, recipe, **options)
+    for version in module._versions:
+        # As they were: moved with the module, in its dtype.
+        own = (each for flags, each in constants if flags == version.captured.flags)
+        version.captured.constants.update(next(own, {}))
+    module._become(module._present)
+    return module

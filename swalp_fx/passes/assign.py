@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from ..formats import FLOAT
 from ..recipe import Recipe, Subject
-from .classify import LAYER_PARTS, PART, attribute, name_of, node_subject, parameter_subjects
+from .classify import LAYER_PARTS, PART, attribute, is_derived, name_of, node_subject, parameter_subjects
 
 __all__ = ["SITE", "Output", "Scope", "Site", "Weight", "assign", "parameters_read", "subjects"]
 
@@ -22,9 +22,9 @@ SITE = "swalp_fx.site"  # the node.meta key that assign writes: a Site
 
 @dataclass(frozen=True)
 class Weight:
-    """One quantized parameter: Q_W."""
+    """One quantized parameter, or weight that a parametrization derives: Q_W."""
 
-    parameter: str  # its first name in the model; a tied parameter is one parameter
+    parameter: str  # its first name in the model; a tied parameter is one. Of a derived weight, what derives it
     stream: int
     format: str
     rounding: str
@@ -92,6 +92,9 @@ def assign(
             name = names[id(parameter)]
             if local[name].weight == FLOAT and not identity:
                 continue
+            if is_derived(node, root):
+                site_weights = [("", Weight(str(node.target), next(streams), str(local[name].weight), recipe.rounding))]
+                break
             if name not in weights:
                 weights[name] = Weight(name, next(streams), str(local[name].weight), recipe.rounding)
             site_weights.append((alias, weights[name]))
@@ -175,7 +178,7 @@ def _goes_on(node: Node) -> Node | None:
 
 def parameters_read(node: Node, root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The floating parameters that ``node`` reads, by their names in the module it calls ("" for an attribute)."""
-    if node.meta[PART] == "parameter":
+    if node.op == "get_attr" and node.meta[PART] == "parameter":
         named = iter([("", attribute(root, str(node.target)))])
     elif node.op == "call_module":
         named = root.get_submodule(str(node.target)).named_parameters(remove_duplicate=False)

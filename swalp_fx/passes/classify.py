@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.utils.parametrize import ParametrizationList
 
-from ..capture import writes_in_place
+from ..capture import IN_PLACE_OPERATORS, writes_in_place
 from ..recipe import Subject
 
 __all__ = [
@@ -18,13 +20,16 @@ __all__ = [
     "PARTS",
     "attribute",
     "classify",
+    "is_derived",
     "name_of",
     "node_subject",
+    "originals",
     "parameter_subjects",
 ]
 
 # The node.meta key that classify writes: one of the parts below, or one of "input", "output", "parameter" (a Parameter
-# read by itself), "state" (a buffer, read or written) and "exit" (movement whose result the model only returns).
+# read by itself, or what a parametrization derives), "state" (a buffer, read, written, or what it is updated to) and
+# "exit" (movement whose result the model only returns).
 PART = "swalp_fx.part"
 
 # Part -> the names of what plays it: functions and methods (a trailing underscore, for in place, is dropped), and
@@ -89,6 +94,7 @@ PARTS: dict[str, str] = {
         rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform
         new_zeros new_ones new_full new_empty new_tensor tensor as_tensor
         Size _assert warn
+        is_grad_enabled _set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode
     """,
 }
 
@@ -97,9 +103,6 @@ LAYER_PARTS = ("compute", "norm", "activation", "arithmetic", "pooling")
 
 _PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
 _TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
-_IN_PLACE_OPERATORS = frozenset(
-    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-)
 
 
 def name_of(node: Node) -> str:
@@ -135,9 +138,30 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
     for path, module in root.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{name}" if path else name
+            aliases = [full]
+            if (derived := _DERIVED.match(full)) is not None:  # ``fc.weight`` is made of it: what names that, names it
+                module = root.get_submodule(derived[1].rstrip("."))
+                aliases.append(derived[1] + derived[2])
             part = next((_PART_OF[base.__name__] for base in _layer_bases(module)), "parameter")
-            subjects[names[id(parameter)]].append((full, [part, *(base.__name__ for base in type(module).__mro__)]))
+            kinds = [part, *(base.__name__ for base in type(module).__mro__)]
+            subjects[names[id(parameter)]] += [(alias, kinds) for alias in aliases]
     return {name: tuple(each) for name, each in subjects.items()}
+
+
+# ``fc.parametrizations.weight.original0``: the layer, a dot behind its name, and the tensor derived from the parameter.
+_DERIVED = re.compile(r"((?:.+\.)?)parametrizations\.([^.]+)\.")
+
+
+def originals(root: nn.Module) -> tuple[str, ...]:
+    """First names of the parameters that a parametrization derives weights from."""
+    return tuple(name for name, _ in root.named_parameters() if _DERIVED.match(name))
+
+
+def is_derived(node: Node, root: nn.Module) -> bool:
+    """Whether ``node`` is what a parametrization derives from parameters: a weight, if no parameter."""
+    if node.op != "call_module" or not isinstance(module := root.get_submodule(str(node.target)), ParametrizationList):
+        return False
+    return any(True for _ in module.parameters())
 
 
 def classify(graph: Graph, root: nn.Module) -> Graph:
@@ -154,13 +178,43 @@ def classify(graph: Graph, root: nn.Module) -> Graph:
     return view                      output
     """
     parameters = {id(parameter) for parameter in root.parameters()}
+    filled = _filled(graph, root)
     for node in graph.nodes:
-        node.meta[PART] = _part(node, root, parameters)
+        part = _part(node, root, parameters)
+        node.meta[PART] = "movement" if part == "number" and node in filled else part
+    _mark_updates(graph)
     for node in reversed(graph.nodes):
         leaves = node.users and all(user.meta[PART] in ("exit", "output") for user in node.users)
         if leaves and node.meta[PART] in ("movement", "number"):
             node.meta[PART] = "exit"
     return graph
+
+
+def _filled(graph: Graph, root: nn.Module) -> set[Node]:
+    """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
+    filled = set()
+    for node in graph.nodes:
+        is_write = name_of(node) in ("setitem", *IN_PLACE_OPERATORS) or writes_in_place(node, root)
+        if is_write and len(node.all_input_nodes) > 1:
+            written = node.args[0]
+            while isinstance(written, Node) and name_of(written) == "getitem":
+                written = written.args[0]
+            filled.add(written)
+    return filled
+
+
+def _mark_updates(graph: Graph) -> None:
+    """``self.mean = self.mean * 0.9 + new * 0.1``: what a buffer is set to is as little rounded as what is written into
+    it in place. These are sums and products that read the buffer and serve nothing else on their way to the write."""
+    written = {node.args[2] for node in graph.find_nodes(op="call_function", target=setattr)}
+    for node in reversed(graph.nodes):
+        is_call = node.op in ("call_function", "call_method")
+        if is_call and node.meta[PART] == "arithmetic" and node.users and written.issuperset(node.users):
+            written.add(node)
+    for node in graph.nodes:
+        reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
+        if node in written and node.meta[PART] == "arithmetic" and reads_state:
+            node.meta[PART] = "state"
 
 
 def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
@@ -171,14 +225,19 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
         if id(value) in parameters:
             return "parameter"
         return "state" if isinstance(value, torch.Tensor) else "number"
-    if _writes_state(node, root):
+    if node.target is setattr or _writes_state(node, root):
         return "state"
-    if node.all_input_nodes and all(source.meta[PART] == "number" for source in node.all_input_nodes):
+    if is_derived(node, root):
+        return "parameter"
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    has_parameters = module is not None and any(True for _ in module.parameters())
+    sources = node.all_input_nodes
+    if sources and not has_parameters and all(source.meta[PART] == "number" for source in sources):
         return "number"
-    if node.op == "call_module":
-        return _part_of_module(root.get_submodule(str(node.target)))
+    if module is not None:
+        return _part_of_module(module)
     if node.op == "call_function" and not _is_torch(node.target):
-        return "arithmetic"
+        return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
     name = name_of(node)
     return _PART_OF.get(name) or _PART_OF.get(name.rstrip("_")) or "arithmetic"
 
@@ -202,7 +261,7 @@ def _is_torch(function: Any) -> bool:
 
 def _writes_state(node: Node, root: nn.Module) -> bool:
     """Whether ``node`` writes into a buffer or a slice of one: a fresh tensor after it would lose the next write."""
-    if not (writes_in_place(node, root) or name_of(node) in _IN_PLACE_OPERATORS) or not node.args:
+    if not (writes_in_place(node, root) or name_of(node) in IN_PLACE_OPERATORS) or not node.args:
         return False
     written = node.args[0]
     while isinstance(written, Node) and name_of(written) == "getitem":

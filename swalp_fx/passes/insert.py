@@ -78,7 +78,11 @@ class _Insertion:
         site: Site = node.meta.get(SITE, Site())
         if node.meta[PART] == "parameter" and site.weights:
             ((_, weight),) = site.weights
-            self.raw[node] = self.read[node] = self._weight(weight, node)
+            if node.op == "call_module":  # derived anew by each call, and so rounded anew
+                derived = self.new.node_copy(node, lambda source: self._source(node, source))
+                self.raw[node] = self.read[node] = self._quantize_weight(derived, weight, node)
+            else:
+                self.raw[node] = self.read[node] = self._weight(weight, node)
             return
         if site.weights or node.target == "":  # a bare layer is called by name, even with nothing to bind
             new = self._call_layer(node, site)
@@ -108,9 +112,12 @@ class _Insertion:
     def _weight(self, weight: Weight, node: Node) -> Node:
         if weight.parameter not in self.weights:
             parameter = self._attribute(weight.parameter, weight.parameter, node)
-            arguments = (parameter, self.key, weight.stream, weight.format, weight.rounding)
-            self.weights[weight.parameter] = self._call(nodes.quantize_weight, arguments, f"{parameter.name}_q", node)
+            self.weights[weight.parameter] = self._quantize_weight(parameter, weight, node)
         return self.weights[weight.parameter]
+
+    def _quantize_weight(self, source: Node, weight: Weight, node: Node) -> Node:
+        arguments = (source, self.key, weight.stream, weight.format, weight.rounding)
+        return self._call(nodes.quantize_weight, arguments, f"{source.name}_q", node)
 
     def _call_layer(self, node: Node, site: Site) -> Node:
         path = str(node.target)

@@ -18,6 +18,7 @@ from .classify import LAYER_PARTS, PART, parameter_subjects
 
 __all__ = ["Parts", "parts_of", "rewrite_what_can_be", "rewritten_in"]
 
+PARAMETRIZATIONS = "parametrizations"  # where torch.nn.utils.parametrize keeps what derives a weight: no layer
 PARTS = "swalp_fx_parts"  # the attribute of a model rewritten in parts that holds its Parts
 
 
@@ -76,7 +77,7 @@ class _Search:
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             self.floats[path] = str(error)
         for name, child in module.named_children():
-            if id(child) in self.visited:
+            if id(child) in self.visited or name == PARAMETRIZATIONS:
                 continue
             self.visited.add(id(child))
             child_path = f"{path}.{name}" if path else name
@@ -90,9 +91,10 @@ class _Search:
         # Whatever a part returns, the model reads; what comes in, another part has rounded.
         recipe = replace(self.recipe, quantize_input=False, quantize_logits=True)
         part = rewrite_at(module, recipe, scope=scope, **self.options)
-        nodes = part._captured.graph.nodes
+        graphs = [version.captured.graph for version in part._versions]
+        nodes = list(chain(*(graph.nodes for graph in graphs)))
         if any(node.meta[PART] in (*LAYER_PARTS, "parameter") for node in nodes):
-            self.seen += subjects(part._captured.graph, module, scope)
+            self.seen += chain(*(subjects(graph, module, scope) for graph in graphs))
         if any(SITE in node.meta for node in nodes):
             self.parts[path] = part
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.nn.utils import parametrize
 
 from .. import nodes
 from ..capture import ROOT
@@ -38,8 +39,9 @@ MEASURES = re.compile(
     r"|is_\w+|is_?|is_not|training|eq|ne|lt|le|gt|ge|not_|and_|or_|xor|invert|logical_\w+|is(?:nan|inf|finite)|any|all"
     r"|arg(?:max|min|sort)|nonzero|bucketize|searchsorted|one_hot|bincount|long|int|bool|zeros|ones|full|empty|arange"
     r"|linspace|eye|(?:zeros|ones|full|empty|rand|randn|randint)_like|rand|randn|randint|randperm|bernoulli|normal"
-    r"|uniform|new_\w+|(?:as_)?tensor|_assert|warn)"
+    r"|uniform|new_\w+|(?:as_)?tensor|_assert|warn|_set_grad_enabled|_(?:enter|exit)_(?:autocast|inference_mode))"
 )
+SWITCHES = re.compile(r"_set_grad_enabled|_(?:enter|exit)_\w+")  # what holds for all that follows
 WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
 
 # The parts that a placement or a rule may name; of what makes numbers, the rest is arithmetic.
@@ -96,14 +98,16 @@ def verify(
     Raises VerifyError, naming the node, unless
 
     1. without its quantize nodes, the graph is the captured one, node for node and argument for argument;
-    2. every floating parameter that is read is read through one quantize node, the same for each of its readers;
+    2. every floating parameter that is read is read through one quantize node, the same for each of its readers; where
+       a parametrization derives a weight, the weight is, and not what it is derived from;
     3. every output that the recipe's placement names is read through one quantize node, and only the model's own
        output reads it bare, unless the recipe rounds that too;
     4. nothing else is quantized: no movement, size, buffer or quantized tensor, and no input but by the recipe;
     5. formats and rounding are the recipe's at that place, its rules applied, and roles in float have no node;
     6. no two nodes share a stream, and all draw from the one key of this forward;
     7. an output that is rounded in place is in memory of its own that nothing else reads, autograd included, and so is
-       an error signal; and the recipe allows it.
+       an error signal; and the recipe allows it;
+    8. no mode (autocast, gradients, inference) is switched between an output and its quantize node.
     """
     _Proof(graph, captured, root, recipe, scope or Scope.of(root), identity).run()
     return graph
@@ -125,6 +129,7 @@ class _Proof:
         self._formats()
         self._randomness()
         self._memory()
+        self._modes()
 
     def _same_computation(self) -> None:
         before = _listing(self.captured, self.root)
@@ -138,6 +143,8 @@ class _Proof:
     def _weights_once(self) -> None:
         quantized: dict[int, Node] = {}
         for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_weight):
+            if _derivation(node.args[0], self.root) is not None:
+                continue
             parameter = _value(node.args[0], self.root)
             _require(id(parameter) in self.parameters, node, "quantizes what is no parameter")
             _require(quantized.setdefault(id(parameter), node) is node, node, "quantizes a parameter a second time")
@@ -145,7 +152,11 @@ class _Proof:
             if node.op == "get_attr" and self._is_quantizable(_value(node, self.root)):
                 for reader in node.users:
                     _require(reader.target is nodes.quantize_weight, reader, f"reads parameter {node.target} bare")
-            if node.op == "call_module":
+            if (derivation := _derivation(node, self.root)) is not None:
+                is_rounded = any(self._is_quantizable(p) for p in derivation.parameters())
+                readers = [user.target for user in node.users]
+                _require(not is_rounded or readers == [nodes.quantize_weight], node, f"is a weight read by {readers}")
+            elif node.op == "call_module":
                 layer = self.root.get_submodule(node.target)
                 bare = [name for name, p in layer.named_parameters() if self._is_quantizable(p)]
                 _require(not bare, node, f"reads its parameters {bare} bare")
@@ -244,7 +255,9 @@ class _Proof:
         for node in self.graph.nodes:
             formats: tuple[str, ...]
             if node.target is nodes.quantize_weight:
-                here = self._recipe_of(_value(node.args[0], self.root))
+                derivation = _derivation(node.args[0], self.root)
+                parameter = _value(node.args[0], self.root) if derivation is None else next(derivation.parameters())
+                here = self._recipe_of(parameter)
                 formats = str(here.weight), here.rounding
             elif node.target is nodes.quantize_output:
                 here = self._recipe_at(node.args[0])
@@ -301,6 +314,16 @@ class _Proof:
         own = next(base for base in type(module).__mro__ if "forward" in vars(base))
         return own.__module__.startswith("torch.nn.") and pattern.fullmatch(own.__name__) is not None
 
+    def _modes(self) -> None:
+        switches = 0
+        made_after: dict[Node, int] = {}
+        for node in self.graph.nodes:
+            switches += any(SWITCHES.fullmatch(name) for name in _names(node, self.root))
+            made_after[node] = switches
+            if node.target is nodes.quantize_output:
+                source = node.args[0]
+                _require(made_after[source] == switches, node, f"is in another mode than {source}, which it quantizes")
+
 
 def _takes_first(reader: Node, node: Node) -> bool:
     """Whether ``node`` is the first input of ``reader``."""
@@ -353,6 +376,15 @@ def _value(node: Any, root: nn.Module) -> Any:
     return value
 
 
+def _derivation(node: Any, root: nn.Module) -> parametrize.ParametrizationList | None:
+    """What derives the weight that ``node`` is, if it is one."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    module = root.get_submodule(str(node.target))
+    is_weight = isinstance(module, parametrize.ParametrizationList) and any(True for _ in module.parameters())
+    return module if is_weight else None  # type: ignore[return-value]
+
+
 def _is_flag(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "get_attr" and node.target == "training"
 
@@ -360,9 +392,35 @@ def _is_flag(node: Any) -> bool:
 def _kinds(graph: Graph, root: nn.Module) -> dict[Node, str]:
     """Each node's kind: "layer", "moves", "number", "buffer", or "other" (inputs, parameters, the output, our own)."""
     kinds: dict[Node, str] = {}
+    updates = _updates(graph, root)
     for node in graph.nodes:
         kinds[node] = _kind(node, root, kinds)
+        if kinds[node] == "layer" and node in updates and "buffer" in [kinds[s] for s in node.all_input_nodes]:
+            kinds[node] = "buffer"
     return kinds
+
+
+def _updates(graph: Graph, root: nn.Module) -> set[Node]:
+    """The arithmetic that serves nothing but what a buffer is set to; and the last of it, whatever else it serves."""
+    updates: set[Node] = set()
+    found = [node.args[2] for node in graph.nodes if node.target is setattr]
+    while found:
+        node = found.pop()
+        if isinstance(node, Node) and node not in updates:
+            # Movement may stand last, and nowhere else. A quantize node, which is no arithmetic of PyTorch's, may stand
+            # anywhere: whether it should is what this is to find out.
+            is_last = any(user.target is setattr for user in node.users)
+            if is_last or _is_arithmetic(node, root):
+                updates.add(node)
+                found += [source for source in node.all_input_nodes if updates.issuperset(source.users)]
+    return {node for node in updates if _is_arithmetic(node, root)}
+
+
+def _is_arithmetic(node: Node, root: nn.Module) -> bool:
+    patterns = (MOVES, MEASURES, *PARTS.values())
+    names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
+    is_call = node.op in ("call_function", "call_method") and _module(node, root) is None
+    return is_call and not any(pattern.fullmatch(name) for pattern in patterns for name in names)
 
 
 def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
@@ -371,17 +429,35 @@ def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
         if isinstance(value, (nn.Parameter, nn.Module)):
             return "other"
         return "buffer" if isinstance(value, torch.Tensor) else "number"
-    if node.op in ("placeholder", "output") or node.target in _OURS:
+    if node.op in ("placeholder", "output") or node.target in _OURS or _derivation(node, root) is not None:
         return "other"
-    if _writes_buffer(node, root, kinds):
+    if node.target is setattr or _writes_buffer(node, root, kinds):
         return "buffer"
-    inputs = node.all_input_nodes
-    if inputs and all(kinds[source] == "number" for source in inputs):
-        return "number"
+    inputs, module = node.all_input_nodes, _module(node, root)
+    has_parameters = module is not None and any(True for _ in module.parameters())
+    if inputs and not has_parameters and all(kinds[source] == "number" for source in inputs):
+        return "moves" if _is_filled(node, root) else "number"
+    if isinstance(node.target, type) and not _is_torch(node.target):
+        return "moves"  # a tuple or a record, whose fields have names
     names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
     if any(MOVES.fullmatch(name) for name in names):
         return "moves"
-    return "number" if any(MEASURES.fullmatch(name) for name in names) else "layer"
+    if any(MEASURES.fullmatch(name) for name in names):
+        return "moves" if _is_filled(node, root) else "number"
+    return "layer"
+
+
+def _is_filled(node: Node, root: nn.Module) -> bool:
+    """Whether another tensor is written into ``node``, or into a part of it."""
+    for user in node.users:
+        names = _names(user, root)
+        is_first = bool(user.args) and user.args[0] is node
+        if is_first and names == ["getitem"] and _is_filled(user, root):
+            return True
+        is_write = any(name == "setitem" or WRITES.fullmatch(name) for name in names)
+        if is_first and is_write and len(user.all_input_nodes) > 1:
+            return True
+    return False
 
 
 def _part(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:

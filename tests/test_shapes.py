@@ -1,0 +1,181 @@
+"""Whatever a module can be: rewritten right, in both modes and under every placement, or refused by name."""
+
+import copy
+import re
+
+import pytest
+import shapes
+import torch
+import torch.nn.utils.prune
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from swalp_fx import Recipe, RewrittenModule, Rule, check, convert, quantize, report
+from swalp_fx.capture import ConvertError
+from swalp_fx.passes import recipes_of_parameters
+from swalp_fx.passes.parts import parts_of
+
+named = {"ids": lambda kind: kind.__name__}
+
+
+def _layer(row):
+    make, given, arity = row
+    torch.manual_seed(0)
+    return make(), torch.randn(given) if isinstance(given, tuple) else given, arity
+
+
+@pytest.mark.parametrize("row", shapes.LAYERS, ids=lambda row: type(row[0]()).__name__)
+def test_every_layer_with_parameters(row):
+    layer, x, arity = _layer(row)
+    assert check(copy.deepcopy(layer), *[x] * arity)
+    assert check(shapes.Around(layer, arity), x)
+
+
+@pytest.mark.parametrize("kind", shapes.MORE, **named)
+def test_every_shape(kind):
+    model, inputs = shapes.made(kind)
+    found = check(model, *inputs)
+    assert found and found.compared, found
+    assert parts_of(convert(model).module) is None
+
+
+@pytest.mark.parametrize("placement", ["every", "compute", "compute+activation", "group"])
+@pytest.mark.parametrize("kind", shapes.MORE, **named)
+def test_pass_and_prover_agree(kind, placement):
+    model, inputs = shapes.made(kind)
+    module, _ = convert(model, recipe=Recipe.parse("bfp8", placement=placement, quantize_logits=True))
+    outputs = torch.utils._pytree.tree_leaves(module(*inputs))
+    assert all(torch.isfinite(y).all() for y in outputs if isinstance(y, torch.Tensor))
+
+
+@pytest.mark.filterwarnings("ignore:.*Rewritten instead")
+@pytest.mark.parametrize("kind", shapes.PARTIAL, **named)
+def test_every_shape_that_no_graph_can_hold(kind):
+    model, inputs = shapes.made(kind)
+    assert check(model, *inputs)
+    assert parts_of(convert(model).module).rewritten
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_what_derives_its_weight_in_a_hook_is_refused(norm):
+    model = nn.Sequential(getattr(nn.utils, norm)(nn.Linear(3, 3)))
+    with pytest.raises(ConvertError, match=rf"0: torch.nn.utils.{norm} .*use torch.nn.utils.parametrizations.{norm}"):
+        convert(model)
+
+
+# Modes
+
+
+def test_an_error_in_a_block_leaves_no_mode_on():
+    for kind in (shapes.AutocastBlock, shapes.NoGradBlock, shapes.InferenceBlock):
+        module, _ = convert(kind())
+        with pytest.raises(RuntimeError):
+            module(torch.randn(4, 5))
+        assert (
+            torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        )
+        assert module(torch.randn(4, 6)).requires_grad
+
+
+def test_a_block_restores_the_mode_that_the_model_is_called_in():
+    module, _ = convert(shapes.NoGradBlock())
+    with torch.no_grad():
+        assert not module(torch.randn(4, 6)).requires_grad
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert module(torch.randn(4, 6)).is_inference()
+
+
+def test_a_weight_takes_its_gradient_wherever_it_is_first_read():
+    model, inputs = shapes.made(shapes.NoGradBlock)
+    module, _ = convert(model)
+    module(*inputs).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+COMPILED = (shapes.AutocastBlock, shapes.NoGradBlock, shapes.Rebound, shapes.UserFunctions, shapes.Normed, shapes.Heads)
+
+
+@pytest.mark.parametrize("kind", COMPILED, **named)
+def test_it_compiles_whole(kind):
+    model, inputs = shapes.made(kind)
+    module, _ = convert(model, recipe="bfp8 rounding=nearest")
+    eager = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        module.train(training)
+        eager.train(training)
+        found, expected = (
+            [*torch.utils._pytree.tree_leaves(call(*inputs)), *owner.buffers()]
+            for call, owner in ((compiled, module), (eager, eager))
+        )
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+# Buffers
+
+
+def test_the_update_of_a_buffer_is_not_rounded():
+    code = convert(shapes.Rebound()).module.code
+    assert "mul_1_q" not in code and ", 'mean', detach)" in code and ", 'calls', iadd)" in code
+    code = convert(shapes.Carried()).module.code
+    assert "setattr(_root, 'hidden', tanh_q)" in code
+
+
+def test_a_buffer_that_is_set_is_the_models_too():
+    model, inputs = shapes.made(shapes.Rebound)
+    module, _ = convert(model)
+    module(*inputs)
+    assert model.calls == 1 and module.mean is model.mean and torch.equal(module.state_dict()["mean"], model.mean)
+    copied = copy.deepcopy(module)
+    copied(*inputs)
+    assert model.calls == 1 and copied.calls == 2
+
+
+# Derived weights
+
+
+def test_a_pruned_weight_is_rounded_before_its_mask():
+    layer, x = nn.utils.prune.random_unstructured(nn.Linear(6, 3, bias=False), "weight", 0.5), torch.randn(4, 6)
+    module, _ = convert(layer, recipe="bfp4")
+    weight = quantize(layer.weight_orig, "bfp4") * layer.weight_mask
+    assert torch.equal(module.eval()(x), nn.functional.linear(x, weight))
+
+
+def test_what_a_layer_computes_with_is_rounded_and_what_it_is_derived_from_is_not():
+    torch.manual_seed(0)
+    layer, x = parametrizations.weight_norm(nn.Linear(6, 3, bias=False)), torch.randn(4, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    module, _ = convert(layer, optimizer, recipe="bfp4 A=float E=float G=float")
+    assert torch.equal(module.eval()(x), x @ quantize(layer.weight, "bfp4").T)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    module.train()(x).sum().backward()
+    optimizer.step()
+    for parameter, old in zip(layer.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old - 0.1 * parameter.grad)
+
+
+def test_rules_name_a_derived_weight_by_its_layer():
+    for rule in (Rule("spectral.weight", weight="bfp4"), Rule("*", kind="Linear", weight="bfp4")):
+        module, _ = convert(shapes.Normed(), recipe=Recipe.parse("bfp8", rules=(rule,)))
+        assert re.search(r"spectral_parametrizations_weight, key, \d+, 'bfp4'", module.code)
+    recipes = recipes_of_parameters(shapes.Normed(), Recipe.parse("bfp8"))
+    floats = {name for name, recipe in recipes.items() if str(recipe.weight) == "float"}
+    assert floats == {name for name in recipes if ".parametrizations." in name}
+
+
+def test_derived_weights_are_reported():
+    model, inputs = shapes.made(shapes.Normed)
+    text = report(convert(model, recipe="bfp8").module, *inputs)
+    assert ["conv.weight", "derived", "weight", "6x4x3", "bfp8"] in [line.split()[:5] for line in text.splitlines()]
+    assert "  conv.parametrizations.weight.original0, conv.parametrizations.weight.original1, " in text
+    assert "a weight is derived from them, and rounded" in text
+
+
+def test_a_parametrized_layer_that_cannot_be_traced_stays_float_and_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8))
+    nn.utils.parametrize.register_parametrization(model[1], "weight_hh_l0", nn.Identity())
+    with pytest.warns(UserWarning, match="Rewritten instead: 1"):
+        module, _ = convert(model)
+    assert isinstance(module[0], RewrittenModule) and "1, outside of its rewritten modules" in report(module)
