@@ -145,6 +145,24 @@ def _draws(code: int, key: Tensor | int | None, generator: torch.Generator | Non
     return key
 
 
+class _StraightThrough(torch.autograd.Function):
+    """An op and its gradient under torch.func, whose transforms do not take what torch.library registers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, key: Tensor | None, op: Any, numbers: tuple, code: int, bits: int, stream: int) -> Tensor:
+        return op(x, *numbers, code, bits, key, stream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None, None, None, None, None, None
+
+
 def quantize(
     x: Tensor,
     format: str | Format,
@@ -174,6 +192,8 @@ def quantize(
     key = _draws(code, key, generator)
     if op is None:
         return x.clone()
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _StraightThrough.apply(x, key, op, numbers, code, bits, stream)
     return op(x, *numbers, code, bits, key, stream)
 
 

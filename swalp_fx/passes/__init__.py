@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ..capture import Captured, ConvertError, capture
+from ..capture import Captured, ConvertError, capture, refuse_unfit
 from ..recipe import Recipe
 from .assign import Scope, assign, subjects
 from .classify import classify, parameter_subjects
@@ -38,9 +38,11 @@ def rewrite(
     ``leaves`` are module types to call whole: their weights are quantized, what happens inside them is not.
     ``identity`` inserts nodes for roles in ``float`` too.
     Raises, before anything is changed, CaptureError for a model that cannot be traced, ConvertError for one that is
-    already rewritten or no float model, and RecipeError for a rule, an include or an exclude that matches nothing.
+    already rewritten, wrapped, compiled or no float model, and RecipeError for a rule, an include or an exclude that
+    matches nothing.
     """
     refuse_rewritten(model)
+    refuse_unfit(model)
     scope = Scope.of(model)
     module = rewrite_at(model, recipe, scope=scope, leaves=leaves, identity=identity)
     named = chain(subjects(module._captured.graph, model, scope), *scope.parameters.values())
@@ -84,8 +86,8 @@ HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "
 class RewrittenModule(GraphModule):
     """A graph over a model's own parameters, buffers and layers: keys, order and tying are the model's.
 
-    ``train()`` and ``eval()`` switch the model too, since the layers are the same objects. A deep copy holds a copy of
-    the model. A pickle holds the model and the recipe, and is traced again when it is loaded.
+    The training flag is the model's own, as the layers are: ``train()`` and ``eval()`` of either switch both. A deep
+    copy holds a copy of the model. A pickle holds the model and the recipe, and is traced again when it is loaded.
     """
 
     recipe: Recipe
@@ -103,7 +105,7 @@ class RewrittenModule(GraphModule):
         state |= {name: vars(root)[name] for name in SHARED}
         if not captured.bare:  # a layer that the graph calls runs its own
             state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
-        state |= {"training": root.training, "recipe": recipe, "frozen": captured.frozen, **captured.constants}
+        state |= {"recipe": recipe, "frozen": captured.frozen, **captured.constants}
         # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
         state |= {"_root": root, "_captured": captured, "_options": options}
         self.graph = graph
@@ -127,10 +129,14 @@ class RewrittenModule(GraphModule):
     def __getitem__(self, index: Any) -> NoReturn:
         iter(self)
 
-    def train(self, mode: bool = True) -> RewrittenModule:
-        self._root.training = mode  # the flag that the shared layers' flags belong to
-        super().train(mode)
-        return self
+    @property
+    def training(self) -> bool:
+        return self._root.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_root" in vars(self):  # torch.nn.Module sets the flag before there is one
+            self._root.training = mode
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewrittenModule:
         super()._apply(fn, recurse)
@@ -140,7 +146,7 @@ class RewrittenModule(GraphModule):
 
     def _own_state(self) -> dict[str, Any]:
         """What the root and the recipe do not say."""
-        return {name: vars(self)[name] for name in ("training", *HOOKS, *self._captured.constants)}
+        return {name: vars(self)[name] for name in (*HOOKS, *self._captured.constants)}
 
     def __copy__(self) -> RewrittenModule:
         graph = copy.deepcopy(self.graph)
