@@ -131,7 +131,8 @@ class RewrittenModule(GraphModule):
 
     @property
     def training(self) -> bool:
-        return self._root.training
+        # Another trace puts a flag of its own in the dictionary.
+        return vars(self).get("training", self._root.training)
 
     @training.setter
     def training(self, mode: bool) -> None:
