@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from .modes import recorded, replaced
 from .snapshot import untouched
 
-__all__ = ["ROOT", "CaptureError", "Captured", "ConvertError", "LiveTracer", "capture"]
+__all__ = ["ROOT", "CaptureError", "Captured", "ConvertError", "LiveTracer", "capture", "refuse_unfit"]
 
 # The attribute by which the graph of a bare layer calls the layer, which is the graph's own root.
 ROOT = "_root"
@@ -65,7 +65,7 @@ def capture(model: nn.Module, leaves: Sequence[type[nn.Module]] = (), *, trainin
     a forward that cannot be traced.
     """
     tracer = LiveTracer(leaves)
-    _refuse_unfit(model)
+    refuse_unfit(model)
     if tracer.is_leaf_module(model, ""):
         return Captured(_one_call(model), {}, bare=True)
     with untouched(model) as snapshot:
@@ -294,20 +294,32 @@ def _one_call(layer: nn.Module) -> Graph:
     return graph
 
 
-def _refuse_unfit(model: nn.Module) -> None:
+# Classes of torch that a model must not be or hold, by name, since torch loads some of them late -> what to do instead.
+UNFIT = {
+    "DataParallel": "convert the module inside it, then wrap the result",
+    "DistributedDataParallel": "convert the module inside it, then wrap the result",
+    "FullyShardedDataParallel": "formats round whole parameters: wrap the converted module in DistributedDataParallel",
+    "FSDPModule": "formats round whole parameters: wrap the converted module in DistributedDataParallel",
+    "OptimizedModule": "convert first, then torch.compile the result",
+    "ScriptModule": "convert the Python module it was made from",
+}
+
+
+def refuse_unfit(model: nn.Module) -> None:
     """Raises ConvertError for what is no float model that can be traced at all."""
     if not isinstance(model, nn.Module):
         raise ConvertError(f"cannot convert a {type(model).__name__}; pass a torch.nn.Module")
-    kind = type(model).__name__
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ConvertError(f"cannot convert a {kind}; convert the module inside it, then wrap the result")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ConvertError("cannot convert a compiled model; convert first, then torch.compile the result")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConvertError(f"cannot convert a TorchScript module ({kind}); convert the Python module it was made from")
+    for path, module in model.named_modules():
+        which = path or "the model"
+        for kind in type(module).__mro__:
+            if kind.__name__ in UNFIT and kind.__module__.startswith("torch."):
+                raise ConvertError(f"cannot convert {which}, which is {kind.__name__}; {UNFIT[kind.__name__]}")
+        if module._compiled_call_impl is not None:
+            raise ConvertError(f"cannot convert {which}, which is compiled; convert first, then compile the result")
     if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
-        raise CaptureError(
-            f"cannot convert a bare {kind}, which has no forward; convert the module that calls its layers"
+        raise ConvertError(
+            f"cannot convert a bare {type(model).__name__}, which has no forward; "
+            "convert the module that calls its layers"
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):

@@ -46,11 +46,17 @@ def convert(
     rounded, in place (``in_place=false`` in the recipe rounds nothing in place).
 
     A model whose own forward cannot be traced is rewritten in parts: its largest submodules that can be, in a copy of
-    its structure. ``report`` lists what stayed float, and why.
+    its structure. ``report`` lists what stayed float, and why. Call train() and eval() on that copy: what is between
+    its parts has a flag of its own. (A module rewritten whole and its model have one flag.)
+
+    In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal
+    if all ranks have one ``torch.initial_seed()`` here, or load the ``swalp.state_dict()`` of one; their forwards and
+    backwards draw bits of each rank's own all the same.
 
     Warns of such a model. One that branches on its training flag has a graph for each branch, and follows the flag.
-    Raises ConvertError (a model with nothing to rewrite, or already converted), FormatError, RecipeError, and
-    ValueError for an optimizer with parameters that are not the model's, all before anything is changed.
+    Raises ConvertError (no module, nothing to rewrite, already converted, compiled or wrapped), FormatError,
+    RecipeError, and ValueError for an optimizer with parameters that are not the model's, all before anything is
+    changed.
     """
     parsed = Recipe.parse(recipe)
     module = rewrite_what_can_be(model, parsed, leaves=tuple(leaves))

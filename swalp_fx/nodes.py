@@ -6,11 +6,13 @@ torch.fx proxy and records itself instead of running, so a rewritten module can 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd import Function
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import handle_torch_function, has_torch_function
@@ -25,6 +27,9 @@ __all__ = ["call_layer", "draw_key", "quantize_output", "quantize_weight"]
 # that holds several (from bit 40). Distinct sites, signals and tensors therefore never share a random word.
 ERROR_STREAM = 1 << 32
 TENSOR_STREAM = 1 << 40
+
+# A layer's parameters are replaced while it runs, and it may be running in another thread.
+_REPLACING = threading.RLock()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -108,7 +113,10 @@ def _is_transformed() -> bool:
 
 @_public
 def draw_key(training: bool) -> Tensor | None:
-    """The key of one forward, int64 of shape []; None in eval mode, where stochastic rounds to nearest."""
+    """The key of one forward, int64 of shape []; None in eval mode, where stochastic rounds to nearest.
+
+    In a process group each rank has keys of its own, even where all are seeded alike.
+    """
     if has_torch_function((training,)):
         return handle_torch_function(draw_key, (training,), training)
     if training and is_fx_symbolic_tracing():
@@ -116,7 +124,11 @@ def draw_key(training: bool) -> Tensor | None:
             "torch.fx would freeze the random key of this low-precision module into the trace; "
             "trace it with swalp_fx.capture, or in eval mode"
         )
-    return random.draw_key() if training else None
+    if not training:
+        return None
+    key = random.draw_key()
+    # Distinct ranks give distinct keys, which is all that philox asks of them.
+    return key ^ distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else key
 
 
 @_public
@@ -184,20 +196,21 @@ def call_layer(module: nn.Module, weights: dict[str, Tensor], /, *args: Any, **k
     """``module(*args, **kwargs)`` with ``weights``, by their names in it, in place of its own parameters.
 
     Hooks run, buffers are updated and the training flag is followed as in a plain call; the module keeps its own
-    parameters.
+    parameters. One thread at a time.
     """
     tensors = tuple(weights.values())
     if has_torch_function(tensors):
         return handle_torch_function(call_layer, tensors, module, weights, *args, **kwargs)
-    # What torch.func.functional_call does with parameters, in a third of its time.
-    own: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for path, tensor in weights.items():
-            prefix, _, name = path.rpartition(".")
-            parameters = (module.get_submodule(prefix) if prefix else module)._parameters
-            own.append((parameters, name, parameters[name]))
-            parameters[name] = tensor  # type: ignore[assignment]
-        return module(*args, **kwargs)
-    finally:
-        for parameters, name, parameter in reversed(own):
-            parameters[name] = parameter
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _REPLACING:
+        # What torch.func.functional_call does with parameters, in a third of its time.
+        own: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for path, tensor in weights.items():
+                prefix, _, name = path.rpartition(".")
+                parameters = (module.get_submodule(prefix) if prefix else module)._parameters
+                own.append((parameters, name, parameters[name]))
+                parameters[name] = tensor  # type: ignore[assignment]
+            return module(*args, **kwargs)
+        finally:
+            for parameters, name, parameter in reversed(own):
+                parameters[name] = parameter

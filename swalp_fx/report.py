@@ -90,7 +90,7 @@ def _layers_of(module: RewrittenModule, path: str, counted: set[int]) -> Iterato
         weights = _weights(node, module)
         parameters = {id(p): p for p in map(module.get_parameter, weights)}
         output = next((user for user in node.users if user.target is nodes.quantize_output), None)
-        local = [recipes[key] for key in parameters]
+        local = [recipes[key] for key, parameter in parameters.items() if parameter.is_floating_point()]
         name, operation = _names(node, module)
         yield _Layer(
             (path, node.name),

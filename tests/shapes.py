@@ -206,6 +206,17 @@ def made(kind):
     return model, [torch.utils._pytree.tree_map(_value, given, **is_size) for given in kind.inputs]
 
 
+def run(module, inputs, seed=0):
+    torch.manual_seed(seed)
+    return module(*inputs)
+
+
+def equal(a, b):
+    """Whether two nests hold the same tensors, bit for bit."""
+    leaves = [torch.utils._pytree.tree_leaves(nest) for nest in (a, b)]
+    return all(torch.equal(x, y) for x, y in zip(*leaves, strict=True))
+
+
 # Modes
 
 

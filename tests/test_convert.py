@@ -1,41 +1,24 @@
-"""``convert``, and the module it returns as a citizen of PyTorch."""
+"""``convert``: what it changes and what it leaves alone, what it computes, and what it refuses."""
 
 import copy
-import io
 import pickle
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import shapes
 import torch
-from torch import nn
+from shapes import equal, run
+from torch import distributed, nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
-from swalp_fx import FormatError, Recipe, RecipeError, quantize
+from swalp_fx import FormatError, Recipe, RecipeError, check, quantize, report
 from swalp_fx.capture import ConvertError
 from swalp_fx.convert import Converted, convert
-from swalp_fx.passes import RewrittenModule
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
-
-
-def _run(module, inputs, seed=0):
-    torch.manual_seed(seed)
-    return module(*inputs)
-
-
-def _equal(a, b):
-    leaves = [torch.utils._pytree.tree_leaves(nest) for nest in (a, b)]
-    return all(torch.equal(x, y) for x, y in zip(*leaves, strict=True))
-
-
-@kinds
-def test_keys_and_tensors_are_the_models(kind):
-    model, _ = shapes.made(kind)
-    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
-    module, _ = convert(model)
-    assert {name: value.data_ptr() for name, value in module.state_dict().items()} == before
-    assert list(module.state_dict()) == list(before)
-    assert [*map(id, module.parameters())] == [*map(id, model.parameters())]
-    assert [name for name, _ in module.named_modules()] == [name for name, _ in model.named_modules()]
 
 
 @kinds
@@ -49,52 +32,17 @@ def test_the_models_own_structure_is_not_changed(kind):
     assert repr(model) == described
     for module, other in zip(model.modules(), copied.modules(), strict=True):
         assert type(module) is type(other) and vars(module).keys() == vars(other).keys()
-    assert _equal(_run(model, inputs), _run(copied, inputs))
-
-
-@kinds
-def test_copies_and_pickles_compute_the_same(kind):
-    module, _ = convert(shapes.made(kind)[0], recipe="bfp6[0]")
-    _, inputs = shapes.made(kind)
-    stored = io.BytesIO()
-    torch.save(module, stored)
-    stored.seek(0)
-    others = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(stored, weights_only=False)]
-    for training in (False, True):
-        for each in (module, *others):
-            each.train(training)
-        before = [copy.deepcopy(each) for each in others]
-        expected = _run(copy.deepcopy(module), inputs)
-        for other in before:
-            assert isinstance(other, RewrittenModule)
-            assert list(other.state_dict()) == list(module.state_dict())
-            assert _equal(_run(other, inputs), expected)
-
-
-def test_a_copy_shares_nothing_and_a_shallow_copy_all():
-    module, _ = convert(shapes.Tied())
-    deep, shallow = copy.deepcopy(module), copy.copy(module)
-    assert {*map(id, deep.parameters())}.isdisjoint(map(id, module.parameters()))
-    assert deep.first.weight is deep.second.weight
-    assert [*map(id, shallow.parameters())] == [*map(id, module.parameters())]
-
-
-def test_state_round_trips_with_the_float_model():
-    model, _ = shapes.made(shapes.Convnet)
-    module, _ = convert(shapes.Convnet())
-    module.load_state_dict(model.state_dict())
-    assert _equal(module.state_dict(), model.state_dict())
-    shapes.Convnet().load_state_dict(module.state_dict())
+    assert equal(run(model, inputs), run(copied, inputs))
 
 
 def test_training_draws_and_evaluation_rounds_to_nearest():
     module, _ = convert(shapes.made(shapes.PreResNet)[0], recipe="bfp6[0]")
     _, inputs = shapes.made(shapes.PreResNet)
-    first = _run(module, inputs, seed=1)
-    assert torch.equal(_run(module, inputs, seed=1), first)
-    assert not torch.equal(_run(module, inputs, seed=2), first)
+    first = run(module, inputs, seed=1)
+    assert torch.equal(run(module, inputs, seed=1), first)
+    assert not torch.equal(run(module, inputs, seed=2), first)
     module.eval()
-    assert torch.equal(_run(module, inputs, seed=1), _run(module, inputs, seed=2))
+    assert torch.equal(run(module, inputs, seed=1), run(module, inputs, seed=2))
     nearest, _ = convert(shapes.made(shapes.PreResNet)[0], recipe="bfp6[0] rounding=nearest")
     nearest.load_state_dict(module.state_dict())
     assert torch.equal(nearest.eval()(*inputs), module(*inputs))
@@ -115,63 +63,6 @@ def test_a_layer_computes_what_algorithm_2_says():
     assert torch.equal(model[0].weight.grad, signal.T @ x)
 
 
-def test_train_and_eval_reach_the_model():
-    model = shapes.Droops()
-    module, _ = convert(model)
-    module.eval()
-    assert not any(each.training for each in (*model.modules(), *module.modules()))
-    module.train()
-    assert all(each.training for each in (*model.modules(), *module.modules()))
-
-
-def test_a_hook_on_the_module_is_not_the_models():
-    model, inputs = shapes.made(shapes.Convnet)
-    module, _ = convert(model)
-    seen = []
-    module.register_forward_hook(lambda *_: seen.append(1))
-    model(*inputs)
-    assert seen == []
-    module(*inputs)
-    assert seen == [1]
-
-
-def test_constants_of_the_trace_move_with_the_module_and_add_no_key():
-    module, _ = convert(shapes.Branchy())
-    assert module._tensor_constant0.device.type == "cpu"
-    assert module.to("meta")._tensor_constant0.device.type == "meta"
-    assert "_tensor_constant0" not in module.state_dict()
-
-
-@pytest.mark.parametrize("kind", [shapes.Convnet, shapes.Tied, shapes.Direct], ids=lambda kind: kind.__name__)
-def test_it_compiles_whole(kind):
-    model, inputs = shapes.made(kind)
-    module, _ = convert(model, recipe="bfp6[0] rounding=nearest")
-    module.eval()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    expected = module(*inputs)
-    expected.sum().backward()
-    gradients = [parameter.grad.clone() for parameter in module.parameters()]
-    module.zero_grad()
-    found = compiled(*inputs)
-    found.sum().backward()
-    assert torch.equal(found, expected)
-    assert all(torch.equal(a.grad, b) for a, b in zip(module.parameters(), gradients, strict=True))
-
-
-def test_checkpointing_redraws_the_same_bits():
-    from torch.utils.checkpoint import checkpoint
-
-    model, inputs = shapes.made(shapes.Tied)
-    module, _ = convert(model, recipe="bfp4[0]")
-    gradients = []
-    for run in (lambda x: module(x), lambda x: checkpoint(module, x, use_reentrant=False)):
-        module.zero_grad()
-        torch.manual_seed(0)
-        run(*inputs).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in module.parameters()])
-    assert _equal(*gradients)
-
-
 def test_the_optimizer_takes_low_precision_steps():
     model, inputs = shapes.made(shapes.PreResNet)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -190,13 +81,18 @@ def test_converting_changes_no_value_and_draws_no_number():
     model, _ = shapes.made(shapes.Convnet)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     convert(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert _equal(model.state_dict(), before)
+    assert equal(model.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
+
+
+def _compiled(model):
+    model.compile(backend="eager")
+    return model
 
 
 def _bad(model, **arguments):
@@ -209,6 +105,25 @@ def _bad(model, **arguments):
         (_bad(nn.Sequential(Branching())), ConvertError, r"cannot trace 0 \(Branching\): .*leaves=\[Branching\]"),
         (_bad(convert(shapes.Tied()).module), ConvertError, "the model is already converted"),
         (_bad(nn.Sequential(convert(shapes.Tied()).module)), ConvertError, "0 is already converted"),
+        (_bad(lambda x: x), ConvertError, "cannot convert a function; pass a torch.nn.Module"),
+        (_bad(nn.Linear), ConvertError, "cannot convert a type; pass a torch.nn.Module"),
+        (_bad(nn.ModuleList([nn.Linear(2, 2)])), ConvertError, "ModuleList, .*the module that calls its layers"),
+        (_bad(nn.Sequential(nn.LazyLinear(2))), ConvertError, r"parameter 0\.weight has no shape yet; run the model"),
+        (_bad(_compiled(shapes.Tied())), ConvertError, "the model, which is compiled; convert first, then compile"),
+        (_bad(nn.Sequential(_compiled(shapes.Tied()))), ConvertError, "0, which is compiled; convert first"),
+        (_bad(torch.compile(shapes.Tied())), ConvertError, "the model, which is OptimizedModule; convert first"),
+        (_bad(nn.Sequential(torch.compile(shapes.Tied()))), ConvertError, "0, which is OptimizedModule; convert first"),
+        (_bad(nn.DataParallel(shapes.Tied())), ConvertError, "DataParallel; convert the module inside it, then wrap"),
+        (
+            _bad(nn.Sequential(nn.DataParallel(shapes.Tied()))),
+            ConvertError,
+            "0, which is DataParallel; convert the",
+        ),
+        (
+            lambda: convert(nn.Sequential(torch.jit.script(nn.ReLU()))),
+            ConvertError,
+            "0, which is ScriptModule; convert the Python module it was made from",
+        ),
         (_bad(shapes.Tied(), recipe="bfp99"), FormatError, "99"),
         (_bad(shapes.Tied(), recipe="nonsense"), FormatError, "nonsense"),
         (_bad(shapes.Tied(), recipe="bfp8 Z=bfp8"), RecipeError, "no role 'Z'"),
@@ -216,10 +131,139 @@ def _bad(model, **arguments):
         (_bad(shapes.Tied(), optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())), ValueError, "not the model's"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_bad_input_is_refused_before_anything_is_changed(call, kind, message):
     with pytest.raises(kind, match=message) as failure:
         call()
     assert "\n" not in str(failure.value)
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+WHOLE = "formats round whole parameters: wrap the converted module in DistributedDataParallel"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (DistributedDataParallel, "DistributedDataParallel; convert the module inside it, then wrap the result"),
+        (
+            lambda model: fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+            f"FullyShardedDataParallel; {WHOLE}",
+        ),
+        (lambda model: fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,))), f"FSDPModule; {WHOLE}"),
+    ],
+    ids=["DistributedDataParallel", "FullyShardedDataParallel", "fully_shard"],
+)
+def test_what_is_already_spread_over_processes_is_refused(wrap, message, inside):
+    model = wrap(shapes.Tied())
+    with pytest.raises(ConvertError, match=f"{'0' if inside else 'the model'}, which is {message}"):
+        convert(nn.Sequential(model) if inside else model)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@dataclass
+class Outputs:
+    logits: torch.Tensor
+    name: str = "outputs"
+
+
+class Opaque:
+    """What no graph can hold: the model is rewritten in parts."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Calling(nn.Module):
+    """Calls one layer in the way that it is given."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.layer, self.way = nn.Linear(3, 3), way
+
+    def forward(self, x):
+        return self.way(self.layer, x)
+
+
+X = torch.ones(2, 3)
+WAYS = {
+    "returns a dict of all kinds": (lambda layer, x: {"y": layer(x), "name": "a", "size": x.shape, "none": None}, X),
+    "returns a named tuple": (lambda layer, x: Pair(layer(x), x), X),
+    "returns a dataclass": (lambda layer, x: Outputs(layer(x)), X),
+    "returns an object": (lambda layer, x: Opaque(layer(x)), X),
+    "returns a size": (lambda layer, x: layer(x).shape, X),
+    "returns a string": (lambda layer, x: (layer(x), "done")[1], X),
+    "returns nothing": (lambda layer, x: (layer(x), None)[1], X),
+    "takes a dict": (lambda layer, x: layer(x["x"]) * x["scale"], {"x": X, "scale": 2}),
+    "takes a dict and looks into it": (lambda layer, x: layer(x["x"]) if "x" in x else None, {"x": X}),
+    "takes a dict and goes through it": (lambda layer, x: sum(map(layer, x.values())), {"a": X, "b": X}),
+    "takes a list": (lambda layer, x: layer(x[0]) + x[1], [X, X]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Rewritten instead")
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_a_model_takes_and_returns_its_layers_are_rewritten(way):
+    model, x = Calling(WAYS[way][0]), WAYS[way][1]
+    assert check(model, x)
+    module, _ = convert(model)
+    assert type(module(x)) is type(model(x))
+    assert ["layer", "Linear", "bfp8[0]"] in [line.split()[:3] for line in report(module).splitlines()]
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(), nn.Identity(), nn.Sequential(nn.Flatten(), nn.Dropout())], ids=lambda model: str(model)
+)
+def test_a_model_without_layers_computes_what_it_computed(model):
+    module, swalp = convert(model)
+    assert torch.equal(module.eval()(X), X)
+    assert "outputs     0 of 0 rounded" in report(module)
+    swalp.update_average()
+    assert torch.equal(swalp.averaged_model()(X), X)
+
+
+class Integers(nn.Module):
+    """Parameters of dtypes that no format holds, beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.steps = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([True, False, True]), requires_grad=False)
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False)
+
+    def forward(self, x):
+        return (self.layer(x) * self.steps * self.mask * self.phase).real
+
+
+def test_parameters_of_other_dtypes_are_left_alone():
+    model = Integers()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    module, swalp = convert(model, optimizer, recipe="bfp4")
+    assert check(model, X)
+    module(X).sum().backward()
+    optimizer.step()
+    swalp.update_average()
+    averaged = swalp.averaged_model().state_dict()
+    for name in ("steps", "mask", "phase"):
+        assert torch.equal(model.state_dict()[name], before[name]) and torch.equal(averaged[name], before[name])
+    assert not torch.equal(model.layer.weight, before["layer.weight"])
+    rows = [line.split() for line in report(module).splitlines()]
+    assert ["steps", "parameter", "-", "-", "-", "-", "-", "3"] in rows
 
 
 class Heads(nn.Module):

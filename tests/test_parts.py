@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from swalp_fx import ConvertError, Recipe, RecipeError, RewrittenModule, Rule, check, convert, quantize, report
@@ -168,37 +167,3 @@ def test_what_is_rewritten_in_parts_is_already_converted():
     module, _ = convert(_made()[0])
     with pytest.raises(ConvertError, match="block is already converted"):
         convert(module)
-
-
-def _detection(name, **settings):
-    torch.manual_seed(0)
-    model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, num_classes=3, **settings)
-    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}]
-    # Two images: batch norm wants more than one value a channel where the image has shrunk to a pixel.
-    return model, ([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], targets * 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "settings", "share"),
-    [
-        ("ssdlite320_mobilenet_v3_large", {}, 1.0),
-        ("fasterrcnn_mobilenet_v3_large_320_fpn", {"min_size": 64, "max_size": 64}, 1.0),
-    ],
-)
-def test_detection(name, settings, share):
-    model, inputs = _detection(name, **settings)
-    assert check(model, *inputs)
-    module, _ = convert(model, recipe="bfp8")
-    inside = {id(p) for part in module.modules() if isinstance(part, RewrittenModule) for p in part.parameters()}
-    sizes = {id(p): p.numel() for p in model.parameters()}
-    assert sum(sizes[key] for key in inside) / sum(sizes.values()) >= share
-    assert all(torch.isfinite(loss) for loss in module(*inputs).values())
-
-
-@pytest.mark.slow
-def test_optical_flow():
-    torch.manual_seed(0)
-    model = torchvision.models.optical_flow.raft_small()
-    images = torch.rand(2, 1, 3, 128, 128)
-    assert check(model, images[0], images[1])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ..capture import Captured, ConvertError, capture
+from ..capture import Captured, ConvertError, capture, refuse_unfit
 from ..formats import FLOAT
 from ..modes import SWITCHES, held
 from ..recipe import Recipe
@@ -43,9 +43,11 @@ def rewrite(
     ``leaves`` are module types to call whole: their weights are quantized, what happens inside them is not.
     ``identity`` inserts nodes for roles in ``float`` too.
     Raises, before anything is changed, CaptureError for a model that cannot be traced, ConvertError for one that is
-    already rewritten or no float model, and RecipeError for a rule, an include or an exclude that matches nothing.
+    already rewritten, wrapped, compiled or no float model, and RecipeError for a rule, an include or an exclude that
+    matches nothing.
     """
     refuse_rewritten(model)
+    refuse_unfit(model)
     scope = Scope.of(model)
     module = rewrite_at(model, recipe, scope=scope, leaves=leaves, identity=identity)
     graphs = [version.captured.graph for version in module._versions]
@@ -124,8 +126,8 @@ HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "
 class RewrittenModule(GraphModule):
     """A graph over a model's own parameters, buffers and layers: keys, order and tying are the model's.
 
-    ``train()`` and ``eval()`` switch the model too, since the layers are the same objects. A deep copy holds a copy of
-    the model. A pickle holds the model and the recipe, and is traced again when it is loaded.
+    The training flag is the model's own, as the layers are: ``train()`` and ``eval()`` of either switch both. A deep
+    copy holds a copy of the model. A pickle holds the model and the recipe, and is traced again when it is loaded.
     """
 
     recipe: Recipe
@@ -143,7 +145,7 @@ class RewrittenModule(GraphModule):
         if not versions[0].captured.bare:  # a layer that the graph calls runs its own
             state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
         # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
-        state |= {"training": root.training, "recipe": recipe, "_root": root, "_versions": versions}
+        state |= {"recipe": recipe, "_root": root, "_versions": versions}
         state |= {"_options": options}
         self._become(versions[0])
 
@@ -189,10 +191,19 @@ class RewrittenModule(GraphModule):
         iter(self)
 
     def train(self, mode: bool = True) -> RewrittenModule:
-        self._root.training = mode  # the flag that the shared layers' flags belong to
         super().train(mode)
         self._follow_flags()
         return self
+
+    @property
+    def training(self) -> bool:
+        # Another trace puts a flag of its own in the dictionary.
+        return vars(self).get("training", self._root.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_root" in vars(self):  # torch.nn.Module sets the flag before there is one
+            self._root.training = mode
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewrittenModule:
         super()._apply(fn, recurse)
@@ -204,7 +215,7 @@ class RewrittenModule(GraphModule):
 
     def _own_state(self) -> dict[str, Any]:
         """What the root and the recipe do not say, beside constants."""
-        return {name: vars(self)[name] for name in ("training", *HOOKS)}
+        return {name: vars(self)[name] for name in HOOKS}
 
     def __copy__(self) -> RewrittenModule:
         return self._copy(self._root, self._own_state(), None)

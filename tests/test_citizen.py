@@ -1,0 +1,349 @@
+"""The rewritten module as a citizen of PyTorch: copied, stored, moved, compiled, transformed as the model is."""
+
+import copy
+import io
+import pickle
+import threading
+import time
+
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+from shapes import equal, run
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from swalp_fx import RewrittenModule, check, convert, quantize
+from swalp_fx.capture import capture
+
+kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
+NEAREST = "bfp6[0] rounding=nearest"
+
+
+def converted(kind, recipe="bfp6[0]"):
+    """(module, inputs), the same each time."""
+    model, inputs = shapes.made(kind)
+    return convert(model, recipe=recipe).module, inputs
+
+
+def gradients(module):
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+@kinds
+def test_keys_and_tensors_are_the_models(kind):
+    model, _ = shapes.made(kind)
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    module, _ = convert(model)
+    assert {name: value.data_ptr() for name, value in module.state_dict().items()} == before
+    assert list(module.state_dict()) == list(before)
+    assert [*map(id, module.parameters())] == [*map(id, model.parameters())]
+    assert [name for name, _ in module.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+@kinds
+def test_copies_and_pickles_compute_the_same(kind):
+    module, _ = convert(shapes.made(kind)[0], recipe="bfp6[0]")
+    _, inputs = shapes.made(kind)
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    stored.seek(0)
+    others = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(stored, weights_only=False)]
+    for training in (False, True):
+        for each in (module, *others):
+            each.train(training)
+        before = [copy.deepcopy(each) for each in others]
+        expected = run(copy.deepcopy(module), inputs)
+        for other in before:
+            assert isinstance(other, RewrittenModule)
+            assert list(other.state_dict()) == list(module.state_dict())
+            assert equal(run(other, inputs), expected)
+
+
+def test_a_copy_shares_nothing_and_a_shallow_copy_all():
+    module, _ = convert(shapes.Tied())
+    deep, shallow = copy.deepcopy(module), copy.copy(module)
+    assert {*map(id, deep.parameters())}.isdisjoint(map(id, module.parameters()))
+    assert deep.first.weight is deep.second.weight
+    assert [*map(id, shallow.parameters())] == [*map(id, module.parameters())]
+
+
+def test_state_round_trips_with_the_float_model():
+    model, _ = shapes.made(shapes.Convnet)
+    module, _ = convert(shapes.Convnet())
+    module.load_state_dict(model.state_dict())
+    assert equal(module.state_dict(), model.state_dict())
+    stored = io.BytesIO()
+    torch.save(module.state_dict(), stored)
+    stored.seek(0)
+    restored = shapes.Convnet()
+    restored.load_state_dict(torch.load(stored, weights_only=True))
+    assert equal(restored.state_dict(), model.state_dict())
+
+
+def test_the_training_flag_is_the_models():
+    model = shapes.Droops()
+    module, _ = convert(model)
+    for switched, mode in ((module, False), (model, True), (model, False), (module, True)):
+        switched.train(mode)
+        assert all(each.training == mode for each in (*model.modules(), *module.modules()))
+
+
+def test_another_trace_keeps_the_flag_live():
+    module, _ = converted(shapes.PreResNet)
+    graph = capture(module).graph
+    assert {"training", "draw_key"} <= {node.name for node in graph.nodes}
+    assert "training" not in vars(module)
+
+
+def test_a_hook_on_the_module_is_not_the_models():
+    model, inputs = shapes.made(shapes.Convnet)
+    module, _ = convert(model)
+    seen = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    model(*inputs)
+    assert seen == []
+    module(*inputs)
+    assert seen == [1]
+
+
+def test_constants_of_the_trace_move_with_the_module_and_add_no_key():
+    module, _ = convert(shapes.Branchy())
+    assert module._tensor_constant0.device.type == "cpu"
+    assert module.to("meta")._tensor_constant0.device.type == "meta"
+    assert "_tensor_constant0" not in module.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_any_dtype_may_be_converted_and_a_module_moved_to_it(dtype):
+    model, (x,) = shapes.made(shapes.PreResNet)
+    moved = convert(model).module.to(dtype)
+    assert model.conv1.weight.dtype == dtype
+    model, _ = shapes.made(shapes.PreResNet)
+    assert check(model.to(dtype), x.to(dtype))
+    y = run(moved, [x.to(dtype)])
+    assert y.dtype == dtype
+    assert torch.equal(y, run(convert(model).module, [x.to(dtype)]))
+
+
+def test_it_moves_between_devices_with_the_model():
+    model, (x,) = shapes.made(shapes.PreResNet)
+    module, _ = convert(model)
+    expected = module.eval()(x)
+    state = copy.deepcopy(model.state_dict())
+    module.to("meta")
+    assert model.conv1.weight.device.type == module(x.to("meta")).device.type == "meta"
+    module.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(module(x), expected)
+
+
+def test_autocast_casts_the_rounded_weights():
+    model, x = nn.Linear(6, 4), torch.randn(2, 6)
+    module, _ = convert(model, recipe="W=bfp4 rounding=nearest")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        expected = F.linear(x, quantize(model.weight, "bfp4"), quantize(model.bias, "bfp4"))
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.sum().backward()
+    assert model.weight.grad.dtype == torch.float32
+
+
+def test_autocast_around_the_call_keeps_the_bits():
+    model, inputs = shapes.made(shapes.PreResNet)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check(model, *inputs)
+
+
+def test_channels_last_in_channels_last_out_and_the_same_numbers():
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3))
+        return convert(model, recipe="bfp4 rounding=nearest").module
+
+    x = quantize(torch.randn(2, 3, 8, 8), "bfp4")  # sums of 4-bit products are exact in any order
+    plain, last = made(), made().to(memory_format=torch.channels_last)
+    expected, found = plain(x), last(x.to(memory_format=torch.channels_last))
+    assert expected.is_contiguous() and found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, expected)
+    error = quantize(torch.randn(expected.shape), "bfp4")
+    expected.backward(error)
+    found.backward(error)
+    assert equal(gradients(last), gradients(plain))
+
+
+def test_layers_frozen_after_the_conversion_stay_as_they_are():
+    model, inputs = shapes.made(shapes.PreResNet)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, _ = convert(model, optimizer, recipe=NEAREST)
+    run(module, inputs).sum().backward()
+    expected = copy.deepcopy(gradients(module))
+    optimizer.zero_grad()
+    model.conv1.requires_grad_(False)
+    before = model.conv1.weight.clone()
+    run(module, inputs).sum().backward()
+    del expected["conv1.weight"]
+    assert equal({name: grad for name, grad in gradients(module).items() if grad is not None}, expected)
+    optimizer.step()
+    assert torch.equal(model.conv1.weight, before)
+    model.conv1.requires_grad_(True)
+    run(module, inputs).sum().backward()
+    assert model.conv1.weight.grad is not None
+
+
+def test_accumulated_gradients_are_rounded_once():
+    model, (x,) = shapes.made(shapes.Tied)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, _ = convert(model, optimizer, recipe=NEAREST)
+    sums = dict.fromkeys(gradients(module), 0)
+    for batch in (x, -2 * x):
+        each = torch.autograd.grad(module(batch).square().sum(), [*module.parameters()])
+        sums = {name: total + grad for (name, total), grad in zip(sums.items(), each, strict=True)}
+        module(batch).square().sum().backward()
+    assert equal(gradients(module), sums)
+    optimizer.step()
+    assert equal(gradients(module), {name: quantize(total, "bfp6[0]") for name, total in sums.items()})
+
+
+def test_micro_batches_do_not_share_their_random_bits():
+    module, inputs = converted(shapes.Tied, "bfp4")
+    assert not torch.equal(module(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_redraws_the_same_bits(reentrant):
+    module, (x,) = converted(shapes.Tied, "bfp4[0]")
+    x.requires_grad_()
+    found = []
+    for call in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
+        module.zero_grad()
+        x.grad = None
+        run(call, [x]).square().sum().backward()
+        found.append([x.grad, *gradients(module).values()])
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("kind", [shapes.PreResNet, shapes.Tied, shapes.Direct], ids=lambda kind: kind.__name__)
+def test_functional_call_computes_with_the_parameters_given(kind):
+    module, inputs = converted(kind, NEAREST)
+    own = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    given = {name: torch.randn_like(parameter).requires_grad_() for name, parameter in own.items()}
+    y = torch.func.functional_call(module, given, tuple(inputs))
+    y.sum().backward()
+    assert equal(dict(module.named_parameters()), own) and not any(p.grad is not None for p in module.parameters())
+    module.load_state_dict(given, strict=False)
+    expected = module(*inputs)
+    expected.sum().backward()
+    assert torch.equal(y, expected)
+    assert equal({name: parameter.grad for name, parameter in given.items()}, gradients(module))
+
+
+@pytest.mark.parametrize("recipe", ["bfp6[0]", NEAREST])
+def test_func_grad_is_backward(recipe):
+    module, inputs = converted(shapes.Direct, recipe)
+
+    def loss(parameters):
+        return torch.func.functional_call(module, parameters, tuple(inputs)).square().sum()
+
+    torch.manual_seed(0)
+    found = torch.func.grad(loss)({name: parameter.detach() for name, parameter in module.named_parameters()})
+    run(module, inputs).square().sum().backward()
+    assert equal(found, gradients(module))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_rounds_each_sample_by_itself():
+    module, _ = converted(shapes.Tied, NEAREST)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    x = torch.randn(3, 6)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    assert torch.equal(torch.func.vmap(module.eval())(x), torch.stack([module(each) for each in x]))
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    alone = [torch.func.grad(loss)(parameters, each) for each in x]
+    assert equal(found, {name: torch.stack([each[name] for each in alone]) for name in found})
+
+
+def test_a_gradient_of_the_gradient_goes_through():
+    module, (x,) = converted(shapes.Tied, NEAREST)
+    (gradient,) = torch.autograd.grad(module(x.requires_grad_()).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(grad is not None for name, grad in gradients(module).items() if name != "second.bias")
+
+
+@pytest.mark.parametrize("kind", [shapes.Convnet, shapes.Tied, shapes.Direct], ids=lambda kind: kind.__name__)
+def test_it_compiles_whole(kind):
+    module, inputs = converted(kind, NEAREST)
+    module.eval()
+    found = []
+    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        module.zero_grad()
+        y = call(*inputs)
+        y.sum().backward()
+        found.append([y, *gradients(module).values()])
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_it_takes_the_same_steps(in_place):
+    states = []
+    for compiled in (False, True):
+        model, inputs = shapes.made(shapes.PreResNet)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        module, swalp = convert(model, optimizer, recipe=NEAREST)
+        if compiled and in_place:
+            module.compile(fullgraph=True, backend="aot_eager")
+        elif compiled:
+            module = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(*inputs).square().mean().backward()
+            optimizer.step()
+            swalp.update_average()
+        states.append([dict(model.state_dict()), swalp.state_dict()["average"]])
+    assert equal(*states)
+
+
+def test_compiled_it_draws_anew_in_each_forward():
+    module, inputs = converted(shapes.Tied, "bfp4")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(compiled, inputs, 1), run(compiled, inputs, 1))
+    assert not torch.equal(run(compiled, inputs, 1), run(compiled, inputs, 2))
+    assert torch.equal(compiled.eval()(*inputs), compiled(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights")
+@pytest.mark.parametrize("kind", [shapes.PreResNet, shapes.Tied, shapes.Recurrent], ids=lambda kind: kind.__name__)
+def test_it_is_exported_in_eval_mode(kind):
+    module, inputs = converted(kind)
+    expected = module.eval()(*inputs)
+    program = torch.export.export(module, tuple(inputs))
+    stored = io.BytesIO()
+    torch.export.save(program, stored)
+    stored.seek(0)
+    for each in (program, torch.export.load(stored)):
+        assert torch.equal(each.module()(*inputs), expected)
+        assert set(each.state_dict) == set(module.state_dict())
+    assert torch.equal(module(*inputs), expected)
+
+
+def test_threads_share_it_in_eval_mode():
+    module, inputs = converted(shapes.PreResNet)
+    expected = module.eval()(*inputs)
+    own, wrong = [*module.parameters()], []
+    # Threads change over while the layer holds its rounded weights.
+    module.fc.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+
+    def forwards():
+        for _ in range(5):
+            wrong.extend([] if torch.equal(module(*inputs), expected) else [1])
+
+    threads = [threading.Thread(target=forwards) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert [*map(id, module.parameters())] == [*map(id, own)]
