@@ -481,10 +481,10 @@ def _mark(name, letters):
 def test_a_wrong_mark_is_refused(spoil, complaint):
     model, _ = shapes.made(Residual)
     module = rewrite(model, RECIPE)
-    verify(module.graph, module._captured.graph, model, RECIPE)
+    verify(module.graph, module._present.captured.graph, model, RECIPE)
     spoil(module)
     with pytest.raises(VerifyError) as failure:
-        verify(module.graph, module._captured.graph, model, RECIPE)
+        verify(module.graph, module._present.captured.graph, model, RECIPE)
     assert complaint in str(failure.value)
 
 
@@ -493,7 +493,7 @@ def test_a_mark_on_what_a_hook_may_keep_is_refused():
     module = rewrite(model, RECIPE)
     model.conv.register_forward_hook(lambda *_: None)
     with pytest.raises(VerifyError, match="overwrites conv, which may be read again"):
-        verify(module.graph, module._captured.graph, model, RECIPE)
+        verify(module.graph, module._present.captured.graph, model, RECIPE)
 
 
 def test_a_mark_that_the_recipe_forbids_is_refused():
@@ -501,4 +501,4 @@ def test_a_mark_that_the_recipe_forbids_is_refused():
     module = rewrite(model, RECIPE)
     recipe = Recipe.parse(RECIPE, in_place=False)
     with pytest.raises(VerifyError, match="where the recipe says not to"):
-        verify(module.graph, module._captured.graph, model, recipe)
+        verify(module.graph, module._present.captured.graph, model, recipe)
