@@ -173,10 +173,12 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
         return "state" if isinstance(value, torch.Tensor) else "number"
     if _writes_state(node, root):
         return "state"
-    if node.all_input_nodes and all(source.meta[PART] == "number" for source in node.all_input_nodes):
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    inputs = node.all_input_nodes
+    if inputs and all(source.meta[PART] == "number" for source in inputs) and not _has_parameters(module):
         return "number"
-    if node.op == "call_module":
-        return _part_of_module(root.get_submodule(str(node.target)))
+    if module is not None:
+        return _part_of_module(module)
     if node.op == "call_function" and not _is_torch(node.target):
         return "arithmetic"
     name = name_of(node)
@@ -186,7 +188,11 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
 def _part_of_module(module: nn.Module) -> str:
     for base in _layer_bases(module):
         return _PART_OF[base.__name__]
-    return "compute" if any(True for _ in module.parameters()) else "arithmetic"
+    return "compute" if _has_parameters(module) else "arithmetic"
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())
 
 
 def _layer_bases(module: nn.Module) -> Iterator[type]:

@@ -320,7 +320,9 @@ def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
     if _writes_buffer(node, root, kinds):
         return "buffer"
     inputs = node.all_input_nodes
-    if inputs and all(kinds[source] == "number" for source in inputs):
+    module = _module(node, root)
+    reads_parameters = module is not None and any(True for _ in module.parameters())
+    if inputs and all(kinds[source] == "number" for source in inputs) and not reads_parameters:
         return "number"
     names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
     if any(MOVES.fullmatch(name) for name in names):
