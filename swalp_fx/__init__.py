@@ -3,6 +3,7 @@
 from .capture import ConvertError
 from .check import Check, check
 from .convert import Converted, convert
+from .draw import draw
 from .formats import (
     FLOAT,
     BlockFloat,
@@ -43,6 +44,7 @@ __all__ = [
     "call_layer",
     "check",
     "convert",
+    "draw",
     "draw_key",
     "parse",
     "quantize",

@@ -380,12 +380,18 @@ class TestReport:
         out = capsys.readouterr().out
         assert "def forward" in out and "quantize" in out
 
+    def test_draw(self, tmp_path):
+        report.main(["convnet", "--draw", str(tmp_path / "graph.dot")])
+        assert "A ↓ bfp8[0]" in (tmp_path / "graph.dot").read_text()
+
     @pytest.mark.parametrize(
         ("words", "complaint"),
         [
             (["resnet81"], "unknown model 'resnet81'; use"),
             (["convnet", "--recipe", "bfp"], "unknown format spec 'bfp'"),
             (["decoder", "--channels", "1"], "decoder takes text, not images"),
+            (["convnet", "--draw", "graph.jpg"], "its name must end in one of"),
+            (["convnet", "--draw", "/nowhere/graph.dot"], "No such file or directory"),
         ],
     )
     def test_bad_input_is_one_line(self, words, complaint):

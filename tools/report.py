@@ -7,19 +7,19 @@ from collections.abc import Sequence
 
 import models
 import swalp_fx
-from swalp_fx.capture import ConvertError
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="report.py",
-        usage="%(prog)s MODEL [--recipe RECIPE] [--graph] [options]; --help lists them",
+        usage="%(prog)s MODEL [--recipe RECIPE] [--graph] [--draw FILE] [options]; --help lists them",
         description=__doc__,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{', '.join(models.MODELS)}, or one of torchvision's classification models")
     add("--recipe", default="bfp8[0]", help="number formats (default: %(default)s)")
     add("--graph", action="store_true", help="print the rewritten code as well")
+    add("--draw", metavar="FILE", help="draw the rewritten graph: .svg, .png, .pdf (by Graphviz), or its source, .dot")
     add("--input-size", type=int, metavar="N", help="pixels a side, or bytes of text (default: what it was made for)")
     add("--channels", type=int, metavar="N", help="of the image (default: 3)")
     add("--num-classes", type=int, metavar="N", help="default: 10; the 256 bytes for text")
@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model = models.build(args.model, args.num_classes, *shape)
         module, _ = swalp_fx.convert(model, recipe=args.recipe)
-    except (models.ModelError, swalp_fx.FormatError, swalp_fx.RecipeError, ConvertError) as error:
+        if args.draw:
+            swalp_fx.draw(module, args.draw)
+    except (models.ModelError, ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"report.py: error: {error}") from None
     if args.graph:
         print(module.print_readable(print_output=False))
