@@ -116,11 +116,10 @@ class _Part:
         """What stands in ``node``'s place, or None for a node that is not drawn."""
         part = node.meta.get(PART)
         if node.target is nodes.quantize_weight:
-            parameter, _, _, spec, _ = node.args
-            return _chips([("W", f"{_short(parameter)} {spec}", str(spec))])
+            return _chips([("W", f"{_short(node.args[0])} {node.args[3]}", str(node.args[3]))])
         if node.target is nodes.quantize_output:
-            _, _, _, activation, error, _ = node.args
-            return _chips([("A", f"A ↓ {activation}", str(activation)), ("E", f"E ↑ {error}", str(error))])
+            activation, error = map(str, node.args[3:5])
+            return _chips([("A", f"A ↓ {activation}", activation), ("E", f"E ↑ {error}", error)])
         if part == "parameter":
             return _chips([("W", f"{_short(node)} {FLOAT}", str(FLOAT))])
         if part in ("input", "output"):
