@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import benchmark
 import data
 import decoder
 import models
+import plot
 import report
 import swalp_fx
 import train
@@ -398,6 +400,54 @@ class TestReport:
         with pytest.raises(SystemExit, match=f"^report.py: error: .*{complaint}") as stop:
             report.main(words)
         assert "\n" not in stop.value.code
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run("--epochs", 3, "--recipe", "bfp8", "--recipe", "mxfp8 M=float", "--out", out)
+    return out / "results.json"
+
+
+class TestPlot:
+    def test_every_line_is_drawn_and_named(self, results, tmp_path):
+        record = json.loads(results.read_text())
+        losses, scores = plot.figure(record).axes
+        assert [text.get_text() for text in losses.get_legend().get_texts()] == ["float", "bfp8", "mxfp8 M=float"]
+        assert losses.get_ylabel() == "training loss, nats" and scores.get_ylabel() == "test error, %"
+        assert losses.get_xlabel() == "step (batches of 100)"
+        for line, drawn in zip(record["lines"].values(), losses.get_lines(), strict=True):
+            assert drawn.get_ydata().tolist() == [loss for epoch in line["epochs"] for loss in epoch["losses"]]
+        steps, averages = scores.get_lines()[1].get_data()
+        assert list(steps) == [20, 30] and averages[-1] == record["lines"]["float"]["average"]
+
+    def test_equal_results_give_equal_files(self, results, tmp_path):
+        for name in ("a.svg", "b.svg"):
+            plot.main([str(results), "--out", str(tmp_path / name)])
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+    def test_a_line_that_diverged(self, results):
+        record = json.loads(results.read_text())
+        for epoch in record["lines"]["low"]["epochs"]:
+            epoch.update(losses=[math.nan] * len(epoch["losses"]), last=math.nan, average=math.nan)
+        assert len(plot.figure(record).axes) == 2
+
+    @pytest.mark.parametrize(
+        ("content", "out", "complaint"),
+        [
+            (None, "a.svg", "No such file or directory"),
+            ("{", "a.svg", "Expecting property name"),
+            ("{}", "a.svg", "is no results.json of train.py: it lacks 'settings'"),
+            ("good", "a.jpx", "Format 'jpx' is not supported"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, results, tmp_path, content, out, complaint):
+        path = results if content == "good" else tmp_path / "results.json"
+        if content and content != "good":
+            path.write_text(content)
+        with pytest.raises(SystemExit, match=r"^plot\.py: error: ") as stop:
+            plot.main([str(path), "--out", str(tmp_path / out)])
+        assert complaint in stop.value.code and "\n" not in stop.value.code
 
 
 # ---- benchmark.py --------------------------------------------------------------------------------
