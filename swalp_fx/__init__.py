@@ -16,6 +16,7 @@ from .formats import (
     ScaledInteger,
     parse,
 )
+from .measure import Measures, Rounded, measure
 from .nodes import call_layer, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
@@ -34,11 +35,13 @@ __all__ = [
     "Float",
     "Format",
     "FormatError",
+    "Measures",
     "Microscaling",
     "Nvfp4",
     "Recipe",
     "RecipeError",
     "RewrittenModule",
+    "Rounded",
     "Rule",
     "ScaledInteger",
     "call_layer",
@@ -46,6 +49,7 @@ __all__ = [
     "convert",
     "draw",
     "draw_key",
+    "measure",
     "parse",
     "quantize",
     "quantize_",
