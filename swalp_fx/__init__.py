@@ -3,6 +3,7 @@
 from .capture import ConvertError
 from .check import Check, check
 from .convert import Converted, convert
+from .draw import draw
 from .formats import (
     FLOAT,
     BlockFloat,
@@ -15,6 +16,7 @@ from .formats import (
     ScaledInteger,
     parse,
 )
+from .measure import Measures, Rounded, measure
 from .nodes import call_layer, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
@@ -33,17 +35,21 @@ __all__ = [
     "Float",
     "Format",
     "FormatError",
+    "Measures",
     "Microscaling",
     "Nvfp4",
     "Recipe",
     "RecipeError",
     "RewrittenModule",
+    "Rounded",
     "Rule",
     "ScaledInteger",
     "call_layer",
     "check",
     "convert",
+    "draw",
     "draw_key",
+    "measure",
     "parse",
     "quantize",
     "quantize_",

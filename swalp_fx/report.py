@@ -23,7 +23,7 @@ from .passes.classify import LAYER_PARTS, PART, is_derived, name_of
 from .passes.parts import parts_of, rewritten_in
 from .recipe import ROLES
 
-__all__ = ["report"]
+__all__ = ["called_module", "names_in_report", "report"]
 
 # Operations of rows that are no layer's output.
 DERIVED = "derived weight"
@@ -91,7 +91,7 @@ def _layers_of(module: RewrittenModule, path: str, counted: set[int]) -> Iterato
         parameters = {id(p): p for p in map(module.get_parameter, weights)}
         output = next((user for user in node.users if user.target is nodes.quantize_output), None)
         local = [recipes[key] for key, parameter in parameters.items() if parameter.is_floating_point()]
-        name, operation = _names(node, module)
+        name, operation = names_in_report(node, module)
         yield _Layer(
             (path, node.name),
             _join(path, name) or node.name,
@@ -115,7 +115,7 @@ def _why_unrounded(node: Node, module: RewrittenModule) -> str:
     recipe, scope = module.recipe, module._options["scope"]
     if all(user.meta.get(PART) in ("exit", "output") for user in node.users) and not recipe.quantize_logits:
         return "the model's output"
-    path = _called(node)
+    path = called_module(node)
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     name = _join(scope.path, path if path is not None else _join(*stack[-1:], name_of(node)))
     if recipe.excludes(name):
@@ -141,7 +141,7 @@ def _derivation(node: Node, module: RewrittenModule) -> str | None:
     return str(source.target) if isinstance(source, Node) and is_derived(source, module._root) else None
 
 
-def _called(node: Node) -> str | None:
+def called_module(node: Node) -> str | None:
     """The qualified name of the module that ``node`` calls."""
     if node.target is nodes.call_layer:
         target = str(node.args[0].target)  # type: ignore[union-attr]
@@ -158,7 +158,7 @@ def _weights(node: Node, module: RewrittenModule) -> dict[str, str]:
         return {str(node.args[0].target): str(node.args[3])}  # type: ignore[union-attr]
     if node.op == "get_attr":
         return {str(node.target): str(FLOAT)}
-    path = _called(node)
+    path = called_module(node)
     if path is None:
         return {}
     bound: Any = node.args[1] if node.target is nodes.call_layer else {}
@@ -171,12 +171,12 @@ def _specs(node: Node, weights: dict[str, str]) -> list[str]:
     return [str(node.args[3])] if node.target is nodes.quantize_weight else list(weights.values())
 
 
-def _names(node: Node, module: RewrittenModule) -> tuple[str, str]:
+def names_in_report(node: Node, module: RewrittenModule) -> tuple[str, str]:
     """(layer, operation) of the row."""
     if (path := _derivation(node, module)) is not None:
         layer, _, name = path.rpartition("parametrizations.")
         return layer + name, DERIVED
-    if (path := _called(node)) is not None:
+    if (path := called_module(node)) is not None:
         return path, type(module._root.get_submodule(path)).__name__
     if _is_bare_parameter(node):
         return next(iter(_weights(node, module))), "parameter"
@@ -247,14 +247,16 @@ def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
     if recipe.activation != FLOAT or recipe.error != FLOAT or len(bare) < len(layers):
         for reason in dict.fromkeys(layer.unrounded for layer in bare):
             yield f"  {', '.join(layer.name for layer in bare if layer.unrounded == reason)}: {reason}"
-    moves = Counter(_names(node, part)[1] for node, part in nodes_of if node.meta.get(PART) in ("movement", "exit"))
+    moves = Counter(
+        names_in_report(node, part)[1] for node, part in nodes_of if node.meta.get(PART) in ("movement", "exit")
+    )
     if moves:
         yield f"  {', '.join(f'{name} x {n}' if n > 1 else name for name, n in moves.items())}: no new numbers"
     called = {
         _join(path, inner): part._root.get_submodule(inner)
         for path, part in parts
         for node in part.graph.nodes
-        if (inner := _called(node)) is not None
+        if (inner := called_module(node)) is not None
     }
     if whole := [path or "the model" for path, layer in called.items() if _is_whole(layer)]:
         yield f"  inside {', '.join(whole)}: called whole, with quantized weights"

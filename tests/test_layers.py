@@ -25,6 +25,7 @@ LAYERS = [
     ["optimizer"],
     ["convert"],
     ["check", "report"],
+    ["draw", "measure"],
     ["__init__"],
 ]
 # Beyond the order: what must stay apart, so that each can be trusted alone.

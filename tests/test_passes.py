@@ -70,6 +70,25 @@ def test_writes_into_a_buffer_are_state():
     assert parts["sub"] == "arithmetic" and parts["setitem"] == "movement"
 
 
+@pytest.mark.parametrize("recipe", ["bfp8", "A=bfp8"])
+def test_an_embedding_of_positions_is_a_layer(recipe):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x + self.embedding(torch.arange(x.size(1))))
+
+    parts = _parts(Positions())
+    assert (parts["arange"], parts["embedding"]) == ("number", "compute")
+    module = rewrite(Positions(), Recipe.parse(recipe))
+    assert [node.args[0].name for node in module.graph.nodes if node.target is nodes.quantize_output] == [
+        "embedding",
+        "add",
+    ]
+
+
 def test_a_call_that_the_table_does_not_name_makes_numbers():
     class Unlisted(nn.Module):
         def forward(self, x):

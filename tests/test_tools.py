@@ -1,7 +1,11 @@
 """The command lines in tools/: data, models, schedule, and whole small runs on real digits."""
 
+import ast
+import dataclasses
+import functools
 import gzip
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +16,10 @@ import torch
 
 import benchmark
 import data
+import decoder
 import models
 import overhead
+import plot
 import report
 import steps
 import swalp_fx
@@ -33,21 +39,21 @@ def write_idx(path, array):
 class TestData:
     def test_digits(self):
         digits = data.load("digits")
-        assert digits.train_images.shape == (1000, 1, 8, 8) and digits.test_images.shape == (797, 1, 8, 8)
-        assert digits.train_images.dtype == torch.float32 and digits.train_labels.dtype == torch.int64
-        assert (digits.classes, digits.channels, digits.image_size) == (10, 1, 8)
-        torch.testing.assert_close(digits.train_images.mean().item(), 0.0, atol=1e-5, rtol=0)
-        torch.testing.assert_close(digits.train_images.var(correction=0).item(), 1.0, atol=1e-5, rtol=0)
+        assert digits.train_inputs.shape == (1000, 1, 8, 8) and digits.test_inputs.shape == (797, 1, 8, 8)
+        assert digits.train_inputs.dtype == torch.float32 and digits.train_targets.dtype == torch.int64
+        assert (digits.classes, *digits.shape) == (10, 1, 8)
+        torch.testing.assert_close(digits.train_inputs.mean().item(), 0.0, atol=1e-5, rtol=0)
+        torch.testing.assert_close(digits.train_inputs.var(correction=0).item(), 1.0, atol=1e-5, rtol=0)
         again = data.load("digits")
-        assert torch.equal(digits.train_images, again.train_images)
-        assert torch.equal(digits.test_labels, again.test_labels)
+        assert torch.equal(digits.train_inputs, again.train_inputs)
+        assert torch.equal(digits.test_targets, again.test_targets)
 
     @fashion_mnist
     def test_fashion_mnist_as_debian_installs_it(self):
         fashion = data.load("fashion-mnist")
-        assert fashion.train_images.shape == (60000, 1, 28, 28) and fashion.test_images.shape == (10000, 1, 28, 28)
-        assert fashion.train_labels.bincount().tolist() == [6000] * 10
-        assert fashion.test_labels.bincount().tolist() == [1000] * 10
+        assert fashion.train_inputs.shape == (60000, 1, 28, 28) and fashion.test_inputs.shape == (10000, 1, 28, 28)
+        assert fashion.train_targets.bincount().tolist() == [6000] * 10
+        assert fashion.test_targets.bincount().tolist() == [1000] * 10
 
     def test_gzip_idx_files_in_a_folder_of_ones_own(self, tmp_path):
         pixels = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
@@ -57,8 +63,8 @@ class TestData:
         fashion = data.load("fashion-mnist", tmp_path)
         expected = torch.from_numpy(pixels / 255).float()
         expected = (expected - expected.mean()) / expected.std(correction=0)
-        torch.testing.assert_close(fashion.test_images[:, 0], expected)
-        assert fashion.test_labels.tolist() == [2, 0, 1] and fashion.classes == 3
+        torch.testing.assert_close(fashion.test_inputs[:, 0], expected)
+        assert fashion.test_targets.tolist() == [2, 0, 1] and fashion.classes == 3
 
     @pytest.mark.parametrize(
         ("content", "complaint"),
@@ -83,6 +89,32 @@ class TestData:
             data.load(name, tmp_path)
         message = str(error.value)
         assert "\n" not in message and all(way in message for way in [*ways, "download=True", str(tmp_path)])
+
+
+class TestText:
+    def test_the_standard_library_split_by_file(self):
+        text = data.load("stdlib")
+        assert text.shape == (64,) and text.classes == 256 and text.train_inputs.dtype == torch.int64
+        for inputs, targets in ((text.train_inputs, text.train_targets), (text.test_inputs, text.test_targets)):
+            assert torch.equal(inputs.flatten()[1:], targets.flatten()[:-1])  # one byte ahead, across windows too
+        decoded = [bytes(each.flatten().to(torch.uint8)) for each in (text.train_inputs, text.test_inputs)]
+        for name in ("ast.py", "random.py", "typing.py"):
+            source = (Path(ast.__file__).parent / name).read_bytes()
+            assert [source in each for each in decoded].count(True) == 1
+        assert torch.equal(text.train_inputs, data.load("stdlib").train_inputs)
+        assert 0.02 < len(text.test_inputs) / len(text.train_inputs) < 0.2
+
+    def test_an_epoch_is_a_fresh_draw_of_its_windows(self):
+        inputs = torch.arange(20).view(10, 2)
+        epochs = [torch.cat([x for x, _ in data.Batches(inputs, inputs, 4, seed, samples=6)]) for seed in (1, 1, 2)]
+        assert [len(each) for each in epochs] == [6, 6, 6] and len(data.Batches(inputs, inputs, 4, samples=6)) == 2
+        assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
+        assert len({tuple(row) for row in epochs[0].tolist()}) == 6
+        assert torch.equal(torch.cat([x for x, _ in data.Batches(inputs, inputs, 4, samples=6)]), inputs[:6])
+
+    def test_a_folder_without_sources(self, tmp_path):
+        with pytest.raises(data.DataError, match=r"holds too few Python sources; pass --data the folder of"):
+            data.load("stdlib", tmp_path)
 
 
 class TestBatches:
@@ -148,6 +180,19 @@ class TestModels:
         assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
         torch.fx.symbolic_trace(model)
 
+    def test_decoder(self):
+        model = models.build("decoder")
+        blocks = 3 * (12 * 128**2 + 13 * 128)  # weights, and the biases and norms
+        assert sum(p.numel() for p in model.parameters()) == (256 + 64) * 128 + blocks + 2 * 128
+        assert model.head.weight is model.tokens.weight
+        assert model(models.example(64)).shape == (1, 64, 256)
+        text = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+        changed = text.clone()
+        changed[:, 40:] = 0
+        before, after = model(text), model(changed)
+        assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before[:, 40], after[:, 40])
+        torch.testing.assert_close(model(text[:, :40]), before[:, :40])
+
     def test_the_prefix_tells_torchvisions_vgg16_from_the_papers(self):
         assert type(models.build("vgg16")) is models.VGG
         assert type(models.build("torchvision:vgg16")).__module__.startswith("torchvision")
@@ -161,10 +206,14 @@ class TestModels:
             models.build("vgg16", 10, 1, 28)
         with pytest.raises(models.ModelError, match="resnet18 takes images of 3 channels, not 1"):
             models.build("resnet18", 10, 1, 28)
+        with pytest.raises(models.ModelError, match="vgg16 takes images, not text; use one of decoder"):
+            models.build("vgg16", 256, 64)
+        with pytest.raises(models.ModelError, match="decoder takes text, not images; use one of convnet, vgg16"):
+            models.build("decoder", 10, 1, 28)
 
 
 def test_schedule_is_the_papers():
-    settings = train.Settings("digits", "convnet", "bfp8", 300, 200, 0, 0.1, 0.01, 0.9, 5e-4, 128, 0)
+    settings = train.Settings("digits", "convnet", "sgd", 300, 200, 0, 0.1, 0.01, 0.9, 5e-4, 128, 0)
     warm_up = {0: 0.1, 100: 0.1, 120: 0.1 * 0.7525, 140: 0.1 * 0.505, 180: 0.001, 199.9: 0.001}
     for epoch, rate in {**warm_up, 200: 0.01, 299: 0.01}.items():
         assert train.learning_rate(epoch, settings) == pytest.approx(rate, rel=1e-12)
@@ -197,23 +246,24 @@ class TestTrain:
         assert header.split() == ["SGD-FP", "SWA-FP", "SGD-LP", "SWALP"]
         record = json.loads((tmp_path / "run" / "results.json").read_text())
         lines = [record["lines"]["float"], record["lines"]["low"]]
-        printed = [f"{line[key]:.2f}" for line in lines for key in ("sgd_error", "average_error")]
+        printed = [f"{line[key]:.2f}" for line in lines for key in ("last", "average")]
+        assert record["metric"] == "test error, %" and record["command"].endswith(" --out run")
         assert errors.removeprefix("test error, %").split() == printed
         assert seconds.startswith("seconds an epoch")
         assert record["table"] in done.stdout
         assert [len(line["epochs"]) for line in lines] == [2, 2] and all(line["n_averaged"] == 1 for line in lines)
-        assert record["settings"]["recipe"] == "bfp8[0]" and record["environment"]["torch"] == torch.__version__
+        assert record["lines"]["low"]["recipe"] == "bfp8[0]" and record["environment"]["torch"] == torch.__version__
         assert done.stderr == ""  # no progress bar where no one watches
 
     def test_both_lines_learn_and_low_precision_is_not_float(self, tmp_path):
         results = run("--epochs", 6, "--batch-size", 32, "--recipe", "bfp6[0]")
-        assert all(line["average_error"] < 20 for line in results.values())
-        assert results["float"]["epochs"][0]["loss"] != results["low"]["epochs"][0]["loss"]
+        assert all(line["average"] < 20 for line in results.values())
+        assert results["float"]["epochs"][0]["losses"] != results["low"]["epochs"][0]["losses"]
 
     def test_a_float_recipe_equals_the_float_line(self):
         results = run("--epochs", 2, "--recipe", "float")
         assert without_times(results["float"]["epochs"]) == without_times(results["low"]["epochs"])
-        assert results["float"]["average_error"] == results["low"]["average_error"]
+        assert results["float"]["average"] == results["low"]["average"]
 
     @pytest.mark.parametrize("every", [0, 3])
     def test_resumed_run_ends_with_the_bits_of_an_unbroken_one(self, tmp_path, every):
@@ -226,13 +276,21 @@ class TestTrain:
             for part in ("settings", "model", "optimizer", "swalp"):
                 assert alike(a[part], b[part]), part
             assert without_times(whole[name]["epochs"]) == without_times(resumed[name]["epochs"])
-            assert whole[name]["average_error"] == resumed[name]["average_error"]
+            assert whole[name]["average"] == resumed[name]["average"]
             assert whole[name]["n_averaged"] == resumed[name]["n_averaged"] == (2 if every == 0 else 20 // 3)
+
+    def test_a_resumed_run_takes_on_another_recipe(self, tmp_path):
+        first = run("--epochs", 2, "--recipe", "bfp6[0]", "--out", tmp_path)
+        both = run("--epochs", 2, "--recipe", "bfp6[0]", "--recipe", "mxfp8", "--out", tmp_path, "--resume")
+        assert both.keys() == {"float", "low", "low2"} and both["low2"]["recipe"] == "mxfp8"
+        assert {name: both[name] for name in first} == first
 
     def test_resume_refuses_another_run(self, tmp_path):
         run("--epochs", 2, "--out", tmp_path)
         with pytest.raises(SystemExit, match=r"float\.pt was made with --lr 0\.05, not 0\.2; give the same"):
             run("--epochs", 2, "--lr", 0.2, "--out", tmp_path, "--resume")
+        with pytest.raises(SystemExit, match=r"low\.pt was made with --recipe bfp8\[0\], not bfp8; give the same"):
+            run("--epochs", 2, "--recipe", "bfp8", "--out", tmp_path, "--resume")
 
     def test_a_run_is_not_overwritten(self, tmp_path, capsys):
         run("--epochs", 2, "--out", tmp_path)
@@ -251,6 +309,9 @@ class TestTrain:
             (["--epochs", "0"], "'0' is not a whole number of 1 or more"),
             (["--lr", "fast"], "'fast' is not a number"),
             (["--epochs", "4", "--average-from", "4"], "leaves none of 4 epochs to average"),
+            (["--average-every", "10000"], "--average-every 10000 is more than the 640 steps after the warm-up"),
+            (["--dataset", "stdlib", "--model", "convnet"], "convnet takes images, not text; use one of decoder"),
+            (["--optimizer", "lion"], "invalid choice: 'lion'"),
             (["--device", "warp"], "--device warp cannot be used"),
             (["--resume"], "--resume needs the --out DIR"),
         ],
@@ -262,6 +323,50 @@ class TestTrain:
         assert complaint in message and "\n" not in message and message.startswith("train.py: error: ")
 
 
+class TestDecoder:
+    """A language model small enough for a test: one layer, and a thousand windows of the standard library."""
+
+    @pytest.fixture
+    def tiny(self, monkeypatch):
+        small = functools.partial(decoder.Decoder, width=32, heads=2, layers=1)
+        monkeypatch.setitem(models.MODELS, "decoder", models.Made(small, (64,), classes=256))
+        stdlib = data.load("stdlib")
+        few = {name: getattr(stdlib, name)[:1024] for name in ("train_inputs", "train_targets")}
+        few |= {name: getattr(stdlib, name)[:256] for name in ("test_inputs", "test_targets")}
+        monkeypatch.setattr(data, "load", lambda *_: dataclasses.replace(stdlib, **few, epoch=512))
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+    def test_it_learns_in_low_precision_and_resumes_to_the_bit(self, tiny, tmp_path, optimizer):
+        words = ["--dataset", "stdlib", "--optimizer", optimizer, "--average-from", 1, "--recipe", "bfp8[0] M=float"]
+        words += ["--lr", 0.003 if optimizer == "adamw" else 0.1, "--device", "cpu"]
+        whole = train.main([*map(str, words), "--epochs", "3"])
+        train.main([*map(str, words), "--epochs", "2", "--out", str(tmp_path)])
+        resumed = train.main([*map(str, words), "--epochs", "3", "--out", str(tmp_path), "--resume"])
+        for name, line in whole.items():
+            assert without_times(line["epochs"]) == without_times(resumed[name]["epochs"])
+            assert [each["steps"] for each in line["epochs"]] == [16] * 3 and line["n_averaged"] == 2
+            assert line["average"] < 4 < line["epochs"][0]["losses"][0] < 5.6  # uniform: log 256 = 5.55
+        assert whole["float"]["last"] != whole["low"]["last"]
+
+    def test_the_table_is_in_nats_a_byte(self, tiny, capsys):
+        train.main(["--dataset", "stdlib", "--epochs", "2", "--recipe", "mxfp8", "--recipe", "bfp8", "--device", "cpu"])
+        printed = capsys.readouterr().out
+        assert printed.count("AdamW-FP") == printed.count("validation loss, nats a byte") == 2
+        assert "recipe mxfp8, seed 0; 1 weights averaged" in printed and "recipe bfp8, seed 0" in printed
+
+    def test_the_rewritten_decoder_is_bit_equal_in_both_modes(self):
+        torch.manual_seed(0)
+        found = swalp_fx.check(models.build("decoder"), torch.randint(256, (2, 64)))
+        assert found and found.compared > 100, found
+
+    def test_one_weight_node_serves_the_embedding_and_the_head(self):
+        graph = swalp_fx.convert(models.build("decoder")).module.graph
+        quantized = graph.find_nodes(op="call_function", target=swalp_fx.quantize_weight)
+        assert len(quantized) == len(list(models.build("decoder").parameters()))
+        (tied,) = (node for node in quantized if node.args[0].target == "tokens.weight")
+        assert [user.args[0].target for user in tied.users] == ["tokens", "head"]
+
+
 class TestReport:
     def test_every_layer_and_its_formats(self, capsys):
         report.main(["convnet", "--recipe", "bfp8[0] E=e5m2"])
@@ -270,22 +375,81 @@ class TestReport:
         assert names and all(any(line.startswith(name) for line in out.splitlines()) for name in names)
         assert "bfp8[0]" in out and "e5m2" in out
 
+    def test_a_model_of_text(self, capsys):
+        report.main(["decoder", "--input-size", "16"])
+        assert "1x16x256" in capsys.readouterr().out
+
     def test_graph_is_the_rewritten_code(self, capsys):
         report.main(["preresnet20", "--recipe", "bfp8", "--graph"])
         out = capsys.readouterr().out
         assert "def forward" in out and "quantize" in out
+
+    def test_draw(self, tmp_path):
+        report.main(["convnet", "--draw", str(tmp_path / "graph.dot")])
+        assert "A ↓ bfp8[0]" in (tmp_path / "graph.dot").read_text()
 
     @pytest.mark.parametrize(
         ("words", "complaint"),
         [
             (["resnet81"], "unknown model 'resnet81'; use"),
             (["convnet", "--recipe", "bfp"], "unknown format spec 'bfp'"),
+            (["decoder", "--channels", "1"], "decoder takes text, not images"),
+            (["convnet", "--draw", "graph.jpg"], "its name must end in one of"),
+            (["convnet", "--draw", "/nowhere/graph.dot"], "No such file or directory"),
         ],
     )
     def test_bad_input_is_one_line(self, words, complaint):
         with pytest.raises(SystemExit, match=f"^report.py: error: .*{complaint}") as stop:
             report.main(words)
         assert "\n" not in stop.value.code
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run("--epochs", 3, "--recipe", "bfp8", "--recipe", "mxfp8 M=float", "--out", out)
+    return out / "results.json"
+
+
+class TestPlot:
+    def test_every_line_is_drawn_and_named(self, results, tmp_path):
+        record = json.loads(results.read_text())
+        losses, scores = plot.figure(record).axes
+        assert [text.get_text() for text in losses.get_legend().get_texts()] == ["float", "bfp8", "mxfp8 M=float"]
+        assert losses.get_ylabel() == "training loss, nats" and scores.get_ylabel() == "test error, %"
+        assert losses.get_xlabel() == "step (batches of 100)"
+        for line, drawn in zip(record["lines"].values(), losses.get_lines(), strict=True):
+            assert drawn.get_ydata().tolist() == [loss for epoch in line["epochs"] for loss in epoch["losses"]]
+        steps, averages = scores.get_lines()[1].get_data()
+        assert list(steps) == [20, 30] and averages[-1] == record["lines"]["float"]["average"]
+
+    def test_equal_results_give_equal_files(self, results, tmp_path):
+        for name in ("a.svg", "b.svg"):
+            plot.main([str(results), "--out", str(tmp_path / name)])
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+    def test_a_line_that_diverged(self, results):
+        record = json.loads(results.read_text())
+        for epoch in record["lines"]["low"]["epochs"]:
+            epoch.update(losses=[math.nan] * len(epoch["losses"]), last=math.nan, average=math.nan)
+        assert len(plot.figure(record).axes) == 2
+
+    @pytest.mark.parametrize(
+        ("content", "out", "complaint"),
+        [
+            (None, "a.svg", "No such file or directory"),
+            ("{", "a.svg", "Expecting property name"),
+            ("{}", "a.svg", "is no results.json of train.py: it lacks 'settings'"),
+            ("good", "a.jpx", "Format 'jpx' is not supported"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, results, tmp_path, content, out, complaint):
+        path = results if content == "good" else tmp_path / "results.json"
+        if content and content != "good":
+            path.write_text(content)
+        with pytest.raises(SystemExit, match=r"^plot\.py: error: ") as stop:
+            plot.main([str(path), "--out", str(tmp_path / out)])
+        assert complaint in stop.value.code and "\n" not in stop.value.code
 
 
 # ---- benchmark.py --------------------------------------------------------------------------------

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Iterator
+import os
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DATASETS", "Batches", "DataError", "Dataset", "load", "read_idx"]
+__all__ = ["DATASETS", "METRICS", "Batches", "DataError", "Dataset", "load", "read_idx"]
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100")
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "stdlib")
 # Where Debian's package dataset-fashion-mnist puts the four gzip IDX files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TRAIN = 1000  # of 1797 images; the other 797 are the test set
+CONTEXT = 64  # bytes of text that a language model reads at a time
+TEXT_EPOCH = 8192  # windows of text in an epoch, half a million bytes: evaluations come that often
+HELD_OUT = 20  # one in so many source files is for validation
 PADDING = 4  # pixels on each side before the random crop, as for CIFAR in the SWALP authors' code
 
 
@@ -27,30 +33,33 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Batches:
-    """Minibatches ([n, C, H, W], [n]) of one pass over the images; equal seeds give equal passes.
+    """Minibatches (inputs [n, ...], targets [n, ...]) of one epoch; equal seeds give equal epochs.
 
-    ``seed=None`` keeps the images' order. The order and the augmentation are drawn from a generator of their own, on
+    ``seed=None`` keeps the samples' order. The order and the augmentation are drawn from a generator of their own, on
     the CPU: they depend neither on the device nor on what the model draws.
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Tensor
+    targets: Tensor
     batch_size: int
     seed: int | None = None
-    augment: bool = False  # a random crop after padding, and a random horizontal flip
+    augment: bool = False  # of images: a random crop after padding, and a random horizontal flip
+    samples: int | None = None  # in the epoch, drawn anew from all; None: each sample once
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.batch_size)
+        return math.ceil((self.samples or len(self.targets)) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seed is None:
-            yield from zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+            chosen = slice(self.samples)
+            batches = (each[chosen].split(self.batch_size) for each in (self.inputs, self.targets))
+            yield from zip(*batches, strict=True)
             return
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        order = torch.randperm(len(self.targets), generator=generator)[: self.samples].to(self.targets.device)
         for index in order.split(self.batch_size):
-            images = self.images[index]
-            yield crop_and_flip(images, generator) if self.augment else images, self.labels[index]
+            inputs = self.inputs[index]
+            yield crop_and_flip(inputs, generator) if self.augment else inputs, self.targets[index]
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,32 +76,52 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
+def _wrong(outputs: Tensor, labels: Tensor) -> Tensor:
+    return 100.0 * (outputs.argmax(-1) != labels).sum()
+
+
+def _surprise(outputs: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, -2), tokens.flatten(), reduction="sum")
+
+
+# What a data set judges a model by: name and unit -> its sum over some targets, from the model's outputs.
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "test error, %": _wrong,
+    "validation loss, nats a byte": _surprise,
+}
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits on one device: images float32 [N, C, H, W], mean 0 and variance 1 a channel; labels int64 [N]."""
+    """Both splits on one device.
+
+    Of images: inputs float32 [N, C, H, W], mean 0 and variance 1 a channel; targets int64 [N], their labels.
+    Of text: inputs int64 [N, T], bytes; targets int64 [N, T], the byte that follows each.
+    """
 
     name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
     classes: int
-    augment: bool
+    metric: str = "test error, %"
+    augment: bool = False
+    epoch: int | None = None  # samples of an epoch, where that is not all of them
 
     @property
-    def channels(self) -> int:
-        return self.train_images.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        return self.train_images.shape[-1]
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample, as a model's builder takes it: (channels, pixels a side), or (bytes,)."""
+        return tuple(self.train_inputs.shape[1:3])
 
     def train(self, batch_size: int, seed: int | None = None) -> Batches:
-        """One pass over the training images: shuffled and augmented, or plain and in order where ``seed`` is None."""
-        return Batches(self.train_images, self.train_labels, batch_size, seed, self.augment and seed is not None)
+        """One epoch of the training samples: shuffled and augmented, or plain and in order where ``seed`` is None."""
+        augment = self.augment and seed is not None
+        return Batches(self.train_inputs, self.train_targets, batch_size, seed, augment, self.epoch)
 
-    def test(self, batch_size: int = 1000) -> Batches:
-        return Batches(self.test_images, self.test_labels, batch_size)
+    def test(self, batch_size: int | None = None) -> Batches:
+        # As many as keep a model's activations small beside its training's: text is long, its vocabulary wide.
+        return Batches(self.test_inputs, self.test_targets, batch_size or (1000 if len(self.shape) == 2 else 64))
 
 
 def load(name: str, folder: str | Path | None = None, device: str | torch.device = "cpu") -> Dataset:
@@ -100,6 +129,8 @@ def load(name: str, folder: str | Path | None = None, device: str | torch.device
 
     Raises DataError, with the ways to get it, if it is not there.
     """
+    if name == "stdlib":
+        return _stdlib(Path(folder or os.path.dirname(os.__file__)), device)
     if name == "digits":
         splits = _digits()
     elif name == "fashion-mnist":
@@ -119,6 +150,35 @@ def load(name: str, folder: str | Path | None = None, device: str | torch.device
         classes=int(train_labels.max()) + 1,
         augment=name.startswith("cifar"),
     )
+
+
+def _stdlib(folder: Path, device: str | torch.device) -> Dataset:
+    """The modules at the top of ``folder``, Python's own library, as bytes; one file in 20 is held out, by its name."""
+    # What a build writes about its own machine is not the same elsewhere.
+    files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_sysconfigdata"))
+    held_out = [path for path in files if zlib.crc32(path.name.encode()) % HELD_OUT == 0]
+    splits = [_windows([path for path in files if path not in held_out]), _windows(held_out)]
+    if not all(len(targets) for _, targets in splits):
+        raise DataError(f"{folder} holds too few Python sources; pass --data the folder of a Python's standard library")
+    (train_inputs, train_targets), (test_inputs, test_targets) = splits
+    return Dataset(
+        "stdlib",
+        train_inputs.to(device),
+        train_targets.to(device),
+        test_inputs.to(device),
+        test_targets.to(device),
+        classes=256,
+        metric="validation loss, nats a byte",
+        epoch=min(TEXT_EPOCH, len(train_targets)),
+    )
+
+
+def _windows(files: list[Path]) -> tuple[Tensor, Tensor]:
+    """The files' bytes, one file after the other, cut into windows; targets are one byte ahead."""
+    text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files) or b"\0"), dtype=torch.uint8)
+    n = (len(text) - 1) // CONTEXT
+    tokens = text.to(torch.int64)
+    return tokens[: n * CONTEXT].view(n, CONTEXT), tokens[1 : n * CONTEXT + 1].view(n, CONTEXT)
 
 
 Split = tuple[Tensor, Tensor]  # images float32 [N, C, H, W] in [0, 1], labels int64 [N]

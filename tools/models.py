@@ -1,4 +1,4 @@
-"""The networks of the tools: a small convnet, the SWALP paper's VGG16 and PreResNet, and torchvision's."""
+"""The networks of the tools: a small convnet and decoder, the SWALP paper's VGG16 and PreResNet, and torchvision's."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["REFERENCE_PLACEMENT", "ModelError", "build", "default_image_size", "names"]
+from decoder import Decoder
+
+__all__ = ["REFERENCE_PLACEMENT", "ModelError", "build", "default_shape", "example", "names"]
 
 # Output channels of VGG16's convolutions; "pool" halves the image (Simonyan and Zisserman, table 1, column D).
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
 
 
 class ModelError(ValueError):
-    """A model that does not exist, or that cannot take the images it is asked to take."""
+    """A model that does not exist, or that cannot take the samples it is asked to take."""
 
 
 def _init_convolutions(model: nn.Module) -> None:
@@ -148,13 +151,22 @@ def _vgg(batch_norm: bool) -> Callable[[int, int, int], nn.Module]:
     return lambda num_classes, channels, image_size: VGG(num_classes, channels, image_size, batch_norm=batch_norm)
 
 
-# name -> builder(num_classes, channels, image_size), and the image size it was made for
-MODELS: dict[str, tuple[Callable[[int, int, int], nn.Module], int]] = {
-    "convnet": (convnet, 28),
-    "vgg16": (_vgg(batch_norm=False), 32),
-    "vgg16_bn": (_vgg(batch_norm=True), 32),
-    "preresnet20": (_preresnet(20, (3, 3)), 32),
-    "preresnet164": (_preresnet(164, (1, 3, 1)), 32),
+@dataclass(frozen=True)
+class Made:
+    """How a model is built, and what for: (channels, pixels a side) of an image, or (bytes,) of a text."""
+
+    build: Callable[..., nn.Module]  # build(classes, *shape)
+    shape: tuple[int, ...]
+    classes: int = 10
+
+
+MODELS: dict[str, Made] = {
+    "convnet": Made(convnet, (3, 28)),
+    "vgg16": Made(_vgg(batch_norm=False), (3, 32)),
+    "vgg16_bn": Made(_vgg(batch_norm=True), (3, 32)),
+    "preresnet20": Made(_preresnet(20, (3, 3)), (3, 32)),
+    "preresnet164": Made(_preresnet(164, (1, 3, 1)), (3, 32)),
+    "decoder": Made(Decoder, (64,), classes=256),
 }
 # The layer outputs that the SWALP authors' networks round, as fields of a Recipe: VGG's 13 convolutions and 2 hidden
 # linear layers behind their ReLU; PreResNet's stem, each ReLU and each convolution of a block, but neither the last
@@ -182,24 +194,36 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def default_image_size(name: str) -> int:
-    """Pixels a side that the model was made for."""
-    return MODELS[name][1] if name in MODELS else 224
+def default_shape(name: str) -> tuple[int, ...]:
+    """Of the samples that the model was made for: (channels, pixels a side), or (bytes,)."""
+    return MODELS[name].shape if name in MODELS else (3, 224)
 
 
-def build(name: str, num_classes: int = 10, channels: int = 3, image_size: int | None = None) -> nn.Module:
-    """A new float model, initialised from torch's default generator: [N, channels, size, size] -> [N, num_classes].
+def example(*shape: int) -> Tensor:
+    """One sample, blank: [1, channels, side, side], or int64 [1, bytes]."""
+    return torch.zeros(1, *shape, shape[1]) if len(shape) == 2 else torch.zeros(1, *shape, dtype=torch.int64)
 
-    Raises ModelError, with the names nearest to it, for a name there is not.
+
+def build(name: str, num_classes: int | None = None, *shape: int) -> nn.Module:
+    """A new float model, initialised from torch's default generator, for samples of ``shape``.
+
+    Images: build("vgg16", 10, channels, side) takes [N, channels, side, side] to [N, classes].
+    Text: build("decoder", 256, context) takes int64 [N, T] to [N, T, classes], T up to context.
+    Raises ModelError for a name there is not, with the names nearest to it, and for samples of the other kind.
     """
-    if name in MODELS:
-        builder, made_for = MODELS[name]
-        return builder(num_classes, channels, image_size or made_for)
-    if name not in names():
+    if name not in MODELS and name not in names():
         near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
         raise ModelError(f"unknown model {name!r}; use {' or '.join(near or MODELS)}, or a torchvision name")
-    if channels != 3:
-        raise ModelError(f"{name} takes images of 3 channels, not {channels}; use one of {', '.join(MODELS)}")
+    made_for = default_shape(name)
+    shape = shape or made_for
+    if len(shape) != len(made_for):
+        others = ", ".join(other for other, made in MODELS.items() if len(made.shape) == len(shape))
+        kinds = ("images", "text") if len(made_for) == 2 else ("text", "images")
+        raise ModelError(f"{name} takes {kinds[0]}, not {kinds[1]}; use one of {others}")
+    if name in MODELS:
+        return MODELS[name].build(num_classes or MODELS[name].classes, *shape)
+    if shape[0] != 3:
+        raise ModelError(f"{name} takes images of 3 channels, not {shape[0]}; use one of {', '.join(MODELS)}")
     import torchvision
 
-    return torchvision.models.get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes)
+    return torchvision.models.get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes or 10)

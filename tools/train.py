@@ -1,9 +1,10 @@
-"""Trains one network twice, in float and in a low-precision recipe, and prints what averaging gave back.
+"""Trains one network in float and in low-precision recipes, and prints what averaging gave back.
 
     python tools/train.py --dataset fashion-mnist --model convnet --recipe "bfp8[0]" --epochs 12 --seed 0
+    python tools/train.py --dataset stdlib --recipe "bfp8[0] M=float" --recipe mxfp8 --out runs/decoder
 
-Both lines have the same start, data order and schedule. SGD is the weights at the end of training, SWA and SWALP the
-average of the weights after the warm-up.
+All lines have the same start, data order and schedule. SGD (or AdamW) is the weights at the end of training, SWA and
+SWALP the average of the weights after the warm-up.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,26 +37,60 @@ from swalp_fx.random import fold_in
 # What a bad command line, or one that does not fit its data or model, raises: one line, and no traceback.
 INPUT_ERRORS = (data.DataError, models.ModelError, swalp_fx.FormatError, swalp_fx.RecipeError, ConvertError)
 ORDER, DRAWS = range(2)  # what an epoch's random numbers are for: the data order, or the model's own
+LOSSES_EVERY = 16  # steps whose mean training loss is one point of a line's curve
+BETA2 = 0.95  # of AdamW's second moment: at 0.999 it would remember more steps than a short run has
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How an optimizer is made from the settings, what tables call it, and the recipe that suits it."""
+
+    title: str
+    make: Callable[[Iterable[nn.Parameter], Settings], torch.optim.Optimizer]
+    recipe: str
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer(
+        "SGD",
+        lambda parameters, settings: torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        ),
+        "bfp8[0]",
+    ),
+    "adamw": Optimizer(
+        "AdamW",
+        lambda parameters, settings: torch.optim.AdamW(
+            parameters, lr=settings.lr, betas=(settings.momentum, BETA2), weight_decay=settings.weight_decay
+        ),
+        # Where a second moment is rounded to 0 and the first is not, the step is the first divided by epsilon.
+        "bfp8[0] M=float",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run's result, and so may not change when it is resumed; ``epochs`` alone may grow."""
+    """All, beside a line's recipe, that decides its result, and so may not change when it is resumed.
+
+    ``epochs`` alone may grow.
+    """
 
     dataset: str
     model: str
-    recipe: str
+    optimizer: str
     epochs: int
     average_from: int  # epochs of warm-up; the average takes weights after those
     average_every: int  # steps between two averagings; 0: at the end of each epoch
     lr: float
     average_lr: float  # constant, after the warm-up
-    momentum: float
+    momentum: float  # AdamW's first beta
     weight_decay: float
     batch_size: int
     seed: int
 
 
+EVERYWHERE = {"optimizer": "sgd", "average_every": 0, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128}
 # Defaults. CIFAR: as the SWALP authors' scripts train VGG16. (Their PreResNet-164: epochs 225,
 # average_from 150, lr 0.1, weight_decay 3e-4.)
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,6 +98,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"model": "convnet", "epochs": 12, "average_from": 6, "lr": 0.05, "average_lr": 0.02},
     "cifar10": {"model": "vgg16", "epochs": 300, "average_from": 200, "lr": 0.05, "average_lr": 0.01},
     "cifar100": {"model": "vgg16", "epochs": 300, "average_from": 200, "lr": 0.05, "average_lr": 0.01},
+    "stdlib": {
+        **{"model": "decoder", "epochs": 6, "average_from": 4, "average_every": 16, "batch_size": 32},
+        **{"optimizer": "adamw", "lr": 2e-3, "average_lr": 1e-3, "weight_decay": 0.1},
+    },
 }
 
 
@@ -81,42 +122,44 @@ class Line:
     """One network in training: model, optimizer, what ``convert`` made of them, and the epochs so far."""
 
     def __init__(self, name: str, recipe: str, settings: Settings, dataset: data.Dataset, device: torch.device) -> None:
-        self.name, self.settings, self.dataset = name, settings, dataset
+        self.name, self.recipe, self.settings, self.dataset = name, recipe, settings, dataset
         torch.manual_seed(settings.seed)  # every line starts from the same weights
-        self.model = models.build(settings.model, dataset.classes, dataset.channels, dataset.image_size).to(device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        self.model = models.build(settings.model, dataset.classes, *dataset.shape).to(device)
+        self.optimizer = OPTIMIZERS[settings.optimizer].make(self.model.parameters(), settings)
         self.module, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe)
         self.epochs: list[dict[str, Any]] = []
 
     def train_epoch(self, on_step: Callable[[], object]) -> None:
-        """One pass over the training images, and the error on the test images, appended to ``epochs``."""
+        """One epoch of the training samples, and the scores after it, appended to ``epochs``."""
         settings, epoch = self.settings, len(self.epochs)
         # Every epoch's random numbers follow from (seed, epoch): a resumed run draws what an unbroken one would.
         seed = fold_in(settings.seed, epoch)
         torch.manual_seed(fold_in(seed, DRAWS))
         batches = self.dataset.train(settings.batch_size, fold_in(seed, ORDER))
-        total = torch.zeros((), device=self.dataset.train_images.device)
+        losses = []
         self.module.train()
         start = time.perf_counter()
-        for step, (images, labels) in enumerate(batches):
+        for step, (inputs, targets) in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + step / len(batches), settings)
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.module(images), labels)
+            loss = F.cross_entropy(self.module(inputs).flatten(0, -2), targets.flatten())
             loss.backward()
             self.optimizer.step()
-            total += loss.detach() * len(labels)
+            losses.append(loss.detach())
             if self._averages_after(epoch, step, len(batches)):
                 self.swalp.update_average()
             on_step()
-        mean_loss = total.item() / len(self.dataset.train_labels)  # waits for the device: the time is the epoch's own
-        seconds = time.perf_counter() - start
-        self.epochs.append({"loss": mean_loss, "test_error": self.test_error(self.module), "seconds": seconds})
+        curve = torch.stack([few.mean() for few in torch.stack(losses).split(LOSSES_EVERY)])
+        self.epochs.append(
+            {
+                "steps": len(losses),
+                "losses": curve.tolist(),  # waits for the device: the time is the epoch's own
+                "seconds": time.perf_counter() - start,
+                "last": self.score(self.module),
+                "average": self.score(self._averaged_model()) if self.swalp.n_averaged else None,
+            }
+        )
 
     def _averages_after(self, epoch: int, step: int, steps: int) -> bool:
         if epoch < self.settings.average_from:
@@ -124,19 +167,23 @@ class Line:
         every = self.settings.average_every or steps
         return ((epoch - self.settings.average_from) * steps + step + 1) % every == 0
 
+    def _averaged_model(self) -> nn.Module:
+        return self.swalp.averaged_model(self.dataset.train(self.settings.batch_size))
+
     @torch.no_grad()
-    def test_error(self, module: nn.Module) -> float:
-        """Per cent of the test images that ``module``, in evaluation mode, gets wrong."""
+    def score(self, module: nn.Module) -> float:
+        """The data set's metric of ``module`` in evaluation mode, over the test samples."""
         module.eval()
-        wrong = sum((module(images).argmax(1) != labels).sum().item() for images, labels in self.dataset.test())
-        return 100 * wrong / len(self.dataset.test_labels)
+        metric = data.METRICS[self.dataset.metric]
+        total = sum(metric(module(inputs), targets).item() for inputs, targets in self.dataset.test())
+        return total / self.dataset.test_targets.numel()
 
     def result(self) -> dict[str, Any]:
-        """Test errors of the last weights and of the average, and the epochs behind them."""
-        averaged = self.swalp.averaged_model(self.dataset.train(self.settings.batch_size))
+        """Scores of the last weights and of the average, and the epochs behind them."""
         return {
-            "sgd_error": self.epochs[-1]["test_error"],
-            "average_error": self.test_error(averaged),
+            "recipe": self.recipe,
+            "last": self.epochs[-1]["last"],
+            "average": self.epochs[-1]["average"],
             "n_averaged": self.swalp.n_averaged,
             "median_seconds": statistics.median(epoch["seconds"] for epoch in self.epochs),
             "epochs": self.epochs,
@@ -144,7 +191,7 @@ class Line:
 
     def save(self, folder: Path) -> None:
         state = {
-            "settings": asdict(self.settings),
+            "settings": self._settings(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "swalp": self.swalp.state_dict(),
@@ -155,11 +202,14 @@ class Line:
         torch.save(state, partial)
         partial.replace(path)  # at once: an interruption leaves the last epoch's checkpoint whole
 
+    def _settings(self) -> dict[str, Any]:
+        return {**asdict(self.settings), "recipe": self.recipe}
+
     def load(self, folder: Path) -> None:
         """Go on from the checkpoint in ``folder``; raises DataError if it is of another run."""
         path = checkpoint(folder, self.name)
-        state = torch.load(path, map_location=self.dataset.train_images.device, weights_only=True)
-        for name, now in asdict(self.settings).items():
+        state = torch.load(path, map_location=self.dataset.train_inputs.device, weights_only=True)
+        for name, now in self._settings().items():
             then = state["settings"][name]
             if now != then and not (name == "epochs" and now >= len(state["epochs"])):
                 option = "--" + name.replace("_", "-")
@@ -182,30 +232,31 @@ def train(line: Line, folder: Path | None) -> dict[str, Any]:
         for _ in range(done, epochs):
             line.train_epoch(bar.update)
             last = line.epochs[-1]
-            bar.set_postfix(loss=f"{last['loss']:.3f}", test_error=f"{last['test_error']:.2f} %")
+            bar.set_postfix({"loss": f"{last['losses'][-1]:.3f}", line.dataset.metric: f"{last['last']:.3f}"})
             if folder:
                 line.save(folder)
     return line.result()
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Four columns: the last weights and the average, of the float line and of the low-precision one."""
-    lines = [results["float"], results["low"]]
-    errors = [f"{line[key]:.2f}" for line in lines for key in ("sgd_error", "average_error")]
-    seconds = [f"{line['median_seconds']:.2f}" for line in lines for _ in range(2)]
+def table(line: dict[str, Any], beside: dict[str, Any], settings: Settings, metric: str) -> str:
+    """Four columns: the last weights and the average, of the float line (``beside``) and of a low-precision one."""
+    title = OPTIMIZERS[settings.optimizer].title
+    digits = 2 if metric.endswith("%") else 4
+    scores = [f"{each[key]:.{digits}f}" for each in (beside, line) for key in ("last", "average")]
+    seconds = [f"{each['median_seconds']:.2f}" for each in (beside, line) for _ in range(2)]
     return tabulate(
-        [["test error, %", *errors], ["seconds an epoch (median)", *seconds]],
-        headers=["", "SGD-FP", "SWA-FP", "SGD-LP", "SWALP"],
+        [[metric, *scores], ["seconds an epoch (median)", *seconds]],
+        headers=["", f"{title}-FP", "SWA-FP", f"{title}-LP", "SWALP"],
         colalign=("left", *["right"] * 4),
         disable_numparse=True,
     )
 
 
-def describe(settings: Settings, n_averaged: int) -> str:
+def describe(line: dict[str, Any], settings: Settings) -> str:
     every = f"{settings.average_every} steps" if settings.average_every else "epoch"
     return (
-        f"{settings.model} on {settings.dataset}, {settings.epochs} epochs, recipe {settings.recipe}, seed "
-        f"{settings.seed}; {n_averaged} weights averaged, one every {every} after epoch {settings.average_from}"
+        f"{settings.model} on {settings.dataset}, {settings.epochs} epochs, recipe {line['recipe']}, seed "
+        f"{settings.seed}; {line['n_averaged']} weights averaged, one every {every} after epoch {settings.average_from}"
     )
 
 
@@ -247,17 +298,26 @@ def command_line() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--dataset", choices=data.DATASETS, default="digits", help="digits comes with scikit-learn (default)")
-    add("--data", metavar="DIR", help="where torchvision.datasets has stored the data set (default: data)")
-    add("--model", metavar="NAME", help="convnet, vgg16, vgg16_bn, preresnet20, preresnet164, or one of torchvision's")
-    add("--recipe", default="bfp8[0]", help="number formats of the low-precision line (default: %(default)s)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="where torchvision.datasets keeps the images (default: data), or Python its library",
+    )
+    add("--model", metavar="NAME", help=f"{', '.join(models.MODELS)}, or one of torchvision's")
+    add(
+        "--recipe",
+        action="append",
+        help="of a low-precision line; repeatable (default: bfp8[0], with M=float for AdamW)",
+    )
     add("--epochs", type=count, metavar="N")
     add("--average-from", type=count, metavar="N", help="epochs of warm-up; the average takes weights after those")
     add("--average-every", type=natural, metavar="STEPS", help="steps between averagings; 0: once an epoch")
     add("--lr", type=real, help="learning rate at the start of the warm-up")
     add("--average-lr", type=real, help="constant learning rate after the warm-up")
-    add("--momentum", type=real, default=0.9, help="default: %(default)s")
-    add("--weight-decay", type=real, default=5e-4, help="default: %(default)s")
-    add("--batch-size", type=count, metavar="N", default=None)
+    add("--optimizer", choices=OPTIMIZERS, help="default: adamw for text, sgd for images")
+    add("--momentum", type=real, help="AdamW's first beta (default: 0.9)")
+    add("--weight-decay", type=real, help="default: 5e-4; for text 0.1, which AdamW multiplies by the learning rate")
+    add("--batch-size", type=count, metavar="N")
     add("--seed", type=natural, default=0, help="of the weights, the data order and the rounding (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", metavar="DIR", type=Path, help="write results.json, and a checkpoint of each line after each epoch")
@@ -267,7 +327,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def settings_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
     """The command line, completed with the data set's defaults."""
-    values = {"average_every": 0, "batch_size": 128, **DEFAULTS[args.dataset]}
+    values = {**EVERYWHERE, **DEFAULTS[args.dataset]}
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "epochs" in given and "average_from" not in given:
         given["average_from"] = max(1, given["epochs"] // 2)
@@ -281,6 +341,12 @@ def settings_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     return settings
 
 
+def recipes_from(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
+    """Line -> recipe: the float line, then a low-precision line for each recipe."""
+    low = args.recipe or [OPTIMIZERS[settings.optimizer].recipe]
+    return {"float": "float"} | {f"low{i}" if i > 1 else "low": recipe for i, recipe in enumerate(low, 1)}
+
+
 def device_from(name: str | None, parser: argparse.ArgumentParser) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -290,25 +356,29 @@ def device_from(name: str | None, parser: argparse.ArgumentParser) -> torch.devi
     return device
 
 
-def folder_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path | None:
+def folder_from(args: argparse.Namespace, names: Iterable[str], parser: argparse.ArgumentParser) -> Path | None:
     if args.out is None:
         if args.resume:
             parser.error("--resume needs the --out DIR that holds the run")
         return None
-    if not args.resume and any(checkpoint(args.out, name).exists() for name in ("float", "low")):
+    if not args.resume and any(checkpoint(args.out, name).exists() for name in names):
         parser.error(f"--out {args.out} holds a run already; add --resume to go on with it, or name another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     return args.out
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Both lines' results, after the table is printed."""
+    """Each line's result, after the tables are printed."""
     parser = command_line()
     args = parser.parse_args(argv)
-    settings, device, folder = settings_from(args, parser), device_from(args.device, parser), folder_from(args, parser)
+    settings, device = settings_from(args, parser), device_from(args.device, parser)
+    recipes = recipes_from(args, settings)
+    folder = folder_from(args, recipes, parser)
     try:
         dataset = data.load(settings.dataset, args.data, device)
-        recipes = {"float": "float", "low": settings.recipe}
+        steps = (settings.epochs - settings.average_from) * len(dataset.train(settings.batch_size))
+        if settings.average_every > steps:
+            parser.error(f"--average-every {settings.average_every} is more than the {steps} steps after the warm-up")
         lines = [Line(name, recipe, settings, dataset, device) for name, recipe in recipes.items()]
         for line in lines:
             if args.resume and folder and checkpoint(folder, line.name).exists():
@@ -316,9 +386,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     except INPUT_ERRORS as error:
         raise SystemExit(f"train.py: error: {error}") from None
     results = {line.name: train(line, folder) for line in lines}
-    printed = f"{describe(settings, results['low']['n_averaged'])}\n\n{table(results)}"
+    printed = "\n\n".join(
+        f"{describe(result, settings)}\n\n{table(result, results['float'], settings, dataset.metric)}"
+        for name, result in results.items()
+        if name != "float"
+    )
     if folder:
-        record = {"settings": asdict(settings), "environment": environment(device), "lines": results, "table": printed}
+        record = {
+            "command": shlex.join(["python", "tools/train.py", *(sys.argv[1:] if argv is None else argv)]),
+            "settings": asdict(settings),
+            "environment": environment(device),
+            "metric": dataset.metric,
+            "lines": results,
+            "table": printed,
+        }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     print(printed)
     return results

@@ -230,9 +230,8 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
     if is_derived(node, root):
         return "parameter"
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    has_parameters = module is not None and any(True for _ in module.parameters())
     sources = node.all_input_nodes
-    if sources and not has_parameters and all(source.meta[PART] == "number" for source in sources):
+    if sources and not _has_parameters(module) and all(source.meta[PART] == "number" for source in sources):
         return "number"
     if module is not None:
         return _part_of_module(module)
@@ -245,7 +244,11 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
 def _part_of_module(module: nn.Module) -> str:
     for base in _layer_bases(module):
         return _PART_OF[base.__name__]
-    return "compute" if any(True for _ in module.parameters()) else "arithmetic"
+    return "compute" if _has_parameters(module) else "arithmetic"
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())
 
 
 def _layer_bases(module: nn.Module) -> Iterator[type]:

@@ -1,0 +1,193 @@
+"""``measure``: what rounding did to the numbers of a rewritten module, site by site."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from . import nodes
+from .capture import ConvertError
+from .formats import FLOAT
+from .ops import quantize
+from .passes import RewrittenModule
+from .passes.parts import rewritten_in
+from .report import called_module
+
+__all__ = ["Measures", "Rounded", "measure"]
+
+
+@dataclass
+class Rounded:
+    """What one site rounded in one role, over all batches."""
+
+    format: str
+    values: int = 0
+    signal: float = 0.0  # sum of squares of the finite values
+    noise: float = 0.0  # sum of squares of what rounding added to them
+    clipped: int = 0  # finite values beyond the format's range, or beyond what their block's scale can hold
+    zeroed: int = 0  # values that were not zero and are
+    nan: int = 0
+    infinite: int = 0
+
+    @property
+    def sqnr(self) -> float:
+        """The ratio of signal to quantization noise, in dB: about 6 a bit. Infinite where nothing was lost."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
+
+    def add(self, x: Tensor, q: Tensor) -> None:
+        """Count ``x``, which was rounded to ``q``."""
+        finite = x.isfinite()
+        exact, rounded = torch.where(finite, x, 0).double(), torch.where(finite, q, 0).double()
+        # Rounding up gives no less than x, and down no more, but for what the format cannot reach.
+        above, below = (quantize(x, self.format, rounding).double() for rounding in ("up", "down"))
+        self.values += x.numel()
+        self.signal += exact.square().sum().item()
+        self.noise += (rounded - exact).square().sum().item()
+        self.clipped += int((finite & ((above < exact) | (below > exact))).sum())
+        self.zeroed += int((finite & (x != 0) & (q == 0)).sum())
+        self.nan += int(x.isnan().sum())
+        self.infinite += int(x.isinf().sum())
+
+
+class Measures(dict[tuple[str, str], Rounded]):
+    """(site, role) -> Rounded, in the order of the graph; printed as a table. Roles are W, A and E.
+
+    A site is a parameter, by its name, or a layer's output: a module's has the module's name (``relu@1`` for its second
+    call), a function's that of the module that calls it and of the call in the graph (``layer1.0.add``).
+    """
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                site,
+                role,
+                each.format,
+                f"{each.values:,}",
+                "exact" if each.sqnr == math.inf else f"{each.sqnr:.1f}",
+                _share(each.clipped, each.values),
+                _share(each.zeroed, each.values),
+                *(f"{count:,}" if count else "" for count in (each.nan, each.infinite)),
+            ]
+            for (site, role), each in self.items()
+        ]
+        header = ["site", "role", "format", "values", "SQNR, dB", "clipped", "to zero", "NaN", "infinite"]
+        return tabulate(rows, header, colalign=["left"] * 3 + ["right"] * 6, disable_numparse=True)
+
+    __repr__ = __str__
+
+
+def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None) -> Measures:
+    """What rounding did to each parameter (W) and layer output (A) of ``module``, over ``batches``; with ``loss``, to
+    each error signal (E) too: ``print(swalp_fx.measure(lp, [(x, y)], F.cross_entropy))``.
+
+    batches: inputs, or tuples or lists with the input first; on the module's device.
+    loss: of (outputs, targets), a scalar, where batches are pairs of input and targets.
+
+    A copy of the module runs, in the module's mode, with the random bits that a forward would draw now; neither the
+    module nor the random state is changed.
+    Raises ConvertError for a module that is not rewritten, and TypeError for a batch that is no pair where a loss needs
+    targets.
+    """
+    if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
+        raise ConvertError(f"measure takes the module that convert returns, not a {type(module).__name__}")
+    measures = Measures()
+    copied = copy.deepcopy(module)
+    for path, part in rewritten_in(copied):
+        vars(part)["forward"] = _Watch(part, path, measures).forward
+    devices = sorted({parameter.device.index for parameter in copied.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(loss is not None):
+        for batch in batches:
+            is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+            if loss is not None and not is_pair:
+                raise TypeError(f"a loss needs batches of (inputs, targets), not a {type(batch).__name__}")
+            outputs = copied(batch[0] if isinstance(batch, tuple | list) else batch)
+            if loss is not None:
+                loss(outputs, batch[1]).backward()
+    return Measures({key: each for key, each in measures.items() if each.values})
+
+
+class _Watch:
+    """Runs one part, and counts what its nodes round."""
+
+    def __init__(self, part: RewrittenModule, path: str, measures: Measures) -> None:
+        self.part, self.measures = part, measures
+        self.sites: dict[str, str] = {}  # by the names of the quantize nodes
+        for node, site in _sites(part):
+            self.sites[node.name] = name = ".".join(filter(None, (path, site))) or node.name.removesuffix("_q")
+            roles = "W" if node.target is nodes.quantize_weight else "AE"
+            for role, spec in zip(roles, node.args[3:], strict=False):  # behind the formats stands how to round
+                if spec != str(FLOAT):
+                    measures.setdefault((name, role), Rounded(str(spec)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = [node.target for node in self.part.graph.find_nodes(op="placeholder")]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return _Run(self).run(*(given[name] for name in names if name in given))
+
+    def count(self, node: Node, role: str, x: Tensor, q: Tensor) -> None:
+        if (rounded := self.measures.get((self.sites[node.name], role))) is not None:
+            rounded.add(x.detach(), q.detach())
+
+
+class _Run(Interpreter):
+    """One forward of a part."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__(watch.part)
+        self.watch = watch
+
+    def run_node(self, n: Node) -> Any:
+        if n.target not in (nodes.quantize_weight, nodes.quantize_output):
+            return super().run_node(n)
+        x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]
+        before = pytree.tree_map_only(Tensor, torch.clone, x)  # rounding may be in place
+        result = super().run_node(n)
+        role = "W" if n.target is nodes.quantize_weight else "A"
+        pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(result), strict=True)
+        for i, (exact, rounded) in enumerate(pairs):
+            if isinstance(exact, Tensor) and exact.is_floating_point():
+                self.watch.count(n, role, exact, rounded)
+                if role == "A" and rounded.requires_grad:
+                    where = (stream + i * nodes.TENSOR_STREAM) | nodes.ERROR_STREAM
+                    rounded.register_hook(self._count_error(n, key, where, specs[1], specs[2]))
+        return result
+
+    def _count_error(self, n: Node, key: Tensor | None, stream: int, spec: str, rounding: str) -> Callable[..., None]:
+        if key is None and rounding.startswith("stochastic"):
+            rounding = "nearest"
+
+        def hook(error: Tensor) -> None:
+            # What the node's backward is about to do, with its very random bits.
+            self.watch.count(n, "E", error, quantize(error, spec, rounding, key=key, stream=stream))
+
+        return hook
+
+
+def _sites(part: RewrittenModule) -> Iterator[tuple[Node, str]]:
+    """Each quantize node, with the name of what it rounds."""
+    calls: dict[str, int] = {}
+    for node in part.graph.nodes:
+        if node.target is nodes.quantize_weight:
+            yield node, str(node.args[0].target)
+        elif node.target is nodes.quantize_output:
+            source = node.args[0]
+            path = called_module(source)
+            if path is None:
+                stack = [path for path, _ in source.meta.get("nn_module_stack", {}).values()]
+                yield node, ".".join(filter(None, (*stack[-1:], source.name)))
+            else:
+                calls[path] = calls.get(path, -1) + 1
+                yield node, f"{path}@{calls[path]}" if calls[path] else path
+
+
+def _share(count: int, values: int) -> str:
+    return f"{count / values:.2%}" if count else ""

@@ -1,0 +1,104 @@
+"""docs/graph.md says what the code does: its code is generated code, its tables are the passes' own."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import swalp_fx
+from swalp_fx import ConvertError, Recipe, RecipeError, Rule, convert, nodes
+from swalp_fx.passes.classify import LAYER_PARTS, PARTS
+from swalp_fx.recipe import PLACEMENTS
+
+PAGE = (Path(__file__).parent.parent / "docs" / "graph.md").read_text()
+EXAMPLE, BEFORE, AFTER, RULES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def table(header):
+    """The rows, cells stripped, of the table whose first column is ``header``."""
+    (body,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
+
+
+def code(module):
+    """As the page shows it: nothing is said of what is let go."""
+    return re.sub(r";  .*", "", module.code).strip() + "\n"
+
+
+def test_the_code_is_generated_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(swalp_fx, "draw", lambda module, path: None)  # Graphviz need not be here
+    names: dict = {}
+    exec(compile(EXAMPLE, "docs/graph.md", "exec"), names)
+    assert code(names["before"]) == BEFORE
+    assert code(names["after"]) == AFTER
+
+
+def test_the_picture_is_of_that_block():
+    picture = (Path(__file__).parent.parent / "docs" / "residual.svg").read_text()
+    drawn = re.findall(r"<title>p0_(\w+)</title>", picture)
+    written = re.findall(r"^    (\w+) = ", AFTER, re.MULTILINE)
+    layers = [name for name in written if name in ("conv", "norm", "add", "relu") or name.endswith("_q")]
+    assert sorted(drawn) == sorted(["x", "output", *layers])
+
+
+def test_the_parts():
+    rows = table("part")
+    assert [row[0] for row in rows] == list(PARTS)
+    for part, examples, *placements in rows:
+        assert set(re.findall(r"`(\w+)`", examples)) <= set(PARTS[part].split())
+        for placement, said in zip(PLACEMENTS, placements, strict=True):
+            if placement == "group":
+                assert (said == "at the end") == (part in ("compute", "norm", "activation"))
+            else:
+                wanted = part in LAYER_PARTS if placement == "every" else part in placement.split("+")
+                assert said == ("yes" if wanted else "no")
+
+
+@pytest.mark.parametrize("row", table("model"), ids=lambda row: row[0])
+def test_the_counts(row):
+    model = models.build(re.search(r"`(.*)`", row[0])[1])
+    graphs = [convert(model, recipe=f"bfp8 placement={placement}").module.graph for placement in PLACEMENTS]
+    outputs = [len(graph.find_nodes(op="call_function", target=nodes.quantize_output)) for graph in graphs]
+    weights = len(graphs[0].find_nodes(op="call_function", target=nodes.quantize_weight))
+    assert [str(count) for count in [*outputs, weights]] == row[1:]
+
+
+def test_the_rules():
+    names: dict = {}
+    exec(compile(RULES, "docs/graph.md", "exec"), names)
+    rows = [
+        line.split()
+        for line in swalp_fx.report(convert(models.build("decoder"), recipe=names["recipe"])[0]).splitlines()
+    ]
+    formats = {row[0]: row[2:5] for row in rows if len(row) > 5}
+    assert formats["head"] == formats["norm"] == formats["blocks.0.norm1"] == ["-", "-", "-"]
+    assert formats["tokens"] == ["-", "bfp4[0]", "bfp4[0]"]
+    assert formats["blocks.2.attention.query"] == ["bfp8[0]"] * 3 and formats["blocks.2.mlp.0"] == ["bfp4[0]"] * 3
+
+
+REFUSED = [
+    ("a converted model", lambda: convert(nn.Sequential(nn.Linear(2, 2))).module),
+    ("`torch.compile", lambda: torch.compile(nn.Linear(2, 2))),
+    ("`DataParallel`", lambda: nn.DataParallel(nn.Linear(2, 2))),
+    ("TorchScript", lambda: torch.jit.trace(nn.Linear(2, 2), torch.ones(2, 2))),
+    ("a lazy layer", lambda: nn.Sequential(nn.LazyLinear(2))),
+    ("a rule for no layer", lambda: models.build("decoder")),
+]
+
+
+def test_every_refusal_has_its_line():
+    for row, (given, _) in zip(table("given"), REFUSED, strict=True):
+        assert row[0].startswith(given)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize(("given", "make"), REFUSED, ids=[given for given, _ in REFUSED])
+def test_what_is_refused(given, make):
+    (answer,) = (row[1] for row in table("given") if row[0].startswith(given))
+    recipe = Recipe.parse("bfp8", rules=(Rule("blocks.9", weight="float"),) if "rule" in given else ())
+    with pytest.raises((ConvertError, RecipeError), match=re.escape(answer)):
+        convert(make(), recipe=recipe)
