@@ -105,6 +105,15 @@ def test_the_last_run_of_an_axis_may_be_short(shape, spec):
             assert_follows_oracle(laid_out, spec, rounding)
 
 
+@pytest.mark.parametrize("largest", [2.0**-149, 3e-42, 1e-41, 1e-40, 1e-38])
+def test_a_scale_that_underflows_makes_no_nan_of_zeros(largest):
+    x = torch.zeros(3, 16)
+    x[0], x[1, 3] = largest, largest / 4000
+    assert not quantize(x, "nvfp4").isnan().any()
+    for rounding in ("nearest", "up", "stochastic"):
+        assert_follows_oracle(x, "nvfp4", rounding)
+
+
 @pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1])
 @pytest.mark.parametrize("stream", [0, 1, 2**32, 2**63 - 1])
 def test_every_key_and_stream(key, stream):
