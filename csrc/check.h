@@ -108,8 +108,11 @@ inline Drawing drawing(const char* op, const Tensor& x, int64_t rounding, int64_
   return {Rounding::Stochastic, random, key};
 }
 
-inline void check_streams(const char* op, const std::vector<Tensor>& xs, const std::vector<int64_t>& streams) {
+inline void check_list(const char* op, const std::vector<Tensor>& xs, const std::vector<int64_t>& streams) {
   require(xs.size() == streams.size(), op, xs.size(), " tensors but ", streams.size(), " streams; give each tensor one");
+  for (const Tensor& x : xs) {
+    require(x.is_cuda() == xs[0].is_cuda(), op, "the tensors of a list must be on one kind of device; make a list for each");
+  }
 }
 
 // ---- each op's numbers: checked, and turned into a functor of formats.h --------------------------
@@ -234,7 +237,7 @@ struct Elementwise {
   }
   static void foreach(std::vector<Tensor> xs, Numbers... numbers, int64_t rounding, int64_t bits, Key key,
                       std::vector<int64_t> streams) {
-    check_streams(Op::name, xs, streams);
+    check_list(Op::name, xs, streams);
     std::vector<OneCall> calls;
     for (size_t i = 0; i < xs.size(); ++i) calls.push_back(call(xs[i], numbers..., rounding, bits, key, streams[i]));
     Device::in_place(calls);
@@ -259,7 +262,7 @@ struct Blockwise {
   }
   static void foreach(std::vector<Tensor> xs, Numbers... numbers, Dims dims, int64_t axis, int64_t size,
                       int64_t rounding, int64_t bits, Key key, std::vector<int64_t> streams) {
-    check_streams(Op::name, xs, streams);
+    check_list(Op::name, xs, streams);
     std::vector<OneCall> calls;
     for (size_t i = 0; i < xs.size(); ++i) {
       calls.push_back(call(xs[i], numbers..., dims, axis, size, rounding, bits, key, streams[i]));

@@ -323,7 +323,10 @@ struct Nvfp4 {
     const T wanted = bit_cast<T>(maximum) / element.max / outer;
     T inner = block_scale.round(wanted, wanted, 0u, RoundNearest{});
     inner = inner > T(0) ? inner : power_of_two<T>(-9);  // E4M3's smallest: a block never loses its scale
-    return Quantizer<T, FloatElement<T>, RealScale<T>>{element, {inner * outer}};
+    // The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
+    const T scale = inner * outer;
+    constexpr T least = std::numeric_limits<T>::denorm_min();
+    return Quantizer<T, FloatElement<T>, RealScale<T>>{element, {scale > T(0) ? scale : least}};
   }
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T tensor_maximum, F&& f) const {

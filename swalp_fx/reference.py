@@ -167,6 +167,9 @@ def _on_real_scale(x: Tensor, format: ScaledInteger | Nvfp4, rounding: str, draw
         outer = _real_scale(maximum.amax(), element.max * block.max)
         inner = quantize(maximum / element.max / outer, block)
         scale = inner.clamp(min=block.min_subnormal) * outer
+        # The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
+        info = torch.finfo(scale.dtype)
+        scale = torch.where(scale > 0, scale, info.smallest_normal * info.eps)
     quotient = computed / scale
     # One that underflows is far below every step, but no zero: directed roundings still see its sign.
     tiny = torch.tensor(torch.finfo(computed.dtype).tiny, dtype=computed.dtype)

@@ -90,6 +90,30 @@ def test_blocks_of_every_size(spec):
         assert_follows_oracle(x, spec, "stochastic")
 
 
+@pytest.mark.parametrize("spec", ["bfp4[-1:4]", "bfp4[0:4]", "mxfp4[1:4]", "int4[-1:4]", "nvfp4[-2:4]", "bfp8[-1:16]"])
+@pytest.mark.parametrize("shape", [(5, 5), (9, 6), (3, 17), (2, 5, 9), (5, 2, 33), (2, 5, 5, 13)], ids=str)
+def test_the_last_run_of_an_axis_may_be_short(shape, spec):
+    """Down to one element, whose neighbours in memory are of other runs."""
+    scale = torch.exp2(torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(0)).float())
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * scale
+    for laid_out in (
+        x,
+        x.transpose(0, -1).contiguous().transpose(0, -1),
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        for rounding in ("nearest", "stochastic"):
+            assert_follows_oracle(laid_out, spec, rounding)
+
+
+@pytest.mark.parametrize("largest", [2.0**-149, 3e-42, 1e-41, 1e-40, 1e-38])
+def test_a_scale_that_underflows_makes_no_nan_of_zeros(largest):
+    x = torch.zeros(3, 16)
+    x[0], x[1, 3] = largest, largest / 4000
+    assert not quantize(x, "nvfp4").isnan().any()
+    for rounding in ("nearest", "up", "stochastic"):
+        assert_follows_oracle(x, "nvfp4", rounding)
+
+
 @pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1])
 @pytest.mark.parametrize("stream", [0, 1, 2**32, 2**63 - 1])
 def test_every_key_and_stream(key, stream):

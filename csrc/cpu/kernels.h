@@ -133,7 +133,8 @@ void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>
         raise(&maxima[p.block], maximum_of_run(x + p.memory, size));
       } else {
         for (int64_t i = 0; i < size; ++i) {
-          raise(&maxima[p.block + i * inner.step.block], finite_magnitude(static_cast<Compute<S>>(x[p.memory + i])));
+          const auto value = static_cast<Compute<S>>(x[p.memory + i * inner.step.memory]);
+          raise(&maxima[p.block + i * inner.step.block], finite_magnitude(value));
         }
       }
     });
