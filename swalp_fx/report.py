@@ -13,13 +13,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import nodes
 from .capture import ROOT, ConvertError
 from .formats import FLOAT, parse
 from .passes import RewrittenModule
-from .passes.classify import LAYER_PARTS, PART, is_derived, name_of
+from .passes.classify import LAYER_PARTS, PART, PARTS, is_derived, name_of
 from .passes.parts import parts_of, rewritten_in
 from .recipe import ROLES
 
@@ -38,13 +39,14 @@ def report(module: nn.Module, *inputs: Any) -> str:
     With ``inputs``, a copy of the module runs on them once, in eval mode, to fill in the shapes. A ``-`` is a role
     that stays in float or that the layer has not; the lines below the table say why. A parameter that several layers
     read is counted at the first.
-    A model rewritten in parts gives one table of all its parts, and the reasons why the rest computes in float.
+    A model rewritten in parts gives one table of all its parts, and the reasons why the rest computes in float; with
+    ``inputs``, also the parameters that this rest was seen to read, in float though a part may round them.
     Raises ConvertError for a module that is not rewritten.
     """
     if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
         raise ConvertError(f"report takes the module that convert returns, not a {type(module).__name__}")
     layers = list(_layers(module))
-    shapes = _shapes(module, inputs) if inputs else {}
+    shapes, bare = _run(module, inputs) if inputs else ({}, {})
     header = ["layer", "operation", *(["output"] if inputs else []), "W", "A", "E", "G", "M", "parameters"]
     rows = [
         [
@@ -57,7 +59,7 @@ def report(module: nn.Module, *inputs: Any) -> str:
         for layer in layers
     ]
     table = tabulate(rows, header, colalign=["left"] * (len(header) - 1) + ["right"], disable_numparse=True)
-    return "\n".join([table, "", *_totals(module, layers), "", "in float:", *_floats(module, layers)])
+    return "\n".join([table, "", *_totals(module, layers), "", "in float:", *_floats(module, layers, bare)])
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,43 @@ class _Shapes(Interpreter):
         self.run(*(given[name] for name in names if name in given))
 
 
-def _shapes(module: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, str], str]:
-    """Each node's output shape, by its part and its name in the part's graph."""
+class _BareReads(TorchFunctionMode):
+    """Notes the functions that read a parameter while no part runs: qualified name -> names of functions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.running = 0
+        self.found: dict[str, dict[str, None]] = {}
+
+    def enter_part(self, *_: Any) -> None:
+        self.running += 1
+
+    def leave_part(self, *_: Any) -> None:
+        self.running -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if not self.running and name not in ("__get__", *PARTS["number"].split()):  # x.shape is no number of x
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if id(leaf) in self.names:
+                    self.found.setdefault(self.names[id(leaf)], {})[name] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _run(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[tuple[str, str], str], dict[str, dict[str, None]]]:
+    """Each node's output shape, by its part and its name in the part's graph; and the parameters read outside of the
+    parts, with the functions that read them."""
     shapes: dict[tuple[str, str], str] = {}
     copied = copy.deepcopy(module).eval()
+    reads = _BareReads(copied)
     for path, part in rewritten_in(copied):
+        part.register_forward_pre_hook(reads.enter_part)
         part.register_forward_pre_hook(_Shapes(part, path, shapes).on_call, with_kwargs=True)
-    with torch.no_grad():
+        part.register_forward_hook(reads.leave_part)
+    with torch.no_grad(), reads:
         copied(*inputs)
-    return shapes
+    return shapes, reads.found
 
 
 def _totals(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
@@ -234,7 +264,7 @@ def _bits(spec: str, parameter: Tensor) -> float:
     return 8 * parameter.element_size() if format == FLOAT else format.bits
 
 
-def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
+def _floats(module: nn.Module, layers: list[_Layer], bare_reads: dict[str, dict[str, None]]) -> Iterator[str]:
     """Why what is in float is in float, a line a reason."""
     parts = list(rewritten_in(module))
     recipe = parts[0][1].recipe
@@ -268,6 +298,8 @@ def _floats(module: nn.Module, layers: list[_Layer]) -> Iterator[str]:
     if (rewritten := parts_of(module)) is not None:
         for path, why in rewritten.floats.items():
             yield f"  {path or 'the model itself'}, outside of its rewritten modules: {why}"
+    for name, functions in bare_reads.items():
+        yield f"  {name}, where {', '.join(functions)} reads it outside of the rewritten modules"
     if flags := [_join(path, each) for path, part in parts for each in part._present.captured.flags]:
         names = ", ".join(path or "the model" for path in flags)
         yield f"branches: {names} on the training flag; each branch has a graph, and this table is of the present one"

@@ -110,6 +110,19 @@ def test_what_stayed_in_float_is_told_with_the_reason():
     assert ["block.layer", "Linear", "4x6"] in rows and ["layers.1", "LSTM", "4x6,"] in rows
 
 
+def test_what_is_read_outside_of_the_parts_is_told():
+    class Shared(Chooser):
+        def forward(self, x):
+            return nn.functional.linear(super().forward(x), self.block.layer.weight)
+
+    module, _ = convert(_made(Shared)[0])
+    told = [line for line in report(module, torch.randn(4, 6)).splitlines() if "reads it outside" in line]
+    assert told == [
+        "  scale, where mul reads it outside of the rewritten modules",
+        "  block.layer.weight, where linear reads it outside of the rewritten modules",
+    ]
+
+
 def test_copies_and_pickles_compute_the_same():
     model, x = _made(Inside)
     module, _ = convert(model, recipe="bfp6")
