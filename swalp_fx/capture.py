@@ -23,6 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from . import modes
 from .modes import recorded, replaced
 from .snapshot import untouched
 
@@ -105,7 +106,8 @@ WRITTEN = "it writes into its parameter {}, where a graph reads a rounded copy"
 
 
 _TORCH = Path(torch.__file__).parent
-MACHINERY = (__file__, *(str(_TORCH / path) for path in ("fx", "nn", "_jit_internal.py", "overrides.py")))
+_PATHS = ("fx", "nn", "amp", "autograd", "utils", "_jit_internal.py", "overrides.py")
+MACHINERY = (__file__, modes.__file__, *(str(_TORCH / path) for path in _PATHS))
 
 
 class LiveTracer(Tracer):

@@ -258,6 +258,18 @@ def test_nodes_know_where_they_come_from():
     assert dropout.stack_trace.splitlines()[-1].strip() == "return F.dropout(x, 0.5, self.training)"
 
 
+def test_a_switch_comes_from_the_line_that_switches():
+    class Block(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                return x + 1
+
+    graph = capture(nn.Sequential(Block())).graph
+    on, off = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    assert on.args == (False,) and off.args[0].target is torch.is_grad_enabled
+    assert on.stack_trace.splitlines()[-1].strip() == "with torch.no_grad():"
+
+
 def test_tensors_of_no_module_are_kept_apart():
     captured = capture(Constant())
     assert set(captured.constants) == {"scale", "_tensor_constant0"}
