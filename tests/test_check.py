@@ -3,6 +3,7 @@
 import pytest
 import shapes
 import torch
+import torchvision
 from torch import nn
 
 from swalp_fx.capture import ConvertError
@@ -15,6 +16,13 @@ torch.set_num_threads(2)
 def test_small_models(kind):
     model, inputs = shapes.made(kind)
     assert check(model, *inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 299)])
+def test_networks_with_a_head_in_train_mode_only(name, size):
+    model = getattr(torchvision.models, name)(num_classes=4, init_weights=False)
+    assert check(model, torch.randn(2, 3, size, size))
 
 
 class Wrong(nn.Module):
