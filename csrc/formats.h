@@ -163,7 +163,8 @@ struct Quantizer {
 };
 
 // Each format tells what its blocks share, and a number of bits whose power of two no element exceeds, counted in
-// steps; with_quantizer calls f with a Quantizer.
+// steps; with_quantizer calls f with a Quantizer. Those that share tell too which blocks are usual: their quantizers are of
+// one type, and found without a branch, which is what tiles are done in batches by.
 
 // What a block shares. `maximum` holds the bits of its largest finite magnitude: an exponent is read
 // off them, because a float32 log2 gives 3 for 2^3 (1 - 2^-24). A block with nothing finite but

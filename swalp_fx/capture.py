@@ -358,6 +358,26 @@ def writes_in_place(node: Node, root: nn.Module) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
 
 
+def writes(node: Node, root: nn.Module) -> bool:
+    """Whether ``node`` writes into its first argument, whatever it returns: ``x[i] = y`` and ``x += y`` too."""
+    return writes_in_place(node, root) or name_of(node) in ("setitem", *IN_PLACE_OPERATORS)
+
+
+def name_of(node: Node) -> str:
+    """What ``node`` calls: ``conv2d``, ``add``, ``Conv2d``. Attributes count as calls: ``x.shape`` is ``shape``."""
+    if node.op == "call_function":
+        if node.target is getattr:
+            return str(node.args[1])
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
+
+
+def module_around(node: Node) -> str:
+    """The qualified name of the module whose forward ``node`` is part of; "" for the root's."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1] if stack else ""
+
+
 def _read_after_writes(graph: Graph, root: nn.Module) -> None:
     """After ``y = x.add_(1)``, reads of x become reads of y: the same tensor, and what is done to y reaches them."""
     for node in graph.nodes:
@@ -372,18 +392,11 @@ def _parameters_written(graph: Graph, root: nn.Module) -> Iterator[tuple[str, st
     """(qualified name of the module, parameter) of each write into a parameter or a part of one."""
     parameters = {name: None for name, _ in root.named_parameters(remove_duplicate=False)}
     for node in graph.nodes:
-        if not (writes_in_place(node, root) or _called(node) in ("setitem", *IN_PLACE_OPERATORS)) or not node.args:
+        if not writes(node, root) or not node.args:
             continue
         written = node.args[0]
-        while isinstance(written, Node) and _called(written) in VIEWS and written.args:
+        while isinstance(written, Node) and name_of(written) in VIEWS and written.args:
             written = written.args[0]
         if isinstance(written, Node) and written.op == "get_attr" and written.target in parameters:
             path, _, name = str(written.target).rpartition(".")
             yield path, name
-
-
-def _called(node: Node) -> str:
-    """What ``node`` calls; of an attribute, its name."""
-    if node.target is getattr:
-        return str(node.args[1])
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

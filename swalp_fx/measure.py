@@ -15,7 +15,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import ConvertError
+from .capture import ConvertError, module_around
 from .formats import FLOAT
 from .ops import quantize
 from .passes import RewrittenModule
@@ -162,8 +162,7 @@ class _Run(Interpreter):
         return result
 
     def _count_error(self, n: Node, key: Tensor | None, stream: int, spec: str, rounding: str) -> Callable[..., None]:
-        if key is None and rounding.startswith("stochastic"):
-            rounding = "nearest"
+        rounding = nodes.rounding_under(key, rounding)
 
         def hook(error: Tensor) -> None:
             # What the node's backward is about to do, with its very random bits.
@@ -182,8 +181,7 @@ def _sites(part: RewrittenModule) -> Iterator[tuple[Node, str]]:
             source = node.args[0]
             path = called_module(source)
             if path is None:
-                stack = [path for path, _ in source.meta.get("nn_module_stack", {}).values()]
-                yield node, ".".join(filter(None, (*stack[-1:], source.name)))
+                yield node, ".".join(filter(None, (module_around(source), source.name)))
             else:
                 calls[path] = calls.get(path, -1) + 1
                 yield node, f"{path}@{calls[path]}" if calls[path] else path

@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
 
 from . import random
-from .ops import quantize, round_, rounded
+from .ops import is_transformed, quantize, round_, rounded
 
 __all__ = ["call_layer", "draw_key", "quantize_output", "quantize_weight"]
 
@@ -40,7 +40,8 @@ def _public(function: _Function) -> _Function:
     return function
 
 
-def _rounding(rounding: str, key: Tensor | None) -> str:
+def rounding_under(key: Tensor | None, rounding: str) -> str:
+    """``rounding``, but to nearest where it wants a key and there is none."""
     return "nearest" if key is None and rounding.startswith("stochastic") else rounding
 
 
@@ -106,11 +107,6 @@ class _QuantizeOutputApart(Function):
         return error, None, None, None, None, None
 
 
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 @_public
 def draw_key(training: bool) -> Tensor | None:
     """The key of one forward, int64 of shape []; None in eval mode, where stochastic rounds to nearest.
@@ -140,7 +136,7 @@ def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rou
     """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
-    rounding = _rounding(rounding, key)
+    rounding = rounding_under(key, rounding)
     if torch.is_grad_enabled():
         return _straight_through(x, weight, rounding, key, stream)
     with torch.inference_mode(False):  # which enables gradients
@@ -148,7 +144,7 @@ def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rou
 
 
 def _straight_through(x: Tensor, weight: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
-    if _is_transformed():
+    if is_transformed():
         return quantize(x, weight, rounding, key=key, stream=stream)
     return _QuantizeWeight.apply(x, weight, rounding, key, stream)
 
@@ -169,7 +165,7 @@ def quantize_output(
     if has_torch_function((x, key)):
         arguments = (x, key, stream, activation, error, rounding)
         return handle_torch_function(quantize_output, (x, key), *arguments, in_place=in_place)
-    how = activation, error, _rounding(rounding, key)
+    how = activation, error, rounding_under(key, rounding)
     if isinstance(x, Tensor):
         return _quantized(x, key, stream, *how, in_place)
     leaves, structure = pytree.tree_flatten(x)
@@ -184,7 +180,7 @@ def _quantized(
 ) -> Tensor:
     if not x.is_floating_point():
         return x
-    if _is_transformed():
+    if is_transformed():
         return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
     if torch.compiler.is_compiling():
         in_place = ""

@@ -163,6 +163,11 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None, None, None, None, None, None
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def quantize(
     x: Tensor,
     format: str | Format,
@@ -192,7 +197,7 @@ def quantize(
     key = _draws(code, key, generator)
     if op is None:
         return x.clone()
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return _StraightThrough.apply(x, key, op, numbers, code, bits, stream)
     return op(x, *numbers, code, bits, key, stream)
 

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import ROOT, ConvertError
+from .capture import ROOT, ConvertError, module_around, name_of
 from .formats import FLOAT, parse
 from .passes import RewrittenModule
-from .passes.classify import LAYER_PARTS, PART, PARTS, is_derived, name_of
+from .passes.classify import LAYER_PARTS, PART, PARTS, is_derived
 from .passes.parts import parts_of, rewritten_in
 from .recipe import ROLES
 
@@ -118,8 +118,7 @@ def _why_unrounded(node: Node, module: RewrittenModule) -> str:
     if all(user.meta.get(PART) in ("exit", "output") for user in node.users) and not recipe.quantize_logits:
         return "the model's output"
     path = called_module(node)
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    name = _join(scope.path, path if path is not None else _join(*stack[-1:], name_of(node)))
+    name = _join(scope.path, path if path is not None else _join(module_around(node), name_of(node)))
     if recipe.excludes(name):
         return "the recipe excludes it"
     return f"not in placement {recipe.placement}" if recipe.placement != "every" else "a rule says so"
@@ -182,8 +181,7 @@ def names_in_report(node: Node, module: RewrittenModule) -> tuple[str, str]:
         return path, type(module._root.get_submodule(path)).__name__
     if _is_bare_parameter(node):
         return next(iter(_weights(node, module))), "parameter"
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return (stack[-1] if stack else "") or node.name, name_of(node)
+    return module_around(node) or node.name, name_of(node)
 
 
 class _Shapes(Interpreter):

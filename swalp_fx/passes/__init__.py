@@ -145,8 +145,7 @@ class RewrittenModule(GraphModule):
         if not versions[0].captured.bare:  # a layer that the graph calls runs its own
             state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
         # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
-        state |= {"recipe": recipe, "_root": root, "_versions": versions}
-        state |= {"_options": options}
+        state |= {"recipe": recipe, "_root": root, "_versions": versions, "_options": options}
         self._become(versions[0])
 
     def _become(self, version: Version) -> None:

@@ -9,9 +9,10 @@ from itertools import count
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from ..capture import name_of
 from ..formats import FLOAT
 from ..recipe import Recipe, Subject
-from .classify import LAYER_PARTS, PART, attribute, is_derived, name_of, node_subject, parameter_subjects
+from .classify import LAYER_PARTS, PART, attribute, is_derived, node_subject, parameter_subjects
 
 __all__ = ["SITE", "Output", "Scope", "Site", "Weight", "assign", "parameters_read", "subjects"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..capture import IN_PLACE_OPERATORS, writes_in_place
+from ..capture import IN_PLACE_OPERATORS, module_around, name_of, writes, writes_in_place
 from ..recipe import Subject
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "attribute",
     "classify",
     "is_derived",
-    "name_of",
     "node_subject",
     "originals",
     "parameter_subjects",
@@ -105,15 +104,6 @@ _PART_OF = {name: part for part, names in PARTS.items() for name in names.split(
 _TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
 
 
-def name_of(node: Node) -> str:
-    """What ``node`` calls: ``conv2d``, ``add``, ``Conv2d``. Attributes count as calls: ``x.shape`` is ``shape``."""
-    if node.op == "call_function":
-        if node.target is getattr:
-            return str(node.args[1])
-        return getattr(node.target, "__name__", str(node.target))
-    return str(node.target)
-
-
 def node_subject(node: Node, root: nn.Module) -> Subject:
     """What a recipe's patterns see of a classified ``node``: the name of its output, and its kinds.
 
@@ -126,9 +116,8 @@ def node_subject(node: Node, root: nn.Module) -> Subject:
         return str(node.target), [*kinds, *(base.__name__ for base in type(module).__mro__)]
     if node.op == "placeholder":
         return str(node.target), kinds
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     name = name_of(node)
-    return ".".join(filter(None, [*stack[-1:], name])), [*kinds, name, name.rstrip("_")]
+    return ".".join(filter(None, [module_around(node), name])), [*kinds, name, name.rstrip("_")]
 
 
 def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
@@ -194,12 +183,8 @@ def _filled(graph: Graph, root: nn.Module) -> set[Node]:
     """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
     filled = set()
     for node in graph.nodes:
-        is_write = name_of(node) in ("setitem", *IN_PLACE_OPERATORS) or writes_in_place(node, root)
-        if is_write and len(node.all_input_nodes) > 1:
-            written = node.args[0]
-            while isinstance(written, Node) and name_of(written) == "getitem":
-                written = written.args[0]
-            filled.add(written)
+        if writes(node, root) and len(node.all_input_nodes) > 1:
+            filled.add(_written(node))
     return filled
 
 
@@ -266,10 +251,16 @@ def _writes_state(node: Node, root: nn.Module) -> bool:
     """Whether ``node`` writes into a buffer or a slice of one: a fresh tensor after it would lose the next write."""
     if not (writes_in_place(node, root) or name_of(node) in IN_PLACE_OPERATORS) or not node.args:
         return False
+    written = _written(node)
+    return isinstance(written, Node) and written.meta[PART] == "state"
+
+
+def _written(node: Node) -> Any:
+    """What ``node`` writes into, or into an item of."""
     written = node.args[0]
     while isinstance(written, Node) and name_of(written) == "getitem":
         written = written.args[0]
-    return isinstance(written, Node) and written.meta[PART] == "state"
+    return written
 
 
 def attribute(root: nn.Module, target: str) -> Any:

@@ -8,9 +8,9 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .. import nodes
-from ..capture import ROOT, writes_in_place
+from ..capture import ROOT, name_of, writes_in_place
 from ..formats import FLOAT
-from .classify import attribute, name_of
+from .classify import attribute
 
 __all__ = ["OWN_GRADIENT", "OWN_OUTPUT", "reuse"]
 
