@@ -12,6 +12,8 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "formats.h"
@@ -173,7 +175,8 @@ struct QuantizeNvfp4 {
   static Nvfp4 format() { return {}; }
 };
 
-// ---- the ops over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list ----------
+// ---- the ops over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list, and
+// ---- register_more<Forms>(library, name) for the forms that it alone has ---------------------------------------------
 
 // One tensor's call, checked: nothing has been changed yet.
 template <class Device, class Op, class Format>
@@ -210,6 +213,9 @@ struct Call {
     if (!dense) torch::stable::copy_(x, copied);
   }
 
+  // Of a dense tensor, the part that `part` covers.
+  void in_place(const Cover& part) { Device::run(format, part, x, x, drawing); }
+
  private:
   void run(const Tensor& from, Tensor& to) const {
     if (!cover.layouts.empty()) Device::run(format, cover, from, to, drawing);
@@ -221,64 +227,60 @@ struct Call {
   }
 };
 
-// The three forms of an op: fresh, in place, and in place for a list of tensors with a stream each.
-template <class Device, class Op, class... Numbers>
-struct Elementwise {
-  using OneCall = Call<Device, Op, decltype(Op::format(std::declval<Numbers>()...))>;
+// The forms of an op that every device has: fresh, in place, and in place for a list of tensors with a stream each.
+// Numbers are the op's own: what Op::format takes and, where elements share a scale, dims, axis and size.
+template <class Device, class Op, class Format, class... Numbers>
+struct Forms {
+  using OneCall = Call<Device, Op, Format>;
 
-  static OneCall call(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, const Key& key, int64_t stream) {
-    return {std::move(x), Op::format(numbers...), {}, 0, 0, rounding, bits, key, stream};
-  }
   static Tensor fresh(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    return call(x, numbers..., rounding, bits, key, stream).fresh();
+    return call(std::move(x), {numbers...}, rounding, bits, key, stream).fresh();
   }
   static void in_place(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    call(x, numbers..., rounding, bits, key, stream).in_place();
+    call(std::move(x), {numbers...}, rounding, bits, key, stream).in_place();
   }
   static void foreach(std::vector<Tensor> xs, Numbers... numbers, int64_t rounding, int64_t bits, Key key,
                       std::vector<int64_t> streams) {
     check_list(Op::name, xs, streams);
-    std::vector<OneCall> calls;
-    for (size_t i = 0; i < xs.size(); ++i) calls.push_back(call(xs[i], numbers..., rounding, bits, key, streams[i]));
-    Device::in_place(calls);
+    std::vector<OneCall> of_each = calls(xs, {numbers...}, rounding, bits, key, streams);
+    Device::in_place(of_each);
   }
-};
 
-template <class Device, class Op, class... Numbers>
-struct Blockwise {
-  using OneCall = Call<Device, Op, decltype(Op::format(std::declval<Numbers>()...))>;
+  static std::vector<OneCall> calls(const std::vector<Tensor>& xs, const std::tuple<Numbers...>& numbers, int64_t rounding,
+                                    int64_t bits, const Key& key, const std::vector<int64_t>& streams) {
+    std::vector<OneCall> of_each;
+    for (size_t i = 0; i < xs.size(); ++i) of_each.push_back(call(xs[i], numbers, rounding, bits, key, streams[i]));
+    return of_each;
+  }
 
-  static OneCall call(Tensor x, Numbers... numbers, const Dims& dims, int64_t axis, int64_t size, int64_t rounding,
-                      int64_t bits, const Key& key, int64_t stream) {
-    return {std::move(x), Op::format(numbers...), dims, axis, size, rounding, bits, key, stream};
-  }
-  static Tensor fresh(Tensor x, Numbers... numbers, Dims dims, int64_t axis, int64_t size, int64_t rounding,
-                      int64_t bits, Key key, int64_t stream) {
-    return call(x, numbers..., dims, axis, size, rounding, bits, key, stream).fresh();
-  }
-  static void in_place(Tensor x, Numbers... numbers, Dims dims, int64_t axis, int64_t size, int64_t rounding,
-                       int64_t bits, Key key, int64_t stream) {
-    call(x, numbers..., dims, axis, size, rounding, bits, key, stream).in_place();
-  }
-  static void foreach(std::vector<Tensor> xs, Numbers... numbers, Dims dims, int64_t axis, int64_t size,
-                      int64_t rounding, int64_t bits, Key key, std::vector<int64_t> streams) {
-    check_list(Op::name, xs, streams);
-    std::vector<OneCall> calls;
-    for (size_t i = 0; i < xs.size(); ++i) {
-      calls.push_back(call(xs[i], numbers..., dims, axis, size, rounding, bits, key, streams[i]));
+  static OneCall call(Tensor x, const std::tuple<Numbers...>& numbers, int64_t rounding, int64_t bits, const Key& key,
+                      int64_t stream) {
+    constexpr size_t n = sizeof...(Numbers) - (Format::shared == Shared::Nothing ? 0 : 3);
+    const Format format = format_of(numbers, std::make_index_sequence<n>());
+    if constexpr (Format::shared == Shared::Nothing) {
+      return {std::move(x), format, {}, 0, 0, rounding, bits, key, stream};
+    } else {
+      const auto& [dims, axis, size] = std::tie(std::get<n>(numbers), std::get<n + 1>(numbers), std::get<n + 2>(numbers));
+      return {std::move(x), format, dims, axis, size, rounding, bits, key, stream};
     }
-    Device::in_place(calls);
+  }
+
+ private:
+  template <size_t... I>
+  static Format format_of(const std::tuple<Numbers...>& numbers, std::index_sequence<I...>) {
+    return Op::format(std::get<I>(numbers)...);
   }
 };
 
 template <class Device, class Op, class Format, class... Numbers>
 void register_op(torch::stable::detail::StableLibrary& m, Format (*)(Numbers...)) {
-  using Forms = std::conditional_t<Format::shared == Shared::Nothing, Elementwise<Device, Op, Numbers...>,
-                                   Blockwise<Device, Op, Numbers...>>;
+  using OfOp = std::conditional_t<Format::shared == Shared::Nothing, Forms<Device, Op, Format, Numbers...>,
+                                  Forms<Device, Op, Format, Numbers..., Dims, int64_t, int64_t>>;
   const std::string name = Op::name;
-  m.impl(name.c_str(), TORCH_BOX(&Forms::fresh));
-  m.impl((name + "_").c_str(), TORCH_BOX(&Forms::in_place));
-  m.impl((name + "_foreach_").c_str(), TORCH_BOX(&Forms::foreach));
+  m.impl(name.c_str(), TORCH_BOX(&OfOp::fresh));
+  m.impl((name + "_").c_str(), TORCH_BOX(&OfOp::in_place));
+  m.impl((name + "_foreach_").c_str(), TORCH_BOX(&OfOp::foreach));
+  Device::template register_more<OfOp>(m, name);
 }
 
 template <class Device>

@@ -163,7 +163,8 @@ struct Quantizer {
 };
 
 // Each format tells what its blocks share, and a number of bits whose power of two no element exceeds, counted in
-// steps; with_quantizer calls f with a Quantizer. Those that share tell too which blocks are usual: their quantizers are of
+// steps; with_quantizer calls f with a Quantizer. Where it is exact, a power of two scales, so that a number on the grid
+// is kept by every rounding. Those that share tell too which blocks are usual: their quantizers are of
 // one type, and found without a branch, which is what tiles are done in batches by.
 
 // What a block shares. `maximum` holds the bits of its largest finite magnitude: an exponent is read
@@ -173,6 +174,7 @@ enum class Shared { Nothing, Block, BlockAndTensor };
 
 struct FixedPoint {
   static constexpr auto shared = Shared::Nothing;
+  static constexpr bool exact = true;
   int wl, fl;
   bool symmetric;
   int magnitude_bits() const { return wl - 1; }
@@ -198,6 +200,7 @@ SWALP_HD int normal_exponent(typename Ieee<T>::Bits maximum, int less) {
 
 struct BlockFloat {
   static constexpr auto shared = Shared::Block;
+  static constexpr bool exact = true;
   int wl;
   bool symmetric;
   int smallest, largest;  // shared exponent
@@ -226,6 +229,7 @@ struct BlockFloat {
 
 struct Float {
   static constexpr auto shared = Shared::Nothing;
+  static constexpr bool exact = true;
   int exp, man, top;
   float largest;
   Float(int e, int m, int t) : exp(e), man(m), top(t), largest(largest_float(e, m, t)) {}
@@ -247,6 +251,7 @@ struct Float {
 // 2^-127 to 2^127. (Its integers are a BlockFloat of these exponents.)
 struct Microscaling {
   static constexpr auto shared = Shared::Block;
+  static constexpr bool exact = true;
   int exp, man, largest_exponent;
   float largest;
   Microscaling(int e, int m, int top, int most) : exp(e), man(m), largest_exponent(most), largest(largest_float(e, m, top)) {}
@@ -287,6 +292,7 @@ SWALP_HD T real_scale(float scale, T element_max) {
 // Symmetric integers on a float32 scale, maximum / (2^(wl-1) - 1).
 struct ScaledInteger {
   static constexpr auto shared = Shared::Block;
+  static constexpr bool exact = false;
   int wl;
   int magnitude_bits() const { return wl - 1; }
 
@@ -309,6 +315,7 @@ struct ScaledInteger {
 // NVIDIA's NVFP4: E2M1 on an E4M3 scale a block, on one float32 scale a tensor.
 struct Nvfp4 {
   static constexpr auto shared = Shared::BlockAndTensor;
+  static constexpr bool exact = false;
   int magnitude_bits() const { return 2; }
 
   template <class T>

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -80,8 +80,15 @@ def _blocks(f: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> tuple[list[
     return (list(f.dims or ()), *(f.tile or (0, 0)))
 
 
+@cache
+def _form(name: str, form: str) -> Any:
+    """The op ``name`` in another form, if it has that: "foreach_", "sgd_" or "keeps"."""
+    packet = getattr(torch.ops.swalp_fx, f"{name}_{form}", None)
+    return None if packet is None else packet.default
+
+
 def _register(name: str) -> None:
-    """Shape functions for ``name``, its in-place and its list form, and the straight-through gradient."""
+    """Shape functions for ``name`` and its other forms, and the straight-through gradient."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return (grad, *[None] * (ctx.inputs - 1))
@@ -92,6 +99,9 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"swalp_fx::{name}", lambda x, *rest: torch.empty_like(x))
     torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
+    torch.library.register_fake(f"swalp_fx::{name}_sgd_", lambda weights, *rest: None)
+    if _form(name, "keeps") is not None:
+        torch.library.register_fake(f"swalp_fx::{name}_keeps", lambda *numbers: False)
     torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
 
 
@@ -115,6 +125,10 @@ def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, in
         ROUNDINGS.index(name),
         bits,
     )
+
+
+def _name_of(op: Any) -> str:
+    return op.name().removeprefix("swalp_fx::")
 
 
 def _find(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
@@ -218,7 +232,8 @@ def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int)
     """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
     _, op, numbers, code, bits = _find(spec, rounding)
     if op is not None:
-        op(x, *numbers, code, bits, key, stream)
+        with torch._C._AutoDispatchBelowAutograd():
+            op(x, *numbers, code, bits, key, stream)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
@@ -244,12 +259,6 @@ def quantize_(
     return x
 
 
-@cache
-def _list_form(op: Any) -> Any:
-    """The in-place op of a list of tensors, from that of one."""
-    return getattr(torch.ops.swalp_fx, f"{op.name().removeprefix('swalp_fx::')}foreach_").default
-
-
 def quantize_foreach_(
     xs: Sequence[Tensor],
     format: str | Format,
@@ -264,7 +273,7 @@ def quantize_foreach_(
     A tensor that is given twice is rounded twice, in the order of the list; other tensors must not overlap. Raises what
     ``quantize_`` does, and ValueError if there is not one stream a tensor, before any tensor is changed.
     """
-    _, op, numbers, code, bits = _find(format, rounding)
+    op, _, numbers, code, bits = _find(format, rounding)
     if len(xs) != len(streams):
         raise ValueError(f"{len(xs)} tensors but {len(streams)} streams; give each tensor one")
     for x in xs:
@@ -282,5 +291,47 @@ def quantize_foreach_(
         tensors.append(x)
         of_each.append(stream)
     for tensors, of_each in calls.values():
-        _list_form(op)(tensors, *numbers, code, bits, key, of_each)
+        _form(_name_of(op), "foreach_")(tensors, *numbers, code, bits, key, of_each)
         torch.autograd.graph.increment_version(tensors)
+
+
+def keeps(x: Tensor, spec: str) -> bool:
+    """Whether every rounding to ``spec`` is known to keep ``x`` bit for bit, as it keeps representable numbers.
+
+    False where that is not known: off the CPU, in formats whose scale is no power of two, and in large tensors whose
+    blocks do not each lie in one piece.
+    """
+    op, _, numbers, _, _ = _find(spec, "nearest")
+    if op is None:
+        return True
+    form = _form(_name_of(op), "keeps") if x.is_cpu else None
+    if form is None:
+        return False
+    with torch._C._AutoDispatchBelowAutograd():
+        return form(*numbers, x)
+
+
+def sgd_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    group: Mapping[str, Any],
+    format: str | Format,
+    rounding: str,
+    *,
+    key: Tensor,
+    streams: Sequence[Sequence[int]],
+) -> None:
+    """A step of torch.optim.SGD with the numbers of ``group``, rounded to ``format`` in the same pass over memory.
+
+    Gradients are rounded before the update, weights and momenta after it: the bits of ``quantize_foreach_`` before and
+    after torch's own step, on processors with AVX2. All are dense float32 on the CPU, each weight's three tensors alike
+    in strides; without momentum there are no momenta.
+    streams: of the weights, the gradients and the momenta, one a tensor each, or none if they are not to be rounded.
+    """
+    op, _, numbers, code, bits = _find(format, rounding)
+    of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
+    switches = [group["nesterov"], group["maximize"]]
+    tensors = (weights, gradients, momenta)
+    _form(_name_of(op), "sgd_")(*tensors, *of_group, *switches, *numbers, code, bits, _draws(code, key, None), *streams)
+    torch.autograd.graph.increment_version([*weights, *gradients, *momenta])

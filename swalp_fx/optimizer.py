@@ -9,7 +9,7 @@ Algorithm 2 of the SWALP paper, in the order of its authors' code:
     momentum     <- Q_M(momentum)        the optimizer's floating state of the parameter's shape
 
 The pass hangs on the optimizer's step hooks, so the optimizer keeps its type, its schedulers and
-its state_dict.
+its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is one pass over memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -31,6 +31,7 @@ from .formats import FLOAT, Format
 from .ops import quantize_foreach_
 from .random import fold_in
 from .recipe import Recipe
+from .sgd import in_one_pass
 
 __all__ = ["SWALP"]
 
@@ -54,6 +55,8 @@ class _Step:
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, accumulators in the place of the weights
+    # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
+    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
 
 class SWALP:
@@ -78,7 +81,8 @@ class SWALP:
         self.recipe = recipe
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._names = list(self._parameters)
-        self._recipes = [(local or {}).get(name, recipe) for name in self._names]
+        recipes = [(local or {}).get(name, recipe) for name in self._names]
+        self._recipes = [recipes[recipes.index(each)] for each in recipes]  # one object for all that are equal
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
         self._average = Average(recipe.average)
         self._accumulators: dict[str, Tensor] = {}
@@ -277,12 +281,22 @@ class SWALP:
         """Round the gradients, and put the accumulators in the place of the weights."""
         self._refuse_sparse(step)
         with torch.no_grad():
+            self._step_in_one_pass(step)
             gradients = ((GRADIENT, index, p.grad) for index, p in step.parameters if p.grad is not None)
             self._round("gradient", gradients, step)
             if self.recipe.accumulator is not None:
                 for index, parameter in step.parameters:
                     parameter.copy_(self._accumulator(index, parameter))
         step.ready = True
+
+    def _step_in_one_pass(self, step: _Step) -> None:
+        """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
+        if self.recipe.accumulator is not None or self._optimizer is None:
+            return
+        parameters = ((parameter, self._recipes[index], _streams(index)) for index, parameter in step.parameters)
+        step.gradients = in_one_pass(self._optimizer, parameters, step.key)
+        for parameter in step.gradients:
+            parameter.grad = None  # an optimizer steps what has a gradient
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
@@ -303,6 +317,9 @@ class SWALP:
             raise ValueError(
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
+        for parameter, gradient in step.gradients.items():
+            parameter.grad = gradient
+        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
             self._round_momentum(step, optimizer)
@@ -371,6 +388,10 @@ class SWALP:
                     )
                 trained.append((index, parameter))
         return trained
+
+
+def _streams(index: int) -> dict[str, int]:
+    return {"weight": WEIGHT << 32 | index, "gradient": GRADIENT << 32 | index, "momentum": MOMENTUM << 32 | index}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:

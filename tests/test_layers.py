@@ -21,7 +21,7 @@ LAYERS = [
     ["modes", "snapshot"],
     ["capture"],
     ["passes"],
-    ["averaging"],
+    ["averaging", "sgd"],
     ["optimizer"],
     ["convert"],
     ["check", "report"],

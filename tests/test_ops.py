@@ -17,7 +17,7 @@ from tables import (
 )
 
 from swalp_fx import FLOAT, FormatError, RecipeError, parse, quantize, quantize_, reference
-from swalp_fx.ops import quantize_foreach_
+from swalp_fx.ops import keeps, quantize_foreach_
 from swalp_fx.random import draw_key
 
 # One format for each op, and each way blocks can lie.
@@ -249,6 +249,45 @@ def test_opcheck(op, op_, numbers, rounding):
     ):
         torch.library.opcheck(op, (x.requires_grad_(), *numbers, rounding, 16, key, 2))
         torch.library.opcheck(op_, (x.detach().clone(), *numbers, rounding, 16, key, 2))
+
+
+# ---- what rounding is known to keep ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", ["float", *FORMATS])
+def test_what_is_known_to_be_kept_is_kept_by_every_rounding(spec, dtype):
+    for x in () if spec == "float" else hard_values(spec, dtype, side=64):
+        for each in (x, quantize(x, spec), quantize(quantize(x, spec), spec)):
+            if keeps(each, spec):
+                for rounding in ALL_ROUNDINGS:
+                    assert_same_bits(quantize(each, spec, rounding, key=KEY, stream=STREAM), each, each)
+    assert keeps(torch.randn(3, dtype=dtype), "float")
+
+
+# Formats whose blocks, in tensors of (96, 32, 40), do not come one after another in memory, each in one piece.
+SCATTERED = ("bfp8", "bfp8[1]", "bfp8[-1]", "bfp8[-1:16]", "mxfp8")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 32), (), (0, 3), (96, 32, 40)])
+@pytest.mark.parametrize("spec", [spec for spec in ONE_OF_EACH if not spec.startswith(("int", "nvfp4"))])
+def test_what_is_representable_is_known_to_be_kept(spec, shape, dtype):
+    """Up to 32768 elements in any format, and beyond in most; but not one number off the grid."""
+    x = quantize(torch.randn(shape, dtype=dtype), spec)
+    known = x.numel() <= 2**15 or spec not in SCATTERED
+    for each in (x, x.mT.contiguous().mT) if x.dim() == 3 and spec in ("fixed8.6", "e4m3", "bfp8[0]") else (x,):
+        assert keeps(each, spec) is known
+        for at in (0, x.numel() // 2, x.numel() - 1) if x.numel() > 1 else ():
+            y = each.clone()
+            y[tuple(torch.unravel_index(torch.tensor(at), y.shape))] = 0.3
+            is_kept = torch.equal(quantize(y, spec), y)
+            assert keeps(y, spec) is (known and is_kept)
+
+
+@pytest.mark.parametrize("spec", ["int8[0]", "nvfp4"])
+def test_on_a_real_scale_nothing_is_known_to_be_kept(spec):
+    assert not keeps(torch.zeros(4, 32), spec)
 
 
 @pytest.mark.parametrize("rounding", [0, 1], ids=["nearest", "stochastic"])

@@ -1,4 +1,7 @@
 // The ops on the CPU: which elements a thread takes, and which instructions it has.
+#include <atomic>
+#include <cstring>
+
 #include "../check.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -11,7 +14,8 @@ namespace {
 // The innermost loops of a layout, cut into runs of at most kRun elements and shared out over torch's threads.
 class Runs {
  public:
-  static constexpr int64_t kGrain = 1 << 15;  // elements worth waking a thread for
+  static constexpr int64_t kGrain = 1 << 15;     // elements worth waking a thread for
+  static constexpr int64_t kWholeRow = 1 << 17;  // elements
 
   explicit Runs(const Layout& l) : layout(l), inner(l.inner()) {
     // A row that is a block and fits in the L2 cache stays whole: reading it again is then free.
@@ -32,8 +36,7 @@ class Runs {
   }
 
  private:
-  static constexpr int64_t kRun = 1 << 14;       // elements, of which the L1 cache holds some and the L2 cache all
-  static constexpr int64_t kWholeRow = 1 << 17;  // elements
+  static constexpr int64_t kRun = 1 << 14;  // elements, of which the L1 cache holds some and the L2 cache all
   const Layout& layout;
   Dim inner;
   bool whole;
@@ -66,6 +69,12 @@ class Runs {
   }
 };
 
+// What a group of torch.optim.SGD holds.
+struct Sgd {
+  float lr, momentum, undamped, weight_decay;  // undamped: 1 - dampening
+  bool nesterov, maximize;
+};
+
 namespace portable {
 constexpr int64_t kLanes = 1;
 struct Lanes : OneLane {
@@ -73,6 +82,7 @@ struct Lanes : OneLane {
   static Vector twice_lane_number() { return 0; }
 };
 #include "kernels.h"
+#include "sgd.h"
 }  // namespace portable
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
@@ -93,6 +103,7 @@ struct Lanes {
   static Vector twice_lane_number() { return Vector{0, 2, 4, 6}; }
 };
 #include "kernels.h"
+#include "sgd.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -108,6 +119,7 @@ struct Lanes {
   static Vector twice_lane_number() { return Vector{0, 2, 4, 6, 8, 10, 12, 14}; }
 };
 #include "kernels.h"
+#include "sgd.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -134,34 +146,189 @@ struct Cpu {
     with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });
   }
 
-  // A list of tensors, in one loop: a thread takes the tensors that begin in its part of all elements. Those that are
-  // worth all threads come first, and each has loops of its own.
+  // A list of tensors, in one loop.
   template <class OneCall>
   static void in_place(std::vector<OneCall>& calls) {
-    std::vector<OneCall*> small;
+    for_each_piece(calls, [&](size_t i, const Cover& piece) { calls[i].dense ? calls[i].in_place(piece) : calls[i].in_place(); });
+  }
+
+  template <class Forms>
+  static void register_more(torch::stable::detail::StableLibrary& m, const std::string& name) {
+    m.impl((name + "_sgd_").c_str(), TORCH_BOX(&More<Forms>::sgd));
+    if constexpr (decltype(Forms::OneCall::format)::exact) {
+      m.impl((name + "_keeps").c_str(), TORCH_BOX(&More<Forms>::keeps));
+    }
+  }
+
+ private:
+  // Calls f(number of a call, what its piece covers), on every thread, for pieces of about kGrain elements and of whole
+  // blocks. What does not fall into such pieces comes first, whole, and f has all threads for it.
+  template <class OneCall, class F>
+  static void for_each_piece(const std::vector<OneCall>& calls, const F& f) {
+    struct Piece {
+      size_t call;
+      int64_t begin, end;  // of the outermost loop
+    };
+    std::vector<Piece> pieces;
     std::vector<int64_t> begins;
     int64_t numel = 0;
-    for (OneCall& call : calls) {
-      if (call.numel() > Runs::kGrain || !call.dense) {
-        call.in_place();
-      } else if (call.numel() > 0) {
-        small.push_back(&call);
-        begins.push_back(numel);
-        numel += call.numel();
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Cover& cover = calls[i].cover;
+      const int64_t steps = steps_in_piece(calls[i]);
+      if (steps == 0 && cover.numel() > 0) f(i, cover);
+      if (steps == 0) continue;
+      const int64_t size = outermost(cover);
+      for (int64_t begin = 0; begin < size; begin += steps) {
+        pieces.push_back({i, begin, std::min(size, begin + steps)});
+        begins.push_back(numel + cover.numel() / size * begin);
       }
+      numel += cover.numel();
     }
     torch::stable::parallel_for(0, numel, Runs::kGrain, [&](int64_t begin, int64_t end) {
       const auto first = std::lower_bound(begins.begin(), begins.end(), begin);
       const auto last = std::lower_bound(first, begins.end(), end);
-      for (auto at = first; at != last; ++at) small[at - begins.begin()]->in_place();
+      for (auto at = first; at != last; ++at) {
+        const Piece& piece = pieces[at - begins.begin()];
+        f(piece.call, part_of(calls[piece.call].cover, piece.begin, piece.end));
+      }
     });
   }
 
- private:
+  static int64_t outermost(const Cover& cover) {
+    const Layout& layout = cover.layouts.front();
+    return layout.rank > 0 ? layout.dims[0].size : 1;
+  }
+
+  // Steps of a call's outermost loop that make a piece; 0 if it has to be done whole, by all threads.
+  template <class OneCall>
+  static int64_t steps_in_piece(const OneCall& call) {
+    constexpr auto shared = decltype(call.format)::shared;
+    const Cover& cover = call.cover;
+    if (!call.dense || cover.layouts.empty()) return 0;
+    const Layout& layout = cover.layouts.front();
+    const int64_t size = outermost(cover), step = layout.numel / size;
+    // No block reaches from one step into another, and those of a piece are numbered one after another.
+    const bool apart = shared == Shared::Nothing || layout.dims[0].step.block * size == cover.blocks;
+    if (cover.layouts.size() == 1 && layout.rank > 0 && shared != Shared::BlockAndTensor && apart && step <= Runs::kWholeRow) {
+      return std::max<int64_t>(1, Runs::kGrain / step);
+    }
+    return cover.numel() <= Runs::kGrain ? size : 0;
+  }
+
+  // The elements from step `begin` to `end` of the outermost loop, which lie side by side.
+  static Cover part_of(const Cover& cover, int64_t begin, int64_t end) {
+    Cover part = cover;
+    if (end - begin == outermost(cover)) return part;
+    Layout& layout = part.layouts.front();
+    layout.numel = layout.numel / layout.dims[0].size * (end - begin);
+    layout.dims[0].advance(layout.first, begin);
+    layout.dims[0].size = end - begin;
+    layout.first.block = 0;
+    part.blocks = std::max<int64_t>(1, layout.dims[0].step.block * (end - begin));
+    return part;
+  }
+
+  // The forms that the CPU alone has.
+  template <class Forms>
+  struct More;
+
+  template <class Device, class Op, class Format, class... Numbers>
+  struct More<Forms<Device, Op, Format, Numbers...>> {
+    using Of = Forms<Device, Op, Format, Numbers...>;
+
+    // Whether rounding is known to keep every number of x: then every rounding does, as long as scales are powers of two.
+    static bool keeps(Numbers... numbers, Tensor x) {
+      const std::vector<typename Of::OneCall> call{Of::call(x, {numbers...}, 0, 16, {}, 0)};
+      std::atomic<bool> kept = steps_in_piece(call[0]) > 0 || x.numel() == 0;
+      if (!kept) return false;
+      for_each_piece(call, [&](size_t, const Cover& piece) {
+        if (kept && !Cpu::keeps(call[0].format, piece, x)) kept = false;
+      });
+      return kept;
+    }
+
+    // A step of torch.optim.SGD in one pass: a thread rounds a piece of the gradients, updates, and rounds what it has
+    // updated while that is in its cache. A role without streams is not rounded.
+    static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta, double lr,
+                    double momentum, double undamped, double weight_decay, bool nesterov, bool maximize, Numbers... numbers,
+                    int64_t rounding, int64_t bits, Key key, std::vector<int64_t> weight_streams,
+                    std::vector<int64_t> gradient_streams, std::vector<int64_t> momentum_streams) {
+      const Sgd step{static_cast<float>(lr),           static_cast<float>(momentum), static_cast<float>(undamped),
+                     static_cast<float>(weight_decay), nesterov,                     maximize};
+      const auto calls = [&](const std::vector<Tensor>& xs, const std::vector<int64_t>& streams) {
+        check_alike(weights, xs);
+        const std::vector<int64_t> none(xs.size());
+        check_list(Op::name, xs, streams.empty() ? none : streams);
+        return Of::calls(xs, {numbers...}, rounding, bits, key, streams.empty() ? none : streams);
+      };
+      auto of_weights = calls(weights, weight_streams), of_gradients = calls(gradients, gradient_streams);
+      auto of_momenta = calls(momenta.empty() ? gradients : momenta, momentum_streams);
+      for_each_piece(of_weights, [&](size_t i, const Cover& piece) {
+        if (!gradient_streams.empty()) of_gradients[i].in_place(piece);
+        update(step, piece, weights[i], gradients[i], momenta.empty() ? nullptr : &momenta[i]);
+        if (!momentum_streams.empty()) of_momenta[i].in_place(piece);
+        if (!weight_streams.empty()) of_weights[i].in_place(piece);
+      });
+    }
+
+    static void check_alike(const std::vector<Tensor>& weights, const std::vector<Tensor>& xs) {
+      require(weights.size() == xs.size(), Op::name, weights.size(), " weights but ", xs.size(),
+              " gradients or momenta; give each weight one");
+      for (size_t i = 0; i < xs.size(); ++i) {
+        bool alike = xs[i].scalar_type() == ScalarType::Float && is_dense(xs[i]) && xs[i].dim() == weights[i].dim();
+        for (int64_t d = 0; alike && d < xs[i].dim(); ++d) {
+          alike = xs[i].size(d) == weights[i].size(d) && xs[i].stride(d) == weights[i].stride(d);
+        }
+        require(alike, Op::name, "weight, gradient and momentum ", i,
+                " must be dense float32 of one shape and strides; use the optimizer's own step");
+      }
+    }
+  };
+
+  // The update of the elements that `piece`, which has no gaps, covers.
+  static void update(const Sgd& step, const Cover& piece, Tensor& weight, const Tensor& gradient, Tensor* momentum) {
+    const int64_t first = piece.layouts.front().first.memory;
+    float* w = static_cast<float*>(weight.mutable_data_ptr()) + first;
+    const float* g = static_cast<const float*>(gradient.const_data_ptr()) + first;
+    float* m = momentum == nullptr ? nullptr : static_cast<float*>(momentum->mutable_data_ptr()) + first;
+    torch::stable::parallel_for(0, piece.numel(), Runs::kGrain, [&](int64_t begin, int64_t end) {
+      float* of_part = m == nullptr ? nullptr : m + begin;
+      switch (kIsa) {
+#ifdef SWALP_X86
+        case Isa::Avx512:
+          return avx512::sgd_update(step, w + begin, g + begin, of_part, end - begin);
+        case Isa::Avx2:
+          return avx2::sgd_update(step, w + begin, g + begin, of_part, end - begin);
+#endif
+        default:
+          return portable::sgd_update(step, w + begin, g + begin, of_part, end - begin);
+      }
+    });
+  }
+
+  // Whether rounding keeps what `piece`, which has no gaps, covers of x.
+  template <class Format>
+  static bool keeps(const Format& format, Cover piece, const Tensor& x) {
+    bool kept = false;
+    with_scalar(x.scalar_type(), [&](auto zero) {
+      using S = decltype(zero);
+      static thread_local std::vector<S> rounded;
+      rounded.resize(std::max<size_t>(rounded.size(), piece.numel()));
+      Place& first = piece.layouts.front().first;
+      const S* from = static_cast<const S*>(x.const_data_ptr()) + std::exchange(first.memory, 0);
+      run_at(format, piece, from, rounded.data(), {Rounding::Nearest, {}, {}});
+      kept = std::memcmp(from, rounded.data(), piece.numel() * sizeof(S)) == 0;
+    });
+    return kept;
+  }
+
   template <class S, class Format>
   static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    const S* from = static_cast<const S*>(x.const_data_ptr());
-    S* to = static_cast<S*>(y.mutable_data_ptr());
+    run_at(format, cover, static_cast<const S*>(x.const_data_ptr()), static_cast<S*>(y.mutable_data_ptr()), drawing);
+  }
+
+  template <class S, class Format>
+  static void run_at(const Format& format, const Cover& cover, const S* from, S* to, const Drawing& drawing) {
     const auto run_with = [&](const auto& round) {
       // What training does not use is not worth compiling three times.
       if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {

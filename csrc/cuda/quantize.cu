@@ -151,6 +151,9 @@ struct Launch {
 };
 
 struct Cuda {
+  template <class Forms>
+  static void register_more(torch::stable::detail::StableLibrary&, const std::string&) {}
+
   template <class Format>
   static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });

@@ -1,0 +1,125 @@
+"""Steps of torch.optim.SGD in one pass over memory, with the roundings of the optimizer pass: the same bits, sooner.
+
+A step by hooks reads and writes every weight, gradient and momentum several times: for each rounding, and for each
+operation of torch's own step. They are larger than a cache, so what a step takes is mostly memory's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from .formats import FLOAT, parse
+from .ops import sgd_
+from .recipe import Recipe
+
+__all__ = ["in_one_pass"]
+
+# The roles that are rounded, in the order in which ops.sgd_ takes their streams.
+ROLES = ("weight", "gradient", "momentum")
+ANY = parse("bfp8")  # of a call that rounds no role
+PLAIN = (Tensor, nn.Parameter)  # no subclass, whose memory is its own affair
+
+Streams = Mapping[str, int]  # role -> the stream that a parameter draws from in it
+
+
+class _Call:
+    """The tensors of one call of ``ops.sgd_``: those of one group and of one way to round."""
+
+    def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
+        self.group, self.rounding = group, recipe.rounding
+        self.roles = ROLES if group["momentum"] != 0 else ROLES[:2]
+        self.rounds = [getattr(recipe, role) != FLOAT for role in self.roles]
+        self.formats = {format for role in self.roles if (format := getattr(recipe, role)) != FLOAT}
+        self.tensors: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+        self.streams: tuple[list[int], list[int], list[int]] = [], [], []
+
+    def add(self, tensors: Iterable[Tensor], streams: Streams) -> None:
+        for of_role, tensor in zip(self.tensors, tensors, strict=False):
+            of_role.append(tensor)
+        for role, rounds, drawn in zip(self.roles, self.rounds, self.streams, strict=False):
+            if rounds:
+                drawn.append(streams[role])
+
+    def run(self, key: Tensor) -> None:
+        format = next(iter(self.formats), ANY)
+        sgd_(*self.tensors, self.group, format, self.rounding, key=key, streams=self.streams)
+
+
+def in_one_pass(
+    optimizer: Optimizer, parameters: Iterable[tuple[nn.Parameter, Recipe, Streams]], key: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Steps ``optimizer`` with its roundings; returns the parameters stepped, with their gradients: all or none.
+
+    None if anything about the step is not as ``ops.sgd_`` does it: another class, fused, numbers in tensors, hooks of
+    others, which might read in between; a tensor off the CPU, in another dtype, with other strides, or without momentum
+    yet; roles in formats that differ; memory that two share; or nothing to round.
+    """
+    if type(optimizer) is not SGD or not _is_alone(optimizer) or not _multiplies_and_adds_at_once():
+        return {}
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    if not all(map(_is_plain, optimizer.param_groups)):
+        return {}
+    calls: dict[tuple[int, int], _Call] = {}
+    gradients: dict[nn.Parameter, Tensor] = {}
+    addresses: list[int] = []
+    for parameter, recipe, streams in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        group = groups[parameter]
+        tensors = [parameter, gradient]
+        if group["momentum"] != 0:
+            tensors.append(optimizer.state.get(parameter, {}).get("momentum_buffer"))
+        if not _are_alike(tensors):
+            return {}
+        which = id(group), id(recipe)
+        if which not in calls:
+            calls[which] = _Call(group, recipe)
+        calls[which].add(tensors, streams)
+        gradients[parameter] = gradient
+        addresses += [address for tensor in tensors if (address := tensor.data_ptr())]
+    fits = all(len(call.formats) <= 1 for call in calls.values()) and any(call.formats for call in calls.values())
+    if not fits or len(set(addresses)) < len(addresses):
+        return {}
+    for call in calls.values():
+        call.run(key)
+    return gradients
+
+
+def _is_alone(optimizer: Optimizer) -> bool:
+    """Whether the optimizer pass is the only one with hooks on the step."""
+    of_all = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return not of_all and all(len(each) == 1 for each in hooks)
+
+
+def _multiplies_and_adds_at_once() -> bool:
+    """Whether torch's own kernels do so with one rounding, as ``ops.sgd_`` does."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    numbers = (group[name] for name in ("lr", "momentum", "dampening", "weight_decay"))
+    return not group["fused"] and all(isinstance(number, (int, float)) for number in numbers)
+
+
+def _are_alike(tensors: list[Tensor]) -> bool:
+    """Whether each is float32 on the CPU, in memory without gaps, all of the same strides."""
+    first = tensors[0]
+    strides = first.stride()
+    packed = first.is_contiguous() or (len(strides) == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    return packed and all(
+        type(tensor) in PLAIN
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.stride() == strides
+        and not tensor.is_neg()
+        for tensor in tensors
+    )
