@@ -327,6 +327,11 @@ def refuse_unfit(model: nn.Module) -> None:
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")
     for path, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ConvertError(
+                f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its forward, "
+                "where a graph reads a rounded one; use max_norm=None"
+            )
         for hook in module._forward_pre_hooks.values():
             if norm := next((name for kind, name in _HOOKED.items() if isinstance(hook, kind)), None):
                 raise ConvertError(
@@ -388,13 +393,20 @@ def _read_after_writes(graph: Graph, root: nn.Module) -> None:
             user.replace_input_with(written, node)
 
 
+def _renormalised(node: Node) -> Argument:
+    """The weight of a functional embedding whose max_norm makes it write into that."""
+    if name_of(node) not in ("embedding", "embedding_bag"):
+        return None
+    names = ("input", "weight", "offsets or padding_idx", "max_norm")
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return arguments.get("weight") if arguments.get("max_norm") is not None else None
+
+
 def _parameters_written(graph: Graph, root: nn.Module) -> Iterator[tuple[str, str]]:
     """(qualified name of the module, parameter) of each write into a parameter or a part of one."""
     parameters = {name: None for name, _ in root.named_parameters(remove_duplicate=False)}
     for node in graph.nodes:
-        if not writes(node, root) or not node.args:
-            continue
-        written = node.args[0]
+        written = node.args[0] if writes(node, root) and node.args else _renormalised(node)
         while isinstance(written, Node) and name_of(written) in VIEWS and written.args:
             written = written.args[0]
         if isinstance(written, Node) and written.op == "get_attr" and written.target in parameters:

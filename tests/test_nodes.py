@@ -30,6 +30,25 @@ def test_a_weight_is_quantized_and_its_gradient_is_not():
     assert torch.equal(x.grad, error)
 
 
+@pytest.mark.parametrize("format", ["bfp4[0]", "fixed8.6", "mxfp8", "float"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_weight_that_rounding_keeps_is_itself(mode, format):
+    """So that a forward behind a step, which has rounded the weights, copies none of them."""
+    x = nn.Parameter(quantize(torch.randn(4, 6), format, "stochastic"))
+    with mode():
+        assert nodes.quantize_weight(x, KEY, 7, format, "stochastic") is x
+        x.data[2, 3] += 2.0**-20  # leaves no trace but the number
+        if format != "float":
+            y = nodes.quantize_weight(x, KEY, 7, format, "stochastic")
+            assert torch.equal(y, quantize(x, format, "stochastic", key=KEY, stream=7)) and y is not x
+
+
+@pytest.mark.parametrize("format", ["int8[0]", "nvfp4"])
+def test_a_weight_on_a_real_scale_is_always_rounded(format):
+    x = nn.Parameter(quantize(torch.randn(4, 32), format))
+    assert nodes.quantize_weight(x, KEY, 7, format, "stochastic") is not x
+
+
 @pytest.mark.parametrize(("activation", "error"), [("bfp4[0]", "e4m3"), ("float", "bfp4[0]"), ("bfp4[0]", "float")])
 def test_an_output_is_quantized_both_ways(activation, error):
     x = torch.randn(4, 6, requires_grad=True)

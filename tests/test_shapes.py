@@ -63,6 +63,26 @@ def test_what_derives_its_weight_in_a_hook_is_refused(norm):
         convert(model)
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_writes_into_its_weight_is_refused(kind):
+    with pytest.raises(ConvertError, match=f"0: max_norm makes {kind.__name__} write into its weight.*max_norm=None"):
+        convert(nn.Sequential(kind(5, 3, max_norm=1.0)))
+
+
+@pytest.mark.parametrize("arguments, keywords", [((), {"max_norm": 1.0}), ((None, 1.0), {})])
+def test_a_function_that_writes_into_a_weight_is_refused(arguments, keywords):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x):
+            return nn.functional.embedding(x, self.table, *arguments, **keywords)
+
+    with pytest.raises(ConvertError, match="it writes into its parameter table"):
+        convert(Functional())
+
+
 # Modes
 
 
