@@ -14,7 +14,7 @@ namespace {
 // The innermost loops of a layout, cut into runs of at most kRun elements and shared out over torch's threads.
 class Runs {
  public:
-  static constexpr int64_t kGrain = 1 << 15;     // elements worth waking a thread for
+  static constexpr int64_t kGrain = 1 << 14;     // elements worth waking a thread for
   static constexpr int64_t kWholeRow = 1 << 17;  // elements
 
   explicit Runs(const Layout& l) : layout(l), inner(l.inner()) {
@@ -207,10 +207,10 @@ struct Cpu {
     if (!call.dense || cover.layouts.empty()) return 0;
     const Layout& layout = cover.layouts.front();
     const int64_t size = outermost(cover), step = layout.numel / size;
-    // No block reaches from one step into another, and those of a piece are numbered one after another.
-    const bool apart = shared == Shared::Nothing || layout.dims[0].step.block * size == cover.blocks;
-    if (cover.layouts.size() == 1 && layout.rank > 0 && shared != Shared::BlockAndTensor && apart && step <= Runs::kWholeRow) {
-      return std::max<int64_t>(1, Runs::kGrain / step);
+    if (cover.layouts.size() == 1 && layout.rank > 0 && step <= Runs::kWholeRow) {
+      // No block reaches from one step into another, and those of a piece are numbered one after another.
+      const bool apart = shared == Shared::Block && layout.dims[0].step.block * size == cover.blocks;
+      if (apart || shared == Shared::Nothing) return std::max<int64_t>(1, Runs::kGrain / step);
     }
     return cover.numel() <= Runs::kGrain ? size : 0;
   }
