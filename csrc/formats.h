@@ -125,11 +125,13 @@ template <class T>
 struct WideFloatElement {
   T max;
   Step<T> lowest, step;  // of the numbers from 1 to 2
+  int dropped;           // places of T that the format lacks
 
   SWALP_HD WideFloatElement(int exp, int man, float largest)
       : max(static_cast<T>(largest)),
         lowest(bit_cast<Step<T>>(power_of_two<T>(smallest_exponent(exp)))),
-        step(bit_cast<Step<T>>(power_of_two<T>(-man))) {}
+        step(bit_cast<Step<T>>(power_of_two<T>(-man))),
+        dropped(Ieee<T>::mantissa - man) {}
 
   template <class Round>
   SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
@@ -137,6 +139,12 @@ struct WideFloatElement {
     using Integer = typename Ieee<T>::Integer;
     T magnitude = std::fabs(v);
     magnitude = magnitude > max ? max : magnitude;
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Round, RoundStochasticWide>) {
+      // Exponents are T's own, so that a carry in the pattern is one in value. Of the draw, which has as many bits as are
+      // dropped or more, the lower ones decide nothing. NaN is lost, but these formats keep infinity, and NaN with it.
+      const Step<T> sum = bit_cast<Step<T>>(magnitude) + (draw >> (round_to_step.bits - dropped));
+      return with_sign(bit_cast<T>(sum & (~Step<T>(0) << dropped)), x);
+    }
     const Step<T> binade = bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << m);
     const Step<T> bounded = larger(binade, lowest);
     // Below 2^-e = 2^-(bias - 1) comes 2^-bias, the largest subnormal power of two.

@@ -52,14 +52,15 @@ SWALP_HD T inverse_of(Step<T> step) {
 // The same where the sum does not fit.
 struct RoundStochasticWide {
   static constexpr bool draws = true, loses_nan = false;
-  float resolution;  // draws are below it: a power of two up to 2^24
+  int bits;  // draws are below 2^bits
   template <class T>
   SWALP_HD T operator()(T magnitude, Step<T> step, T, uint32_t draw) const {
+    const T resolution = power_of_two<T>(bits);
     const T y = magnitude * inverse_of<T>(step);
     const T whole = std::trunc(y);
     const T rest = y - whole;  // exact: both are multiples of y's last place
     // The sum is exact below 2^24, and monotone beyond.
-    const bool up = static_cast<T>(static_cast<int32_t>(draw)) + std::rint(rest * T(resolution)) >= T(resolution);
+    const bool up = static_cast<T>(static_cast<int32_t>(draw)) + std::rint(rest * resolution) >= resolution;
     return (whole + (up ? T(1) : T(0))) * bit_cast<T>(step);
   }
 };
@@ -106,7 +107,7 @@ void with_rounding(Rounding rounding, int random_bits, int magnitude_bits, F&& f
   if (rounding == Rounding::Nearest && magnitude_bits <= m) return f(RoundNearest{});
   if (rounding != Rounding::Stochastic) return f(RoundOther{rounding});
   if (random_bits + magnitude_bits <= m) return f(RoundStochastic{random_bits});
-  return f(RoundStochasticWide{static_cast<float>(1 << random_bits)});
+  return f(RoundStochasticWide{random_bits});
 }
 
 }  // namespace swalp_fx
