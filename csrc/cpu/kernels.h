@@ -16,7 +16,8 @@ class Draws {
   }
 
  private:
-  static constexpr int64_t kWindow = 2048;  // 8 KiB: the L1 cache keeps them until they are used
+  // Few, so that the memory that results go to is not left idle for long: writing is up to a third slower at 2048.
+  static constexpr int64_t kWindow = 512;
   RoundKeys keys;
   int64_t begin = 0, end = 0;
   alignas(64) uint32_t draw[kWindow];
@@ -25,36 +26,36 @@ class Draws {
   // rows.
   static constexpr int64_t kPair = 2 * kLanes, kAtOnce = 2 * kPair;
 
-  __attribute__((noinline)) void refill(int64_t index, int64_t wanted) {
-    const int64_t block = random.block();
+  void refill(int64_t index, int64_t wanted) {
+    if (random.bits == 16) return refill_with<2>(index, wanted, std::integral_constant<int, 0>());
+    if (random.draws_per_word() == 2) return refill_with<2>(index, wanted, 16 - random.bits);
+    refill_with<1>(index, wanted, 32 - random.bits);
+  }
+
+  template <int kPerWord, class Shift>
+  __attribute__((noinline)) void refill_with(int64_t index, int64_t wanted, const Shift unused_bits) {
+    constexpr int64_t block = 4 * kPerWord * kCounters;
     const int64_t first = index / block * kCounters / kAtOnce * kAtOnce;
     begin = first / kCounters * block;
     const int64_t needed = (std::min(begin + kWindow, index + wanted) + block - 1) / block * kCounters;
     const int64_t last = (needed + kAtOnce - 1) / kAtOnce * kAtOnce;
     end = last / kCounters * block;
     for (int64_t counter = first; counter < last; counter += kAtOnce) {
-      const int64_t at = (counter - first) / kCounters * block + (counter - first) % kCounters;
-      if (random.bits == 16) {
-        generate<2>(counter, at, std::integral_constant<int, 0>());
-      } else if (random.draws_per_word() == 2) {
-        generate<2>(counter, at, 16 - random.bits);
-      } else {
-        generate<1>(counter, at, 32 - random.bits);
-      }
+      generate<kPerWord>(counter, (counter - first) / kCounters * block + (counter - first) % kCounters, unused_bits);
     }
   }
 
   template <int kPerWord, class Shift>
-  void generate(int64_t counter, int64_t at, const Shift unused_bits) {
+  __attribute__((always_inline)) void generate(int64_t counter, int64_t at, const Shift unused_bits) {
     using Vector = Lanes::Vector;
     const int shift = unused_bits;
+    const auto first = static_cast<uint64_t>(counter);
     const Vector zero = Vector{};
     Vector c[4][4];
     SWALP_UNROLL
     for (int set = 0; set < 4; ++set) {
-      const auto first = static_cast<uint64_t>(counter + set / 2 * kPair + set % 2);
-      c[set][0] = Lanes::twice_lane_number() + first;
-      c[set][1] = zero + (first >> 32);
+      c[set][0] = Lanes::twice_lane_number() + first + (set / 2 * kPair + set % 2);
+      c[set][1] = zero + (first >> 32);  // one for all, since kAtOnce divides 2^32: its first product is too
       c[set][2] = zero + random.stream;
       c[set][3] = zero + (random.stream >> 32);
     }
@@ -64,7 +65,7 @@ class Draws {
       uint32_t* row = draw + at + pair * (kPair < kCounters ? kPair : 4 * kPerWord * kCounters);
       SWALP_UNROLL
       for (int j = 0; j < 4; ++j, row += kPerWord * kCounters) {
-        const Vector words = (c[2 * pair][j] & uint64_t{0xFFFFFFFF}) | (c[2 * pair + 1][j] << 32);
+        const Vector words = Lanes::join(c[2 * pair][j], c[2 * pair + 1][j]);
         if constexpr (kPerWord == 1) {
           store(row, (words >> shift) & mask(0xFFFFFFFFu >> shift));
         } else {

@@ -80,6 +80,7 @@ constexpr int64_t kLanes = 1;
 struct Lanes : OneLane {
   using Vector = uint64_t;
   static Vector twice_lane_number() { return 0; }
+  static Vector join(Vector even, Vector odd) { return (even & 0xFFFFFFFFu) | odd << 32; }
 };
 #include "kernels.h"
 #include "sgd.h"
@@ -101,6 +102,9 @@ struct Lanes {
     return (Vector)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
   }
   static Vector twice_lane_number() { return Vector{0, 2, 4, 6}; }
+  static Vector join(Vector even, Vector odd) {
+    return (Vector)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
+  }
 };
 #include "kernels.h"
 #include "sgd.h"
@@ -117,6 +121,9 @@ struct Lanes {
     return (Vector)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
   }
   static Vector twice_lane_number() { return Vector{0, 2, 4, 6, 8, 10, 12, 14}; }
+  static Vector join(Vector even, Vector odd) {
+    return (Vector)_mm512_mask_moveldup_ps((__m512)even, 0xAAAA, (__m512)odd);
+  }
 };
 #include "kernels.h"
 #include "sgd.h"
