@@ -202,14 +202,18 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S
     }
     Bits unusual = 0;
     for (int64_t t = 0; t < kBatch; ++t) unusual |= Bits(t < batch) & Bits(!format.template is_usual<T>(maxima[t]));
-    decltype(format.template usual<T>(maxima[0], tensor_maximum)) quantizers[kBatch];
-    for (int64_t t = 0; t < kBatch; ++t) quantizers[t] = format.template usual<T>(maxima[t], tensor_maximum);
+    using Quantizer = decltype(format.template usual<T>(maxima[0], tensor_maximum));
+    // Divisions are done for all tiles at once; what takes none is faster made than stored.
+    constexpr bool kDivides = std::is_same_v<decltype(Quantizer::scale), RealScale<T>>;
+    Quantizer quantizers[kDivides ? kBatch : 1];
+    for (int64_t t = 0; kDivides && t < kBatch; ++t) quantizers[t] = format.template usual<T>(maxima[t], tensor_maximum);
     for (int64_t t = 0; t < batch; ++t) {
       const int64_t at = t * kSize;
       int64_t count = 0;
       const uint32_t* draw = Round::draws ? draws.from(index + at, (tiles - t) * kSize, count) : nullptr;
       if (unusual == 0) {
-        quantize_tile<kSize>(quantizers[t], x + at, y + at, round, draw);
+        const Quantizer quantizer = kDivides ? quantizers[t] : format.template usual<T>(maxima[t], tensor_maximum);
+        quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
       } else {
         format.template with_quantizer<T>(maxima[t], tensor_maximum, [&](const auto& quantizer) {
           quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
