@@ -9,8 +9,11 @@ class Draws {
   const Random random;
 
   // The draws from element `index` on, and in `count` how many there are: at least one, at most `wanted`.
-  const uint32_t* from(int64_t index, int64_t wanted, int64_t& count) {
-    if (index < begin || index >= end) refill(index, wanted);
+  // While it makes them it asks for the memory of the elements a piece later than x, those of `index`, so that the next
+  // piece is in the L2 cache when it is wanted. That may lie beyond the tensor's end, where asking does nothing.
+  template <class S>
+  const uint32_t* from(int64_t index, int64_t wanted, int64_t& count, const S* x) {
+    if (index < begin || index >= end) refill(index, wanted, {reinterpret_cast<const char*>(x + Runs::kGrain), sizeof(S)});
     count = std::min(wanted, end - index);
     return draw + (index - begin);
   }
@@ -26,14 +29,22 @@ class Draws {
   // rows.
   static constexpr int64_t kPair = 2 * kLanes, kAtOnce = 2 * kPair;
 
-  void refill(int64_t index, int64_t wanted) {
-    if (random.bits == 16) return refill_with<2>(index, wanted, std::integral_constant<int, 0>());
-    if (random.draws_per_word() == 2) return refill_with<2>(index, wanted, 16 - random.bits);
-    refill_with<1>(index, wanted, 32 - random.bits);
+  struct Later {
+    const char* at;
+    int64_t size;  // of an element, in bytes
+    void ask(int64_t elements) {
+      for (const char* end = at + elements * size; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+    }
+  };
+
+  void refill(int64_t index, int64_t wanted, Later later) {
+    if (random.bits == 16) return refill_with<2>(index, wanted, std::integral_constant<int, 0>(), later);
+    if (random.draws_per_word() == 2) return refill_with<2>(index, wanted, 16 - random.bits, later);
+    refill_with<1>(index, wanted, 32 - random.bits, later);
   }
 
   template <int kPerWord, class Shift>
-  __attribute__((noinline)) void refill_with(int64_t index, int64_t wanted, const Shift unused_bits) {
+  __attribute__((noinline)) void refill_with(int64_t index, int64_t wanted, const Shift unused_bits, Later later) {
     constexpr int64_t block = 4 * kPerWord * kCounters;
     const int64_t first = index / block * kCounters / kAtOnce * kAtOnce;
     begin = first / kCounters * block;
@@ -41,6 +52,7 @@ class Draws {
     const int64_t last = (needed + kAtOnce - 1) / kAtOnce * kAtOnce;
     end = last / kCounters * block;
     for (int64_t counter = first; counter < last; counter += kAtOnce) {
+      later.ask(4 * kPerWord * kAtOnce);
       generate<kPerWord>(counter, (counter - first) / kCounters * block + (counter - first) % kCounters, unused_bits);
     }
   }
@@ -90,7 +102,7 @@ __attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, int64_t
     for (int64_t i = 0; i < n; ++i) y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), 0u, round));
   } else if (index_step == 1) {
     for (int64_t done = 0, count; done < n; done += count) {
-      const uint32_t* draw = draws.from(index + done, n - done, count);
+      const uint32_t* draw = draws.from(index + done, n - done, count, x + done);
       const S* from = x + done;
       S* to = y + done;
 #pragma GCC ivdep
@@ -210,7 +222,7 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S
     for (int64_t t = 0; t < batch; ++t) {
       const int64_t at = t * kSize;
       int64_t count = 0;
-      const uint32_t* draw = Round::draws ? draws.from(index + at, (tiles - t) * kSize, count) : nullptr;
+      const uint32_t* draw = Round::draws ? draws.from(index + at, (tiles - t) * kSize, count, x + at) : nullptr;
       if (unusual == 0) {
         const Quantizer quantizer = kDivides ? quantizers[t] : format.template usual<T>(maxima[t], tensor_maximum);
         quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
