@@ -127,6 +127,7 @@ def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, in
     )
 
 
+@cache
 def _name_of(op: Any) -> str:
     return op.name().removeprefix("swalp_fx::")
 
@@ -304,8 +305,8 @@ def keeps(x: Tensor, spec: str) -> bool:
     op, _, numbers, _, _ = _find(spec, "nearest")
     if op is None:
         return True
-    form = _form(_name_of(op), "keeps") if x.is_cpu else None
-    if form is None:
+    form = _form(_name_of(op), "keeps")
+    if form is None or not x.is_cpu:
         return False
     with torch._C._AutoDispatchBelowAutograd():
         return form(*numbers, x)

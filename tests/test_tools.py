@@ -170,6 +170,7 @@ class TestModels:
             ("preresnet20", 10, 3, 32, 272_282),
             ("preresnet164", 10, 3, 32, 1_703_258),
             ("preresnet164", 100, 3, 32, 1_726_388),
+            ("cifar_resnet18", 10, 1, 32, 11_172_810),
             ("resnet18", 10, 3, 32, 11_181_642),
             ("torchvision:mobilenet_v2", 10, 3, 32, 2_236_682),
         ],

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["op", "graph", "step"], help="op: quantize_ in place, on float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--elements", type=elements, nargs="+", help="of op: [elements / 1024, 1024] (1M and 64M)")
-    parser.add_argument("--models", nargs="+", help="of step: names, as tools/train.py takes them (vgg16 and resnet18)")
+    parser.add_argument("--models", nargs="+", help="of step: names, as tools/train.py takes them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write what was measured here too")
     args = parser.parse_args(argv)
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.what == "graph":
         tables = overhead.measure(clock.once, args.device)
     else:
-        tables = steps.measure(clock.once, args.models or ["vgg16", "resnet18"], args.device)
+        tables = steps.measure(clock.once, args.models or steps.MODELS, args.device)
     for name, value in about.items():
         print(f"{name}: {value}")
     for rows in tables.values():

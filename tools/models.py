@@ -151,6 +151,16 @@ def _vgg(batch_norm: bool) -> Callable[[int, int, int], nn.Module]:
     return lambda num_classes, channels, image_size: VGG(num_classes, channels, image_size, batch_norm=batch_norm)
 
 
+def cifar_resnet18(num_classes: int, channels: int, image_size: int) -> nn.Module:
+    """torchvision's ResNet-18 with the stem for small images: 3 x 3, without pooling (He et al., 2016, section 4.2)."""
+    import torchvision
+
+    model = torchvision.models.resnet18(weights=None, num_classes=num_classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
 @dataclass(frozen=True)
 class Made:
     """How a model is built, and what for: (channels, pixels a side) of an image, or (bytes,) of a text."""
@@ -166,6 +176,7 @@ MODELS: dict[str, Made] = {
     "vgg16_bn": Made(_vgg(batch_norm=True), (3, 32)),
     "preresnet20": Made(_preresnet(20, (3, 3)), (3, 32)),
     "preresnet164": Made(_preresnet(164, (1, 3, 1)), (3, 32)),
+    "cifar_resnet18": Made(cifar_resnet18, (3, 32)),
     "decoder": Made(Decoder, (64,), classes=256),
 }
 # The layer outputs that the SWALP authors' networks round, as fields of a Recipe: VGG's 13 convolutions and 2 hidden

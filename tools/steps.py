@@ -16,6 +16,7 @@ import models
 import swalp_fx
 
 RECIPE = "bfp8[0]"
+MODELS = ["vgg16", "cifar_resnet18", "resnet18"]  # torchvision's resnet18 leaves one pixel of such small images
 BATCH, SIZE = 32, 32
 SECONDS = 40.0  # of steps for a model
 TURNS = 3  # at least, behind one that warms up
