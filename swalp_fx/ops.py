@@ -233,8 +233,7 @@ def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int)
     """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
     _, op, numbers, code, bits = _find(spec, rounding)
     if op is not None:
-        with torch._C._AutoDispatchBelowAutograd():
-            op(x, *numbers, code, bits, key, stream)
+        op(x, *numbers, code, bits, key, stream)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
