@@ -327,11 +327,6 @@ def refuse_unfit(model: nn.Module) -> None:
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")
     for path, module in model.named_modules():
-        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise ConvertError(
-                f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its forward, "
-                "where a graph reads a rounded one; use max_norm=None"
-            )
         for hook in module._forward_pre_hooks.values():
             if norm := next((name for kind, name in _HOOKED.items() if isinstance(hook, kind)), None):
                 raise ConvertError(
@@ -347,8 +342,11 @@ def _random_state() -> tuple[bytes, object]:
 # What gives the same numbers in another form, or some of them: a write into it is a write into its source.
 # fmt: off
 VIEWS = (
-    "getitem", "data", "detach", "view", "view_as", "reshape", "flatten", "squeeze", "unsqueeze", "t", "T", "mT",
-    "transpose", "permute", "narrow", "select",
+    "getitem", "data", "detach", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "t", "T",
+    "mT", "H", "mH", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "permute", "narrow", "select",
+    "diagonal", "chunk", "split", "tensor_split", "unbind", "expand", "expand_as", "broadcast_to", "real", "imag",
+    # These too, where there is nothing to do.
+    "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "dropout",
 )
 # fmt: on
 

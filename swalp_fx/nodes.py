@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import random
 from .ops import is_transformed, keeps, quantize, round_, rounded
@@ -131,20 +132,25 @@ def draw_key(training: bool) -> Tensor | None:
 def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rounding: str) -> Tensor:
     """Q_W(x): x itself if rounding is known to keep it, as it keeps what a step has rounded; else a new tensor.
 
-    The gradient passes as it is: the optimizer pass rounds it, once, when it is whole. Like the parameter itself, the
-    result requires its gradient in whatever mode it is made: it may be first read in a no_grad block, and again outside
-    of it.
+    Under a tracer it is always a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it
+    is whole. Like the parameter itself, the result requires its gradient in whatever mode it is made: it may be first
+    read in a no_grad block, and again outside of it.
     """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
     # A copy's memory, page faults and random words cost a forward more than reading the weight.
-    if not torch.compiler.is_compiling() and not is_transformed() and keeps(x, weight):
+    if not _is_recorded() and keeps(x, weight):
         return x
     rounding = rounding_under(key, rounding)
     if torch.is_grad_enabled():
         return _straight_through(x, weight, rounding, key, stream)
     with torch.inference_mode(False):  # which enables gradients
         return _straight_through(x, weight, rounding, key, stream)
+
+
+def _is_recorded() -> bool:
+    """Whether what runs now is to run again with other numbers, so that no branch may depend on these."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() or is_transformed()
 
 
 def _straight_through(x: Tensor, weight: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:

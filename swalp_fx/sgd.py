@@ -7,6 +7,7 @@ operation of torch's own step. They are larger than a cache, so what a step take
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["in_one_pass"]
 # The roles that are rounded, in the order in which ops.sgd_ takes their streams.
 ROLES = ("weight", "gradient", "momentum")
 ANY = parse("bfp8")  # of a call that rounds no role
+FLOAT32 = torch.finfo(torch.float32)
 PLAIN = (Tensor, nn.Parameter)  # no subclass, whose memory is its own affair
 
 Streams = Mapping[str, int]  # role -> the stream that a parameter draws from in it
@@ -56,9 +58,10 @@ def in_one_pass(
 ) -> dict[nn.Parameter, Tensor]:
     """Steps ``optimizer`` with its roundings; returns the parameters stepped, with their gradients: all or none.
 
-    None if anything about the step is not as ``ops.sgd_`` does it: another class, fused, numbers in tensors, hooks of
-    others, which might read in between; a tensor off the CPU, in another dtype, with other strides, or without momentum
-    yet; roles in formats that differ; memory that two share; or nothing to round.
+    None if anything about the step is not as ``ops.sgd_`` does it: another class, fused, numbers in tensors or beyond
+    float32, hooks of others, which might read in between; a tensor off the CPU, in another dtype, with other strides,
+    without momentum yet, or with more state than that; roles in formats that differ; memory that two share; or nothing
+    to round. Equal recipes must be one object: a call serves all parameters of one.
     """
     if type(optimizer) is not SGD or not _is_alone(optimizer) or not _multiplies_and_adds_at_once():
         return {}
@@ -67,25 +70,25 @@ def in_one_pass(
         return {}
     calls: dict[tuple[int, int], _Call] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
-    addresses: list[int] = []
+    memory: list[tuple[int, int]] = []  # of each tensor, from and to
     for parameter, recipe, streams in parameters:
         gradient = parameter.grad
-        if gradient is None:
+        if gradient is None or gradient.numel() == 0:  # where there is nothing to step, the optimizer may do it
             continue
         group = groups[parameter]
-        tensors = [parameter, gradient]
-        if group["momentum"] != 0:
-            tensors.append(optimizer.state.get(parameter, {}).get("momentum_buffer"))
-        if not _are_alike(tensors):
+        state = optimizer.state.get(parameter, {})
+        tensors = [parameter, gradient, *state.values()]
+        if list(state) != (["momentum_buffer"] if group["momentum"] != 0 else []) or not _are_alike(tensors):
             return {}
         which = id(group), id(recipe)
         if which not in calls:
             calls[which] = _Call(group, recipe)
         calls[which].add(tensors, streams)
         gradients[parameter] = gradient
-        addresses += [address for tensor in tensors if (address := tensor.data_ptr())]
+        memory += [(begin := tensor.data_ptr(), begin + tensor.nbytes) for tensor in tensors]
     fits = all(len(call.formats) <= 1 for call in calls.values()) and any(call.formats for call in calls.values())
-    if not fits or len(set(addresses)) < len(addresses):
+    memory.sort()
+    if not fits or any(end > begin for (_, end), (begin, _) in pairwise(memory)):
         return {}
     for call in calls.values():
         call.run(key)
@@ -105,8 +108,14 @@ def _multiplies_and_adds_at_once() -> bool:
 
 
 def _is_plain(group: dict[str, Any]) -> bool:
-    numbers = (group[name] for name in ("lr", "momentum", "dampening", "weight_decay"))
-    return not group["fused"] and all(isinstance(number, (int, float)) for number in numbers)
+    if group["fused"] or (group["foreach"] and group["nesterov"]):  # the latter may write into the gradients
+        return False
+    return all(_is_float32(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay"))
+
+
+def _is_float32(number: Any) -> bool:
+    """Whether float32 can hold it, but for its last places."""
+    return isinstance(number, (int, float)) and (number == 0 or FLOAT32.tiny <= abs(number) <= FLOAT32.max)
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import swalp_fx
 from swalp_fx import nodes, quantize
@@ -41,6 +42,14 @@ def test_a_weight_that_rounding_keeps_is_itself(mode, format):
         if format != "float":
             y = nodes.quantize_weight(x, KEY, 7, format, "stochastic")
             assert torch.equal(y, quantize(x, format, "stochastic", key=KEY, stream=7)) and y is not x
+
+
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda module, x: make_fx(module)(x)], ids=["jit", "make_fx"])
+def test_a_trace_rounds_weights_that_may_be_others_when_it_runs(trace):
+    weight = nn.Parameter(quantize(torch.randn(4, 6), "bfp4[0]"))
+    traced = trace(lambda x: nodes.quantize_weight(x, None, 7, "bfp4[0]", "nearest"), weight)
+    other = torch.randn(4, 6)
+    assert torch.equal(traced(other), quantize(other, "bfp4[0]"))
 
 
 @pytest.mark.parametrize("format", ["int8[0]", "nvfp4"])

@@ -359,6 +359,33 @@ def test_a_gradient_of_the_gradient_is_out_of_place():
     assert torch.equal(second, nodes.quantize(6 * nodes.quantize(x.detach(), "bfp4"), "bfp4"))
 
 
+class Writes(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.leaky, self.last = layer, nn.LeakyReLU(0.3, inplace=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.leaky(self.layer(x)).mul_(1.7))
+
+
+@pytest.mark.parametrize(
+    "layer, x", [(nn.Linear(6, 8), torch.rand(2, 4, 6)), (nn.Conv2d(3, 4, 3, padding=1), torch.rand(3, 5, 8))]
+)
+def test_outputs_that_are_views_and_written_into_keep_their_error_signals(layer, x):
+    model = Writes(layer)
+    one, other = (_run(model, (x,), in_place, train=True) for in_place in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_backward_hook_registered_later_runs():
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    module, _ = convert(model, recipe="bfp4[0]")
+    seen = []
+    model[0].register_full_backward_hook(lambda layer, before, after: seen.append(after))
+    module(torch.randn(4, 6, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+
+
 def _run(model, inputs, in_place, *, train, recipe="bfp6[0]", call=lambda module, *inputs: module(*inputs)):
     """Every tensor that a forward and a backward leave behind."""
     model = copy.deepcopy(model)

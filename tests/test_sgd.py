@@ -40,7 +40,7 @@ GROUPS = {
     "for each": {"momentum": 0.9, "foreach": True},
 }
 # Around a thread's share and a vector's width; rows longer and shorter; channels last; without dimensions; empty.
-SHAPES = [(33, 1000), (7, 3, 3, 3), (2, 70001), (129,), (1,), (), (0, 4), (1, 40000)]
+SHAPES = [(33, 1000), (7, 3, 3, 3), (2, 70001), (129,), (1,), (), (0, 4), (3, 0), (1, 40000)]
 
 
 class Weights(nn.Module):
@@ -197,6 +197,10 @@ LEFT = {
     "Adam": (lambda m: torch.optim.Adam(m.parameters()), "bfp8[0]"),
     "a subclass": (lambda m: type("Mine", (torch.optim.SGD,), {})(m.parameters(), lr=0.1), "bfp8[0]"),
     "fused": (group_of(fused=True, momentum=0.9), "bfp8[0]"),
+    "a gradient that torch writes into": (group_of(foreach=True, momentum=0.9, nesterov=True), "bfp8[0]"),
+    "numbers beyond float32": (group_of(weight_decay=1e-50), "bfp8[0]"),
+    "state of its own": (lambda m: remembering(group_of(momentum=0.9)(m)), "bfp8[0]"),
+    "memory that overlaps": (lambda m: group_of()(overlapping(m)), "bfp8[0]"),
     "lr in a tensor": (lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(0.1)), "bfp8[0]"),
     "formats that differ": (group_of(momentum=0.9), "W=bfp8[0] G=bfp8[0] M=bfp10[0]"),
     "nothing rounded": (group_of(momentum=0.9), "float"),
@@ -210,6 +214,19 @@ LEFT = {
 def strided(model):
     model.all[0] = nn.Parameter(torch.randn(6, 8)[:, ::2])
     return model
+
+
+def overlapping(model):
+    memory = torch.randn(100)
+    model.all[3], model.all[4] = nn.Parameter(memory[:60]), nn.Parameter(memory[40:])
+    return model
+
+
+def remembering(stepper):
+    for group in stepper.param_groups:
+        for parameter in group["params"]:
+            stepper.state[parameter]["anchor"] = parameter.detach().clone()
+    return stepper
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -67,6 +67,7 @@ def test_what_derives_its_weight_in_a_hook_is_refused(norm):
 def test_an_embedding_that_writes_into_its_weight_is_refused(kind):
     with pytest.raises(ConvertError, match=f"0: max_norm makes {kind.__name__} write into its weight.*max_norm=None"):
         convert(nn.Sequential(kind(5, 3, max_norm=1.0)))
+    convert(nn.Sequential(kind(5, 3, max_norm=1.0)), recipe="bfp8 W=float")
 
 
 @pytest.mark.parametrize("arguments, keywords", [((), {"max_norm": 1.0}), ((None, 1.0), {})])

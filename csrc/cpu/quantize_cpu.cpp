@@ -161,9 +161,9 @@ struct Cpu {
 
   template <class Forms>
   static void register_more(torch::stable::detail::StableLibrary& m, const std::string& name) {
-    m.impl((name + "_sgd_").c_str(), TORCH_BOX(&More<Forms>::sgd));
+    m.impl((name + "_sgd_").c_str(), TORCH_BOX(&CpuForms<Forms>::sgd));
     if constexpr (decltype(Forms::OneCall::format)::exact) {
-      m.impl((name + "_keeps").c_str(), TORCH_BOX(&More<Forms>::keeps));
+      m.impl((name + "_keeps").c_str(), TORCH_BOX(&CpuForms<Forms>::keeps));
     }
   }
 
@@ -237,10 +237,10 @@ struct Cpu {
 
   // The forms that the CPU alone has.
   template <class Forms>
-  struct More;
+  struct CpuForms;
 
   template <class Device, class Op, class Format, class... Numbers>
-  struct More<Forms<Device, Op, Format, Numbers...>> {
+  struct CpuForms<Forms<Device, Op, Format, Numbers...>> {
     using Of = Forms<Device, Op, Format, Numbers...>;
 
     // Whether rounding is known to keep every number of x: then every rounding does, as long as scales are powers of two.

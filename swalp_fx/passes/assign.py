@@ -9,7 +9,7 @@ from itertools import count
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..capture import name_of
+from ..capture import ConvertError, name_of
 from ..formats import FLOAT
 from ..recipe import Recipe, Subject
 from .classify import LAYER_PARTS, PART, attribute, is_derived, node_subject, parameter_subjects
@@ -93,6 +93,8 @@ def assign(
             name = names[id(parameter)]
             if local[name].weight == FLOAT and not identity:
                 continue
+            if local[name].weight != FLOAT:
+                _refuse_renormalised(node, alias, root)
             if is_derived(node, root):
                 site_weights = [("", Weight(str(node.target), next(streams), str(local[name].weight), recipe.rounding))]
                 break
@@ -186,6 +188,19 @@ def parameters_read(node: Node, root: nn.Module) -> Iterator[tuple[str, Tensor]]
     else:
         return
     yield from ((name, parameter) for name, parameter in named if parameter.is_floating_point())
+
+
+def _refuse_renormalised(node: Node, alias: str, root: nn.Module) -> None:
+    """Raises ConvertError if the layer whose weight is ``alias`` in ``node``'s module writes into it in its forward."""
+    if node.op != "call_module":
+        return
+    path = ".".join(filter(None, [str(node.target), alias.rpartition(".")[0]]))
+    layer = root.get_submodule(path)
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+        raise ConvertError(
+            f"{path or 'the model'}: max_norm makes {type(layer).__name__} write into its weight in its forward, where "
+            "a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight in float"
+        )
 
 
 def _is_read(node: Node) -> bool:
