@@ -126,6 +126,18 @@ class Switching(Remembering):
         return x
 
 
+class Halving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            first, _ = self.scale.chunk(2)
+            first.contiguous().mul_(0.5)
+        return x * self.scale.sum()
+
+
 class Clamping(nn.Module):
     def __init__(self):
         super().__init__()
@@ -309,6 +321,7 @@ REFUSED = [
     (Resetting, "changes its attribute mean"),
     (Switching, "changes its attribute training"),
     (Clamping, "writes into its parameter scale"),
+    (Halving, "writes into its parameter scale"),
     (Recomputing, "checkpoints or offloads"),
     (Offloading, "checkpoints or offloads"),
 ]
