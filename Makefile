@@ -36,7 +36,7 @@ SANITIZED := build/sanitized
 sanitize: $(INSTALLED)
 	SWALP_FX_SANITIZE=1 SWALP_FX_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZED)-objects --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so) \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ops.py tests/test_laws.py
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ops.py tests/test_laws.py tests/test_sgd.py
 
 # What needs a GPU. It builds with the python and torch that are there, and installs nothing else.
 gpu:
