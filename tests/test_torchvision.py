@@ -170,6 +170,15 @@ def _with_weights(name):
     return model
 
 
+@pytest.fixture
+def deterministic():
+    """The gradient of an index adds up as its threads come to it: mvit_v2_s would differ from itself."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(
     ("name", "size"), [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())]
 )
