@@ -81,8 +81,9 @@ def _blocks(f: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> tuple[list[
 
 
 @cache
-def _form(name: str, form: str) -> Any:
-    """The op ``name`` in another form, if it has that: "foreach_", "sgd_" or "keeps"."""
+def _form(op: Any, form: str) -> Any:
+    """``op`` in another form, if it has that: "foreach_", "sgd_" or "keeps"."""
+    name = op.name().removeprefix("swalp_fx::")
     packet = getattr(torch.ops.swalp_fx, f"{name}_{form}", None)
     return None if packet is None else packet.default
 
@@ -100,7 +101,7 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_sgd_", lambda weights, *rest: None)
-    if _form(name, "keeps") is not None:
+    if _form(getattr(torch.ops.swalp_fx, name).default, "keeps") is not None:
         torch.library.register_fake(f"swalp_fx::{name}_keeps", lambda *numbers: False)
     torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
 
@@ -125,11 +126,6 @@ def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, in
         ROUNDINGS.index(name),
         bits,
     )
-
-
-@cache
-def _name_of(op: Any) -> str:
-    return op.name().removeprefix("swalp_fx::")
 
 
 def _find(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
@@ -291,7 +287,7 @@ def quantize_foreach_(
         tensors.append(x)
         of_each.append(stream)
     for tensors, of_each in calls.values():
-        _form(_name_of(op), "foreach_")(tensors, *numbers, code, bits, key, of_each)
+        _form(op, "foreach_")(tensors, *numbers, code, bits, key, of_each)
         torch.autograd.graph.increment_version(tensors)
 
 
@@ -304,7 +300,7 @@ def keeps(x: Tensor, spec: str) -> bool:
     op, _, numbers, _, _ = _find(spec, "nearest")
     if op is None:
         return True
-    form = _form(_name_of(op), "keeps")
+    form = _form(op, "keeps")
     if form is None or not x.is_cpu:
         return False
     with torch._C._AutoDispatchBelowAutograd():
@@ -333,5 +329,5 @@ def sgd_(
     of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
     switches = [group["nesterov"], group["maximize"]]
     tensors = (weights, gradients, momenta)
-    _form(_name_of(op), "sgd_")(*tensors, *of_group, *switches, *numbers, code, bits, _draws(code, key, None), *streams)
+    _form(op, "sgd_")(*tensors, *of_group, *switches, *numbers, code, bits, _draws(code, key, None), *streams)
     torch.autograd.graph.increment_version([*weights, *gradients, *momenta])

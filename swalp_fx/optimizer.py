@@ -82,9 +82,8 @@ class SWALP:
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._names = list(self._parameters)
         recipes = [(local or {}).get(name, recipe) for name in self._names]
-        self._recipes = [
-            recipes[recipes.index(each)] for each in recipes
-        ]  # one object for all that are equal, as in_one_pass needs
+        # One object for all that are equal, as in_one_pass needs.
+        self._recipes = [recipes[recipes.index(each)] for each in recipes]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
         self._average = Average(recipe.average)
         self._accumulators: dict[str, Tensor] = {}

@@ -126,18 +126,6 @@ class Switching(Remembering):
         return x
 
 
-class Halving(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        with torch.no_grad():
-            first, _ = self.scale.chunk(2)
-            first.contiguous().mul_(0.5)
-        return x * self.scale.sum()
-
-
 class Clamping(nn.Module):
     def __init__(self):
         super().__init__()
@@ -146,6 +134,14 @@ class Clamping(nn.Module):
     def forward(self, x):
         with torch.no_grad():
             self.scale.data.view(-1).clamp_(0, 1)
+        return x * self.scale
+
+
+class Halving(Clamping):
+    def forward(self, x):
+        with torch.no_grad():
+            first, _ = self.scale.chunk(2)
+            first.contiguous().mul_(0.5)
         return x * self.scale
 
 
