@@ -19,7 +19,7 @@ class Draws {
   }
 
  private:
-  // Few, so that the memory that results go to is not left idle for long: writing is up to a third slower at 2048.
+  // Few, so that the memory that results go to is not left idle for long.
   static constexpr int64_t kWindow = 512;
   RoundKeys keys;
   int64_t begin = 0, end = 0;
