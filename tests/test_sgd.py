@@ -54,12 +54,18 @@ class Weights(nn.Module):
         return torch.stack([(p.square() * torch.arange(p.numel()).view(p.shape).sin()).sum() for p in self.all]).sum()
 
 
-def run(make, recipe="bfp8[0]", model=None, steps=4, **changes):
-    """Every number that some steps leave behind; ``make`` gives an optimizer from a model."""
-    model = Weights() if model is None else copy.deepcopy(model)
+def attached(make, model, recipe="bfp8[0]", **changes):
+    """(an optimizer that ``make`` gives from ``model``, the SWALP on its steps), with the same seed each time."""
     torch.manual_seed(3)
     stepper, swalp = make(model), SWALP(model, Recipe.parse(recipe), **changes)
     swalp.attach(stepper)
+    return stepper, swalp
+
+
+def run(make, recipe="bfp8[0]", model=None, steps=4, **changes):
+    """Every number that some steps leave behind; ``make`` gives an optimizer from a model."""
+    model = Weights() if model is None else copy.deepcopy(model)
+    stepper, _ = attached(make, model, recipe, **changes)
     for _ in range(steps):
         stepper.zero_grad()
         model().backward()
@@ -173,10 +179,7 @@ def test_a_closure_and_a_state_that_is_loaded_are_served(passes):
 
     def make():
         model = Weights()
-        torch.manual_seed(3)
-        stepper, swalp = group_of(**GROUPS["momentum"])(model), SWALP(model, Recipe.parse("bfp8[0]"))
-        swalp.attach(stepper)
-        return stepper, swalp, model
+        return *attached(group_of(**GROUPS["momentum"]), model), model
 
     whole, first, second = make(), make(), make()
     steps(*whole, 5)
@@ -258,8 +261,7 @@ def test_it_leaves_steps_that_others_may_look_into(passes):
 
 def test_it_leaves_a_gradient_that_two_share(passes):
     model = Weights([(4, 4), (4, 4)])
-    stepper, swalp = group_of()(model), SWALP(model, Recipe.parse("bfp8[0]"))
-    swalp.attach(stepper)
+    stepper, _ = attached(group_of(), model)
     shared = torch.randn(4, 4)
     model.all[0].grad = model.all[1].grad = shared
     stepper.step()
@@ -269,8 +271,7 @@ def test_it_leaves_a_gradient_that_two_share(passes):
 def test_what_it_steps_counts_as_written(passes):
     """Autograd then notices a weight that is stepped between a forward and its backward, as with torch's own step."""
     model = Weights()
-    stepper, swalp = group_of()(model), SWALP(model, Recipe.parse("bfp8[0]"))
-    swalp.attach(stepper)
+    stepper, _ = attached(group_of(), model)
     model().backward()
     loss = model()
     gradients = [p.grad for p in model.parameters()]
