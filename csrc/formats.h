@@ -76,7 +76,7 @@ struct IntegerElement {
   template <class Round>
   SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
     const T clamped = clamp(v, lo, hi);
-    if constexpr (std::is_same_v<Round, RoundNearest>) {
+    if constexpr (std::is_base_of_v<RoundNearest, Round>) {
       return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
     }
     return with_sign(round_to_step(std::fabs(clamped), step, x, draw), x);

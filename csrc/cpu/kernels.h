@@ -92,12 +92,37 @@ class Draws {
   static void store(uint32_t* row, const Lanes::Vector& v) { memcpy(row, &v, sizeof(v)); }
 };
 
+// The bits in which n neighbours differ from what they are rounded to.
+template <class S, class Q>
+inline auto differences(const S* x, int64_t n, const Q& quantizer, const Look& look) {
+  using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, typename Ieee<Compute<S>>::Bits>;
+  Bits found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const S rounded = static_cast<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), 0u, look));
+    found |= swalp_fx::bit_cast<Bits>(rounded) ^ swalp_fx::bit_cast<Bits>(x[i]);
+  }
+  return found;
+}
+
+// Meanwhile it asks for as many elements behind these, whose maximum is often the next thing that is wanted.
+template <class S, class Q>
+__attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quantizer, const Look look) {
+  constexpr int64_t chunk = 256, line = 64 / sizeof(S);
+  for (int64_t done = 0; done < n; done += chunk) {
+    const int64_t size = std::min(chunk, n - done);
+    for (int64_t i = 0; i < size; i += line) __builtin_prefetch(x + n + done + i, 0, 2);
+    look.tell(differences(x + done, size, quantizer, look) != 0);
+  }
+}
+
 // Not inlined: formats share quantizers, and each copy costs seconds of compiling.
 template <class S, class Q, class Round>
 __attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, int64_t index, int64_t index_step,
                                             const Q quantizer, const Round round, Draws& draws) {
   using T = Compute<S>;
-  if constexpr (!Round::draws) {
+  if constexpr (std::is_same_v<Round, Look>) {
+    look_at_run(x, n, quantizer, round);
+  } else if constexpr (!Round::draws) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), 0u, round));
   } else if (index_step == 1) {
@@ -157,6 +182,7 @@ void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>
 // kSize neighbours with one quantizer. Not unrolled: the loop is what the compiler vectorises.
 template <int kSize, class S, class Q, class Round>
 inline void quantize_tile(const Q& quantizer, const S* x, S* y, const Round& round, const uint32_t* draw) {
+  if constexpr (std::is_same_v<Round, Look>) return round.tell(differences(x, kSize, quantizer, round) != 0);
 #pragma GCC ivdep
 #pragma GCC unroll 1
   for (int i = 0; i < kSize; ++i) {

@@ -1,6 +1,5 @@
 // The ops on the CPU: which elements a thread takes, and which instructions it has.
 #include <atomic>
-#include <cstring>
 
 #include "../check.h"
 
@@ -73,6 +72,14 @@ class Runs {
 struct Sgd {
   float lr, momentum, undamped, weight_decay;  // undamped: 1 - dampening
   bool nesterov, maximize;
+};
+
+// In place of a rounding: writes nothing, and tells whether rounding to nearest would change anything.
+struct Look : RoundNearest {
+  bool* changed;
+  void tell(bool differs) const {
+    if (differs) __atomic_store_n(changed, true, __ATOMIC_RELAXED);
+  }
 };
 
 namespace portable {
@@ -150,7 +157,20 @@ const Isa kIsa = best_isa();
 struct Cpu {
   template <class Format>
   static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });
+    with_scalar(x.scalar_type(), [&](auto zero) {
+      using S = decltype(zero);
+      const S* from = static_cast<const S*>(x.const_data_ptr());
+      S* to = static_cast<S*>(y.mutable_data_ptr());
+      const auto run_with = [&](const auto& round) {
+        // What training does not use is not worth compiling three times.
+        if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
+          return portable::quantize(format, cover, from, to, round, drawing.random);
+        } else {
+          run_on(kIsa, format, cover, from, to, round, drawing.random);
+        }
+      };
+      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
+    });
   }
 
   // A list of tensors, in one loop.
@@ -313,38 +333,18 @@ struct Cpu {
     });
   }
 
-  // Whether rounding keeps what `piece`, which has no gaps, covers of x.
+  // Whether rounding keeps what `piece` covers of x, as far as that is known.
   template <class Format>
-  static bool keeps(const Format& format, Cover piece, const Tensor& x) {
-    bool kept = false;
+  static bool keeps(const Format& format, const Cover& piece, const Tensor& x) {
+    bool changed = false;
     with_scalar(x.scalar_type(), [&](auto zero) {
       using S = decltype(zero);
-      static thread_local std::vector<S> rounded;
-      rounded.resize(std::max<size_t>(rounded.size(), piece.numel()));
-      Place& first = piece.layouts.front().first;
-      const S* from = static_cast<const S*>(x.const_data_ptr()) + std::exchange(first.memory, 0);
-      run_at(format, piece, from, rounded.data(), {Rounding::Nearest, {}, {}});
-      kept = std::memcmp(from, rounded.data(), piece.numel() * sizeof(S)) == 0;
+      changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
+      if (changed) return;
+      const S* from = static_cast<const S*>(x.const_data_ptr());
+      run_on(kIsa, format, piece, from, const_cast<S*>(from), Look{{}, &changed}, Random());
     });
-    return kept;
-  }
-
-  template <class S, class Format>
-  static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    run_at(format, cover, static_cast<const S*>(x.const_data_ptr()), static_cast<S*>(y.mutable_data_ptr()), drawing);
-  }
-
-  template <class S, class Format>
-  static void run_at(const Format& format, const Cover& cover, const S* from, S* to, const Drawing& drawing) {
-    const auto run_with = [&](const auto& round) {
-      // What training does not use is not worth compiling three times.
-      if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
-        return portable::quantize(format, cover, from, to, round, drawing.random);
-      } else {
-        run_on(kIsa, format, cover, from, to, round, drawing.random);
-      }
-    };
-    with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
+    return !changed;
   }
 
   template <class... Arguments>
