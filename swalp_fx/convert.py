@@ -42,8 +42,9 @@ def convert(
     leaves: module types that torch.fx cannot trace, or should not. They are called whole: their weights are
         quantized, what happens inside them is not.
 
-    Hooks on the layers run. One that keeps a layer's output is best there before: a later one may find the output
-    rounded, in place (``in_place=false`` in the recipe rounds nothing in place).
+    Hooks on the layers run. One that keeps or changes a layer's output or gradient has to be there before: a later one
+    may find the output rounded in place, and what it makes of a ReLU's may not be rounded again (``in_place=false`` in
+    the recipe rounds nothing in place, and leaves no rounding out).
 
     A model whose own forward cannot be traced is rewritten in parts: its largest submodules that can be, in a copy of
     its structure. ``report`` lists what stayed float, and why. Call train() and eval() on that copy: what is between

@@ -125,6 +125,12 @@ class Format:
         """The smallest and the largest scale; 1 and 1 where there is none to share."""
         return 1.0, 1.0
 
+    @property
+    def keeps_subsets(self) -> bool:
+        """Whether every rounding keeps numbers that have been rounded, by themselves or where others of their block
+        have become zero: what is left of a block is on the grid of its own scale."""
+        return False
+
 
 @dataclass(frozen=True)
 class Identity(Format):
@@ -177,6 +183,10 @@ class FixedPoint(Format):
     @property
     def min(self) -> float:
         return -self.max if self.symmetric else -self.max - self.min_subnormal
+
+    @property
+    def keeps_subsets(self) -> bool:
+        return True
 
     @property
     def min_normal(self) -> float:
@@ -264,6 +274,10 @@ class BlockFloat(_Blocked):
     @property
     def codes(self) -> int:
         return 2**self.wl  # sign and magnitude has two zeros, two's complement one number below -max
+
+    @property
+    def keeps_subsets(self) -> bool:
+        return self.symmetric  # two's complement holds -2^(E+1), whose own exponent is E + 1
 
     @property
     def scale_bits(self) -> int:
@@ -359,6 +373,10 @@ class Float(Format):
     @property
     def element_bits(self) -> int:
         return 1 + self.exp + self.man
+
+    @property
+    def keeps_subsets(self) -> bool:
+        return True
 
     @property
     def bias(self) -> int:
@@ -457,6 +475,10 @@ class Microscaling(_Blocked):
     @property
     def _element(self) -> Format:
         return self.element
+
+    @property
+    def keeps_subsets(self) -> bool:
+        return self.element != E4M3  # its highest binade ends at 1.75, so that 1.875 needs a larger number beside it
 
     @property
     def scale_bits(self) -> int:

@@ -59,17 +59,28 @@ class _QuantizeWeight(Function):
 
 
 class _QuantizeOutput(Function):
-    """Q_A forward, Q_E backward, each in the memory of what it rounds if ``in_place`` has its letter.
+    """Q_A forward, Q_E backward, each in the memory of what it rounds if ``in_place`` has its letter, and left out if
+    ``kept`` has it.
 
     Its context is set in forward: set up apart, as torch.func wants it, a call costs 15 us more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, key: Tensor | None, stream: int, activation: str, error: str, rounding: str, in_place: str
+        ctx: Any,
+        x: Tensor,
+        key: Tensor | None,
+        stream: int,
+        activation: str,
+        error: str,
+        rounding: str,
+        in_place: str,
+        kept: str,
     ) -> Tensor:
-        ctx.how = (error, rounding, key, stream | ERROR_STREAM)
+        ctx.how = ("float" if "E" in kept else error, rounding, key, stream | ERROR_STREAM)
         ctx.in_place = "E" in in_place
+        if "A" in kept:
+            return x.detach()
         if "A" in in_place:
             # Another tensor over the same memory: autograd takes it for a new one, which later layers may write into.
             return round_(x.detach(), activation, rounding, key, stream)
@@ -84,7 +95,7 @@ class _QuantizeOutput(Function):
             error = round_(error, *ctx.how)
         elif ctx.how[0] != "float":
             error = rounded(error, *ctx.how)
-        return error, None, None, None, None, None, None
+        return error, None, None, None, None, None, None, None
 
 
 class _QuantizeOutputApart(Function):
@@ -161,40 +172,61 @@ def _straight_through(x: Tensor, weight: str, rounding: str, key: Tensor | None,
 
 @_public
 def quantize_output(
-    x: Any, key: Tensor | None, stream: int, activation: str, error: str, rounding: str, in_place: str = ""
+    x: Any,
+    key: Tensor | None,
+    stream: int,
+    activation: str,
+    error: str,
+    rounding: str,
+    in_place: str = "",
+    kept: str = "",
 ) -> Any:
     """Q_A(x) forward and Q_E of the error signal backward.
 
-    ``x`` is a layer's output: a tensor, or any nest of tensors, each then under a stream of its own. A floating
-    tensor gives a new one, never itself or a view; anything else (indices, sizes, None) passes as it is.
+    ``x`` is a layer's output: a tensor, or any nest of tensors, each then under a stream of its own. Without letters in
+    what follows, a floating tensor gives a new one, never itself or a view; anything else (indices, sizes, None) passes
+    as it is.
 
     in_place: "A" for an activation rounded in the memory of ``x``, which nothing else may read, "E" for an error signal
         rounded in the memory it arrives in, "AE" for both: the same numbers, without the page faults of fresh memory.
-        Of no effect in a nest, and under torch.compile, which plans memory by itself.
+    kept: "A" for an activation that is known to be in its format before it is rounded, so that no rounding changes it,
+        "E" for an error signal that is, "AE" for both: the same numbers, without the work.
+    Both are of no effect in a nest, and under torch.compile, which plans its work by itself.
     """
     if has_torch_function((x, key)):
         arguments = (x, key, stream, activation, error, rounding)
-        return handle_torch_function(quantize_output, (x, key), *arguments, in_place=in_place)
+        return handle_torch_function(quantize_output, (x, key), *arguments, in_place=in_place, kept=kept)
     how = activation, error, rounding_under(key, rounding)
     if isinstance(x, Tensor):
-        return _quantized(x, key, stream, *how, in_place)
+        return _quantized(x, key, stream, *how, in_place, kept)
     leaves, structure = pytree.tree_flatten(x)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            leaves[i] = _quantized(leaf, key, stream + i * TENSOR_STREAM, *how, "")
+            leaves[i] = _quantized(leaf, key, stream + i * TENSOR_STREAM, *how, "", "")
     return pytree.tree_unflatten(leaves, structure)
 
 
 def _quantized(
-    x: Tensor, key: Tensor | None, stream: int, activation: str, error: str, rounding: str, in_place: str
+    x: Tensor,
+    key: Tensor | None,
+    stream: int,
+    activation: str,
+    error: str,
+    rounding: str,
+    in_place: str,
+    kept: str,
 ) -> Tensor:
     if not x.is_floating_point():
         return x
     if is_transformed():
         return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
     if torch.compiler.is_compiling():
-        in_place = ""
-    return _QuantizeOutput.apply(x, key, stream, activation, error, rounding, in_place)
+        in_place = kept = ""
+    if "E" in kept and ("A" in kept or "A" in in_place):  # nothing for autograd to see
+        if "A" not in kept:
+            round_(x.detach(), activation, rounding, key, stream)
+        return x
+    return _QuantizeOutput.apply(x, key, stream, activation, error, rounding, in_place, kept)
 
 
 @_public

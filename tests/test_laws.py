@@ -38,6 +38,7 @@ SHARED_SCALE = BLOCK_FLOATS | TWOS_COMPLEMENT | MICROSCALING | SCALED_INTEGERS |
 roundings = st.sampled_from([*ROUNDINGS, "stochastic1", "stochastic8"])
 directed = st.sampled_from([rounding for rounding in ROUNDINGS if rounding != "stochastic"])
 keys = st.integers(-(2**63), 2**63 - 1)
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # Numbers of one scale, where a block's elements see each other, and numbers of every scale.
@@ -95,6 +96,37 @@ def test_idempotent(x, format, rounding, key):
     once = quantize(x, format, rounding, key=key)
     for again in (rounding, *ROUNDINGS):
         assert_same_bits(quantize(once, format, again, key=key + 1), once, once)
+
+
+@law
+@hypothesis.given(tensors, POWER_OF_TWO_SCALE, roundings, keys, dtypes, st.integers(0, 2**40 - 1))
+def test_subsets_are_kept(x, format, rounding, key, dtype, chosen):
+    """Of a block, with zeros in place of the others, and alone."""
+    hypothesis.assume(format.keeps_subsets)
+    is_left = torch.tensor([bool(chosen >> i & 1) for i in range(len(x))])
+    masked = torch.where(is_left, quantize(x.to(dtype), format, rounding, key=key), 0)
+    whole = with_one_block(format)
+    alone = quantize(x.to(dtype), whole, rounding, key=key)[is_left]
+    for left, blocks in ((masked, format), (alone, whole)):
+        for again in (rounding, *ROUNDINGS):
+            assert_same_bits(quantize(left, blocks, again, key=key + 1), left, left)
+
+
+@pytest.mark.parametrize(
+    ("format", "numbers"),
+    [
+        ("mxfp8", [2.0, 1.875 / 64]),  # alone, 1.875 is beyond E4M3's largest, 1.75 of its binade
+        ("bfp4+twos", [-1.99, 0.25]),
+        ("int8", [1.0, 0.3, 0.17]),
+        ("nvfp4", [6.0, 4.0, 3.0]),
+    ],
+)
+def test_other_formats_do_not_keep_subsets(format, numbers):
+    once = quantize(torch.tensor(numbers), format)
+    left = once.clone()
+    left[0] = 0
+    assert not parse(format).keeps_subsets
+    assert not all(torch.equal(quantize(x, format), x) for x in (once, left))
 
 
 def test_twos_complement_blocks_are_not_idempotent():

@@ -213,11 +213,11 @@ class Residual(nn.Module):
 
 def test_a_residual_block():
     assert _letters(rewrite(Residual(), RECIPE)) == {
-        "conv": "AE",
+        "conv": "A",
         "relu": "",  # differentiates by its result, and two read it
         "last": "AE",
         "bn": "A",  # a sum hands one gradient to both its terms
-        "iadd": "AE",  # into bn's memory, which is the sum's alone
+        "iadd": "A",  # into bn's memory, which is the sum's alone
         "relu_1": "E",
     }
 
@@ -323,7 +323,7 @@ def test_the_recipe_can_forbid_it():
 
 
 def test_it_is_seen_in_the_code():
-    assert "conv_q = swalp_fx_quantize_output(conv, key, 2, 'bfp6[0]', 'bfp6[0]', 'stochastic', in_place = 'AE')" in (
+    assert "last_q = swalp_fx_quantize_output(last, key, 6, 'bfp6[0]', 'bfp6[0]', 'stochastic', in_place = 'AE')" in (
         rewrite(Residual(), RECIPE).code
     )
 

@@ -1,4 +1,4 @@
-"""The rewrite: classify, assign, insert, reuse, verify, and the module that they make."""
+"""The rewrite: classify, assign, insert, elide, reuse, verify, and the module that they make."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..modes import SWITCHES, held
 from ..recipe import Recipe
 from .assign import Scope, assign, subjects
 from .classify import classify, originals, parameter_subjects
+from .elide import elide
 from .insert import insert
 from .reuse import reuse
 from .verify import verify
@@ -26,6 +27,7 @@ __all__ = [
     "RewrittenModule",
     "assign",
     "classify",
+    "elide",
     "insert",
     "recipes_of_parameters",
     "reuse",
@@ -96,7 +98,7 @@ def _version(root: nn.Module, recipe: Recipe, options: dict[str, Any], training:
     plan = assign(classify(captured.graph, root), root, recipe, **where)
     graph = insert(plan)
     if recipe.in_place:
-        graph = reuse(graph, root)
+        graph = reuse(elide(graph, root), root)
     return Version(captured, verify(graph, captured.graph, root, recipe, **where))
 
 

@@ -12,7 +12,7 @@ from ..capture import ROOT, name_of, writes_in_place
 from ..formats import FLOAT
 from .classify import attribute
 
-__all__ = ["OWN_GRADIENT", "OWN_OUTPUT", "reuse"]
+__all__ = ["OVERWRITES", "OWN_GRADIENT", "OWN_OUTPUT", "layer_of", "operation_of", "reuse"]
 
 # Functions and methods by name, layers by the class whose forward they run.
 
@@ -71,10 +71,10 @@ def reuse(graph: Graph, root: nn.Module) -> Graph:
     """
     for node in graph.find_nodes(op="call_function", target=nodes.quantize_output):
         _, _, _, _, error, _ = node.args
-        letters = "A" if _owns_output(node.args[0], root) else ""
-        letters += "E" if error != str(FLOAT) and _owns_error(node, root) else ""
+        letters = "A" if not _keeps(node, "A") and _owns_output(node.args[0], root) else ""
+        letters += "E" if not _keeps(node, "E") and error != str(FLOAT) and _owns_error(node, root) else ""
         if letters:
-            node.kwargs = {"in_place": letters}
+            node.kwargs = {**node.kwargs, "in_place": letters}
     return graph
 
 
@@ -82,7 +82,7 @@ def _owns_output(node: Node, root: nn.Module) -> bool:
     """Whether nothing but its one reader will see the memory of ``node``'s output again."""
     if len(node.users) != 1:
         return False
-    operation = _operation(node, root)
+    operation = operation_of(node, root)
     if operation in OVERWRITES:
         written = node.args[0]
         return isinstance(written, Node) and (_is_rounded(written) or _owns_output(written, root))
@@ -90,7 +90,11 @@ def _owns_output(node: Node, root: nn.Module) -> bool:
 
 
 def _is_rounded(node: Node) -> bool:
-    return node.target is nodes.quantize_output and len(node.users) == 1
+    return node.target is nodes.quantize_output and len(node.users) == 1 and not _keeps(node, "A")
+
+
+def _keeps(node: Node, letter: str) -> bool:
+    return letter in str(node.kwargs.get("kept", ""))
 
 
 def _owns_error(node: Node, root: nn.Module) -> bool:
@@ -98,13 +102,13 @@ def _owns_error(node: Node, root: nn.Module) -> bool:
     if len(node.users) != 1:
         return False
     (reader,) = node.users
-    _, inputs = _layer(reader, root)
-    return bool(inputs) and inputs[0] is node and _operation(reader, root) in OWN_GRADIENT.split()
+    _, inputs = layer_of(reader, root)
+    return bool(inputs) and inputs[0] is node and operation_of(reader, root) in OWN_GRADIENT.split()
 
 
-def _operation(node: Node, root: nn.Module) -> str | None:
+def operation_of(node: Node, root: nn.Module) -> str | None:
     """The name to look up in the tables; None for what is no call of PyTorch's own code, or is hooked."""
-    module, _ = _layer(node, root)
+    module, _ = layer_of(node, root)
     if module is not None:
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
             return None
@@ -116,7 +120,7 @@ def _operation(node: Node, root: nn.Module) -> str | None:
     return name_of(node) if node.op == "call_method" else None
 
 
-def _layer(node: Node, root: nn.Module) -> tuple[nn.Module | None, tuple[Any, ...]]:
+def layer_of(node: Node, root: nn.Module) -> tuple[nn.Module | None, tuple[Any, ...]]:
     """(the layer that ``node`` calls, if it does, what it calls it with)"""
     if node.op == "call_module":
         return root.get_submodule(str(node.target)), node.args

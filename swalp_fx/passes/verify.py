@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .. import nodes
 from ..capture import ROOT
-from ..formats import FLOAT
+from ..formats import FLOAT, Format, parse
 from ..recipe import Recipe
 from .assign import Scope
 
@@ -81,6 +81,12 @@ REMAKES = re.compile(
     r"|(?:max|avg)_pool[123]d"
 )
 
+# What passes numbers on, zeros in place of the others, where each was; and what passes on some, each within the index
+# of the first dimension that it had.
+MASKS = re.compile(r"ReLU|relu_?")
+SELECTS = re.compile(r"(?:Adaptive)?MaxPool[12]d|(?:adaptive_)?max_pool[12]d")
+ANY = re.compile(r".+")
+
 _OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
 
 
@@ -107,7 +113,9 @@ def verify(
     6. no two nodes share a stream, and all draw from the one key of this forward;
     7. an output that is rounded in place is in memory of its own that nothing else reads, autograd included, and so is
        an error signal; and the recipe allows it;
-    8. no mode (autocast, gradients, inference) is switched between an output and its quantize node.
+    8. no mode (autocast, gradients, inference) is switched between an output and its quantize node;
+    9. an activation that is left as it is has all its numbers from a tensor rounded to that format, and nothing writes
+       into it; an error signal, from an error signal rounded to that format; and the recipe allows it.
     """
     _Proof(graph, captured, root, recipe, scope or Scope.of(root), identity).run()
     return graph
@@ -129,6 +137,7 @@ class _Proof:
         self._formats()
         self._randomness()
         self._memory()
+        self._kept()
         self._modes()
 
     def _same_computation(self) -> None:
@@ -298,7 +307,55 @@ class _Proof:
             node = node.args[0]
         if len(node.users) != 1 or "out" in node.kwargs:
             return False
-        return node.target is nodes.quantize_output or self._runs(node, FORGETS)
+        is_copied = node.target is nodes.quantize_output and "A" not in node.kwargs.get("kept", "")
+        return is_copied or self._runs(node, FORGETS)
+
+    def _kept(self) -> None:
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            letters, source = node.kwargs.get("kept", ""), node.args[0]
+            _require(not letters or self.recipe.in_place, node, "leaves out a rounding where the recipe says not to")
+            both = set(letters) & set(node.kwargs.get("in_place", ""))
+            _require(not both, node, f"is both to round in place and not to round ({letters})")
+            if "A" in letters:
+                format = parse(node.args[3])
+                passes = self._runs(source, MASKS) or (_is_of_rows(format) and self._runs(source, SELECTS))
+                known = passes and format.keeps_subsets and self._first_is_rounded(source, node.args[3])
+                _require(known, node, f"does not round {source}, which may not be rounded")
+                _require(list(source.users) == [node], node, f"shares the memory of {source}, which others read")
+                _require(not (found := self._writer(node)), node, f"shares the memory of {source} with {found}")
+            if "E" in letters:
+                readers = list(node.users)
+                passes = len(readers) == 1 and (self._runs(readers[0], MASKS) or self._runs(readers[0], ADDS_INTO))
+                known = passes and parse(node.args[4]).keeps_subsets and _takes_first(readers[0], node)
+                known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], node.args[4])
+                _require(known, node, f"does not round the gradient of {readers}, which may not be rounded")
+
+    def _first_is_rounded(self, reader: Node, format: str) -> bool:
+        """Whether the first input of ``reader`` is an activation rounded to this format."""
+        source: Any = (*_inputs(reader), None)[0]
+        is_rounded = isinstance(source, Node) and source.target is nodes.quantize_output
+        return is_rounded and source.args[3] == format != str(FLOAT)
+
+    def _all_rounded(self, node: Node, format: str) -> bool:
+        """Whether all of the gradient that ``node``'s output gets is one error signal rounded to this format."""
+        behind = [(user.target, user.args[4:5]) for user in node.users]
+        return behind == [(nodes.quantize_output, (format,))] and format != str(FLOAT)
+
+    def _writer(self, node: Node) -> Node | None:
+        """Who may write into ``node``'s output, or into a view of it: all but those that are known not to."""
+        for reader in node.users:
+            overwrites = getattr(_module(reader, self.root), "inplace", False) or bool(reader.kwargs.get("inplace"))
+            names = _names(reader, self.root)
+            overwrites |= any(name == "setitem" or WRITES.fullmatch(name) is not None for name in names)
+            is_written = (overwrites and _takes_first(reader, node)) or reader.kwargs.get("out") is node
+            kind = self.kinds[reader]
+            if is_written or kind not in ("moves", "number", "layer"):
+                return reader
+            if kind == "layer" and not self._runs(reader, ANY):
+                return reader
+            if kind == "moves" and (found := self._writer(reader)) is not None:
+                return found
+        return None
 
     def _runs(self, node: Node, pattern: re.Pattern[str]) -> bool:
         """Whether ``node`` runs code of PyTorch's own of such a name, that nobody watches."""
@@ -327,8 +384,22 @@ class _Proof:
 
 def _takes_first(reader: Node, node: Node) -> bool:
     """Whether ``node`` is the first input of ``reader``."""
-    inputs = reader.args[2:] if reader.target is nodes.call_layer else reader.args
+    inputs = _inputs(reader)
     return bool(inputs) and inputs[0] is node
+
+
+def _reads_once(reader: Node, node: Node) -> bool:
+    return [*_inputs(reader), *reader.kwargs.values()].count(node) == 1
+
+
+def _inputs(node: Node) -> tuple[Any, ...]:
+    """What ``node`` calls its function or layer with, by place."""
+    return node.args[2:] if node.target is nodes.call_layer else node.args
+
+
+def _is_of_rows(format: Format) -> bool:
+    """Whether what shares a scale has the same first index, or is the whole tensor."""
+    return getattr(format, "tile", None) is None and not any(getattr(format, "dims", None) or ())
 
 
 def _require(ok: bool, node: Node | None, complaint: str) -> None:

@@ -1,0 +1,355 @@
+"""Roundings that are left out: what passes through keeps its numbers, nothing changes but the work, and a wrong mark is
+refused."""
+
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from swalp_fx import Recipe, Rule, convert, nodes, quantize
+from swalp_fx.passes import rewrite
+from swalp_fx.passes.elide import MASKS, POOLS
+from swalp_fx.passes.reuse import OVERWRITES
+from swalp_fx.passes.verify import ADDS_INTO, SELECTS, VerifyError, verify
+from swalp_fx.passes.verify import MASKS as PROVED_MASKS
+
+RECIPE = Recipe.parse("bfp6[0]")
+IMAGE = (2, 4, 6, 6)
+FLOAT, BFP6 = "float", "bfp6[0]"
+
+MASKING = {"ReLU": nn.ReLU(), "relu": torch.relu, "relu_": torch.relu_}
+POOLING = {
+    name: pool
+    for d in (1, 2)
+    for name, pool in (
+        (f"MaxPool{d}d", getattr(nn, f"MaxPool{d}d")(3, 2, 1, ceil_mode=True)),
+        (f"max_pool{d}d", lambda x, d=d: getattr(F, f"max_pool{d}d")(x, 3, 1, 1)),
+        (f"AdaptiveMaxPool{d}d", getattr(nn, f"AdaptiveMaxPool{d}d")(2)),
+        (f"adaptive_max_pool{d}d", lambda x, d=d: getattr(F, f"adaptive_max_pool{d}d")(x, 3)),
+    )
+}
+
+
+def test_every_name_is_tried():
+    assert [set(MASKING), set(POOLING)] == [set(MASKS.split()), set(POOLS.split())]
+
+
+@pytest.mark.parametrize("name", MASKING)
+def test_a_mask_passes_numbers_or_zeros_both_ways(name):
+    leaf = torch.randn(IMAGE, requires_grad=True)
+    x, error = leaf * 1, torch.randn(IMAGE)
+    before = x.detach().clone()
+    y = MASKING[name](x)
+    y.backward(error)
+    assert ((y == before) | (y == 0)).all() and ((leaf.grad == error) | (leaf.grad == 0)).all()
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "single"])
+@pytest.mark.parametrize("name", POOLING)
+def test_a_pool_passes_numbers_of_the_same_row(name, batched):
+    sides = (5,) * int(name[-2])
+    x = torch.randn((2, 3, *sides) if batched else (3, *sides))
+    for row, pooled in zip(x, POOLING[name](x), strict=True):
+        assert torch.isin(pooled, row).all()
+
+
+@pytest.mark.parametrize("call", [*MASKING.values(), *POOLING.values()], ids=[*MASKING, *POOLING])
+def test_the_dtype_is_the_same_under_autocast(call):
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert call(torch.randn((2, 6, 6) if call in _OF_LINES else IMAGE, dtype=dtype)).dtype == dtype
+
+
+_OF_LINES = [pool for name, pool in POOLING.items() if "1d" in name]
+
+
+@pytest.mark.parametrize(
+    ("table", "pattern"),
+    [(MASKS, PROVED_MASKS), (POOLS, SELECTS), (" ".join(OVERWRITES), ADDS_INTO)],
+    ids=["masks", "pools", "sums"],
+)
+def test_the_prover_knows_the_same_names(table, pattern):
+    for name in {*MASKS.split(), *POOLS.split(), *OVERWRITES, "ReLU6", "avg_pool2d", "MaxPool3d", "add", "mul", "cat"}:
+        assert bool(pattern.fullmatch(name)) == (name in table.split()), name
+
+
+# Where
+
+
+def _kept(module):
+    """Producer -> the roundings that its quantize node leaves out."""
+    found = module.graph.find_nodes(op="call_function", target=nodes.quantize_output)
+    return {node.args[0].name: node.kwargs.get("kept", "") for node in found}
+
+
+class Residual(nn.Module):
+    inputs = (torch.Size(IMAGE),)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.pool, self.last = nn.MaxPool2d(2, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.pool(self.relu(self.bn(self.conv(x))))
+        z = self.bn(self.last(y))
+        z += y
+        return self.last(self.relu(z))
+
+
+def test_a_residual_block():
+    assert _kept(rewrite(Residual(), RECIPE)) == {
+        "conv": "",
+        "bn": "E",  # a mask of what relu_q rounds
+        "relu": "A",  # a mask of bn_q
+        "pool": "A",  # some of relu_q
+        "last": "",
+        "bn_1": "E",  # the very error signal of the sum
+        "iadd": "E",
+        "relu_1": "A",
+    }
+
+
+class _Two(nn.Module):
+    """What ``make`` gives is read by ``mask``, and what that gives by ``read``; then follows a layer."""
+
+    def __init__(self, make, mask, read):
+        super().__init__()
+        self.make, self.mask, self.read, self.layer = make, mask, read, nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(self.read(self.mask(self.make(x))))
+
+
+class _Patched(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) + 0.1
+
+
+def _patched():
+    layer = nn.ReLU()
+    layer.forward = lambda x: torch.relu(x) + 0.1
+    return layer
+
+
+def _hooked(register):
+    layer = nn.ReLU()
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def _both(x):
+    return torch.relu(x) + x
+
+
+def _onto_itself(x):
+    x += x
+    return x
+
+
+def _onto(x):
+    y = x.mul(2)
+    y += x
+    return y
+
+
+@pytest.mark.parametrize(
+    ("mask", "read", "recipe", "letters"),
+    [
+        (nn.ReLU(), torch.tanh, "bfp6[0]", ["E", "A", ""]),
+        (nn.ReLU(inplace=True), torch.tanh, "bfp6[0]", ["E", "A", ""]),
+        (lambda x: x.relu(), torch.tanh, "bfp6[0]", ["E", "A", ""]),
+        (lambda x: F.relu(x, inplace=True), torch.tanh, "bfp6[0]", ["E", "A", ""]),
+        (F.relu_, torch.tanh, "bfp6[0]", ["E", "A", ""]),
+        # No mask: a bound, a slope, a scale; or no tensor of the table at all.
+        (nn.ReLU6(), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (nn.LeakyReLU(), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (nn.Dropout(), torch.relu, "bfp6[0]", ["", ""]),
+        # PyTorch's code, watched or replaced.
+        (_Patched(), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (_patched(), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (_hooked("register_forward_hook"), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (_hooked("register_full_backward_hook"), torch.tanh, "bfp6[0]", ["", "", ""]),
+        # Formats: other numbers behind the mask, roles in float, and what a part of a block may leave.
+        (nn.ReLU(), torch.tanh, "bfp6[0] E=float", ["", "A", ""]),
+        (nn.ReLU(), torch.tanh, "bfp6[0] A=float", ["E", "", ""]),
+        (nn.ReLU(), torch.tanh, "bfp6[0] A=e4m3 E=bfp6+twos", ["", "A", ""]),
+        (nn.ReLU(), torch.tanh, "mxfp8", ["", "", ""]),
+        (nn.ReLU(), torch.tanh, "mxfp8_e5m2", ["E", "A", ""]),
+        (nn.ReLU(), torch.tanh, "int8[0]", ["", "", ""]),
+        (nn.ReLU(), torch.tanh, "bfp6[0] placement=compute+activation", ["E", "A", ""]),
+        (nn.ReLU(), torch.tanh, "bfp6[0] in_place=false", ["", "", ""]),
+        # What passes on some: no error signal, and not across blocks.
+        (nn.MaxPool1d(1), torch.tanh, "bfp6[0]", ["", "A", ""]),
+        (nn.MaxPool1d(1), torch.tanh, "fixed8.4", ["", "A", ""]),
+        (nn.MaxPool1d(1), torch.tanh, "bfp6", ["", "A", ""]),
+        (nn.MaxPool1d(1), torch.tanh, "bfp6[1]", ["", "", ""]),
+        (nn.MaxPool1d(1), torch.tanh, "bfp6[0,1]", ["", "", ""]),
+        (nn.MaxPool1d(1), torch.tanh, "bfp6[-1:16]", ["", "", ""]),
+        # Who writes into what would be shared, or hands it on, gets memory of its own.
+        (nn.ReLU(), lambda y: y.add_(1), "bfp6[0]", ["E", "E", ""]),
+        (nn.ReLU(), nn.SiLU(inplace=True), "bfp6[0]", ["E", "", ""]),
+        (nn.ReLU(), lambda y: y.view(-1, 6).mul_(2), "bfp6[0]", ["E", "", ""]),
+        (nn.ReLU(), lambda y: y.view(-1, 6).tanh(), "bfp6[0]", ["E", "A", ""]),
+        (nn.ReLU(), _onto, "bfp6[0]", ["E", "A", "E", ""]),
+        (nn.ReLU(), lambda y: torch.add(y, 1, out=torch.empty(2, 4, 6)), "bfp6[0]", ["E", "A", ""]),
+        (nn.ReLU(), lambda y: torch.add(y, 1, out=y), "bfp6[0]", ["E", "", ""]),
+        # Two readers, whose error signals are summed; and one that reads twice.
+        (_both, torch.tanh, "bfp6[0]", ["", "A", "", ""]),
+        (_onto_itself, torch.tanh, "bfp6[0]", ["", "", ""]),
+    ],
+)
+def test_where(mask, read, recipe, letters):
+    module = rewrite(_Two(nn.Linear(6, 6), mask, read), Recipe.parse(recipe), leaves=(_Patched,))
+    assert list(_kept(module).values()) == letters
+
+
+def test_by_a_rule_the_formats_may_differ():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    recipe = Recipe.parse("bfp4[0]", rules=(Rule("*", kind="activation", activation="bfp6[0]", error="bfp4[0]"),))
+    assert _kept(rewrite(model, recipe)) == {"_0": "E", "_1": ""}
+
+
+def test_what_the_model_returns_is_its_own():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = torch.relu(self.layer(x))
+            return self.layer(y), y.view(-1)
+
+    assert _kept(rewrite(Both(), RECIPE)) == {"layer": "", "relu": ""}
+    # The error signal of all that it returns is rounded in one place.
+    assert _kept(rewrite(Both(), Recipe.parse(RECIPE, quantize_logits=True)))["layer"] == "E"
+
+
+def test_what_a_buffer_becomes_is_its_own():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("last", torch.zeros(2, 6))
+
+        def forward(self, x):
+            y = torch.relu(self.layer(x))
+            self.last = y.detach()
+            return self.layer(y)
+
+    assert _kept(rewrite(Remembers(), RECIPE))["relu"] == ""
+
+
+def test_it_is_seen_in_the_code():
+    code = rewrite(Residual(), RECIPE).code
+    assert "'bfp6[0]', 'bfp6[0]', 'stochastic', kept = 'E', in_place = 'A')" in code
+
+
+# What it does
+
+
+def _node(x, **letters):
+    return nodes.quantize_output(x, None, 0, BFP6, BFP6, "nearest", **letters)
+
+
+def _shares(x, y):
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+def test_a_kept_activation_is_another_tensor_in_the_same_memory():
+    x = torch.randn(5, 4, requires_grad=True) * 1
+    y, error = _node(x, kept="A"), torch.randn(5, 4)
+    assert y is not x and _shares(x, y) and x._version == 0
+    (gradient,) = torch.autograd.grad(y, x, error)
+    assert torch.equal(gradient, quantize(error, BFP6))
+
+
+@pytest.mark.parametrize("in_place", ["", "A"])
+def test_a_kept_error_signal_passes_as_it_is(in_place):
+    x = torch.randn(5, 4, requires_grad=True) * 1
+    before, error = x.detach().clone(), torch.randn(5, 4)
+    y = _node(x, kept="E", in_place=in_place)
+    assert torch.equal(y, quantize(before, BFP6)) and _shares(x, y) == bool(in_place)
+    assert x._version == len(in_place)  # so that autograd would notice
+    assert torch.autograd.grad(y.sum() if y is x else y, x, None if y is x else error)[0] is not None
+    if y is not x:
+        assert torch.equal(torch.autograd.grad(_node(x, kept="E"), x, error)[0], error)
+
+
+def test_kept_both_ways_a_tensor_is_itself():
+    x = torch.randn(5, 4, requires_grad=True) * 1
+    assert _node(x, kept="AE") is x
+
+
+def test_a_transform_rounds_all_the_same():
+    x = torch.randn(3, 5, 4)
+    whole = torch.func.vmap(lambda each: _node(each, kept="AE"))(x)
+    assert torch.equal(whole, torch.stack([quantize(each, BFP6) for each in x]))
+
+
+def test_the_work_is_left_out(monkeypatch):
+    """Of the roundings of 8 outputs, both ways, the six that the first test names."""
+    module, _ = convert(Residual(), recipe="bfp6[0] W=float")
+    rounded = []
+
+    def counting(function):
+        return lambda x, *how: rounded.append(how[0]) or function(x, *how)
+
+    monkeypatch.setattr(nodes, "round_", counting(nodes.round_))
+    monkeypatch.setattr(nodes, "rounded", counting(nodes.rounded))
+    module(torch.randn(IMAGE)).sum().backward()
+    assert len(rounded) == 2 * 8 - 6
+
+
+# verify: a mark where none may be
+
+
+def _mark(name, **letters):
+    def spoil(module):
+        (node,) = [each for each in module.graph.nodes if each.name == f"{name}_q"]
+        node.kwargs = letters
+
+    spoil.__name__ = f"{letters} of {name}"
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (_mark("conv", kept="A"), "node conv_q: it does not round conv, which"),
+        (_mark("iadd", kept="A"), "node iadd_q: it does not round iadd, which"),
+        (_mark("conv", kept="E"), "node conv_q: it does not round the gradient of [bn]"),
+        (_mark("relu", kept="E"), "node relu_q: it does not round the gradient of [pool]"),
+        (_mark("pool", kept="E"), "node pool_q: it does not round the gradient of [last, iadd]"),
+        (_mark("relu", kept="A", in_place="A"), "node relu_q: it overwrites relu"),
+        (_mark("bn", kept="E", in_place="AE"), "node bn_q: it is both to round in place and not to round (E)"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_wrong_mark_is_refused(spoil, complaint):
+    model, _ = shapes.made(Residual)
+    module = rewrite(model, RECIPE)
+    verify(module.graph, module._present.captured.graph, model, RECIPE)
+    spoil(module)
+    with pytest.raises(VerifyError) as failure:
+        verify(module.graph, module._present.captured.graph, model, RECIPE)
+    assert complaint in str(failure.value)
+
+
+@pytest.mark.parametrize("read", [lambda y: y.add_(1), lambda y: y.view(-1, 6).mul_(2), nn.SiLU(inplace=True)])
+def test_a_mark_on_what_is_written_into_is_refused(read):
+    model = _Two(nn.Linear(6, 6), nn.ReLU(), read)
+    module = rewrite(model, RECIPE)
+    _mark("mask", kept="A")(module)
+    with pytest.raises(VerifyError, match=r"mask_q: it shares the memory of mask with|add__q: it overwrites add_,"):
+        verify(module.graph, module._present.captured.graph, model, RECIPE)
+
+
+def test_a_mark_that_the_recipe_forbids_is_refused():
+    model, _ = shapes.made(Residual)
+    module = rewrite(model, RECIPE)
+    for node in module.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+        node.kwargs = {name: letters for name, letters in node.kwargs.items() if name == "kept"}
+    with pytest.raises(VerifyError, match="leaves out a rounding where the recipe says not to"):
+        verify(module.graph, module._present.captured.graph, model, Recipe.parse(RECIPE, in_place=False))
