@@ -2,10 +2,15 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <exception>
+#include <string>
+
+#include "plan.h"
+
 // rounding: a code of csrc/round.h. key: one int64, read only by stochastic rounding. dims, axis, size: which
 // elements share a scale, see blocks_of in csrc/check.h. The forms ending in _ work in place and return nothing.
 // On the CPU alone: _sgd_, a step of torch.optim.SGD with its roundings, where a role without streams is not rounded and
-// undamped is 1 - dampening; and _keeps, whether x is known to be representable, so that every rounding keeps its bits.
+// undamped is 1 - dampening; and _plan, which rounds nothing, but gives the address of a plan (plan.h) of such calls.
 #define SWALP_ROUNDING "int rounding, int random_bits, Tensor? key, "
 #define SWALP_BLOCKS "int[] dims, int axis, int size, "
 #define SWALP_SGD "float lr, float momentum, float undamped, float weight_decay, bool nesterov, bool maximize, "
@@ -15,22 +20,88 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def(name "(Tensor x, " parameters SWALP_ROUNDING "int stream) -> Tensor");                  \
   m.def(name "_(Tensor(a!) x, " parameters SWALP_ROUNDING "int stream) -> ()");                 \
   m.def(name "_foreach_(Tensor(a!)[] xs, " parameters SWALP_ROUNDING "int[] streams) -> ()");   \
+  m.def(name "_plan(Tensor x, " parameters SWALP_ROUNDING "int stream) -> int");                \
   m.def(name "_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, " SWALP_SGD parameters        \
              SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams) -> ()")
-#define SWALP_DEF_EXACT(name, parameters) \
-  SWALP_DEF(name, parameters);            \
-  m.def(name "_keeps(" parameters "Tensor x) -> bool")
-  SWALP_DEF_EXACT("quantize_fixed", "int wl, int fl, bool symmetric, ");
-  SWALP_DEF_EXACT("quantize_block", "int wl, bool symmetric, int smallest_exponent, int largest_exponent, " SWALP_BLOCKS);
-  SWALP_DEF_EXACT("quantize_float", "int exp, int man, int top, ");
-  SWALP_DEF_EXACT("quantize_microscaling", "int exp, int man, int top, int largest_exponent, " SWALP_BLOCKS);
+  SWALP_DEF("quantize_fixed", "int wl, int fl, bool symmetric, ");
+  SWALP_DEF("quantize_block", "int wl, bool symmetric, int smallest_exponent, int largest_exponent, " SWALP_BLOCKS);
+  SWALP_DEF("quantize_float", "int exp, int man, int top, ");
+  SWALP_DEF("quantize_microscaling", "int exp, int man, int top, int largest_exponent, " SWALP_BLOCKS);
   SWALP_DEF("quantize_integer", "int wl, " SWALP_BLOCKS);
   SWALP_DEF("quantize_nvfp4", SWALP_BLOCKS);
-#undef SWALP_DEF_EXACT
 #undef SWALP_DEF
 }
 
+// ---- plans, for Python ------------------------------------------------------------------------------------------------
+
+namespace {
+
+using swalp_fx::Plan;
+
+constexpr auto kPlan = "swalp_fx.plan";
+
+Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan)); }
+
+// own(address) -> a capsule that deletes the plan with itself.
+PyObject* own(PyObject*, PyObject* address) {
+  void* plan = PyLong_AsVoidPtr(address);
+  if (PyErr_Occurred()) return nullptr;
+  return PyCapsule_New(plan, kPlan, [](PyObject* capsule) { delete plan_of(capsule); });
+}
+
+template <class F>
+bool without_gil(const F& f) {
+  std::string failure;
+  PyThreadState* state = PyEval_SaveThread();
+  try {
+    f();
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
+  PyEval_RestoreThread(state);
+  if (!failure.empty()) PyErr_SetString(PyExc_RuntimeError, failure.c_str());
+  return failure.empty();
+}
+
+// round(plan, from, to, key, stream), addresses of memory; key is that of its int64, or 0.
+PyObject* round(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "round takes 5 arguments");
+  const Plan* plan = plan_of(arguments[0]);
+  void* memory[3];
+  for (int i = 0; i < 3; ++i) memory[i] = PyLong_AsVoidPtr(arguments[1 + i]);
+  const auto stream = static_cast<uint64_t>(PyLong_AsUnsignedLongLongMask(arguments[4]));
+  if (PyErr_Occurred()) return nullptr;
+  const uint64_t key = memory[2] == nullptr ? 0 : *static_cast<const uint64_t*>(memory[2]);
+  if (!without_gil([&] { plan->round(memory[0], memory[1], key, stream); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+// keeps(plan, from) -> bool
+PyObject* keeps(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "keeps takes 2 arguments");
+  const Plan* plan = plan_of(arguments[0]);
+  const void* from = PyLong_AsVoidPtr(arguments[1]);
+  if (PyErr_Occurred()) return nullptr;
+  bool kept = false;
+  if (!without_gil([&] { kept = plan->keeps(from); })) return nullptr;
+  return PyBool_FromLong(kept);
+}
+
+template <class F>
+PyCFunction function(F f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+PyMethodDef methods[] = {
+    {"own", function(&own), METH_O, nullptr},
+    {"round", function(&round), METH_FASTCALL, nullptr},
+    {"keeps", function(&keeps), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

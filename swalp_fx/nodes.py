@@ -17,7 +17,6 @@ from torch.autograd import Function
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import random
 from .ops import is_transformed, keeps, quantize, round_, rounded
@@ -150,18 +149,13 @@ def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rou
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
     # A copy's memory, page faults and random words cost a forward more than reading the weight.
-    if not _is_recorded() and keeps(x, weight):
+    if keeps(x, weight):
         return x
     rounding = rounding_under(key, rounding)
     if torch.is_grad_enabled():
         return _straight_through(x, weight, rounding, key, stream)
     with torch.inference_mode(False):  # which enables gradients
         return _straight_through(x, weight, rounding, key, stream)
-
-
-def _is_recorded() -> bool:
-    """Whether what runs now is to run again with other numbers, so that no branch may depend on these."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() or is_transformed()
 
 
 def _straight_through(x: Tensor, weight: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:

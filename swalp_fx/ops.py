@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import random
 from .formats import (
@@ -32,15 +33,15 @@ from .formats import (
 from .recipe import ROUNDINGS, parse_rounding
 
 
-def _load(module: str) -> None:
-    """Import a compiled module, which registers its ops with torch."""
+def _load(module: str) -> Any:
+    """A compiled module, whose import registers its ops with torch."""
     try:
-        importlib.import_module(f"swalp_fx.{module}")
+        return importlib.import_module(f"swalp_fx.{module}")
     except ImportError as error:
         raise ImportError(f"swalp_fx.{module} does not load ({error}); build it: pip install -e .") from error
 
 
-_load("_C")
+_C = _load("_C")
 # Left out of a build without nvcc, and of use where torch has no CUDA: torch then refuses CUDA tensors by name.
 if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda") is not None:
     _load("_C_cuda")
@@ -82,10 +83,9 @@ def _blocks(f: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> tuple[list[
 
 @cache
 def _form(op: Any, form: str) -> Any:
-    """``op`` in another form, if it has that: "foreach_", "sgd_" or "keeps"."""
+    """``op`` in another form: "foreach_", "sgd_" or "plan"."""
     name = op.name().removeprefix("swalp_fx::")
-    packet = getattr(torch.ops.swalp_fx, f"{name}_{form}", None)
-    return None if packet is None else packet.default
+    return getattr(torch.ops.swalp_fx, f"{name}_{form}").default
 
 
 def _register(name: str) -> None:
@@ -101,8 +101,6 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_sgd_", lambda weights, *rest: None)
-    if _form(getattr(torch.ops.swalp_fx, name).default, "keeps") is not None:
-        torch.library.register_fake(f"swalp_fx::{name}_keeps", lambda *numbers: False)
     torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
 
 
@@ -213,11 +211,58 @@ def quantize(
     return op(x, *numbers, code, bits, key, stream)
 
 
+# (format, rounding, shape, strides, dtype) -> a plan, or None where there is none: those sizes that come again.
+_PLANS: dict[tuple, Any] = {}
+MOST_PLANS = 4096
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose memory is its own affair
+
+
+def _is_recorded() -> bool:
+    """Whether what runs now is to run again with other numbers, or on other tensors than it seems to."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+    )
+
+
+def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
+    """How to round tensors like ``x`` past torch's dispatcher, which takes longer than a small tensor's rounding.
+
+    None where that would do something else: off the CPU, for tensors that are not plain, and where calls are recorded.
+    """
+    if _is_recorded() or type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_neg():
+        return None
+    if key is None and rounding.startswith("stochastic"):
+        return None
+    if key is not None and not (type(key) is Tensor and key.is_cpu and key.dtype is torch.int64 and key.numel() == 1):
+        return None
+    alike = spec, rounding, x.shape, x.stride(), x.dtype
+    try:
+        return _PLANS[alike]
+    except KeyError:
+        op, _, numbers, code, bits = _find(spec, rounding)
+        with torch._C._AutoDispatchBelowAutograd():
+            address = _form(op, "plan")(x, *numbers, code, bits, key, 0)
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        return _PLANS.setdefault(alike, _C.own(address) if address else None)
+
+
+def _run(plan: Any, x: Tensor, y: Tensor, key: Tensor | None, stream: int) -> None:
+    _C.round(plan, x.data_ptr(), y.data_ptr(), 0 if key is None else key.data_ptr(), stream)
+
+
 def rounded(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
     """``quantize`` of a floating ``x`` for callers that see to the gradient: none is recorded, and nothing checked."""
     op, _, numbers, code, bits = _find(spec, rounding)
     if op is None:
         return x.clone()
+    if (plan := _plan(x, spec, rounding, key)) is not None:
+        y = torch.empty_like(x)
+        _run(plan, x, y, key, stream)
+        return y
     if torch.compiler.is_compiling():
         return op(x, *numbers, code, bits, key, stream)
     # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
@@ -229,7 +274,10 @@ def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int)
     """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
     _, op, numbers, code, bits = _find(spec, rounding)
     if op is not None:
-        op(x, *numbers, code, bits, key, stream)
+        if (plan := _plan(x, spec, rounding, key)) is not None:
+            _run(plan, x, x, key, stream)
+        else:
+            op(x, *numbers, code, bits, key, stream)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
@@ -294,17 +342,14 @@ def quantize_foreach_(
 def keeps(x: Tensor, spec: str) -> bool:
     """Whether every rounding to ``spec`` is known to keep ``x`` bit for bit, as it keeps representable numbers.
 
-    False where that is not known: off the CPU, in formats whose scale is no power of two, and in large tensors whose
-    blocks do not each lie in one piece.
+    False where that is not known: off the CPU, in formats whose scale is no power of two, in large tensors whose blocks
+    do not each lie in one piece, and where calls are recorded, to run again with other numbers.
     """
-    op, _, numbers, _, _ = _find(spec, "nearest")
+    op, *_ = _find(spec, "nearest")
     if op is None:
-        return True
-    form = _form(op, "keeps")
-    if form is None or not x.is_cpu:
-        return False
-    with torch._C._AutoDispatchBelowAutograd():
-        return form(*numbers, x)
+        return not _is_recorded()
+    plan = _plan(x, spec, "nearest", None)
+    return plan is not None and _C.keeps(plan, x.data_ptr())
 
 
 def sgd_(

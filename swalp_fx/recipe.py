@@ -131,8 +131,8 @@ class Recipe:
     exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
     quantize_input: bool = False
     quantize_logits: bool = False  # what the model returns
-    # Round where a number already lies, if nothing else reads it there, and not at all if it is known to be rounded: the
-    # same numbers, sooner.
+    # Round where a number already lies, if nothing else reads it there, and not at all if it is known to be rounded:
+    # the same numbers, sooner.
     in_place: bool = True
     rules: tuple[Rule, ...] = ()  # in order: the first that matches wins
 

@@ -16,8 +16,8 @@ from tables import (
     hard_values,
 )
 
-from swalp_fx import FLOAT, FormatError, RecipeError, parse, quantize, quantize_, reference
-from swalp_fx.ops import keeps, quantize_foreach_
+from swalp_fx import FLOAT, FormatError, RecipeError, ops, parse, quantize, quantize_, reference
+from swalp_fx.ops import keeps, quantize_foreach_, round_, rounded
 from swalp_fx.random import draw_key
 
 # One format for each op, and each way blocks can lie.
@@ -249,6 +249,69 @@ def test_opcheck(op, op_, numbers, rounding):
     ):
         torch.library.opcheck(op, (x.requires_grad_(), *numbers, rounding, 16, key, 2))
         torch.library.opcheck(op_, (x.detach().clone(), *numbers, rounding, 16, key, 2))
+
+
+# ---- past the dispatcher -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "stochastic24", "up"])
+@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plan_rounds_as_the_op_does(dtype, spec, rounding):
+    """Of tensors without gaps; the rest goes to the op."""
+    key = torch.tensor(KEY)
+    for layout, given in [*LAYOUTS.items(), ("scalar", torch.tensor(0.3)), ("empty", torch.empty(0, 4, 4, 4))]:
+        x = given if dtype is torch.float32 else given.to(dtype)
+        due = quantize(x, spec, rounding, key=key, stream=STREAM)
+        found = rounded(x, spec, rounding, key, STREAM)
+        assert_same_bits(found, due)
+        assert found.stride() == due.stride() and (found.data_ptr() != x.data_ptr() or x.numel() == 0)
+        if layout != "expanded":
+            y = torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+            assert round_(y, spec, rounding, key, STREAM) is y
+            assert_same_bits(y, due)
+
+
+def test_plans_are_made_once_for_tensors_alike(monkeypatch):
+    made, plans = [], {}
+    monkeypatch.setattr(ops, "_PLANS", plans)
+    monkeypatch.setattr(ops, "MOST_PLANS", 3)
+    monkeypatch.setattr(ops, "_form", lambda op, form, real=ops._form: made.append(op) or real(op, form))
+    key = torch.tensor(KEY)
+    for _ in range(3):
+        for x in (torch.rand(3, 4), torch.rand(4, 3).T, torch.rand(3, 4).half()):
+            rounded(x, "bfp8[0]", "stochastic", key, 0)
+    assert len(made) == len(plans) == 3
+    rounded(torch.rand(3, 4), "bfp8[0]", "nearest", key, 0)
+    assert len(made) == 4 and len(plans) == 1  # a model whose sizes never come again fills no memory
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(3, 4)[:, ::2],
+        torch._neg_view(torch.rand(3, 4)),
+        torch.rand(3, 4).as_subclass(type("Other", (torch.Tensor,), {})),
+    ],
+    ids=["gaps", "negated", "a subclass"],
+)
+def test_what_is_no_plain_memory_goes_to_the_op(x):
+    key = torch.tensor(KEY)
+    assert ops._plan(x, "bfp8[0]", "stochastic", key) is None
+    due = quantize(x, "bfp8[0]", "stochastic", key=key)
+    assert torch.equal(rounded(x, "bfp8[0]", "stochastic", key, 0), due)
+
+
+@pytest.mark.parametrize("key", [torch.tensor(3.0), torch.tensor([1, 2]), torch.tensor(3, dtype=torch.int32), None])
+def test_a_key_that_is_none_is_refused_all_the_same(key):
+    rounded(torch.rand(3, 4), "bfp8[0]", "stochastic", torch.tensor(3), 0)
+    with pytest.raises(RuntimeError, match=r"needs a key|must be a tensor of one int64"):
+        rounded(torch.rand(3, 4), "bfp8[0]", "stochastic", key, 0)
+
+
+def test_a_block_that_is_none_is_refused_all_the_same():
+    with pytest.raises(RuntimeError, match="block dimension 2 does not exist in a tensor of 2 dimensions"):
+        rounded(torch.rand(3, 4), "bfp8[2]", "stochastic", torch.tensor(3), 0)
 
 
 # ---- what rounding is known to keep ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "../check.h"
+#include "../plan.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
@@ -157,41 +158,31 @@ const Isa kIsa = best_isa();
 struct Cpu {
   template <class Format>
   static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    with_scalar(x.scalar_type(), [&](auto zero) {
-      using S = decltype(zero);
-      const S* from = static_cast<const S*>(x.const_data_ptr());
-      S* to = static_cast<S*>(y.mutable_data_ptr());
-      const auto run_with = [&](const auto& round) {
-        // What training does not use is not worth compiling three times.
-        if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
-          return portable::quantize(format, cover, from, to, round, drawing.random);
-        } else {
-          run_on(kIsa, format, cover, from, to, round, drawing.random);
-        }
-      };
-      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
-    });
+    run_at(format, cover, x.scalar_type(), x.const_data_ptr(), y.mutable_data_ptr(), drawing);
   }
 
   // A list of tensors, in one loop.
   template <class OneCall>
   static void in_place(std::vector<OneCall>& calls) {
-    for_each_piece(calls, [&](size_t i, const Cover& piece) { calls[i].dense ? calls[i].in_place(piece) : calls[i].in_place(); });
+    const auto in_place = [&](size_t i, const Cover& piece) { calls[i].dense ? calls[i].in_place(piece) : calls[i].in_place(); };
+    for_each_piece(calls.data(), calls.size(), in_place);
   }
 
   template <class Forms>
   static void register_more(torch::stable::detail::StableLibrary& m, const std::string& name) {
     m.impl((name + "_sgd_").c_str(), TORCH_BOX(&CpuForms<Forms>::sgd));
-    if constexpr (decltype(Forms::OneCall::format)::exact) {
-      m.impl((name + "_keeps").c_str(), TORCH_BOX(&CpuForms<Forms>::keeps));
-    }
+    m.impl((name + "_plan").c_str(), TORCH_BOX(&CpuForms<Forms>::plan));
   }
 
  private:
   // Calls f(number of a call, what its piece covers), on every thread, for pieces of about kGrain elements and of whole
   // blocks. What does not fall into such pieces comes first, whole, and f has all threads for it.
   template <class OneCall, class F>
-  static void for_each_piece(const std::vector<OneCall>& calls, const F& f) {
+  static void for_each_piece(const OneCall* calls, size_t count, const F& f) {
+    if (count == 1 && calls[0].cover.numel() <= Runs::kGrain) {
+      if (calls[0].cover.numel() > 0) f(0, calls[0].cover);
+      return;
+    }
     struct Piece {
       size_t call;
       int64_t begin, end;  // of the outermost loop
@@ -199,7 +190,7 @@ struct Cpu {
     std::vector<Piece> pieces;
     std::vector<int64_t> begins;
     int64_t numel = 0;
-    for (size_t i = 0; i < calls.size(); ++i) {
+    for (size_t i = 0; i < count; ++i) {
       const Cover& cover = calls[i].cover;
       const int64_t steps = steps_in_piece(calls[i]);
       if (steps == 0 && cover.numel() > 0) f(i, cover);
@@ -263,15 +254,10 @@ struct Cpu {
   struct CpuForms<Forms<Device, Op, Format, Numbers...>> {
     using Of = Forms<Device, Op, Format, Numbers...>;
 
-    // Whether rounding is known to keep every number of x: then every rounding does, as long as scales are powers of two.
-    static bool keeps(Numbers... numbers, Tensor x) {
-      const std::vector<typename Of::OneCall> call{Of::call(x, {numbers...}, 0, 16, {}, 0)};
-      std::atomic<bool> kept = steps_in_piece(call[0]) > 0 || x.numel() == 0;
-      if (!kept) return false;
-      for_each_piece(call, [&](size_t, const Cover& piece) {
-        if (kept && !Cpu::keeps(call[0].format, piece, x)) kept = false;
-      });
-      return kept;
+    // A plan of this call, which is the caller's to delete; 0 if x is not dense.
+    static int64_t plan(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
+      const auto call = Of::call(x, {numbers...}, rounding, bits, key, stream);
+      return call.dense ? reinterpret_cast<int64_t>(new PlanOf<Format>(call)) : 0;
     }
 
     // A step of torch.optim.SGD in one pass: a thread rounds a piece of the gradients, updates, and rounds what it has
@@ -290,7 +276,7 @@ struct Cpu {
       };
       auto of_weights = calls(weights, weight_streams), of_gradients = calls(gradients, gradient_streams);
       auto of_momenta = calls(momenta.empty() ? gradients : momenta, momentum_streams);
-      for_each_piece(of_weights, [&](size_t i, const Cover& piece) {
+      for_each_piece(of_weights.data(), of_weights.size(), [&](size_t i, const Cover& piece) {
         if (!gradient_streams.empty()) of_gradients[i].in_place(piece);
         update(step, piece, weights[i], gradients[i], momenta.empty() ? nullptr : &momenta[i]);
         if (!momentum_streams.empty()) of_momenta[i].in_place(piece);
@@ -333,18 +319,71 @@ struct Cpu {
     });
   }
 
-  // Whether rounding keeps what `piece` covers of x, as far as that is known.
   template <class Format>
-  static bool keeps(const Format& format, const Cover& piece, const Tensor& x) {
-    bool changed = false;
-    with_scalar(x.scalar_type(), [&](auto zero) {
+  struct PlanOf final : Plan {
+    Format format;
+    Cover cover;
+    ScalarType type;
+    Drawing drawing;
+    static constexpr bool dense = true;
+
+    template <class OneCall>
+    explicit PlanOf(const OneCall& call)
+        : format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
+      drawing.key.reset();
+    }
+
+    void round(const void* from, void* to, uint64_t key, uint64_t stream) const override {
+      Drawing drawn = drawing;
+      drawn.random.key = key;
+      drawn.random.stream = stream;
+      if (!cover.layouts.empty()) run_at(format, cover, type, from, to, drawn);
+    }
+
+    // Where rounding to nearest keeps a number, every rounding does, as long as scales are powers of two.
+    bool keeps(const void* from) const override {
+      if constexpr (Format::exact) {
+        std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
+        if (!kept) return false;
+        for_each_piece(this, 1, [&](size_t, const Cover& piece) {
+          if (kept && !keeps_piece(piece, from)) kept = false;
+        });
+        return kept;
+      }
+      return false;
+    }
+
+   private:
+    bool keeps_piece(const Cover& piece, const void* from) const {
+      bool changed = false;
+      with_scalar(type, [&](auto zero) {
+        using S = decltype(zero);
+        changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
+        if (changed) return;
+        const S* x = static_cast<const S*>(from);
+        run_on(kIsa, format, piece, x, const_cast<S*>(x), Look{{}, &changed}, Random());
+      });
+      return !changed;
+    }
+  };
+
+  template <class Format>
+  static void run_at(const Format& format, const Cover& cover, ScalarType type, const void* x, void* y,
+                     const Drawing& drawing) {
+    with_scalar(type, [&](auto zero) {
       using S = decltype(zero);
-      changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
-      if (changed) return;
-      const S* from = static_cast<const S*>(x.const_data_ptr());
-      run_on(kIsa, format, piece, from, const_cast<S*>(from), Look{{}, &changed}, Random());
+      const S* from = static_cast<const S*>(x);
+      S* to = static_cast<S*>(y);
+      const auto run_with = [&](const auto& round) {
+        // What training does not use is not worth compiling three times.
+        if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
+          return portable::quantize(format, cover, from, to, round, drawing.random);
+        } else {
+          run_on(kIsa, format, cover, from, to, round, drawing.random);
+        }
+      };
+      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
     });
-    return !changed;
   }
 
   template <class... Arguments>
