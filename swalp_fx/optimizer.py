@@ -84,6 +84,7 @@ class SWALP:
         recipes = [(local or {}).get(name, recipe) for name in self._names]
         # One object for all that are equal, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
+        self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
         self._average = Average(recipe.average)
         self._accumulators: dict[str, Tensor] = {}
@@ -294,7 +295,7 @@ class SWALP:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
         if self.recipe.accumulator is not None or self._optimizer is None:
             return
-        parameters = ((parameter, self._recipes[index], _streams(index)) for index, parameter in step.parameters)
+        parameters = ((parameter, self._recipes[index], self._streams[index]) for index, parameter in step.parameters)
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
         for parameter in step.gradients:
             parameter.grad = None  # an optimizer steps what has a gradient

@@ -36,21 +36,17 @@ class _Call:
     def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
         self.group, self.rounding = group, recipe.rounding
         self.roles = ROLES if group["momentum"] != 0 else ROLES[:2]
-        self.rounds = [getattr(recipe, role) != FLOAT for role in self.roles]
-        self.formats = {format for role in self.roles if (format := getattr(recipe, role)) != FLOAT}
-        self.tensors: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
-        self.streams: tuple[list[int], list[int], list[int]] = [], [], []
-
-    def add(self, tensors: Iterable[Tensor], streams: Streams) -> None:
-        for of_role, tensor in zip(self.tensors, tensors, strict=False):
-            of_role.append(tensor)
-        for role, rounds, drawn in zip(self.roles, self.rounds, self.streams, strict=False):
-            if rounds:
-                drawn.append(streams[role])
+        self.rounded = [role for role in self.roles if getattr(recipe, role) != FLOAT]
+        self.formats = {getattr(recipe, role) for role in self.rounded}
+        self.tensors: list[list[Tensor]] = []  # a parameter's, of each role
+        self.streams: list[Streams] = []
 
     def run(self, key: Tensor) -> None:
         format = next(iter(self.formats), ANY)
-        sgd_(*self.tensors, self.group, format, self.rounding, key=key, streams=self.streams)
+        of_roles = [[tensors[i] for tensors in self.tensors] for i in range(len(self.roles))]
+        weights, gradients, momenta = of_roles if len(of_roles) == 3 else [*of_roles, []]
+        streams = [[each[role] for each in self.streams] if role in self.rounded else [] for role in ROLES]
+        sgd_(weights, gradients, momenta, self.group, format, self.rounding, key=key, streams=streams)
 
 
 def in_one_pass(
@@ -83,7 +79,8 @@ def in_one_pass(
         which = id(group), id(recipe)
         if which not in calls:
             calls[which] = _Call(group, recipe)
-        calls[which].add(tensors, streams)
+        calls[which].tensors.append(tensors)
+        calls[which].streams.append(streams)
         gradients[parameter] = gradient
         memory += [(begin := tensor.data_ptr(), begin + tensor.nbytes) for tensor in tensors]
     fits = all(len(call.formats) <= 1 for call in calls.values()) and any(call.formats for call in calls.values())
@@ -122,13 +119,9 @@ def _are_alike(tensors: list[Tensor]) -> bool:
     """Whether each is float32 on the CPU, in memory without gaps, all of the same strides."""
     first = tensors[0]
     strides = first.stride()
-    packed = first.is_contiguous() or (len(strides) == 4 and first.is_contiguous(memory_format=torch.channels_last))
-    return packed and all(
-        type(tensor) in PLAIN
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and tensor.stride() == strides
-        and not tensor.is_neg()
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.stride() != strides:
+            return False
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.is_neg():
+            return False
+    return first.is_contiguous() or (len(strides) == 4 and first.is_contiguous(memory_format=torch.channels_last))
