@@ -8,6 +8,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from traceback import StackSummary
 from typing import Any
@@ -358,7 +359,19 @@ def writes_in_place(node: Node, root: nn.Module) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+    place = place_of_inplace(node.target) if node.op == "call_function" else None
+    in_place = node.args[place] if place is not None and place < len(node.args) else node.kwargs.get("inplace")
+    return (name.endswith("_") and not name.endswith("__")) or in_place is True
+
+
+@cache
+def place_of_inplace(function: Callable[..., Any]) -> int | None:
+    """Where ``function`` takes ``inplace`` among its arguments, as ``relu`` of torch.nn.functional does."""
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # not written in Python
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def writes(node: Node, root: nn.Module) -> bool:

@@ -192,6 +192,9 @@ def quantize_output(
         return handle_torch_function(quantize_output, (x, key), *arguments, in_place=in_place, kept=kept)
     how = activation, error, rounding_under(key, rounding)
     if isinstance(x, Tensor):
+        if x.requires_grad and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():  # x was written into, in a no_grad block, and has a gradient all the same
+                return _quantized(x, key, stream, *how, in_place, kept)
         return _quantized(x, key, stream, *how, in_place, kept)
     leaves, structure = pytree.tree_flatten(x)
     for i, leaf in enumerate(leaves):
@@ -216,7 +219,7 @@ def _quantized(
         return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
     if torch.compiler.is_compiling():
         in_place = kept = ""
-    if "E" in kept and ("A" in kept or "A" in in_place):  # nothing for autograd to see
+    if "E" in kept and ("A" in kept or "A" in in_place) and not x._is_view():  # nothing for autograd to see
         if "A" not in kept:
             round_(x.detach(), activation, rounding, key, stream)
         return x

@@ -1,6 +1,7 @@
 """The tracer: live flags, and a model left as it was."""
 
 import contextlib
+import operator
 import random
 from collections import OrderedDict
 
@@ -212,6 +213,18 @@ def test_a_branch_on_a_flag_is_noted():
     assert capture(Block(Branching())).flags == {"inner": True}
     assert capture(Branching().eval()).flags == {"": False}
     assert capture(Branching().eval(), training=True).flags == {"": True}
+
+
+def test_inplace_is_seen_by_its_place_too():
+    class Writes(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            F.leaky_relu(y, 0.1, True)
+            return y + 1
+
+    graph = capture(Writes()).graph
+    (add,) = graph.find_nodes(op="call_function", target=operator.add)
+    assert add.args[0].name == "leaky_relu"  # what is rounded behind it is what is read
 
 
 def test_writes_are_kept_in_place():

@@ -1,13 +1,15 @@
 """Roundings that are left out: what passes through keeps its numbers, nothing changes but the work, and a wrong mark is
 refused."""
 
+import operator
+
 import pytest
 import shapes
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swalp_fx import Recipe, Rule, convert, nodes, quantize
+from swalp_fx import Recipe, Rule, check, convert, nodes, quantize
 from swalp_fx.passes import rewrite
 from swalp_fx.passes.elide import MASKS, POOLS
 from swalp_fx.passes.reuse import OVERWRITES
@@ -143,6 +145,20 @@ def _both(x):
     return torch.relu(x) + x
 
 
+def _written(write):
+    def mask(x):
+        write(x)
+        return torch.relu(x)
+
+    return mask
+
+
+def _in_no_grad(x):
+    with torch.no_grad():
+        x += 0.3
+    return torch.relu(x)
+
+
 def _onto_itself(x):
     x += x
     return x
@@ -195,6 +211,23 @@ def _onto(x):
         (nn.ReLU(), _onto, "bfp6[0]", ["E", "A", "E", ""]),
         (nn.ReLU(), lambda y: torch.add(y, 1, out=torch.empty(2, 4, 6)), "bfp6[0]", ["E", "A", ""]),
         (nn.ReLU(), lambda y: torch.add(y, 1, out=y), "bfp6[0]", ["E", "", ""]),
+        (nn.ReLU(), lambda y: torch._foreach_add([y], 1)[0], "bfp6[0]", ["E", "", ""]),
+        # What is masked is written into behind its rounding: by name, in a view, in a list, by a hook or by itself.
+        (_written(lambda x: operator.setitem(x, 0, 0.3)), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (_written(lambda x: x.view(-1).mul_(0.3)), torch.tanh, "bfp6[0] placement=compute+activation", ["", "", ""]),
+        (_written(lambda x: x.data.mul_(0.3)), torch.tanh, "bfp6[0] placement=compute+activation", ["", "", ""]),
+        (_written(lambda x: torch._foreach_mul_([x], 0.3)), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (_written(lambda x: torch.add(x, 1, out=x)), torch.tanh, "bfp6[0] placement=compute+activation", ["", "", ""]),
+        (_written(lambda x: F.leaky_relu(x, 0.1, True)), torch.tanh, "bfp6[0]", ["", "E", "A", ""]),
+        (_written(torch.sum), torch.tanh, "bfp6[0]", ["", "A", ""]),
+        # A window between padding and padding has a maximum of -infinity.
+        (nn.MaxPool1d(2, 1, padding=1, dilation=4), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (lambda x: F.max_pool1d(x, 2, 1, 1, 4), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (lambda x: F.max_pool1d(x, 2, 1, 1), torch.tanh, "bfp6[0]", ["", "A", ""]),
+        # In a no_grad block there is no error signal to round.
+        (_in_no_grad, torch.tanh, "bfp6[0]", ["", "", "A", ""]),
+        (torch.ops.aten.relu.default, torch.tanh, "bfp6[0]", ["", "", ""]),
+        (lambda x: torch.ops.aten.relu(x), torch.tanh, "bfp6[0]", ["E", "A", ""]),
         # Two readers, whose error signals are summed; and one that reads twice.
         (_both, torch.tanh, "bfp6[0]", ["", "A", "", ""]),
         (_onto_itself, torch.tanh, "bfp6[0]", ["", "", ""]),
@@ -203,6 +236,65 @@ def _onto(x):
 def test_where(mask, read, recipe, letters):
     module = rewrite(_Two(nn.Linear(6, 6), mask, read), Recipe.parse(recipe), leaves=(_Patched,))
     assert list(_kept(module).values()) == letters
+
+
+class _Watched(nn.Module):
+    """A ReLU reads what a layer with a hook reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(self.b(y) + self.relu(y))
+
+
+def test_a_hook_that_sees_what_is_masked_may_write_into_it():
+    model = _Watched()
+    assert _kept(rewrite(model, RECIPE))["relu"] == "A"
+    model.b.register_forward_pre_hook(lambda layer, inputs: inputs[0].data.mul_(0.3) and None)
+    assert _kept(rewrite(model, RECIPE))["relu"] == ""
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_full_backward_hook"])
+def test_hooks_on_every_module_are_hooks(register):
+    handle = getattr(nn.modules.module, register)(lambda *_: None)
+    try:
+        assert not any(_kept(rewrite(_Watched(), RECIPE)).values())
+    finally:
+        handle.remove()
+
+
+def test_a_backward_hook_registered_later_runs():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    module, _ = convert(model, recipe="bfp4[0]")
+    seen = []
+    model[0].register_full_backward_hook(lambda layer, before, after: seen.append(after))
+    module(torch.randn(4, 6, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+
+
+@torch.library.custom_op("swalp_fx_tests::relu", mutates_args=())
+def _another_relu(x: torch.Tensor) -> torch.Tensor:
+    return x.tanh()
+
+
+def test_an_op_of_the_same_name_is_another():
+    module = rewrite(_Two(nn.Linear(6, 6), torch.ops.swalp_fx_tests.relu, torch.tanh), RECIPE)
+    assert list(_kept(module).values()) == ["", "", ""]
+
+
+def test_what_is_written_into_under_no_grad_keeps_its_gradient():
+    model = _Two(nn.Linear(6, 6), _in_no_grad, torch.tanh)
+    assert check(model, torch.randn(4, 6))
+    model(x := torch.randn(4, 6)).sum().backward()
+    module, _ = convert(model, recipe="bfp24")
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    module(x).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_by_a_rule_the_formats_may_differ():

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.fx import Graph
 
-from swalp_fx import Recipe, nodes
+from swalp_fx import Recipe, check, nodes
 from swalp_fx.capture import capture
 from swalp_fx.passes import assign, classify, insert, rewrite, verify
 from swalp_fx.passes.assign import SITE
@@ -40,6 +40,23 @@ def test_the_prover_knows_the_same_parts():
         for name in names.split():
             assert bool(MOVES.fullmatch(name)) == (part == "movement"), name
             assert bool(MEASURES.fullmatch(name)) == (part == "number"), name
+
+
+def test_what_is_written_into_a_buffer_set_before_is_state():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(4))
+
+        def forward(self, x):
+            self.seen = self.seen * 0.9 + x.detach().mean(0) * 0.1
+            self.seen.add_(0.1)
+            return self.layer(x + self.seen)
+
+    model = Counts()
+    assert _parts(model)["add_"] == "state"
+    assert check(model, torch.randn(3, 4)) and rewrite(model, Recipe.parse("bfp6[0]"))
 
 
 def test_parts_of_a_residual_block():

@@ -21,6 +21,7 @@ __all__ = [
     "attribute",
     "classify",
     "is_derived",
+    "is_listed",
     "node_subject",
     "originals",
     "parameter_subjects",
@@ -52,8 +53,8 @@ PARTS: dict[str, str] = {
         ReLU RReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU GLU SiLU Mish Softplus Softsign Softmin Softmax Softmax2d
         LogSoftmax Sigmoid LogSigmoid Tanh Tanhshrink Hardtanh Hardsigmoid Hardswish Hardshrink Softshrink Threshold
         relu rrelu relu6 leaky_relu prelu elu selu celu gelu glu silu mish softplus softsign softmin softmax
-        log_softmax sigmoid logsigmoid tanh tanhshrink hardtanh hardsigmoid hardswish hardshrink softshrink threshold
-        clamp clip
+        log_softmax sigmoid logsigmoid log_sigmoid tanh tanhshrink hardtanh hardsigmoid hardswish hardshrink softshrink
+        threshold clamp clip
     """,
     # And every call that no line names: a number that no rule knows is still a number.
     "arithmetic": """
@@ -72,10 +73,11 @@ PARTS: dict[str, str] = {
     "movement": """
         Identity Flatten Unflatten Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout
         StochasticDepth DropBlock2d DropBlock3d Permute PixelShuffle PixelUnshuffle ChannelShuffle Fold Unfold
-        _ConstantPadNd _ReflectionPadNd _ReplicationPadNd
+        _ConstantPadNd _ReflectionPadNd _ReplicationPadNd _CircularPadNd
         getitem setitem cat concat concatenate stack hstack vstack dstack reshape view view_as flatten unflatten ravel
         squeeze unsqueeze _squeeze _unsqueeze permute transpose t T mT H mH swapaxes swapdims movedim moveaxis
-        expand expand_as broadcast_to repeat repeat_interleave tile split chunk unbind tensor_split narrow select
+        expand expand_as broadcast_to repeat repeat_interleave tile narrow select
+        split chunk unbind tensor_split hsplit vsplit dsplit unsafe_split unsafe_chunk
         index_select gather take_along_dim roll flip rot90 pad contiguous clone detach copy where
         masked_fill masked_select
         to type type_as float double half bfloat16 cpu cuda requires_grad_ real imag diagonal tril triu
@@ -91,7 +93,7 @@ PARTS: dict[str, str] = {
         bucketize searchsorted one_hot bincount long int bool get_device
         zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like
         rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform
-        new_zeros new_ones new_full new_empty new_tensor tensor as_tensor
+        new_zeros new_ones new_full new_empty new_empty_strided new_tensor tensor as_tensor
         Size _assert warn
         is_grad_enabled _set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode
     """,
@@ -171,7 +173,7 @@ def classify(graph: Graph, root: nn.Module) -> Graph:
     for node in graph.nodes:
         part = _part(node, root, parameters)
         node.meta[PART] = "movement" if part == "number" and node in filled else part
-    _mark_updates(graph)
+    _mark_updates(graph, root)
     for node in reversed(graph.nodes):
         leaves = node.users and all(user.meta[PART] in ("exit", "output") for user in node.users)
         if leaves and node.meta[PART] in ("movement", "number"):
@@ -188,9 +190,10 @@ def _filled(graph: Graph, root: nn.Module) -> set[Node]:
     return filled
 
 
-def _mark_updates(graph: Graph) -> None:
+def _mark_updates(graph: Graph, root: nn.Module) -> None:
     """``self.mean = self.mean * 0.9 + new * 0.1``: what a buffer is set to is as little rounded as what is written into
-    it in place. These are sums and products that read the buffer and serve nothing else on their way to the write."""
+    it in place, before and after. These are sums and products that read the buffer and serve nothing else on their way
+    to the write."""
     written = {node.args[2] for node in graph.find_nodes(op="call_function", target=setattr)}
     for node in reversed(graph.nodes):
         is_call = node.op in ("call_function", "call_method")
@@ -198,7 +201,8 @@ def _mark_updates(graph: Graph) -> None:
             written.add(node)
     for node in graph.nodes:
         reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
-        if node in written and node.meta[PART] == "arithmetic" and reads_state:
+        is_update = node in written and reads_state
+        if node.meta[PART] == "arithmetic" and (is_update or _writes_state(node, root)):
             node.meta[PART] = "state"
 
 
@@ -230,6 +234,13 @@ def _part_of_module(module: nn.Module) -> str:
     for base in _layer_bases(module):
         return _PART_OF[base.__name__]
     return "compute" if _has_parameters(module) else "arithmetic"
+
+
+def is_listed(node: Node, module: nn.Module | None) -> bool:
+    """Whether a line of PARTS names what ``node`` calls, which is ``module`` if it calls one."""
+    if module is not None:
+        return any(True for _ in _layer_bases(module))
+    return name_of(node).rstrip("_") in _PART_OF
 
 
 def _has_parameters(module: nn.Module | None) -> bool:

@@ -10,7 +10,8 @@ from torch.fx import Graph, Node
 from .. import nodes
 from ..capture import writes
 from ..formats import FLOAT, parse
-from .classify import LAYER_PARTS, PART
+from ..modes import SWITCHES
+from .classify import LAYER_PARTS, PART, is_listed
 from .reuse import OVERWRITES, layer_of, operation_of
 
 __all__ = ["MASKS", "POOLS", "elide"]
@@ -32,9 +33,9 @@ POOLS = """
 def elide(graph: Graph, root: nn.Module) -> Graph:
     """Marks the quantize_output nodes of ``graph`` that would keep the very numbers they get; returns ``graph``.
 
-    An activation is kept if it is some of the numbers of a tensor rounded to its format, and a tensor of its own is not
-    needed, since nobody writes into it; an error signal if it is some of those of the error signal, in the same format,
-    of the node behind the one layer that reads it. Formats must keep what is left of a block (``keeps_subsets``).
+    An activation is kept if it is some of the numbers of a tensor rounded to its format, and nobody writes into the
+    memory of either; an error signal if it is some of those of the error signal, in the same format, of the node behind
+    the one layer that reads it. Formats must keep what is left of a block (``keeps_subsets``).
 
     Before:
 
@@ -50,9 +51,15 @@ def elide(graph: Graph, root: nn.Module) -> Graph:
         relu_q = quantize_output(relu, key, 2, "bfp8[0]", "bfp8[0]", "stochastic", kept="A")    conv_q has rounded it
         fc = call_layer(fc_module, {"weight": fc_weight_q}, relu_q)
     """
+    switches = 0
+    mode: dict[Node, int] = {}
+    for node in graph.nodes:
+        switches += node.target in SWITCHES
+        mode[node] = switches
     for node in graph.find_nodes(op="call_function", target=nodes.quantize_output):
         letters = "A" if _keeps_activation(node, root) else ""
-        letters += "E" if _keeps_error(node, root) else ""
+        behind = _rounds_its_error(node, root)
+        letters += "E" if behind is not None and mode[behind] == mode[node] else ""
         if letters:
             node.kwargs = {**node.kwargs, "kept": letters}
     return graph
@@ -61,12 +68,13 @@ def elide(graph: Graph, root: nn.Module) -> Graph:
 def _keeps_activation(node: Node, root: nn.Module) -> bool:
     made: Any = node.args[0]
     activation = node.args[ACTIVATION]
-    _, inputs = layer_of(made, root)
+    module, inputs = layer_of(made, root)
     if len(made.users) != 1 or not inputs or not _rounds(inputs[0], ACTIVATION, activation):
         return False
     operation = operation_of(made, root)
-    fits = operation in MASKS.split() or (operation in POOLS.split() and _is_within_rows(activation))
-    return fits and _is_only_read(node, root)
+    is_pool = operation in POOLS.split() and _is_within_rows(activation) and not _is_dilated(made, module)
+    fits = operation in MASKS.split() or is_pool
+    return fits and _is_only_read(node, root) and _is_only_read(inputs[0], root, but=made)
 
 
 def _rounds(node: Any, role: int, format: Any) -> bool:
@@ -81,25 +89,43 @@ def _is_within_rows(format: Any) -> bool:
     return getattr(blocks, "tile", None) is None and getattr(blocks, "dims", None) in (None, (0,))
 
 
-def _is_only_read(node: Node, root: nn.Module) -> bool:
-    """Whether nothing writes into the memory of ``node``'s output, or hands it out of the graph."""
-    for reader in node.users:
-        part = reader.meta.get(PART)
-        is_written = (writes(reader, root) and reader.args[0] is node) or reader.kwargs.get("out") is node
-        if part == "movement":  # perhaps a view
-            is_fit = _is_only_read(reader, root)
-        else:
-            is_fit = part == "number" or (part in LAYER_PARTS and operation_of(reader, root) is not None)
-        if is_written or not is_fit:
-            return False
-    return True
+def _is_dilated(node: Node, module: nn.Module | None) -> bool:
+    """Whether a window may miss the input, between padding and padding: its maximum is -infinity."""
+    by_place = node.args[4] if len(node.args) > 4 else 1  # behind the input, kernel size, stride and padding
+    dilation = node.kwargs.get("dilation", by_place) if module is None else getattr(module, "dilation", 1)
+    return dilation not in (1, (1,), (1, 1))
 
 
-def _keeps_error(node: Node, root: nn.Module) -> bool:
-    if len(node.users) != 1:
+def _is_only_read(node: Node, root: nn.Module, but: Node | None = None) -> bool:
+    """Whether nothing, ``but`` one reader, may write into the memory of ``node``'s output, or hand it on."""
+    return all(_reads(reader, node, root) for reader in node.users if reader is not but)
+
+
+def _reads(reader: Node, node: Node, root: nn.Module) -> bool:
+    """Whether ``reader`` is known to do no more: neither it, nor who reads a view that it may be."""
+    if writes(reader, root) and not _is_another(reader.args[:1], node):
         return False
+    if "out" in reader.kwargs and not _is_another((reader.kwargs["out"],), node):
+        return False
+    part = reader.meta.get(PART)
+    if part == "movement":
+        return _is_only_read(reader, root)
+    is_known = operation_of(reader, root) is not None and is_listed(reader, layer_of(reader, root)[0])
+    return part == "number" or (part in LAYER_PARTS and is_known)
+
+
+def _is_another(written: tuple[Any, ...], node: Node) -> bool:
+    return len(written) == 1 and isinstance(written[0], Node) and written[0] is not node
+
+
+def _rounds_its_error(node: Node, root: nn.Module) -> Node | None:
+    """The node that rounds what all of ``node``'s error signal is some numbers of, to the same format."""
+    if len(node.users) != 1:
+        return None
     (reader,) = node.users
     _, inputs = layer_of(reader, root)
     is_read_first = bool(inputs) and inputs[0] is node and [*inputs, *reader.kwargs.values()].count(node) == 1
-    passes = is_read_first and operation_of(reader, root) in (*MASKS.split(), *OVERWRITES)
-    return passes and len(reader.users) == 1 and _rounds(next(iter(reader.users)), ERROR, node.args[ERROR])
+    if not is_read_first or operation_of(reader, root) not in (*MASKS.split(), *OVERWRITES) or len(reader.users) != 1:
+        return None
+    (behind,) = reader.users
+    return behind if _rounds(behind, ERROR, node.args[ERROR]) else None

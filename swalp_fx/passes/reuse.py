@@ -110,14 +110,20 @@ def operation_of(node: Node, root: nn.Module) -> str | None:
     """The name to look up in the tables; None for what is no call of PyTorch's own code, or is hooked."""
     module, _ = layer_of(node, root)
     if module is not None:
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+        if "forward" in vars(module) or any(getattr(module, hooks) or _of_all(hooks) for hooks in HOOKS):
             return None
         runs = next(base for base in type(module).__mro__ if "forward" in vars(base))
         return runs.__name__ if runs.__module__.startswith("torch.nn.") else None
     if node.op == "call_function":
         written_in = getattr(node.target, "__module__", None) or "torch"
-        return name_of(node) if written_in.split(".")[0] in ("torch", "_operator") else None
+        is_registered = written_in.startswith("torch._ops.") and written_in != "torch._ops.aten"  # by whomever
+        return name_of(node) if written_in.split(".")[0] in ("torch", "_operator") and not is_registered else None
     return name_of(node) if node.op == "call_method" else None
+
+
+def _of_all(hooks: str) -> Any:
+    """The hooks of this kind that PyTorch calls for every module."""
+    return getattr(nn.modules.module, f"_global{hooks}")
 
 
 def layer_of(node: Node, root: nn.Module) -> tuple[nn.Module | None, tuple[Any, ...]]:

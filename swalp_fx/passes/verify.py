@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 
 from .. import nodes
-from ..capture import ROOT
+from ..capture import ROOT, place_of_inplace
 from ..formats import FLOAT, Format, parse
 from ..recipe import Recipe
 from .assign import Scope
@@ -27,7 +27,7 @@ class VerifyError(AssertionError):
 # What makes no new number, by the names of functions, methods, attributes and module types. All else must be quantized.
 MOVES = re.compile(
     r"(?:.*flatten|.*squeeze|.*reshape|view|view_as|ravel|permute|Permute|transpose|t|T|mT|H|mH|swap(?:axes|dims)"
-    r"|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split|chunk|unbind|narrow"
+    r"|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split|(?:unsafe_)?chunk|unbind|narrow"
     r"|Flatten|Unflatten|[sg]etitem|cat|concat|concatenate|[hvd]?stack|select|(?:masked|index)_(?:select|fill)"
     r"|index_copy|fill|zero|(?:masked_)?scatter|gather|take_along_dim|roll|flip|rot90|pad|_\w+PadNd"
     r"|(?i:.*dropout.*)|(?i:stochastic_?depth)|(?i:drop_?block[23]d)|(?i:(?:pixel_?(?:un)?|channel_?)shuffle)|[uU]nfold|[fF]old"
@@ -86,6 +86,7 @@ REMAKES = re.compile(
 MASKS = re.compile(r"ReLU|relu_?")
 SELECTS = re.compile(r"(?:Adaptive)?MaxPool[12]d|(?:adaptive_)?max_pool[12]d")
 ANY = re.compile(r".+")
+GLOBAL_HOOKS = re.compile(r"_global_(?:forward|backward)(?:_pre)?_hooks")
 
 _OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
 
@@ -311,6 +312,7 @@ class _Proof:
         return is_copied or self._runs(node, FORGETS)
 
     def _kept(self) -> None:
+        made_after = self._made_after()
         for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
             letters, source = node.kwargs.get("kept", ""), node.args[0]
             _require(not letters or self.recipe.in_place, node, "leaves out a rounding where the recipe says not to")
@@ -318,16 +320,18 @@ class _Proof:
             _require(not both, node, f"is both to round in place and not to round ({letters})")
             if "A" in letters:
                 format = parse(node.args[3])
-                passes = self._runs(source, MASKS) or (_is_of_rows(format) and self._runs(source, SELECTS))
+                passes = self._runs(source, MASKS) or (_is_of_rows(format) and self._selects(source))
                 known = passes and format.keeps_subsets and self._first_is_rounded(source, node.args[3])
                 _require(known, node, f"does not round {source}, which may not be rounded")
                 _require(list(source.users) == [node], node, f"shares the memory of {source}, which others read")
-                _require(not (found := self._writer(node)), node, f"shares the memory of {source} with {found}")
+                found = self._writer(node) or self._writer(_inputs(source)[0], source)
+                _require(found is None, node, f"shares the memory of {source} with {found}")
             if "E" in letters:
                 readers = list(node.users)
                 passes = len(readers) == 1 and (self._runs(readers[0], MASKS) or self._runs(readers[0], ADDS_INTO))
                 known = passes and parse(node.args[4]).keeps_subsets and _takes_first(readers[0], node)
                 known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], node.args[4])
+                known = known and made_after[node] == made_after[next(iter(readers[0].users))]
                 _require(known, node, f"does not round the gradient of {readers}, which may not be rounded")
 
     def _first_is_rounded(self, reader: Node, format: str) -> bool:
@@ -341,17 +345,27 @@ class _Proof:
         behind = [(user.target, user.args[4:5]) for user in node.users]
         return behind == [(nodes.quantize_output, (format,))] and format != str(FLOAT)
 
-    def _writer(self, node: Node) -> Node | None:
-        """Who may write into ``node``'s output, or into a view of it: all but those that are known not to."""
+    def _selects(self, node: Node) -> bool:
+        """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
+        gaps = getattr(_module(node, self.root), "dilation", node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4]))
+        return self._runs(node, SELECTS) and gaps in (1, (1,), (1, 1))
+
+    def _writer(self, node: Node, but: Node | None = None) -> Node | None:
+        """Who, ``but`` one, may write into ``node``'s output or a view of it: all that are not known not to."""
         for reader in node.users:
-            overwrites = getattr(_module(reader, self.root), "inplace", False) or bool(reader.kwargs.get("inplace"))
+            if reader is but:
+                continue
+            place = place_of_inplace(reader.target) if reader.op == "call_function" else None
+            in_place = reader.args[place] if place is not None and place < len(reader.args) else False
+            in_place = in_place or reader.kwargs.get("inplace") or getattr(_module(reader, self.root), "inplace", False)
             names = _names(reader, self.root)
-            overwrites |= any(name == "setitem" or WRITES.fullmatch(name) is not None for name in names)
-            is_written = (overwrites and _takes_first(reader, node)) or reader.kwargs.get("out") is node
-            kind = self.kinds[reader]
-            if is_written or kind not in ("moves", "number", "layer"):
+            into = [reader.kwargs["out"]] if "out" in reader.kwargs else []
+            if in_place or any(name == "setitem" or WRITES.fullmatch(name) is not None for name in names):
+                into.append(reader.args[0])
+            if any(not isinstance(written, Node) or written is node for written in into):
                 return reader
-            if kind == "layer" and not self._runs(reader, ANY):
+            kind = self.kinds[reader]
+            if kind not in ("moves", "number", "layer") or (kind == "layer" and not self._runs(reader, ANY)):
                 return reader
             if kind == "moves" and (found := self._writer(reader)) is not None:
                 return found
@@ -362,24 +376,31 @@ class _Proof:
         module = _module(node, self.root)
         if module is None:
             is_call = node.op in ("call_function", "call_method")
-            return is_call and any(pattern.fullmatch(name) for name in _names(node, self.root))
+            by_others = re.match(r"torch\._ops\.(?!aten$)", getattr(node.target, "__module__", None) or "")
+            return is_call and not by_others and any(pattern.fullmatch(name) for name in _names(node, self.root))
         hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks") and value}
         watchers = [name for name in hooks if name.startswith(("_forward", "_backward"))]
         overwrites = pattern is FORGETS and getattr(module, "inplace", False)
-        if watchers or overwrites or "forward" in vars(module):
+        of_all = [name for name, value in vars(nn.modules.module).items() if value and GLOBAL_HOOKS.fullmatch(name)]
+        if watchers or of_all or overwrites or "forward" in vars(module):
             return False
         own = next(base for base in type(module).__mro__ if "forward" in vars(base))
         return own.__module__.startswith("torch.nn.") and pattern.fullmatch(own.__name__) is not None
 
     def _modes(self) -> None:
-        switches = 0
+        made_after = self._made_after()
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            source, here = node.args[0], made_after[node]
+            _require(made_after[source] == here, node, f"is in another mode than {source}, which it quantizes")
+
+    def _made_after(self) -> dict[Node, int]:
+        """How many switches of a mode come before each node."""
         made_after: dict[Node, int] = {}
+        switches = 0
         for node in self.graph.nodes:
             switches += any(SWITCHES.fullmatch(name) for name in _names(node, self.root))
             made_after[node] = switches
-            if node.target is nodes.quantize_output:
-                source = node.args[0]
-                _require(made_after[source] == switches, node, f"is in another mode than {source}, which it quantizes")
+        return made_after
 
 
 def _takes_first(reader: Node, node: Node) -> bool:
