@@ -86,7 +86,7 @@ REMAKES = re.compile(
 MASKS = re.compile(r"ReLU|relu_?")
 SELECTS = re.compile(r"(?:Adaptive)?MaxPool[12]d|(?:adaptive_)?max_pool[12]d")
 ANY = re.compile(r".+")
-GLOBAL_HOOKS = re.compile(r"_global_(?:forward|backward)(?:_pre)?_hooks")
+GLOBAL_HOOKS = [f"_global_{way}{before}_hooks" for way in ("forward", "backward") for before in ("", "_pre")]
 
 _OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
 
@@ -381,7 +381,7 @@ class _Proof:
         hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks") and value}
         watchers = [name for name in hooks if name.startswith(("_forward", "_backward"))]
         overwrites = pattern is FORGETS and getattr(module, "inplace", False)
-        of_all = [name for name, value in vars(nn.modules.module).items() if value and GLOBAL_HOOKS.fullmatch(name)]
+        of_all = any(getattr(nn.modules.module, name) for name in GLOBAL_HOOKS)
         if watchers or of_all or overwrites or "forward" in vars(module):
             return False
         own = next(base for base in type(module).__mro__ if "forward" in vars(base))
