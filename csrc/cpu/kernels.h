@@ -1,6 +1,12 @@
 // The loops, written for a compiler that vectorises. quantize_cpu.cpp includes this once for each
 // instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it: 1, 4 or 8.
 
+// Asks for memory to be brought into the L2 cache; where there is none, that does nothing.
+inline void ask_for(const void* memory, int64_t bytes) {
+  const char* at = static_cast<const char*>(memory);
+  for (const char* end = at + bytes; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
 // A window on the draws, moved along as a thread goes through its elements.
 class Draws {
  public:
@@ -33,7 +39,8 @@ class Draws {
     const char* at;
     int64_t size;  // of an element, in bytes
     void ask(int64_t elements) {
-      for (const char* end = at + elements * size; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+      ask_for(at, elements * size);
+      at += elements * size;
     }
   };
 
@@ -107,10 +114,10 @@ inline auto differences(const S* x, int64_t n, const Q& quantizer, const Look& l
 // Meanwhile it asks for as many elements behind these, whose maximum is often the next thing that is wanted.
 template <class S, class Q>
 __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quantizer, const Look look) {
-  constexpr int64_t chunk = 256, line = 64 / sizeof(S);
+  constexpr int64_t chunk = 256;
   for (int64_t done = 0; done < n; done += chunk) {
     const int64_t size = std::min(chunk, n - done);
-    for (int64_t i = 0; i < size; i += line) __builtin_prefetch(x + n + done + i, 0, 2);
+    ask_for(x + n + done, size * sizeof(S));
     look.tell(differences(x + done, size, quantizer, look) != 0);
   }
 }
