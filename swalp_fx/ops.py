@@ -214,17 +214,16 @@ def quantize(
 # (format, rounding, shape, strides, dtype) -> a plan, or None where there is none: those sizes that come again.
 _PLANS: dict[tuple, Any] = {}
 MOST_PLANS = 4096
-PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose memory is its own affair
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is memory on the CPU that holds its numbers as they are; a subclass's memory is its own affair."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.layout is torch.strided and not x.is_neg()
 
 
 def _is_recorded() -> bool:
     """Whether what runs now is to run again with other numbers, or on other tensors than it seems to."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
-    )
+    return torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
 
 def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
@@ -232,7 +231,7 @@ def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> A
 
     None where that would do something else: off the CPU, for tensors that are not plain, and where calls are recorded.
     """
-    if _is_recorded() or type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_neg():
+    if _is_recorded() or not is_plain(x):
         return None
     if key is None and rounding.startswith("stochastic"):
         return None

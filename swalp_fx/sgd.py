@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .formats import FLOAT, parse
-from .ops import sgd_
+from .ops import is_plain, sgd_
 from .recipe import Recipe
 
 __all__ = ["in_one_pass"]
@@ -25,7 +25,6 @@ __all__ = ["in_one_pass"]
 ROLES = ("weight", "gradient", "momentum")
 ANY = parse("bfp8")  # of a call that rounds no role
 FLOAT32 = torch.finfo(torch.float32)
-PLAIN = (Tensor, nn.Parameter)  # no subclass, whose memory is its own affair
 
 Streams = Mapping[str, int]  # role -> the stream that a parameter draws from in it
 
@@ -120,8 +119,6 @@ def _are_alike(tensors: list[Tensor]) -> bool:
     first = tensors[0]
     strides = first.stride()
     for tensor in tensors:
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.stride() != strides:
-            return False
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.is_neg():
+        if not is_plain(tensor) or tensor.dtype is not torch.float32 or tensor.stride() != strides:
             return False
     return first.is_contiguous() or (len(strides) == 4 and first.is_contiguous(memory_format=torch.channels_last))

@@ -12,7 +12,7 @@ from ..capture import writes
 from ..formats import FLOAT, parse
 from ..modes import SWITCHES
 from .classify import LAYER_PARTS, PART, is_listed
-from .reuse import OVERWRITES, layer_of, operation_of
+from .reuse import OVERWRITES, layer_of, operation_of, sole_reader
 
 __all__ = ["MASKS", "POOLS", "elide"]
 
@@ -120,12 +120,10 @@ def _is_another(written: tuple[Any, ...], node: Node) -> bool:
 
 def _rounds_its_error(node: Node, root: nn.Module) -> Node | None:
     """The node that rounds what all of ``node``'s error signal is some numbers of, to the same format."""
-    if len(node.users) != 1:
+    reader = sole_reader(node, root)
+    if reader is None or len(reader.users) != 1 or operation_of(reader, root) not in (*MASKS.split(), *OVERWRITES):
         return None
-    (reader,) = node.users
-    _, inputs = layer_of(reader, root)
-    is_read_first = bool(inputs) and inputs[0] is node and [*inputs, *reader.kwargs.values()].count(node) == 1
-    if not is_read_first or operation_of(reader, root) not in (*MASKS.split(), *OVERWRITES) or len(reader.users) != 1:
+    if [*reader.args, *reader.kwargs.values()].count(node) != 1:  # its gradient is a sum
         return None
     (behind,) = reader.users
     return behind if _rounds(behind, ERROR, node.args[ERROR]) else None

@@ -12,7 +12,7 @@ from ..capture import ROOT, name_of, writes_in_place
 from ..formats import FLOAT
 from .classify import attribute
 
-__all__ = ["OVERWRITES", "OWN_GRADIENT", "OWN_OUTPUT", "layer_of", "operation_of", "reuse"]
+__all__ = ["OVERWRITES", "OWN_GRADIENT", "OWN_OUTPUT", "layer_of", "operation_of", "reuse", "sole_reader"]
 
 # Functions and methods by name, layers by the class whose forward they run.
 
@@ -99,11 +99,17 @@ def _keeps(node: Node, letter: str) -> bool:
 
 def _owns_error(node: Node, root: nn.Module) -> bool:
     """Whether the error signal that reaches ``node`` is in memory that nothing else will see again."""
+    reader = sole_reader(node, root)
+    return reader is not None and operation_of(reader, root) in OWN_GRADIENT.split()
+
+
+def sole_reader(node: Node, root: nn.Module) -> Node | None:
+    """The one node that reads ``node``, if it does so as its first input."""
     if len(node.users) != 1:
-        return False
+        return None
     (reader,) = node.users
     _, inputs = layer_of(reader, root)
-    return bool(inputs) and inputs[0] is node and operation_of(reader, root) in OWN_GRADIENT.split()
+    return reader if inputs and inputs[0] is node else None
 
 
 def operation_of(node: Node, root: nn.Module) -> str | None:
