@@ -7,13 +7,14 @@ import pytest
 import shapes
 import torch
 import torch.nn.functional as F
+from marks import assert_names, assert_refused, hooked, marked, marks, proved
 from torch import nn
 
 from swalp_fx import Recipe, Rule, check, convert, nodes, quantize
 from swalp_fx.passes import rewrite
 from swalp_fx.passes.elide import MASKS, POOLS
 from swalp_fx.passes.reuse import OVERWRITES
-from swalp_fx.passes.verify import ADDS_INTO, SELECTS, VerifyError, verify
+from swalp_fx.passes.verify import ADDS_INTO, SELECTS, VerifyError
 from swalp_fx.passes.verify import MASKS as PROVED_MASKS
 
 RECIPE = Recipe.parse("bfp6[0]")
@@ -72,17 +73,15 @@ _OF_LINES = [pool for name, pool in POOLING.items() if "1d" in name]
     ids=["masks", "pools", "sums"],
 )
 def test_the_prover_knows_the_same_names(table, pattern):
-    for name in {*MASKS.split(), *POOLS.split(), *OVERWRITES, "ReLU6", "avg_pool2d", "MaxPool3d", "add", "mul", "cat"}:
-        assert bool(pattern.fullmatch(name)) == (name in table.split()), name
+    others = (*MASKS.split(), *POOLS.split(), *OVERWRITES, "ReLU6", "avg_pool2d", "MaxPool3d", "add", "mul", "cat")
+    assert_names(pattern, table.split(), *others)
 
 
 # Where
 
 
 def _kept(module):
-    """Producer -> the roundings that its quantize node leaves out."""
-    found = module.graph.find_nodes(op="call_function", target=nodes.quantize_output)
-    return {node.args[0].name: node.kwargs.get("kept", "") for node in found}
+    return marks(module, "kept")
 
 
 class Residual(nn.Module):
@@ -135,12 +134,6 @@ def _patched():
     return layer
 
 
-def _hooked(register):
-    layer = nn.ReLU()
-    getattr(layer, register)(lambda *_: None)
-    return layer
-
-
 def _both(x):
     return torch.relu(x) + x
 
@@ -185,8 +178,8 @@ def _onto(x):
         # PyTorch's code, watched or replaced.
         (_Patched(), torch.tanh, "bfp6[0]", ["", "", ""]),
         (_patched(), torch.tanh, "bfp6[0]", ["", "", ""]),
-        (_hooked("register_forward_hook"), torch.tanh, "bfp6[0]", ["", "", ""]),
-        (_hooked("register_full_backward_hook"), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (hooked(nn.ReLU(), "register_forward_hook"), torch.tanh, "bfp6[0]", ["", "", ""]),
+        (hooked(nn.ReLU(), "register_full_backward_hook"), torch.tanh, "bfp6[0]", ["", "", ""]),
         # Formats: other numbers behind the mask, roles in float, and what a part of a block may leave.
         (nn.ReLU(), torch.tanh, "bfp6[0] E=float", ["", "A", ""]),
         (nn.ReLU(), torch.tanh, "bfp6[0] A=float", ["E", "", ""]),
@@ -264,15 +257,6 @@ def test_hooks_on_every_module_are_hooks(register):
         assert not any(_kept(rewrite(_Watched(), RECIPE)).values())
     finally:
         handle.remove()
-
-
-def test_a_backward_hook_registered_later_runs():
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    module, _ = convert(model, recipe="bfp4[0]")
-    seen = []
-    model[0].register_full_backward_hook(lambda layer, before, after: seen.append(after))
-    module(torch.randn(4, 6, requires_grad=True)).sum().backward()
-    assert len(seen) == 1
 
 
 @torch.library.custom_op("swalp_fx_tests::relu", mutates_args=())
@@ -397,45 +381,30 @@ def test_the_work_is_left_out(monkeypatch):
 # verify: a mark where none may be
 
 
-def _mark(name, **letters):
-    def spoil(module):
-        (node,) = [each for each in module.graph.nodes if each.name == f"{name}_q"]
-        node.kwargs = letters
-
-    spoil.__name__ = f"{letters} of {name}"
-    return spoil
-
-
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (_mark("conv", kept="A"), "node conv_q: it does not round conv, which"),
-        (_mark("iadd", kept="A"), "node iadd_q: it does not round iadd, which"),
-        (_mark("conv", kept="E"), "node conv_q: it does not round the gradient of [bn]"),
-        (_mark("relu", kept="E"), "node relu_q: it does not round the gradient of [pool]"),
-        (_mark("pool", kept="E"), "node pool_q: it does not round the gradient of [last, iadd]"),
-        (_mark("relu", kept="A", in_place="A"), "node relu_q: it overwrites relu"),
-        (_mark("bn", kept="E", in_place="AE"), "node bn_q: it is both to round in place and not to round (E)"),
+        (marked("conv", kept="A"), "node conv_q: it does not round conv, which"),
+        (marked("iadd", kept="A"), "node iadd_q: it does not round iadd, which"),
+        (marked("conv", kept="E"), "node conv_q: it does not round the gradient of [bn]"),
+        (marked("relu", kept="E"), "node relu_q: it does not round the gradient of [pool]"),
+        (marked("pool", kept="E"), "node pool_q: it does not round the gradient of [last, iadd]"),
+        (marked("relu", kept="A", in_place="A"), "node relu_q: it overwrites relu"),
+        (marked("bn", kept="E", in_place="AE"), "node bn_q: it is both to round in place and not to round (E)"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_a_wrong_mark_is_refused(spoil, complaint):
-    model, _ = shapes.made(Residual)
-    module = rewrite(model, RECIPE)
-    verify(module.graph, module._present.captured.graph, model, RECIPE)
-    spoil(module)
-    with pytest.raises(VerifyError) as failure:
-        verify(module.graph, module._present.captured.graph, model, RECIPE)
-    assert complaint in str(failure.value)
+    assert_refused(Residual, RECIPE, spoil, complaint)
 
 
 @pytest.mark.parametrize("read", [lambda y: y.add_(1), lambda y: y.view(-1, 6).mul_(2), nn.SiLU(inplace=True)])
 def test_a_mark_on_what_is_written_into_is_refused(read):
     model = _Two(nn.Linear(6, 6), nn.ReLU(), read)
     module = rewrite(model, RECIPE)
-    _mark("mask", kept="A")(module)
+    marked("mask", kept="A")(module)
     with pytest.raises(VerifyError, match=r"mask_q: it shares the memory of mask with|add__q: it overwrites add_,"):
-        verify(module.graph, module._present.captured.graph, model, RECIPE)
+        proved(module, RECIPE)
 
 
 def test_a_mark_that_the_recipe_forbids_is_refused():
@@ -444,4 +413,4 @@ def test_a_mark_that_the_recipe_forbids_is_refused():
     for node in module.graph.find_nodes(op="call_function", target=nodes.quantize_output):
         node.kwargs = {name: letters for name, letters in node.kwargs.items() if name == "kept"}
     with pytest.raises(VerifyError, match="leaves out a rounding where the recipe says not to"):
-        verify(module.graph, module._present.captured.graph, model, Recipe.parse(RECIPE, in_place=False))
+        proved(module, Recipe.parse(RECIPE, in_place=False))

@@ -8,6 +8,7 @@ import shapes
 import torch
 import torch.nn.functional as F
 import torchvision
+from marks import assert_names, assert_refused, hooked, marked, marks, proved
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from swalp_fx import Recipe, convert, nodes
 from swalp_fx.passes import rewrite
 from swalp_fx.passes.reuse import OVERWRITES, OWN_GRADIENT, OWN_OUTPUT
-from swalp_fx.passes.verify import ADDS_INTO, FORGETS, REMAKES, VerifyError, verify
+from swalp_fx.passes.verify import ADDS_INTO, FORGETS, REMAKES, VerifyError
 
 RECIPE = Recipe.parse("bfp6[0]")
 
@@ -183,17 +184,15 @@ def test_a_writer_keeps_nothing(name):
     ids=["outputs", "gradients", "writers"],
 )
 def test_the_prover_knows_the_same_names(table, pattern):
-    for name in {*OWN_OUTPUT.split(), *OWN_GRADIENT.split(), *OVERWRITES, "softmax", "exp", "cat", "view"}:
-        assert bool(pattern.fullmatch(name)) == (name in table.split()), name
+    others = (*OWN_OUTPUT.split(), *OWN_GRADIENT.split(), *OVERWRITES, "softmax", "exp", "cat", "view")
+    assert_names(pattern, table.split(), *others)
 
 
 # Where
 
 
 def _letters(module):
-    """Producer -> the letters of its quantize node."""
-    found = module.graph.find_nodes(op="call_function", target=nodes.quantize_output)
-    return {node.args[0].name: node.kwargs.get("in_place", "") for node in found}
+    return marks(module, "in_place")
 
 
 class Residual(nn.Module):
@@ -247,12 +246,6 @@ def _patched():
     return layer
 
 
-def _hooked(register):
-    layer = nn.Linear(4, 4)
-    getattr(layer, register)(lambda *_: None)
-    return layer
-
-
 @pytest.mark.parametrize(
     ("make", "read", "letters"),
     [
@@ -263,10 +256,10 @@ def _hooked(register):
         (nn.Linear(4, 4), lambda y: (y * 2).flatten(1), "AE"),
         (nn.Linear(4, 4), lambda y: y.flatten(1).exp(), "A"),
         (nn.Linear(4, 4), nn.Dropout(), "A"),
-        (_hooked("register_forward_hook"), torch.tanh, "E"),
-        (_hooked("register_full_backward_hook"), torch.tanh, "E"),
-        (nn.Linear(4, 4), _hooked("register_forward_pre_hook"), "A"),
-        (nn.Linear(4, 4), _hooked("register_full_backward_hook"), "A"),
+        (hooked(nn.Linear(4, 4), "register_forward_hook"), torch.tanh, "E"),
+        (hooked(nn.Linear(4, 4), "register_full_backward_hook"), torch.tanh, "E"),
+        (nn.Linear(4, 4), hooked(nn.Linear(4, 4), "register_forward_pre_hook"), "A"),
+        (nn.Linear(4, 4), hooked(nn.Linear(4, 4), "register_full_backward_hook"), "A"),
         (_Keeps(4, 4), torch.tanh, "E"),
         (_patched(), torch.tanh, "E"),
         (nn.SiLU(), torch.tanh, "AE"),
@@ -377,8 +370,9 @@ def test_outputs_that_are_views_and_written_into_keep_their_error_signals(layer,
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_backward_hook_registered_later_runs():
-    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU()])
+def test_a_backward_hook_registered_later_runs(activation):
+    model = nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 3))
     module, _ = convert(model, recipe="bfp4[0]")
     seen = []
     model[0].register_full_backward_hook(lambda layer, before, after: seen.append(after))
@@ -486,33 +480,18 @@ def test_exported_in_inference_and_on_fake_tensors():
 # verify: a mark where none may be
 
 
-def _mark(name, letters):
-    def spoil(module):
-        (node,) = [each for each in module.graph.nodes if each.name == f"{name}_q"]
-        node.kwargs = {"in_place": letters}
-
-    spoil.__name__ = f"{letters} of {name}"
-    return spoil
-
-
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (_mark("relu", "A"), "node relu_q: it overwrites relu, which"),
-        (_mark("relu_1", "AE"), "node relu_1_q: it overwrites relu_1, which"),
-        (_mark("relu", "E"), "node relu_q: it overwrites the gradient of"),
-        (_mark("bn", "AE"), "node bn_q: it overwrites the gradient of"),
+        (marked("relu", in_place="A"), "node relu_q: it overwrites relu, which"),
+        (marked("relu_1", in_place="AE"), "node relu_1_q: it overwrites relu_1, which"),
+        (marked("relu", in_place="E"), "node relu_q: it overwrites the gradient of"),
+        (marked("bn", in_place="AE"), "node bn_q: it overwrites the gradient of"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_a_wrong_mark_is_refused(spoil, complaint):
-    model, _ = shapes.made(Residual)
-    module = rewrite(model, RECIPE)
-    verify(module.graph, module._present.captured.graph, model, RECIPE)
-    spoil(module)
-    with pytest.raises(VerifyError) as failure:
-        verify(module.graph, module._present.captured.graph, model, RECIPE)
-    assert complaint in str(failure.value)
+    assert_refused(Residual, RECIPE, spoil, complaint)
 
 
 def test_a_mark_on_what_a_hook_may_keep_is_refused():
@@ -520,12 +499,11 @@ def test_a_mark_on_what_a_hook_may_keep_is_refused():
     module = rewrite(model, RECIPE)
     model.conv.register_forward_hook(lambda *_: None)
     with pytest.raises(VerifyError, match="overwrites conv, which may be read again"):
-        verify(module.graph, module._present.captured.graph, model, RECIPE)
+        proved(module, RECIPE)
 
 
 def test_a_mark_that_the_recipe_forbids_is_refused():
     model, _ = shapes.made(Residual)
     module = rewrite(model, RECIPE)
-    recipe = Recipe.parse(RECIPE, in_place=False)
     with pytest.raises(VerifyError, match="where the recipe says not to"):
-        verify(module.graph, module._present.captured.graph, model, recipe)
+        proved(module, Recipe.parse(RECIPE, in_place=False))
