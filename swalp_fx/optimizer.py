@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from .averaging import Average, mean_dtype, recalibrate
 from .formats import FLOAT, Format
 from .ops import quantize_foreach_
-from .random import fold_in
+from .random import fold_in, is_captured
 from .recipe import Recipe
 from .sgd import in_one_pass
 
@@ -404,8 +404,7 @@ def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{name} unscales the gradients of a GradScaler inside its step, too late to round them; use fused=False"
         )
-    # Asking about capture would initialise CUDA.
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         raise ValueError(
             f"{name}.step() is being captured in a CUDA graph, whose replays would all round alike; step outside of it"
         )

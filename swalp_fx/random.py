@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["draw", "draw_key", "draws_per_word", "fold_in", "philox"]
+__all__ = ["draw", "draw_key", "draws_per_word", "fold_in", "is_captured", "philox"]
 
 MASK = 0xFFFFFFFF
 # SC'11, section 3.3: the two multipliers, and the Weyl increments of the key (the golden
@@ -64,6 +64,22 @@ def draw_key(generator: torch.Generator | None = None) -> torch.Tensor:
 
     ``torch.manual_seed`` rules it, and activation checkpointing, which restores torch's state,
     draws the same key again. It lives on the CPU: kernels take it by value, so no device waits.
+    While a CUDA graph is captured it lives on the GPU and comes from the generator there, which
+    every replay advances: a key taken by value would be the same in every replay.
+
+    Raises ValueError for a generator under capture, which a replay could not advance.
     """
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-    return torch.randint(low, high, (), generator=generator, dtype=torch.int64)
+    device = "cpu"
+    if is_captured():
+        if generator is not None:
+            raise ValueError("a CUDA graph being captured cannot draw from this generator at each replay; pass a key")
+        device = "cuda"
+    return torch.randint(low, high, (), generator=generator, dtype=torch.int64, device=device)
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph is being captured: what runs now is run again, without Python, at each replay."""
+    # Asking about capture would initialise CUDA; under torch.compile nothing runs yet.
+    asked = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+    return asked and torch.cuda.is_current_stream_capturing()

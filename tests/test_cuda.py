@@ -1,23 +1,16 @@
 """CUDA gives the CPU's bits: every format, rounding, dtype and layout."""
 
-import importlib.util
 import itertools
 
 import pytest
 import torch
+from devices import NEEDS_GPU
 from tables import ALL_ROUNDINGS, DTYPES, FORMATS, KEY, STREAM, assert_same_bits, every_half, hard_values
 
 from swalp_fx import parse, quantize, quantize_, random, reference
 from swalp_fx.ops import quantize_foreach_
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is present, or torch is built without CUDA"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("swalp_fx._C_cuda") is None,
-        reason="swalp_fx._C_cuda is not built; run make build where nvcc is on the PATH",
-    ),
-]
+pytestmark = NEEDS_GPU
 DEVICE = "cuda"
 DRAWS = {"key": KEY, "stream": STREAM}
 
@@ -132,6 +125,20 @@ def test_more_than_two_to_the_31_elements():
             for draw in (random.draw(KEY, STREAM, i) for i in range(start, n))
         ]
         assert x[start:].tolist() == due
+
+
+def test_a_row_of_more_than_two_to_the_31_elements():
+    """Its maximum is its last element, and its last elements draw what their index says."""
+    n = 2**31 + 1000
+    if torch.cuda.get_device_properties(0).total_memory < 4 * 2 * n:
+        pytest.skip("needs 17 GB of GPU memory")
+    x = torch.full((2, n), 0.3, dtype=torch.bfloat16, device=DEVICE)
+    x[0, -1] = 100.0
+    quantize_(x, "bfp8[0]", "stochastic", **DRAWS)
+    assert x[0, -1] == 100.0 and ((x[0] == 0.0) | (x[0] == 1.0)).sum() == n - 1
+    draws = torch.tensor([random.draw(KEY, STREAM, i) for i in range(2 * n - 2000, 2 * n)])
+    tail = torch.full((2000,), 0.3, dtype=torch.bfloat16)
+    assert torch.equal(x[1, -2000:].cpu(), reference.quantize(tail, "bfp8", "stochastic", draws=draws))
 
 
 # ---- keys, streams, capture ----------------------------------------------------------------------

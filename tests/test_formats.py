@@ -9,7 +9,8 @@ import gfloat.formats
 import hypothesis
 import pytest
 import torch
-from tables import EVERY_FORMAT, FORMATS, every_half
+from strategies import EVERY_FORMAT
+from tables import FORMATS, every_half
 
 import formats as formats_tool
 from swalp_fx import (

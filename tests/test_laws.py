@@ -12,7 +12,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tables import (
+from strategies import (
     BLOCK_FLOATS,
     EVERY_FORMAT,
     FIXED,
@@ -22,8 +22,8 @@ from tables import (
     POWER_OF_TWO_SCALE,
     SCALED_INTEGERS,
     TWOS_COMPLEMENT,
-    assert_same_bits,
 )
+from tables import assert_same_bits
 
 from swalp_fx import FLOAT, FixedPoint, Float, parse, quantize
 from swalp_fx.recipe import ROUNDINGS
