@@ -137,30 +137,35 @@ OTHER = ("toward_zero", "down", "up", "nearest_away", "nearest_up", "stochastic8
 
 CASES = (
     *(Case("quads, elementwise", spec, (37, 1003)) for spec in ("fixed8.6", "e4m3", "e5m2", "bf16", "fp16", "e2m1")),
-    *(Case("quads, tiles", spec, (24, 1024)) for spec in ("bfp8[-1:16]", "bfp4[-1:128]+twos", "mxfp8", "mxfp4")),
+    *(
+        Case("quads, tiles", spec, (24, 1024))
+        for spec in ("bfp8[-1:16]", "bfp4[-1:128]+twos", "mxfp8", "mxfp4", "nvfp4")
+    ),
     *(Case("quads, tiles", spec, (3, 352)) for spec in ("mxint8", "int8[-1:32]")),
-    *(Case("quads, whole tensor", spec, (29, 1021)) for spec in ("bfp8", "int8")),
-    Case("quads, whole tensor", "bfp8[0]", (1000,)),
+    *(Case("quads, the whole tensor", spec, (29, 1021)) for spec in ("bfp8", "int8")),
+    *(Case("quads, rows", "bfp8[0]", shape) for shape in ((3, 200_004), (7, 9001))),
     *(Case("rows", spec, (11, 4100)) for spec in ("bfp8[0]", "bfp4[0]+twos", "int8[0]", "mxfp8[-1:9999]")),
-    Case("rows, long", "bfp8[0]", (3, 200_004)),
-    *(Case("elements, channels_last", spec, (6, 20, 9, 11), channels_last) for spec in ("e4m3", "bfp8[0]", "bfp8")),
-    *(Case("elements, transposed", spec, (130, 94), transposed) for spec in ("fixed8.6", "bfp8[0]", "mxfp4")),
-    *(Case("elements, odd blocks", spec, (50, 301)) for spec in ("bfp8[0]", "bfp4[0:100]", "bfp8[1]", "bfp8[0,1]")),
-    *(Case("elements, NVFP4", spec, (50, 304)) for spec in ("nvfp4", "nvfp4[0:7]")),
-    *(Case("elements, misaligned", spec, (50, 1024), misaligned) for spec in ("fixed8.6", "bfp8[0]", "bfp8")),
-    *(Case("elements, with gaps", spec, (50, 1024), sliced) for spec in ("fixed8.6", "bfp8[0]")),
+    *(Case("rows, short", spec, (50, 301)) for spec in ("bfp8[0]", "int8[0]", "bfp8[0,1]", "bfp8[-1:7]")),
+    Case("rows, one", "bfp8[0]", (1000,)),
+    *(Case("tiles, channels_last", spec, (6, 20, 9, 11), channels_last) for spec in ("e4m3", "bfp8[0]", "bfp8[1]")),
+    Case("tiles, channels_last", "bfp8[0]", (2, 33, 40, 40), channels_last),
+    *(Case("tiles, transposed", spec, (130, 94), transposed) for spec in ("fixed8.6", "bfp8[0]", "bfp8", "mxfp4")),
+    *(Case("tiles, runs of memory", spec, (50, 301)) for spec in ("bfp4[0:100]", "bfp8[1]", "bfp8[-1:100]")),
+    *(Case("tiles, misaligned", spec, (50, 1024), misaligned) for spec in ("fixed8.6", "bfp8[0]", "bfp8")),
+    Case("elements, NVFP4", "nvfp4[0:7]", (50, 304)),
     *(Case("elements, roundings", spec, (30, 1030), roundings=OTHER) for spec in ("fixed8.6", "bfp8[0]", "e4m3")),
     Case("elements, roundings", "nvfp4", (30, 1030), roundings=OTHER, dtypes=(FLOAT32, BFLOAT16)),
+    *(Case("a copy, for gaps", spec, (50, 1024), sliced) for spec in ("fixed8.6", "bfp8[0]")),
     *(ListCase(spec, MANY) for spec in ("fixed8.6", "bfp8[0]", "bfp8", "mxfp8", "nvfp4")),
 )
 # More than one wave of thread blocks, which then stride on.
 LARGE = (
     Case("quads, elementwise", "e4m3", (5000, 4099), dtypes=(BFLOAT16,)),
     Case("quads, tiles", "mxfp8", (5000, 4096), dtypes=(BFLOAT16,)),
-    Case("quads, whole tensor", "bfp8", (5000, 4099), dtypes=(BFLOAT16,)),
+    Case("quads, tiles", "nvfp4", (1000, 4096), dtypes=(BFLOAT16,)),
+    Case("quads, the whole tensor", "bfp8", (5000, 4099), dtypes=(BFLOAT16,)),
     Case("rows", "bfp8[0]", (5000, 4100), dtypes=(BFLOAT16,)),
-    Case("elements, channels_last", "bfp8[0]", (64, 64, 40, 40), channels_last, dtypes=(FLOAT32,)),
-    Case("elements, NVFP4", "nvfp4", (1000, 4096), dtypes=(BFLOAT16,)),
+    Case("tiles, channels_last", "bfp8[0]", (64, 64, 40, 40), channels_last, dtypes=(FLOAT32,)),
 )
 
 

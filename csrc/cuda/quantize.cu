@@ -12,28 +12,93 @@ namespace swalp_fx {
 namespace {
 
 constexpr int64_t kMostBlocks = 132 * 16;    // two waves of full occupancy on the largest GPUs; the kernels stride on
-constexpr int64_t kSmallestRow = 4 * kThreads;  // elements that keep a thread block busy
+constexpr int64_t kHeld = kThreads / kQuad * kBlock;  // elements that a thread block holds in registers
 constexpr int64_t kLargestItem = 1 << 18;    // elements of a tensor that is not worth a launch of its own
-constexpr int64_t kPiece = 8 * kThreads;     // elements that a thread block takes of an item with no blocks
 
-unsigned grid(int64_t threads) {
-  return static_cast<unsigned>(std::clamp<int64_t>((threads + kThreads - 1) / kThreads, 1, kMostBlocks));
+// A thread for each share of a row, in whole warps; the row may begin anywhere in a block of random bits.
+unsigned threads_of_row(int64_t size) {
+  const int64_t shares = ((size + 2 * kBlock - 2) / kBlock) * kQuad;
+  return static_cast<unsigned>(std::min<int64_t>(kThreads, (shares + 31) / 32 * 32));
 }
 
-// Memory without gaps, in the order of the random bits if any are drawn.
-bool in_order(const Layout& l, bool draws) {
+// The loops of memory alone, for what draws nothing: an element's index then matters to nobody.
+Layout in_memory(const Layout& from) {
+  std::vector<Dim> loops(from.dims, from.dims + from.rank);
+  for (Dim& d : loops) d.step.index = d.step.memory;
+  std::vector<Layout> layouts;
+  add_layout(loops, {from.first.memory, from.first.memory, from.first.block}, layouts);
+  return layouts.front();
+}
+
+// Memory without gaps, in the order of the random bits.
+bool in_order(const Layout& l) {
   int64_t numel = 1;
   for (int d = l.rank - 1; d >= 0; --d) {
     const Place& step = l.dims[d].step;
-    if (step.memory != numel || (draws && step.index != numel)) return false;
+    if (step.memory != numel || step.index != numel) return false;
     numel *= l.dims[d].size;
   }
-  return l.first.memory == 0;
+  return l.first.memory == 0 && l.first.index == 0;
+}
+
+// The size of the rows, if the layout is rows of neighbours in memory, one block each, row after row; else 0.
+int64_t rows_in_memory(const Layout& layout, int64_t blocks) {
+  const Layout l = in_memory(layout);
+  if (l.first.memory != 0 || l.numel % blocks != 0) return 0;
+  const int64_t size = l.numel / blocks;
+  if (blocks == 1) return size;
+  if (l.rank == 1) return l.dims[0].step.block == 1 ? 1 : 0;
+  const bool rows = l.rank == 2 && l.dims[0].step.block == 1 && l.dims[1].step.block == 0 && l.dims[1].size == size;
+  return rows ? size : 0;
+}
+
+// How a layout with a loop of row-major neighbours and one of neighbours in memory is cut into tiles; none if it lacks one.
+std::optional<Tiles> tiles_of(const Layout& layout) {
+  if (layout.rank == 0 || layout.inner().step.memory != 1) return {};
+  constexpr int64_t kNarrow = 32;  // columns that fill a memory access
+  Tiles tiles{};
+  tiles.across = layout.inner();
+  tiles.along = {1, {0, 1, 0}};
+  int along = layout.rank - 1;
+  while (along >= 0 && layout.dims[along].step.index != 1) --along;
+  if (along < 0) return {};
+  tiles.outer.first = layout.first;
+  for (int d = 0; d + 1 < layout.rank; ++d) {
+    if (d == along) {
+      tiles.along = layout.dims[d];
+    } else {
+      tiles.outer.dims[tiles.outer.rank++] = layout.dims[d];
+      tiles.outer.numel *= layout.dims[d].size;
+    }
+  }
+  const int64_t height = tiles.along.size, width = tiles.across.size;
+  if (height == 1 || (tiles.across.step.index == height && height * std::min(width, kNarrow) <= Tiles::kDraws)) {
+    const int64_t fit = height == 1 ? kChunk : Tiles::kDraws / height;
+    tiles.rows = height;
+    tiles.columns = std::min(width, fit < kNarrow ? fit : fit / kNarrow * kNarrow);
+    tiles.slots = height;
+    tiles.joined = true;
+  } else {
+    tiles.columns = std::min(width, kNarrow);
+    // Equal tiles, and two slots between columns, so that their draws lie in different banks.
+    const int64_t fit = Tiles::kDraws / tiles.columns - 2, pieces = (height + fit - 1) / fit;
+    tiles.rows = (height + pieces - 1) / pieces;
+    tiles.slots = tiles.rows + 2;
+  }
+  return tiles;
+}
+
+// Whether every run of kVector columns of a tile begins where a Vector may.
+bool is_even(const Tiles& tiles) {
+  bool even = tiles.columns % kVector == 0 && tiles.across.size % kVector == 0 && tiles.outer.first.memory % kVector == 0;
+  even = even && (tiles.along.size == 1 || tiles.along.step.memory % kVector == 0);
+  for (int d = 0; d < tiles.outer.rank; ++d) even = even && tiles.outer.dims[d].step.memory % kVector == 0;
+  return even;
 }
 
 template <class S>
-bool is_aligned(const S* x) {
-  return reinterpret_cast<uintptr_t>(x) % sizeof(Vector<S>) == 0;
+bool is_aligned(const S* x, int elements = kVector) {
+  return reinterpret_cast<uintptr_t>(x) % (sizeof(S) * elements) == 0;
 }
 
 // One op's launches, on the current stream of the tensor's device.
@@ -58,95 +123,105 @@ struct Launch {
   static Bits* data(const Tensor& t) { return static_cast<Bits*>(t.mutable_data_ptr()); }
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), unsigned blocks, const Arguments&... arguments) const {
-    const cudaLaunchConfig_t config{dim3(blocks), dim3(kThreads), 0, stream};
+  void launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, const Arguments&... arguments) const {
+    const auto most = static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kMostBlocks * kThreads / threads));
+    const cudaLaunchConfig_t config{dim3(most), dim3(threads), 0, stream};
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
   void cover(const Cover& cover) const {
     if constexpr (kFast) {
-      const Layout& layout = cover.layouts.front();
-      if (cover.layouts.size() == 1 && in_order(layout, Round::draws) && is_aligned(x) && is_aligned(y) &&
-          random.draws_per_word() == kDrawsPerWord && fast(cover, layout)) {
-        return;
-      }
+      const bool pairs = random.draws_per_word() == kDrawsPerWord;
+      if ((pairs || !Round::draws) && is_aligned(x) && is_aligned(y) && contiguous(cover)) return;
     }
-    elements(cover);
+    anywhere(cover);
   }
 
  private:
   // Kernels that move four elements at a time, for what training uses; the rest is served one element at a time.
-  static constexpr bool kFast = !std::is_same_v<Round, RoundOther> && Format::shared != Shared::BlockAndTensor;
+  static constexpr bool kFast = !std::is_same_v<Round, RoundOther>;
 
-  // Whether one of them serves the layout; if so, it has.
-  bool fast(const Cover& cover, const Layout& layout) const {
+  // Whether kernels for contiguous memory serve the layout; if so, they have.
+  bool contiguous(const Cover& cover) const {
+    if (cover.layouts.size() != 1) return false;
+    const Layout& given = cover.layouts.front();
+    const Layout layout = Round::draws ? given : in_memory(given);
+    if (!in_order(layout)) return false;
     if constexpr (Format::shared == Shared::Nothing) {
-      quads(layout, 0, nullptr);
+      quads(layout.numel, 0, 0, nullptr);
       return true;
     } else {
-      if (cover.blocks == 1) {
-        const Tensor maximum = zeros(1);
-        launch(maximum_of_all<S>, grid(layout.numel / kVector), x, layout.numel, data(maximum));
-        quads(layout, 0, data(maximum));
+      const int64_t size = rows_in_memory(layout, cover.blocks);
+      if (size == 0) return false;
+      if (size % kCounters == 0 && size <= kBlock && (size & (size - 1)) == 0) {
+        std::optional<Tensor> most;
+        if constexpr (Format::shared == Shared::BlockAndTensor) most = maxima(1, layout.numel);
+        quads(layout.numel, static_cast<int>(size), 0, most ? data(*most) : nullptr);
         return true;
       }
-      if (!layout.blocks_are_rows() || layout.rank != 2) return false;
-      const int64_t size = layout.inner().size;
-      if (size % kCounters == 0 && (size & (size - 1)) == 0 && size <= random.block()) {
-        quads(layout, size, nullptr);
+      if constexpr (Format::shared == Shared::Block) {
+        if (size <= kHeld) {
+          launch(quantize_rows<S, Format, Round>, cover.blocks, threads_of_row(size), format, round, x, y, cover.blocks,
+                 size, random, key);
+        } else {  // rows that no thread block holds are read twice, by all of them
+          const Tensor of_rows = maxima(cover.blocks, size);
+          quads(layout.numel, 0, size, data(of_rows));
+        }
         return true;
       }
-      if (size < kSmallestRow || size % kVector != 0) return false;
-      const int64_t count = layout.dims[0].size;
-      launch(quantize_rows<S, Format, Round>, static_cast<unsigned>(std::min(count, kMostBlocks)), format, round, x, y,
-             count, size, random, key);
-      return true;
+      return false;
     }
   }
 
-  void quads(const Layout& layout, int64_t tile, const Bits* shared) const {
-    const int64_t numel = layout.numel / random.block() * random.block();
-    if (numel > 0) {
-      launch(quantize_quads<S, Format, Round>, grid(numel / random.block() * kQuad), format, round, x, y, numel,
-             static_cast<int>(tile), shared, random, key);
-    }
-    if (numel == layout.numel) return;
-    // What is left over is less than a block of random bits.
-    Cover rest;
-    Layout left;
-    left.first = {numel, numel, 0};
-    left.numel = layout.numel - numel;
-    if (tile > 0) {
-      left.dims[left.rank++] = {left.numel / tile, {tile, tile, 1}};
-      left.dims[left.rank++] = {tile, {1, 1, 0}};
-      rest.blocks = left.numel / tile;
-    } else {
-      left.dims[left.rank++] = {left.numel, {1, 1, 0}};
-    }
-    rest.layouts.push_back(left);
-    elements(rest, shared);
+  Tensor maxima(int64_t rows, int64_t size) const {
+    const Tensor found = zeros(rows);
+    constexpr int wide = std::max<int>(kVector, 16 / sizeof(S));
+    launch(is_aligned(x, wide) ? maxima_of_rows<S, wide> : maxima_of_rows<S, kVector>,
+           rows * ((size + kChunk - 1) / kChunk), kThreads, x, rows, size, data(found));
+    return found;
   }
 
-  // Any layout. `known`: the maxima, where they have been found already.
-  void elements(const Cover& cover, const Bits* known = nullptr) const {
-    std::optional<Tensor> maxima, most;
-    const Bits* of_tensor = nullptr;
-    if (Format::shared != Shared::Nothing && known == nullptr) {
-      maxima = zeros(cover.blocks);
-      known = data(*maxima);
-      for (const Layout& layout : cover.layouts) {
-        launch(block_maxima<S>, grid(layout.numel), layout, x, data(*maxima));
-      }
+  void quads(int64_t numel, int tile, int64_t row, const Bits* known) const {
+    const int64_t blocks = (numel + kBlock - 1) / kBlock;
+    launch(quantize_quads<S, Format, Round>, (blocks * kQuad + kThreads - 1) / kThreads, kThreads, format, round, x, y, numel,
+           tile, row, known, random, key);
+  }
+
+  void anywhere(const Cover& cover) const {
+    std::optional<Tensor> of_blocks, most;
+    const Bits *known = nullptr, *of_tensor = nullptr;
+    if constexpr (Format::shared != Shared::Nothing) {
+      of_blocks = maxima_anywhere(cover);
+      known = data(*of_blocks);
     }
-    if (Format::shared == Shared::BlockAndTensor) {
+    if constexpr (Format::shared == Shared::BlockAndTensor) {
       most = zeros(1);
       of_tensor = data(*most);
-      launch(maximum_of_maxima<Bits>, grid(cover.blocks), known, cover.blocks, data(*most));
+      launch(maximum_of_maxima<Bits>, (cover.blocks + kThreads - 1) / kThreads, kThreads, known, cover.blocks, data(*most));
     }
     for (const Layout& layout : cover.layouts) {
-      launch(quantize_elements<S, Format, Round>, grid(layout.numel), format, round, layout, x, y, known, of_tensor,
-             random, key);
+      if constexpr (kFast && Round::draws && Format::shared != Shared::BlockAndTensor) {
+        const auto tiles = random.draws_per_word() == kDrawsPerWord ? tiles_of(layout) : std::nullopt;
+        if (tiles) {
+          const bool vectors = is_even(*tiles) && is_aligned(x) && is_aligned(y);
+          launch(vectors ? quantize_tiles<S, Format, Round, kVector> : quantize_tiles<S, Format, Round, 1>, tiles->count(),
+                 kThreads, format, round, *tiles, x, y, known, random, key);
+          continue;
+        }
+      }
+      launch(quantize_elements<S, Format, Round>, (layout.numel + kThreads - 1) / kThreads, kThreads, format, round, layout,
+             x, y, known, of_tensor, random, key);
     }
+  }
+
+  Tensor maxima_anywhere(const Cover& cover) const {
+    const int64_t size = cover.layouts.size() == 1 ? rows_in_memory(cover.layouts.front(), cover.blocks) : 0;
+    if (size > 0 && is_aligned(x)) return maxima(cover.blocks, size);
+    const Tensor found = zeros(cover.blocks);
+    for (const Layout& layout : cover.layouts) {
+      launch(block_maxima<S>, (layout.numel + kChunk - 1) / kChunk, kThreads, layout, x, data(found));
+    }
+    return found;
   }
 };
 
@@ -159,21 +234,25 @@ struct Cuda {
     with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });
   }
 
-  // A list of tensors: the small ones in as few launches as take them, each large one in its own.
+  // A list of tensors: the small ones in as few launches as take them, each other one in its own.
   template <class OneCall>
   static void in_place(std::vector<OneCall>& calls) {
-    std::map<std::pair<int32_t, ScalarType>, std::vector<OneCall*>> small;
-    for (OneCall& call : calls) {
-      if (row_of_item(call) > 0) {
-        small[{call.x.get_device(), call.x.scalar_type()}].push_back(&call);
-      } else {
-        call.in_place();
+    if constexpr (std::decay_t<decltype(calls[0].format)>::shared == Shared::BlockAndTensor) {
+      for (OneCall& call : calls) call.in_place();
+    } else {
+      std::map<std::pair<int32_t, ScalarType>, std::vector<OneCall*>> small;
+      for (OneCall& call : calls) {
+        if (row_of_item(call) > 0) {
+          small[{call.x.get_device(), call.x.scalar_type()}].push_back(&call);
+        } else {
+          call.in_place();
+        }
       }
-    }
-    for (const auto& [kind, items] : small) {
-      for (size_t i = 0; i < items.size(); i += kMostItems) {
-        const std::vector<OneCall*> some(items.begin() + i, items.begin() + std::min(items.size(), i + kMostItems));
-        with_scalar(kind.second, [&](auto zero) { launch_items<decltype(zero)>(some); });
+      for (const auto& [kind, items] : small) {
+        for (size_t i = 0; i < items.size(); i += kMostItems) {
+          const std::vector<OneCall*> some(items.begin() + i, items.begin() + std::min(items.size(), i + kMostItems));
+          with_scalar(kind.second, [&](auto zero) { launch_items<decltype(zero)>(some); });
+        }
       }
     }
   }
@@ -212,13 +291,18 @@ struct Cuda {
   template <class OneCall>
   static int64_t row_of_item(const OneCall& call) {
     constexpr auto shared = std::decay_t<decltype(call.format)>::shared;
-    if (shared == Shared::BlockAndTensor || !call.dense || call.cover.layouts.size() != 1) return 0;
-    const Layout& layout = call.cover.layouts.front();
-    const bool draws = call.drawing.rounding == Rounding::Stochastic;
-    if (layout.numel > kLargestItem || !in_order(layout, draws)) return 0;
-    if (shared == Shared::Nothing) return kPiece;
-    if (call.cover.blocks == 1) return layout.numel;
-    return layout.rank == 2 && layout.blocks_are_rows() ? layout.inner().size : 0;
+    if (!call.dense || call.cover.layouts.size() != 1) return 0;
+    const Layout& given = call.cover.layouts.front();
+    const Drawing& drawing = call.drawing;
+    const bool draws = drawing.rounding == Rounding::Stochastic;
+    bool aligned = false;
+    with_scalar(call.x.scalar_type(), [&](auto zero) {
+      aligned = is_aligned(static_cast<const decltype(zero)*>(call.x.const_data_ptr()));
+    });
+    const Layout layout = draws ? given : in_memory(given);
+    if (layout.numel > kLargestItem || !aligned || !in_order(layout)) return 0;
+    if (draws && drawing.random.draws_per_word() != kDrawsPerWord) return 0;
+    return shared == Shared::Nothing ? kHeld : rows_in_memory(layout, call.cover.blocks);
   }
 
   template <class S, class OneCall>
@@ -226,14 +310,15 @@ struct Cuda {
     const OneCall& any = *calls.front();
     const torch::stable::accelerator::DeviceGuard guard(any.x.get_device());
     Items<S> items;
-    unsigned blocks = 0;
+    unsigned blocks = 0, threads = 32;
     for (const OneCall* call : calls) {
       const int64_t numel = call->numel(), size = row_of_item(*call);
+      threads = std::max(threads, threads_of_row(std::min(size, numel)));
       items.at[items.count++] = {static_cast<S*>(call->x.mutable_data_ptr()), numel, size, call->drawing.random.stream,
                                  blocks};
       blocks += static_cast<unsigned>(std::min((numel + size - 1) / size, kMostBlocks));
     }
-    const cudaLaunchConfig_t config{dim3(blocks), dim3(kThreads), 0, current_stream(any.x)};
+    const cudaLaunchConfig_t config{dim3(blocks), dim3(threads), 0, current_stream(any.x)};
     const Drawing& drawing = any.drawing;
     with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, any.format.magnitude_bits(), [&](const auto& round) {
       using Format = std::decay_t<decltype(any.format)>;

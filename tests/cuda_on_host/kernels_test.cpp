@@ -43,8 +43,8 @@ struct Tally {
   }
 };
 
-Tally quads{"quantize_quads"}, rows{"quantize_rows"}, elements{"quantize_elements"}, of_blocks{"block_maxima"},
-    of_all{"maximum_of_all"}, of_maxima{"maximum_of_maxima"};
+Tally quads{"quantize_quads"}, rows{"quantize_rows"}, elements{"quantize_elements"}, tiled{"quantize_tiles"},
+    of_blocks{"block_maxima"}, of_rows{"maxima_of_rows"}, of_maxima{"maximum_of_maxima"};
 
 // ---- memory -----------------------------------------------------------------------------------------
 
@@ -127,33 +127,38 @@ struct KeyAt {
 
 // ---- contiguous memory ------------------------------------------------------------------------------
 
+// tile > 0: tiles of so many neighbours; row > 0: rows of so many, whose maxima the kernel is given.
 template <class S, class Format, class Round>
-void check_quads(const Format& format, const Round& round, int64_t n, int tile, bool whole, unsigned blocks, int bits) {
+void check_quads(const Format& format, const Round& round, int64_t n, int tile, int64_t row, unsigned blocks, int bits) {
   const Random random = any_random(bits);
   const KeyAt key(random, below(2) == 0);
   const auto x = hard_values<S>(n);
-  Memory<BitsOf<S>> shared(1);
-  shared[0] = 0;
-  for (int64_t i = 0; i < n; ++i) raise_to<S>(shared[0], x[i]);
+  BitsOf<S> most = 0;
+  for (int64_t i = 0; i < n; ++i) raise_to<S>(most, x[i]);
+  const int64_t size = tile > 0 ? tile : row > 0 ? row : n;
+  Memory<BitsOf<S>> maxima((n + size - 1) / size), given(tile > 0 ? 1 : maxima.size());
+  for (int64_t b = 0; b < maxima.size(); ++b) {
+    maxima[b] = 0;
+    for (int64_t i = b * size; i < n && i < (b + 1) * size; ++i) raise_to<S>(maxima[b], x[i]);
+    if (tile == 0) given[b] = maxima[b];
+  }
+  if (tile > 0) given[0] = most;
   for (const bool in_place : {false, true}) {
     const Memory<S> from = x, to(n);
     S* const y = in_place ? from.data() : to.data();
     ++quads.launches;
-    cuda_on_host::launch(quantize_quads<S, Format, Round>, blocks, 64, format, round, from.data(), y, n, tile,
-                         whole ? shared.data() : nullptr, key.passed, key.pointer);
-    BitsOf<S> maximum = shared[0];
+    cuda_on_host::launch(quantize_quads<S, Format, Round>, blocks, 64, format, round, from.data(), y, n, tile, row,
+                         given.data(), key.passed, key.pointer);
     for (int64_t i = 0; i < n; ++i) {
-      if (tile > 0 && i % tile == 0) {
-        maximum = 0;
-        for (int64_t j = i; j < i + tile; ++j) raise_to<S>(maximum, x[j]);
-      }
-      quads.compare(y[i], law<S>(format, round, x[i], maximum, 0, random, i), i);
+      const S due = law<S>(format, round, x[i], maxima[i / size], bit_cast<Compute<S>>(most), random, i);
+      quads.compare(y[i], due, i);
     }
   }
 }
 
 template <class S, class Format, class Round>
-void check_rows(const Format& format, const Round& round, int64_t count, int64_t size, unsigned blocks, int bits) {
+void check_rows(const Format& format, const Round& round, int64_t count, int64_t size, unsigned blocks, unsigned threads,
+                int bits) {
   const Random random = any_random(bits);
   const KeyAt key(random, below(2) == 0);
   const auto x = hard_values<S>(count * size);
@@ -161,7 +166,7 @@ void check_rows(const Format& format, const Round& round, int64_t count, int64_t
     const Memory<S> from = x, to(x.size());
     S* const y = in_place ? from.data() : to.data();
     ++rows.launches;
-    cuda_on_host::launch(quantize_rows<S, Format, Round>, blocks, kThreads, format, round, from.data(), y, count, size,
+    cuda_on_host::launch(quantize_rows<S, Format, Round>, blocks, threads, format, round, from.data(), y, count, size,
                          key.passed, key.pointer);
     for (int64_t i = 0; i < x.size();) {
       BitsOf<S> maximum = 0;
@@ -172,17 +177,21 @@ void check_rows(const Format& format, const Round& round, int64_t count, int64_t
   }
 }
 
-// Grids that are smaller than the work, as large, and larger.
+// Grids that are smaller than the work, as large, and larger; ends within a block of random bits and within a Vector.
 template <class S, class Format, class Round>
 void check_contiguous(const Format& format, const Round& round, int bits) {
   if constexpr (Format::shared == Shared::Nothing) {
-    for (const int64_t n : {1, 5, 67}) check_quads<S>(format, round, n * kBlock, 0, false, 1 + below(3), bits);
+    for (const int64_t n : {1, 3, 127, 128, 5 * 128 + 6, 67 * 128}) check_quads<S>(format, round, n, 0, 0, 1 + below(3), bits);
   } else {
-    check_quads<S>(format, round, 37 * kBlock, 0, true, 2, bits);
-    for (const int tile : {16, 32, 64, 128}) check_quads<S>(format, round, 21 * kBlock, tile, false, 1, bits);
-    check_quads<S>(format, round, 3 * kBlock, 32, false, 3, bits);
-    check_rows<S>(format, round, 7, 1028, 2, bits);
-    check_rows<S>(format, round, 2, 2500, 3, bits);
+    for (const int tile : {16, 32, 64, 128}) check_quads<S>(format, round, 21 * kBlock + tile, tile, 0, 1, bits);
+    check_quads<S>(format, round, 3 * kBlock, 32, 0, 3, bits);
+  }
+  if constexpr (Format::shared == Shared::Block) {
+    for (const int64_t row : {128, 130, 333, 1024}) check_quads<S>(format, round, 7 * row, 0, row, 2, bits);
+    // Rows that are held, and rows that are not: 32 threads hold 8 blocks of random bits.
+    for (const int64_t size : {1, 3, 17, 130, 896, 1021, 1024, 2500}) check_rows<S>(format, round, 3, size, 2, 32, bits);
+    check_rows<S>(format, round, 2, 1500, 3, 64, bits);
+    check_rows<S>(format, round, 2, 1030, 2, kThreads, bits);
   }
 }
 
@@ -286,6 +295,70 @@ void check_elements(const Format& format, const Round& round, int bits) {
   }
 }
 
+// ---- tiles of memory in another order ---------------------------------------------------------------
+
+struct Cut {
+  Tiles tiles;
+  int64_t numel, blocks;
+};
+
+// Of [2, width, height] with height last in memory for the rows, a block each of the first dimension, or each column.
+Cut cut(int64_t height, int64_t width, int64_t rows, int64_t columns, bool joined, bool block_a_column) {
+  Cut c{{}, 2 * height * width, block_a_column ? 2 * width : 2};
+  c.tiles.outer = nest({}, {{2, {height * width, height * width, block_a_column ? width : 1}}});
+  c.tiles.along = {height, {width, 1, 0}};
+  c.tiles.across = {width, {1, height, block_a_column}};
+  c.tiles.rows = rows;
+  c.tiles.columns = columns;
+  c.tiles.slots = joined ? height : rows + 2;
+  c.tiles.joined = joined;
+  return c;
+}
+
+std::vector<Cut> cuts() {
+  std::vector<Cut> all;
+  for (const bool block_a_column : {false, true}) {
+    all.push_back(cut(49, 12, 49, 8, true, block_a_column));
+    all.push_back(cut(300, 20, 130, 16, false, block_a_column));
+    all.push_back(cut(200, 3, 200, 3, false, block_a_column));
+  }
+  // Runs of memory that are runs of the row-major order too, elsewhere: [5, 300] with the rows in opposite order.
+  Cut runs{{}, 1500, 5};
+  runs.tiles.outer = nest({0, 1200, 4}, {{5, {300, -300, -1}}});
+  runs.tiles.along = {1, {0, 1, 0}};
+  runs.tiles.across = {300, {1, 1, 0}};
+  runs.tiles.rows = 1, runs.tiles.columns = 256, runs.tiles.slots = 1, runs.tiles.joined = true;
+  all.push_back(runs);
+  return all;
+}
+
+template <class S, class Format, class Round>
+void check_tiles(const Format& format, const Round& round, int bits) {
+  for (const Cut& c : cuts()) {
+    const Random random = any_random(bits);
+    const KeyAt key(random, below(2) == 0);
+    Layout all = c.tiles.outer;
+    for (const Dim& d : {c.tiles.along, c.tiles.across}) {
+      all.dims[all.rank++] = d;
+      all.numel *= d.size;
+    }
+    const auto of_memory = places({{all}, c.numel, c.blocks});
+    const auto x = hard_values<S>(c.numel);
+    const auto maxima = maxima_of(of_memory, x, c.blocks);
+    const bool even = c.tiles.across.size % kVector == 0;
+    for (const bool in_place : {false, true}) {
+      const Memory<S> from = x, to(x.size());
+      S* const y = in_place ? from.data() : to.data();
+      ++tiled.launches;
+      cuda_on_host::launch(even ? quantize_tiles<S, Format, Round, kVector> : quantize_tiles<S, Format, Round, 1>,
+                           1 + below(3), 64, format, round, c.tiles, from.data(), y, maxima.data(), key.passed, key.pointer);
+      for (const Place& p : of_memory) {
+        tiled.compare(y[p.memory], law<S>(format, round, x[p.memory], maxima[p.block], 0, random, p.index), p.memory);
+      }
+    }
+  }
+}
+
 // ---- maxima -----------------------------------------------------------------------------------------
 
 template <class S>
@@ -301,17 +374,22 @@ void check_maxima() {
     }
     for (int64_t b = 0; b < c.blocks; ++b) of_blocks.compare(maxima[b], due[b], b);
   }
-  for (const int64_t n : {1, 3, 4, 1027, 4098}) {
-    for (const unsigned blocks : {1u, 3u}) {
-      auto x = hard_values<S>(n);
-      x[below(n)] = S(12345.0f);  // whichever thread holds the largest
-      BitsOf<S> due = 0;
-      for (int64_t i = 0; i < n; ++i) raise_to<S>(due, x[i]);
-      Memory<BitsOf<S>> found(1);
-      found[0] = 0;
-      ++of_all.launches;
-      cuda_on_host::launch(maximum_of_all<S>, blocks, kThreads, x.data(), n, found.data());
-      of_all.compare(found[0], due, n);
+  for (const int64_t size : {1, 3, 4, 1027, 9001}) {
+    for (const int64_t count : {1, 3}) {
+      auto x = hard_values<S>(count * size);
+      x[below(count * size)] = S(12345.0f);  // whichever thread holds the largest
+      Memory<BitsOf<S>> found(count);
+      memset(found.data(), 0, count * sizeof(BitsOf<S>));
+      ++of_rows.launches;
+      constexpr int kWide = std::max<int>(kVector, 16 / sizeof(S));
+      // Memory aligns to a Vector only.
+      const bool wide = reinterpret_cast<uintptr_t>(x.data()) % (kWide * sizeof(S)) == 0;
+      cuda_on_host::launch(wide ? maxima_of_rows<S, kWide> : maxima_of_rows<S, kVector>, 1 + below(3), kThreads, x.data(), count, size, found.data());
+      for (int64_t row = 0; row < count; ++row) {
+        BitsOf<S> due = 0;
+        for (int64_t i = row * size; i < (row + 1) * size; ++i) raise_to<S>(due, x[i]);
+        of_rows.compare(found[row], due, row);
+      }
     }
   }
 }
@@ -338,8 +416,9 @@ void check_format(const Format& format) {
     with_rounding<Compute<S>>(rounding, bits, format.magnitude_bits(), [&](const auto& round) {
       if constexpr (!std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
         if (!contiguous) check_elements<S>(format, round, bits);
-        if constexpr (Format::shared != Shared::BlockAndTensor) {
-          if (contiguous) check_contiguous<S>(format, round, bits);
+        if (contiguous) check_contiguous<S>(format, round, bits);
+        if constexpr (Format::shared != Shared::BlockAndTensor && std::decay_t<decltype(round)>::draws) {
+          if (contiguous) check_tiles<S>(format, round, bits);
         }
       }
     });
@@ -420,7 +499,7 @@ int main() {
   if (!engine_shows(no_barrier)) return puts("a missing barrier did not show"), 1;
   check_everything();
   Tally all{"total"};
-  for (const Tally* t : {&quads, &rows, &elements, &of_blocks, &of_all, &of_maxima}) {
+  for (const Tally* t : {&quads, &rows, &elements, &tiled, &of_blocks, &of_rows, &of_maxima}) {
     t->print();
     all.launches += t->launches;
     all.values += t->values;
