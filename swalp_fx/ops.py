@@ -131,6 +131,14 @@ def _find(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]
     return (_lookup.__wrapped__ if torch.compiler.is_compiling() else _lookup)(spec, rounding)
 
 
+def _beside(x: Tensor, key: Tensor | None) -> Tensor | None:
+    """The key, where a graph of torch.compile reads it anew at each replay.
+
+    Kernels take a key on the CPU by value, so a CUDA graph of what was compiled would replay its first value.
+    """
+    return key.to(x.device) if key is not None and torch.compiler.is_compiling() else key
+
+
 def _require_floating(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"quantize takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
@@ -208,7 +216,7 @@ def quantize(
         return x.clone()
     if is_transformed():
         return _StraightThrough.apply(x, key, op, numbers, code, bits, stream)
-    return op(x, *numbers, code, bits, key, stream)
+    return op(x, *numbers, code, bits, _beside(x, key), stream)
 
 
 # (format, rounding, shape, strides, dtype) -> a plan, or None where there is none: those sizes that come again.
@@ -263,7 +271,7 @@ def rounded(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int
         _run(plan, x, y, key, stream)
         return y
     if torch.compiler.is_compiling():
-        return op(x, *numbers, code, bits, key, stream)
+        return op(x, *numbers, code, bits, _beside(x, key), stream)
     # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
     with torch._C._AutoDispatchBelowAutograd():
         return op(x, *numbers, code, bits, key, stream)
@@ -276,7 +284,7 @@ def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int)
         if (plan := _plan(x, spec, rounding, key)) is not None:
             _run(plan, x, x, key, stream)
         else:
-            op(x, *numbers, code, bits, key, stream)
+            op(x, *numbers, code, bits, _beside(x, key), stream)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
@@ -297,7 +305,7 @@ def quantize_(
     _require_no_gradient(x, "quantize_")
     key = _draws(code, key, generator)
     if op is not None:
-        op(x, *numbers, code, bits, key, stream)
+        op(x, *numbers, code, bits, _beside(x, key), stream)
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
 
