@@ -43,7 +43,17 @@ class Stage:
     def rows(self) -> Iterator[dict[str, Any]]:
         """What the stage finds, a row at a time; raises where something is wrong."""
         if self.tests:
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=5", *self.tests]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "gpu",
+                "--show-capture=no",
+                "--durations=5",
+                *self.tests,
+            ]
             subprocess.run(command, check=True)
             return
         stages = importlib.import_module("gpu_stages")  # imports torch and swalp_fx, which may not be built yet
