@@ -25,6 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 6000  # characters of a stage's output that are kept
 NO_GPU = 3  # exit status of a stage that needs a GPU where there is none
@@ -39,6 +41,7 @@ class Stage:
     shows: str
     tests: tuple[str, ...] = ()
     needs_gpu: bool = True
+    is_table: bool = False  # whether its rows are printed
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What the stage finds, a row at a time; raises where something is wrong."""
@@ -65,8 +68,8 @@ STAGES = (
     Stage("smoke", 30, "the modules load, and round as the CPU does"),
     Stage("hashes", 60, "each kernel and path in each dtype gives the CPU's bits", ("tests/test_cuda_hashes.py",)),
     Stage("sanitizer", 150, "no bad access and no race, by compute-sanitizer where it is installed"),
-    Stage("bandwidth", 60, "bytes moved a second, by path, beside a copy"),
-    Stage("steps", 90, "a training step of ResNet-18 and ResNet-50 over float, and its launches"),
+    Stage("bandwidth", 60, "bytes moved a second, by path, beside a copy", is_table=True),
+    Stage("steps", 90, "training steps of ResNet-18 and ResNet-50 over float, and their launches", is_table=True),
     Stage("models", 80, "a model trained, captured, under autocast and compiled", ("tests/test_cuda_models.py",)),
     Stage(
         "tests",
@@ -113,6 +116,12 @@ def inside(stage: Stage, rows: Path) -> None:
             print(json.dumps(row), file=file, flush=True)
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows' numbers and words; what is nested in them stands in the JSON file alone."""
+    flat = [{name: value for name, value in row.items() if not isinstance(value, dict | list)} for row in rows]
+    return tabulate(flat, headers="keys", floatfmt=".4g")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{result['outcome']} in {result['seconds']} s: {stage.shows}", flush=True)
         if result["outcome"] not in ("passed", "no GPU"):
             print(result["output"], flush=True)
+        if stage.is_table and result["rows"]:
+            print("\n" + table(result["rows"]) + "\n", flush=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     raise SystemExit(any(each["outcome"] not in ("passed", "no GPU") for each in found["stages"].values()))
 
