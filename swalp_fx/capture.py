@@ -336,8 +336,8 @@ def refuse_unfit(model: nn.Module) -> None:
                 )
 
 
-def _random_state() -> tuple[bytes, object]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+def _random_state() -> tuple[list[int], object]:
+    return torch.get_rng_state().tolist(), random.getstate()
 
 
 # What gives the same numbers in another form, or some of them: a write into it is a write into its source.
