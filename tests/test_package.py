@@ -1,19 +1,30 @@
-"""What is handed out: every dependency declared."""
+"""What is handed out: an sdist that holds what git holds, a small typed wheel, and every dependency declared."""
 
 import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import swalp_fx
 
 ROOT = Path(__file__).parents[1]
 FIRST_STEPS = ROOT / "tests" / "first_steps.py"
+FOR_GIT_ALONE = {".gitignore", ".ci/run"}
+MODULE_BYTES = 8_000_000
+COMPILED = [name for name in sys.modules if name.startswith("swalp_fx._C")]
+
+NVCC = torch.version.cuda is not None and shutil.which("nvcc") is not None
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="torch is built without CUDA, or nvcc is not on the PATH")
+with_and_without_cuda = pytest.mark.parametrize("cuda", ["0", pytest.param("1", marks=needs_nvcc)])
 
 
 def run(*command, cwd, **environment):
@@ -28,6 +39,52 @@ def run(*command, cwd, **environment):
     )
     assert result.returncode == 0, result.stdout
     return result.stdout
+
+
+@pytest.fixture(scope="module")
+def in_git():
+    """Every file that is in git, or is new and not ignored."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("git, or the repository's .git, is not here")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    return {name for name in listed if (ROOT / name).exists()}
+
+
+@pytest.fixture
+def clone(in_git, tmp_path):
+    """A copy of git's files alone: no earlier build has left anything there."""
+    for name in in_git:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "clone" / name)
+    return tmp_path / "clone"
+
+
+def of_package(in_git):
+    return {name for name in in_git if name.startswith("swalp_fx/")}
+
+
+def sdist_of(clone, *others, cuda):
+    """The sdist; ``others`` are commands for the same run of setup.py."""
+    run(sys.executable, "setup.py", "-q", "sdist", *others, cwd=clone, SWALP_FX_CUDA=cuda)
+    (archive,) = (clone / "dist").glob("*.tar.gz")
+    return archive
+
+
+@with_and_without_cuda
+def test_sdist_and_installation_hold_what_git_holds(clone, in_git, tmp_path, cuda):
+    library = tmp_path / "library"
+    with tarfile.open(sdist_of(clone, "build_py", "--build-lib", library, cuda=cuda)) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {name for name in held if name.startswith("swalp_fx.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert held - made == in_git - FOR_GIT_ALONE
+    installed = {str(path.relative_to(library)) for path in library.rglob("*") if path.is_file()}
+    assert installed == of_package(in_git) and "swalp_fx/py.typed" in installed
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizers' module holds debug information")
+@pytest.mark.parametrize("module", COMPILED)
+def test_a_compiled_module_is_small(module):
+    assert Path(sys.modules[module].__file__).stat().st_size < MODULE_BYTES, "made by an older setup.py: make build"
 
 
 def canonical(distribution):
@@ -73,3 +130,31 @@ def run_first_steps(environment, source, tmp_path):
 
 def test_first_steps_need_what_is_declared(environment, tmp_path):
     run_first_steps(environment, Path(swalp_fx.__file__).parents[1], tmp_path)
+
+
+@pytest.mark.slow
+@with_and_without_cuda
+def test_an_sdist_builds_a_small_wheel_that_runs(environment, clone, in_git, tmp_path, cuda):
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path]
+    run(*pip, sdist_of(clone, cuda=cuda), cwd=tmp_path, SWALP_FX_CUDA=cuda)
+    (wheel,) = tmp_path.glob("swalp_fx-*-cp310-abi3-*.whl")
+    modules = {"swalp_fx/_C.abi3.so"} | ({"swalp_fx/_C_cuda.abi3.so"} if cuda == "1" else set())
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert held == of_package(in_git) | modules
+        assert all(archive.getinfo(name).file_size < MODULE_BYTES for name in modules)
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "License-Expression: MIT\n" in archive.read(metadata).decode()
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
+        archive.extractall(tmp_path / "site")
+    run_first_steps(environment, tmp_path / "site", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_users_script_passes_strict_type_checks(environment, clone, tmp_path):
+    """Against the package as installed: there, only py.typed makes mypy read its types."""
+    pytest.importorskip("mypy")
+    python, site = environment
+    run(sys.executable, "setup.py", "-q", "build_py", "--build-lib", site, cwd=clone)
+    shutil.copy(FIRST_STEPS, tmp_path)
+    run(sys.executable, "-m", "mypy", "--strict", "--python-executable", python, FIRST_STEPS.name, cwd=tmp_path)
