@@ -38,7 +38,9 @@ def _load(module: str) -> Any:
     try:
         return importlib.import_module(f"swalp_fx.{module}")
     except ImportError as error:
-        raise ImportError(f"swalp_fx.{module} does not load ({error}); build it: pip install -e .") from error
+        raise ImportError(
+            f"swalp_fx.{module} does not load ({error}); build it: pip install --no-build-isolation -e ."
+        ) from error
 
 
 _C = _load("_C")
