@@ -10,7 +10,10 @@ import re
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # the first that reads pyproject.toml's license
+    raise SystemExit(f"setuptools {setuptools.__version__} is too old; pip install 'setuptools>=77.0.3'")
 
 
 def find_cuda_home():
@@ -100,7 +103,7 @@ if with_cuda():
         )
     )
 
-setup(
+setuptools.setup(
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

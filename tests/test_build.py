@@ -1,10 +1,12 @@
-"""What the build makes: the CUDA module too, wherever there is a compiler for it."""
+"""What the build makes: the CUDA module too, wherever there is a compiler for it. And what it refuses."""
 
+import ensurepip
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,14 @@ def test_every_op_serves_cuda(op):
 def test_an_unknown_wish_for_cuda_is_refused():
     result = setup_says("--version", SWALP_FX_CUDA="maybe")
     assert result.returncode != 0 and "SWALP_FX_CUDA='maybe' is neither 0 nor 1" in result.stderr
+
+
+# What a new environment of Python 3.10 or 3.11 starts with.
+OLD_SETUPTOOLS = list((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-6*.whl"))
+
+
+@pytest.mark.skipif(not OLD_SETUPTOOLS, reason="this Python does not come with an old setuptools")
+def test_an_old_setuptools_is_refused(tmp_path):
+    zipfile.ZipFile(OLD_SETUPTOOLS[0]).extractall(tmp_path)
+    result = setup_says("--version", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0 and "is too old; pip install 'setuptools>=77.0.3'" in result.stderr.splitlines()[-1]
