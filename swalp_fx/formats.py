@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .nearest import listed, nearest_specs
+
 __all__ = [
     "BF16",
     "BFP8",
@@ -534,7 +536,7 @@ PRESETS: dict[str, Format] = {
     name.lower(): value for name, value in tuple(globals().items()) if isinstance(value, Format)
 }
 
-# One row a family: its specs, their pattern, and the format a match stands for.
+# One row a family: under its specs their pattern, and the format a match stands for.
 _INT = r"(-?\d+)"
 _BLOCKS = r"(?:\[(?P<dims>-?\d+(?:,-?\d+)*)\]|\[(?P<axis>-?\d+):(?P<size>-?\d+)\])?"
 _TILED = rf"(?:(?P<whole>\[\])|{_BLOCKS})"
@@ -546,33 +548,29 @@ def _blocks(m: re.Match[str]) -> dict[str, Any]:
     return {"tile": (int(m["axis"]), int(m["size"]))} if m["axis"] else {}
 
 
-_FAMILIES: tuple[tuple[str, str, Callable[[re.Match[str]], Format]], ...] = (
-    (
-        "fixed<wl>.<fl>[+sym]",
+_FAMILIES: tuple[tuple[str, Callable[[re.Match[str]], Format]], ...] = (
+    (  # fixed<wl>.<fl>[+sym]
         rf"fixed{_INT}\.{_INT}(\+sym)?",
         lambda m: FixedPoint(int(m[1]), int(m[2]), symmetric=bool(m[3])),
     ),
-    (
-        "bfp<wl>[<dim>,... or <axis>:<size>][+twos][+exp<bits>]",
+    (  # bfp<wl>[<dim>,... or <axis>:<size>][+twos][+exp<bits>]
         rf"bfp(?P<wl>-?\d+){_BLOCKS}(?P<twos>\+twos)?(?:\+exp(?P<exp>-?\d+))?",
         lambda m: BlockFloat(int(m["wl"]), symmetric=not m["twos"], exponent_bits=int(m["exp"] or 8), **_blocks(m)),
     ),
-    (
-        "e<exp>m<man>[+ieee|+nan|+finite]",
+    (  # e<exp>m<man>[+ieee|+nan|+finite]
         rf"e{_INT}m{_INT}(?:\+({'|'.join(TOPS)}))?",
         lambda m: Float(int(m[1]), int(m[2]), top=m[3] or ""),
     ),
-    (
-        "int<wl>[<dim>,... or <axis>:<size>]",
+    (  # int<wl>[<dim>,... or <axis>:<size>]
         rf"int(?P<wl>-?\d+){_BLOCKS}",
         lambda m: ScaledInteger(int(m["wl"]), **_blocks(m)),
     ),
-    (
-        "|".join(MX_ELEMENTS) + "[<axis>:<size>]",
+    (  # mxfp8[<axis>:<size>], mxfp4[] and their like
         rf"(?P<name>{'|'.join(MX_ELEMENTS)}){_TILED}",
         lambda m: Microscaling(MX_ELEMENTS[m["name"]], **_tile_unless(m)),
     ),
-    ("nvfp4[<axis>:<size>]", rf"nvfp4{_TILED}", lambda m: Nvfp4(**_tile_unless(m))),
+    # nvfp4[<axis>:<size>]
+    (rf"nvfp4{_TILED}", lambda m: Nvfp4(**_tile_unless(m))),
 )
 
 
@@ -584,18 +582,35 @@ def _tile_unless(m: re.Match[str]) -> dict[str, Any]:
 def parse(spec: str | Format) -> Format:
     """The format that ``spec`` or a preset's name stands for; a format is returned as it is.
 
-    Raises FormatError, naming the spec and the families there are, if it names none.
+    Raises FormatError, naming the spec and the nearest that there are, if it names none.
     """
     if isinstance(spec, Format):
         return spec
     if not isinstance(spec, str):
         raise FormatError(f"a format spec must be a string or a format, not {type(spec).__name__} {spec!r}")
-    if (preset := PRESETS.get(spec.strip())) is not None:
+    if (format := _named(spec.strip())) is not None:
+        return format
+    raise FormatError(f"unknown format spec {spec!r}; {_remedy(spec)}")
+
+
+def _named(spec: str) -> Format | None:
+    if (preset := PRESETS.get(spec)) is not None:
         return preset
-    for _, pattern, build in _FAMILIES:
-        if match := re.fullmatch(pattern, spec.strip()):
+    for pattern, build in _FAMILIES:
+        if match := re.fullmatch(pattern, spec):
             return build(match)
-    names = [name for name in PRESETS if not any(re.fullmatch(pattern, name) for _, pattern, _ in _FAMILIES)]
-    raise FormatError(
-        f"unknown format spec {spec!r}; use one of {', '.join([*names, *(family for family, _, _ in _FAMILIES)])}"
-    )
+    return None
+
+
+def _remedy(spec: str) -> str:
+    """What ``spec``, which names no format, may have meant; if nothing is like it, what specs look like."""
+
+    def is_spec(text: str) -> bool:
+        try:
+            return _named(text) is not None
+        except FormatError:  # its numbers are out of range
+            return False
+
+    if found := nearest_specs(spec, PRESETS, is_spec):
+        return f"did you mean {listed(found)}?"
+    return "specs look like bfp8[0], fixed8.6, e4m3, int8[0], mxfp8, nvfp4, bf16 or float (docs/formats.md)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -10,12 +9,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .formats import FLOAT, Format, parse
+from .nearest import did_you_mean, listed, nearest
 
 __all__ = ["PLACEMENTS", "ROLES", "ROUNDINGS", "Recipe", "RecipeError", "Rule", "Subject", "matches", "parse_rounding"]
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
 LETTERS = {role: letter for letter, role in ROLES.items()}
+ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ROLES.items())
 _FORMATS = (*ROLES.values(), "accumulator", "average")
 # In the order of csrc/round.h, whose codes these are.
 ROUNDINGS = ("nearest", "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up")
@@ -35,13 +36,14 @@ class RecipeError(ValueError):
     """A recipe that names a role, a rounding, a layer or a value that does not exist."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Rule:
     """An exception of a recipe: the formats of what it matches. A role left at None is as the recipe says.
 
     ``match`` is a glob, or a regular expression behind ``re:``, which must match the whole qualified name of a layer,
     an output, a parameter or of a module around it: ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``.
     A function's output is named by the module that calls it and by what is called: ``layer1.0.add``.
+    A role goes by its letter too: ``Rule("fc", W="float")``.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
     ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
     """
@@ -54,19 +56,20 @@ class Rule:
     gradient: Format | None = None
     momentum: Format | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.match, str) or not self.match:
-            raise RecipeError(f"a rule matches a qualified name, such as 'layer1.*', not {self.match!r}")
-        if self.match.startswith("re:"):
+    def __init__(self, match: str, kind: str | None = None, **formats: str | Format | None) -> None:
+        if not isinstance(match, str) or not match:
+            raise RecipeError(f"a rule matches a qualified name, such as 'layer1.*', not {match!r}")
+        if match.startswith("re:"):
             try:
-                re.compile(self.match[3:])
+                re.compile(match[3:])
             except re.error as error:
-                raise RecipeError(f"rule {self.match!r} is no regular expression: {error}") from error
-        for role in ROLES.values():
-            if (value := getattr(self, role)) is not None:
-                object.__setattr__(self, role, parse(value))
-        if not self.formats():
-            raise RecipeError(f"rule {self.match!r} sets no format; name a role, such as weight='float'")
+                raise RecipeError(f"rule {match!r} is no regular expression: {error}") from error
+        given = _once(formats.items(), f"rule {match!r}", tuple(ROLES.values()))
+        values = {role: parse(spec) for role, spec in given.items() if spec is not None}
+        if not values:
+            raise RecipeError(f"rule {match!r} sets no format; name a role, such as weight='float'")
+        for name, value in {"match": match, "kind": kind, **dict.fromkeys(ROLES.values()), **values}.items():
+            object.__setattr__(self, name, value)
 
     def formats(self) -> dict[str, Format]:
         """Role -> format, of the roles that it sets."""
@@ -75,9 +78,29 @@ class Rule:
     def matches(self, subjects: Iterable[Subject]) -> bool:
         return any((self.kind is None or self.kind in kinds) and matches(self.match, name) for name, kinds in subjects)
 
+    def __repr__(self) -> str:
+        kind = [f"kind={self.kind!r}"] if self.kind else []
+        formats = (f"{LETTERS[role]}={str(value)!r}" for role, value in self.formats().items())
+        return f"Rule({', '.join([repr(self.match), *kind, *formats])})"
+
     def __str__(self) -> str:
         words = [self.match, *([f"kind={self.kind}"] if self.kind else [])]
         return " ".join([*words, *(f"{LETTERS[role]}={value}" for role, value in self.formats().items())])
+
+
+def _once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -> dict[str, Any]:
+    """Field -> value, of values by field or letter. Raises RecipeError for what is none of ``fields``, and twice."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, value in values:
+        field = ROLES.get(name, name)
+        if field not in fields:
+            remedy = did_you_mean(name, (*ROLES, *fields), f"the roles are {ROLE_NAMES}")
+            raise RecipeError(f"{where}: there is no role {name!r}; {remedy}")
+        if field in found:
+            before, first = found[field]
+            raise RecipeError(f"{where} sets {field} twice, {before}={first} and {name}={value}; leave one out")
+        found[field] = name, value
+    return {field: value for field, (_, value) in found.items()}
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -103,11 +126,15 @@ def parse_rounding(rounding: str) -> tuple[str, int]:
     if isinstance(rounding, str) and (match := re.fullmatch(r"(stochastic)(\d+)", rounding)):
         name, bits = match[1], int(match[2])
     if name not in ROUNDINGS or not 1 <= bits <= MAX_RANDOM_BITS:
-        raise RecipeError(
-            f"unknown rounding {rounding!r}; use one of {', '.join(ROUNDINGS)}, or stochastic1 to "
-            f"stochastic{MAX_RANDOM_BITS} for other than {RANDOM_BITS} random bits"
-        )
+        raise RecipeError(f"unknown rounding {rounding!r}; {_other_rounding(name)}")
     return name, bits
+
+
+def _other_rounding(name: str) -> str:
+    numbered = f"stochastic1 to stochastic{MAX_RANDOM_BITS} for a number of random bits"
+    if name == "stochastic":
+        return f"use {numbered}"
+    return did_you_mean(str(name), ROUNDINGS, f"use one of {', '.join(ROUNDINGS)}, or {numbered}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +170,8 @@ class Recipe:
                 object.__setattr__(self, role, parse(value))
         parse_rounding(self.rounding)
         if self.placement not in PLACEMENTS:
-            raise RecipeError(f"unknown placement {self.placement!r}; use one of {', '.join(PLACEMENTS)}")
+            remedy = did_you_mean(str(self.placement), PLACEMENTS, f"use one of {', '.join(PLACEMENTS)}")
+            raise RecipeError(f"unknown placement {self.placement!r}; {remedy}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         for name in ("quantize_input", "quantize_logits", "in_place"):
@@ -161,22 +189,10 @@ class Recipe:
         ``"bfp8[0] placement=compute+activation exclude=relu,*.shortcut quantize_input=true"``.
         """
         if not isinstance(text, str | Recipe):
-            raise RecipeError(f"a recipe must be a string or a Recipe, not {type(text).__name__} {text!r}")
-        known = [field.name for field in fields(cls)]
-        values: dict[str, Any] = {}
-        for word in re.split(r"[\s;]+", text.strip()) if isinstance(text, str) else ():
-            name, separator, value = word.partition("=")
-            if not separator:
-                if values:
-                    raise RecipeError(f"recipe {text!r}: {word!r} would undo what stands before it; put it first")
-                values |= dict.fromkeys(ROLES.values(), word)
-                continue
-            if name == "rules":
-                raise RecipeError("rules are not read from text; pass them: Recipe.parse(text, rules=(Rule(...),))")
-            values[ROLES.get(name, name)] = _READ.get(name, str)(value)
-        values |= {ROLES.get(name, name): value for name, value in changes.items()}
-        if unknown := [name for name in values if name not in known]:
-            raise RecipeError(f"recipe {str(text)!r}: there is no role {unknown[0]!r}; use one of {', '.join(known)}")
+            remedy = f"; use {str(text)!r}" if isinstance(text, Format) else ""
+            raise RecipeError(f"a recipe must be a string or a Recipe, not {type(text).__name__} {text!r}{remedy}")
+        values = {} if isinstance(text, Recipe) else _read(text)
+        values |= _once(changes.items(), f"recipe {str(text)!r}", FIELDS)
         if isinstance(text, Recipe):
             return replace(text, **values) if values else text
         return cls(**values)
@@ -207,6 +223,15 @@ class Recipe:
                     raise _unmatched(f"{field} {pattern!r}", pattern, names)
 
     def __str__(self) -> str:
+        rules = [f"rules=[{'; '.join(map(str, self.rules))}]"] if self.rules else []
+        return " ".join([self._text(), *rules])
+
+    def __repr__(self) -> str:
+        rules = f", rules={self.rules!r}" if self.rules else ""
+        return f"Recipe.parse({self._text()!r}{rules})"
+
+    def _text(self) -> str:
+        """What parse reads: all but the rules."""
         words = [f"{letter}={getattr(self, role)}" for letter, role in ROLES.items()]
         formats = {getattr(self, role) for role in ROLES.values()}
         if len(formats) == 1:
@@ -218,20 +243,39 @@ class Recipe:
         words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]
         words += [f"{name}=true" for name in ("quantize_input", "quantize_logits") if getattr(self, name)]
         words += [] if self.in_place else ["in_place=false"]
-        words += [f"rules=[{'; '.join(map(str, self.rules))}]"] if self.rules else []
         return " ".join(words)
+
+
+def _read(text: str) -> dict[str, Any]:
+    """Field -> value, of a recipe's text."""
+    text = text.strip()
+    where = f"recipe {text!r}"
+    if re.search(r"(^|[\s;])rules\s*=", text):
+        raise RecipeError("rules are not read from text; pass them: Recipe.parse(text, rules=(Rule(...),))")
+    if (tight := re.sub(r"\s*=\s*|(?<=,)\s+|\s+(?=[\[(])", lambda gap: gap[0].strip(), text)) != text:
+        raise RecipeError(f"{where} has a space within a word; write {tight!r}")
+    words = re.split(r"[\s;]+", text.strip(";"))
+    everywhere, named = (words[:1], words[1:]) if "=" not in words[0] else ([], words)
+    if (bare := next((word for word in named if "=" not in word), None)) is not None:
+        if ROLES.get(bare, bare) in FIELDS:
+            raise RecipeError(f"{where}: {bare!r} lacks its value; write {bare}=...")
+        remedy = f"name its role, such as M={bare}" if everywhere else "put it first"
+        raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
+    values: dict[str, Any] = {role: spec for spec in everywhere for role in ROLES.values()}
+    once = _once((word.split("=", 1) for word in named), where, FIELDS)
+    values |= {field: _READ.get(field, str)(value) for field, value in once.items()}
+    return values
 
 
 def _read_globs(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _read_bool(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise RecipeError(f"expected true or false, not {text!r}")
-    return text == "true"
+def _read_bool(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text, text)
 
 
+FIELDS = tuple(field.name for field in fields(Recipe))
 _READ = {
     "include": _read_globs,
     "exclude": _read_globs,
@@ -252,5 +296,18 @@ def _globs(field: str, globs: Any) -> tuple[str, ...]:
 
 
 def _unmatched(what: str, wanted: str, known: Iterable[str]) -> RecipeError:
-    nearest = difflib.get_close_matches(wanted.removeprefix("re:"), list(known), n=3, cutoff=0)
-    return RecipeError(f"{what} matches nothing in the model; the nearest names are {', '.join(nearest) or 'none'}")
+    """The nearest of ``known``, outer names before inner ones; if none is alike, the outermost there are."""
+    by_depth = sorted(known, key=lambda name: name.count("."))
+    wanted = re.sub(r"[.*]+$", "", wanted.removeprefix("re:"))
+    # fc is near to hed.fc, and conv1 to layer1.0.conv: by the whole name or by its end.
+    ends = {name.rpartition(".")[2]: name for name in reversed(by_depth)}
+    found = nearest(wanted, by_depth) or [ends[end] for end in nearest(wanted.rpartition(".")[2], ends)]
+    if found:
+        return RecipeError(f"{what} matches nothing in the model; the nearest names are {listed(found)}")
+    outermost = [name for name in by_depth if "." not in name]
+    return RecipeError(f"{what} matches nothing in the model; its outermost names are {_shortened(outermost)}")
+
+
+def _shortened(names: list[str], most: int = 12) -> str:
+    """``"a, b, ..., z"``: the first and the last, if there are more than ``most``."""
+    return ", ".join(names if len(names) <= most else [*names[: most // 2], "...", *names[-most // 2 :]])

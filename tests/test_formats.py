@@ -27,6 +27,7 @@ from swalp_fx import (
     reference,
 )
 from swalp_fx.formats import E2M1, E4M3, MX_ELEMENTS, PRESETS
+from swalp_fx.nearest import listed
 
 # The canonical spec, and the value it stands for.
 SPECS = [
@@ -291,15 +292,16 @@ REFUSED = [
     ("e9m2", "float: 9 exponent bits are out of range; use 2 to 8"),
     ("e5m24", "float: 24 mantissa bits are out of range; use 0 to 23"),
     ("e8m7+finite", "with 8 exponent bits top 'finite' goes beyond float32; use top 'ieee'"),
-    ("bfp", "unknown format spec 'bfp'; use one of float, fp16, bf16, tf32, msfp12, msfp16, fixed<wl>"),
-    ("bfp8[]", "unknown format spec"),
-    ("bfp8[0", "unknown format spec"),
-    ("bfp8+", "unknown format spec"),
-    ("bfp8.5", "unknown format spec"),
-    ("fixed8", "unknown format spec"),
-    ("e5m2+none", "unknown format spec"),
-    ("BFP8", "unknown format spec"),
-    ("", "unknown format spec ''"),
+    ("bfp", "unknown format spec 'bfp'; did you mean bfp8"),
+    ("bfp8[]", "did you mean bfp8"),
+    ("bfp8[0", r"did you mean bfp8\[0\]"),
+    ("bfp8+", "did you mean bfp8"),
+    ("bfp8.5", "did you mean bfp8"),
+    ("fixed8", r"did you mean fixed8\.6"),
+    ("e5m2+none", "did you mean e5m2"),
+    ("BFP8", "did you mean bfp8"),
+    ("", r"unknown format spec ''; specs look like bfp8\[0\], fixed8.6, e4m3, int8\[0\], mxfp8"),
+    ("gzip", "unknown format spec 'gzip'; specs look like"),
     (8, "a format spec must be a string or a format, not int 8"),
     (None, "a format spec must be a string or a format, not NoneType None"),
 ]
@@ -310,6 +312,34 @@ def test_refusals_of_specs(spec, message):
     with pytest.raises(FormatError, match=message) as error:
         parse(spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("bpf8[0]", ["bfp8[0]"]),
+        ("bfp8(0)", ["bfp8[0]"]),
+        ("int8 [0]", ["int8[0]"]),
+        ("bfp8[0, 1]", ["bfp8[0,1]"]),
+        ("fixed(8,6)", ["fixed8.6"]),
+        ("mxpf8[-1:16]", ["mxfp8[-1:16]", "mxfp4[-1:16]"]),
+        ("fp8", ["e4m3", "e5m2", "mxfp8"]),
+        ("float8_e4m3fn", ["e4m3"]),
+        ("torch.float8_e5m2", ["e5m2"]),
+        ("float4_e2m1fn", ["e2m1"]),
+        ("mxfp8e4m3", ["mxfp8"]),
+        ("mxfp8e5m2[-1:16]", ["mxfp8_e5m2[-1:16]"]),
+        ("bfloat16", ["bf16"]),
+        ("torch.float32", ["float"]),
+        ("None", ["float"]),
+        ("bfp88x", ["bfp8"]),  # bfp88 is out of range
+    ],
+)
+def test_a_spec_that_names_no_format_is_answered_with_the_nearest(word, meant):
+    with pytest.raises(FormatError) as error:
+        parse(word)
+    assert str(error.value) == f"unknown format spec {word!r}; did you mean {listed(meant)}?"
+    assert all(parse(spec) for spec in meant)
 
 
 @pytest.mark.parametrize(

@@ -524,7 +524,7 @@ REFUSED_BY_PYTHON = [
     (lambda: quantize(X, "mxfp4[-3:8]"), RuntimeError, "block axis -3 does not exist in a tensor of 2 dimensions"),
     (lambda: quantize(X, "bfp8", "stochastic", key=torch.tensor([1, 2])), RuntimeError, "tensor of one int64"),
     (lambda: quantize(X, "posit8"), FormatError, "unknown format spec 'posit8'"),
-    (lambda: quantize(X, "bfp8", "nearst"), RecipeError, "unknown rounding 'nearst'; use one of nearest, stochastic"),
+    (lambda: quantize(X, "bfp8", "nearst"), RecipeError, "unknown rounding 'nearst'; did you mean nearest"),
     (lambda: quantize(X, "bfp8", "stochastic0"), RecipeError, "unknown rounding 'stochastic0'"),
     (lambda: quantize(X, "bfp8", "stochastic25"), RecipeError, "unknown rounding 'stochastic25'"),
     (lambda: quantize(X.long(), "bfp8"), TypeError, "not torch.int64; convert it with .float"),

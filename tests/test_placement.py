@@ -155,7 +155,7 @@ def test_bad_fields_are_refused(fields, message):
 
 
 def test_bad_text_is_refused():
-    with pytest.raises(RecipeError, match="expected true or false, not 'yes'"):
+    with pytest.raises(RecipeError, match="quantize_input is true or false, not 'yes'"):
         Recipe.parse("bfp8 quantize_input=yes")
 
 

@@ -4,8 +4,9 @@ import dataclasses
 import pickle
 
 import pytest
+import shapes
 
-from swalp_fx import FLOAT, BlockFloat, Float, FormatError, Recipe, RecipeError, parse
+from swalp_fx import FLOAT, BlockFloat, Float, FormatError, Recipe, RecipeError, Rule, convert, parse
 from swalp_fx.recipe import ROLES
 
 BFP8 = BlockFloat(8, dims=(0,))
@@ -83,28 +84,104 @@ def test_recipes_are_frozen():
 @pytest.mark.parametrize(
     "text, error, message",
     [
-        ("bfp8[0] X=float", RecipeError, r"recipe 'bfp8\[0\] X=float': there is no role 'X'; use one of weight"),
-        ("weights=bfp8", RecipeError, "there is no role 'weights'"),
-        ("bfp8 rounding=up_and_down", RecipeError, "unknown rounding 'up_and_down'; use one of nearest, stochastic"),
+        (
+            "bfp8[0] X=float",
+            RecipeError,
+            r"recipe 'bfp8\[0\] X=float': there is no role 'X'; the roles are W \(weight\), A",
+        ),
+        ("weights=bfp8", RecipeError, r"there is no role 'weights'; did you mean weight\?"),
+        ("w=e4m3", RecipeError, r"there is no role 'w'; did you mean W\?"),
+        ("bfp8 rouding=up", RecipeError, r"there is no role 'rouding'; did you mean rounding\?"),
+        ("bfp8 rounding=truncate", RecipeError, "unknown rounding 'truncate'; use one of nearest, stochastic"),
+        ("bfp8 rounding=stohastic", RecipeError, r"unknown rounding 'stohastic'; did you mean stochastic\?"),
+        ("bfp8 rounding=stochastic99", RecipeError, "unknown rounding 'stochastic99'; use stochastic1 to stochastic24"),
+        ("bfp8 placement=evry", RecipeError, r"unknown placement 'evry'; did you mean every\?"),
+        ("bfp8 quantize_input=yes", RecipeError, "quantize_input is true or false, not 'yes'"),
         ("bfp8 rounding=", RecipeError, "unknown rounding ''"),
         ("M=float bfp8", RecipeError, "'bfp8' would undo what stands before it; put it first"),
+        ("bfp8 bfp4", RecipeError, "'bfp4' would undo what stands before it; name its role, such as M=bfp4"),
+        ("bfp8 M", RecipeError, "'M' lacks its value; write M=..."),
+        ("W = e4m3", RecipeError, "recipe 'W = e4m3' has a space within a word; write 'W=e4m3'"),
+        ("bfp8 M= float", RecipeError, "write 'bfp8 M=float'"),
+        ("int8 [0]", RecipeError, r"write 'int8\[0\]'"),
+        ("bfp8 exclude=fc, conv1", RecipeError, "write 'bfp8 exclude=fc,conv1'"),
+        ("W=e4m3 weight=e5m2", RecipeError, "sets weight twice, W=e4m3 and weight=e5m2; leave one out"),
+        ("W=e4m3 W=e5m2", RecipeError, "sets weight twice, W=e4m3 and W=e5m2; leave one out"),
+        ("bfp8 rounding=up rounding=down", RecipeError, "sets rounding twice, rounding=up and rounding=down"),
+        ("bfp8 rules=[fc W=float]", RecipeError, r"pass them: Recipe.parse\(text, rules=\(Rule\(...\),\)\)"),
+        ("bpf8[0]", FormatError, r"unknown format spec 'bpf8\[0\]'; did you mean bfp8\[0\]\?"),
+        ("W=fp8", FormatError, r"unknown format spec 'fp8'; did you mean e4m3, e5m2 or mxfp8\?"),
         ("bfp88", FormatError, "word length 88 is out of range"),
         ("W=posit3", FormatError, "unknown format spec 'posit3'"),
         ("W=", FormatError, "unknown format spec ''"),
         ("", FormatError, "unknown format spec ''"),
         (None, RecipeError, "a recipe must be a string or a Recipe, not NoneType None"),
-        (BFP8, RecipeError, "a recipe must be a string or a Recipe, not BlockFloat"),
+        (BFP8, RecipeError, r"a recipe must be a string or a Recipe, not BlockFloat.*; use 'bfp8\[0\]'"),
     ],
 )
 def test_refusals(text, error, message):
     with pytest.raises(error, match=message) as caught:
         Recipe.parse(text)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_refusal_of_a_change_that_names_no_role():
     with pytest.raises(RecipeError, match="there is no role 'momentums'"):
         Recipe.parse("bfp8", momentums="float")
+
+
+def test_a_change_named_twice_is_refused():
+    with pytest.raises(RecipeError, match="sets weight twice, W=float and weight=bfp4"):
+        Recipe.parse("bfp8", W="float", weight="bfp4")
+
+
+def test_letters_name_roles_wherever_roles_are_named():
+    assert Recipe.parse("bfp8[0]", M="float") == Recipe.parse("bfp8[0] M=float")
+    assert Rule("fc", W="float", E="e5m2") == Rule("fc", weight="float", error="e5m2")
+    with pytest.raises(RecipeError, match="rule 'fc' sets weight twice, W=float and weight=bfp8"):
+        Rule("fc", W="float", weight="bfp8")
+    with pytest.raises(RecipeError, match=r"rule 'fc': there is no role 'w'; did you mean W\?"):
+        Rule("fc", w="float")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (Recipe.parse("bfp8[0]"), "Recipe.parse('bfp8[0]')"),
+        (Recipe(weight="bfp8"), "Recipe.parse('W=bfp8 A=float E=float G=float M=float')"),
+        (
+            Recipe.parse("bfp8", rules=(Rule("fc", "Linear", weight="float", E="e5m2"),)),
+            "Recipe.parse('bfp8', rules=(Rule('fc', kind='Linear', W='float', E='e5m2'),))",
+        ),
+    ],
+)
+def test_a_repr_is_short_and_is_code_that_makes_the_recipe(recipe, text):
+    assert repr(recipe) == text
+    assert eval(text) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("head", "matches nothing in the model; its outermost names are x, conv1, blocks, bn, relu, .*, fc"),
+        ("cnv1", "matches nothing in the model; the nearest names are conv1"),
+        ("bloks.*", "matches nothing in the model; the nearest names are blocks, blocks.0 or blocks.1"),
+        ("module.fc", "matches nothing in the model; the nearest names are fc"),
+        ("blocks.1.cnv2", "matches nothing in the model; the nearest names are blocks.1.conv2, blocks.0.conv2"),
+    ],
+)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda name: Recipe.parse("bfp8", exclude=(name,)),
+        lambda name: Recipe.parse("bfp8", include=(name,)),
+        lambda name: Recipe.parse("bfp8", rules=(Rule(name, W="float"),)),
+    ],
+    ids=["exclude", "include", "rules"],
+)
+def test_a_name_that_the_model_does_not_have_is_answered_with_outer_names_first(recipe, name, message):
+    with pytest.raises(RecipeError, match=message):
+        convert(shapes.PreResNet(), recipe=recipe(name))
 
 
 def test_a_role_needs_a_format():
