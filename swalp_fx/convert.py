@@ -9,10 +9,12 @@ from typing import NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from . import nodes
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
-from .passes.parts import parts_of, rewrite_what_can_be
+from .passes.parts import parts_of, rewrite_what_can_be, rewritten_in
 from .recipe import Recipe
+from .watch import Watch, calls_of
 
 __all__ = ["Converted", "convert"]
 
@@ -55,6 +57,7 @@ def convert(
     backwards draw bits of each rank's own all the same.
 
     Warns of such a model. One that branches on its training flag has a graph for each branch, and follows the flag.
+    Warns at the step of a training loop that calls the model and not the module.
     Raises ConvertError (no module, nothing to rewrite, already converted, compiled or wrapped), FormatError,
     RecipeError, and ValueError for an optimizer with parameters that are not the model's, all before anything is
     changed.
@@ -66,7 +69,19 @@ def convert(
         warnings.warn(
             f"{reason}. Rewritten instead: {len(parts.rewritten)} of its submodules; see report", stacklevel=2
         )
-    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed))
+    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed), _watch(model, module))
     if optimizer is not None:
         swalp.attach(optimizer)
     return Converted(module, swalp)
+
+
+def _watch(model: nn.Module, module: nn.Module) -> Watch | None:
+    """What tells steps on the gradients of ``model`` from those of ``module``; None if that one rounds nothing."""
+    calls = calls_of(model)
+    parts = [part for _, part in rewritten_in(module)]
+    for part in parts:
+        vars(part)["_calls"] = calls
+    rounds = any(
+        node.target in (nodes.quantize_weight, nodes.quantize_output) for part in parts for node in part.graph.nodes
+    )
+    return Watch(calls) if rounds else None

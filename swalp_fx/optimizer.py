@@ -32,6 +32,7 @@ from .ops import quantize_foreach_
 from .random import fold_in, is_captured
 from .recipe import Recipe
 from .sgd import in_one_pass
+from .watch import Watch, warn
 
 __all__ = ["SWALP"]
 
@@ -66,6 +67,7 @@ class SWALP:
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
     local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``.
+    watch: tells a step on gradients of the float model, which a converted module should have computed.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
     The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
@@ -76,9 +78,15 @@ class SWALP:
     because torch does not copy hooks.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, local: Mapping[str, Recipe] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: str | Recipe,
+        local: Mapping[str, Recipe] | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         self.model = model
-        self.recipe = recipe
+        self.recipe = recipe = Recipe.parse(recipe)
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._names = list(self._parameters)
         recipes = [(local or {}).get(name, recipe) for name in self._names]
@@ -93,6 +101,8 @@ class SWALP:
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
+        self._watch = watch  # until it has warned
+        self._may_average_float = False  # what update_average() warned of
 
     # Attaching
 
@@ -105,15 +115,19 @@ class SWALP:
         Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step.
         """
+        self._refuse(optimizer)
+        if _attached_to(optimizer) is not None:
+            raise ValueError(
+                f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first"
+            )
+        self._hook(optimizer)
+
+    def _refuse(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
         if self._optimizer is not None:
             raise ValueError(f"this SWALP is already attached to {type(self._optimizer).__name__}; call detach() first")
-        if any(
-            isinstance(getattr(hook, "__self__", None), SWALP) for hook in optimizer._optimizer_step_pre_hooks.values()
-        ):
-            raise ValueError(f"{name} is already attached to another SWALP; call that one's detach() first")
         if isinstance(optimizer, LBFGS):
             raise ValueError(
                 "LBFGS evaluates its closure several times a step, which has no low-precision order; use SGD or Adam"
@@ -123,6 +137,8 @@ class SWALP:
                 f"{name} has differentiable=True, and rounding in place has no gradient; use differentiable=False"
             )
         self._trained(optimizer)
+
+    def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -138,6 +154,8 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
+        if self._watch is not None:
+            self._watch.forget()
         self._optimizer, self._handles = None, []
         self._accumulators.clear()
 
@@ -148,7 +166,7 @@ class SWALP:
         optimizer = state["_optimizer"]
         self.__dict__.update(state, _optimizer=None)
         if optimizer is not None:
-            self.attach(optimizer)
+            self._hook(optimizer)
 
     # The average
 
@@ -158,7 +176,11 @@ class SWALP:
         return self._average.n_averaged
 
     def update_average(self) -> None:
-        """Add the weights of this moment to the average."""
+        """Add the weights of this moment to the average. Warns, once, if no low-precision step has been taken."""
+        if self._steps == 0 and not self._may_average_float and any(map(_steps_low, self._recipes)):
+            self._may_average_float = True
+            remedy = "call it after optimizer.step()" if self._optimizer else "call attach(optimizer) before training"
+            warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
         self._average.update(self._parameters)
 
     def averaged_model(self, loader: Iterable[Any] | None = None) -> nn.Module:
@@ -321,12 +343,19 @@ class SWALP:
             )
         for parameter, gradient in step.gradients.items():
             parameter.grad = gradient
-        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
+        trained = step.parameters
+        step.parameters = [each for each in trained if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
             self._round_momentum(step, optimizer)
         self._step = None
         self._steps += 1
+        if self._watch is not None and self._watch.steps_on_float(parameter for _, parameter in trained):
+            self._watch = None
+            warn(
+                f"the gradients of {type(optimizer).__name__} come from {type(self.model).__name__} itself, in float; "
+                "call the module that convert returned in its place: lp(x), not model(x)"
+            )
 
     def _round_weights(self, step: _Step) -> None:
         if self.recipe.accumulator is not None:
@@ -408,6 +437,17 @@ def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{name}.step() is being captured in a CUDA graph, whose replays would all round alike; step outside of it"
         )
+
+
+def _attached_to(optimizer: Optimizer) -> SWALP | None:
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, SWALP)), None)
+
+
+def _steps_low(recipe: Recipe) -> bool:
+    """Whether a step in ``recipe`` rounds anything."""
+    formats = (recipe.weight, recipe.gradient, recipe.momentum, recipe.accumulator)
+    return any(format not in (FLOAT, None) for format in formats)
 
 
 def _is_running(frame: FrameType) -> bool:

@@ -16,6 +16,7 @@ from ..capture import Captured, ConvertError, capture, refuse_unfit
 from ..formats import FLOAT
 from ..modes import SWITCHES, held
 from ..recipe import Recipe
+from ..watch import Calls
 from .assign import Scope, assign, subjects
 from .classify import classify, originals, parameter_subjects
 from .elide import elide
@@ -138,6 +139,7 @@ class RewrittenModule(GraphModule):
     _present: Version  # the one that the graph is of
     _switches: bool  # whether it switches a mode, such as autocast
     _options: dict[str, Any]  # of rewrite_at
+    _calls: Calls  # which convert shares with the optimizer pass
 
     def __init__(self, root: nn.Module, versions: list[Version], recipe: Recipe, options: dict[str, Any]) -> None:
         # torch.fx would copy what the graph reads, in the order in which it is read: it gets nothing to copy.
@@ -147,7 +149,7 @@ class RewrittenModule(GraphModule):
         if not versions[0].captured.bare:  # a layer that the graph calls runs its own
             state |= {name: copy.copy(vars(root)[name]) for name in HOOKS}
         # Beside the graph, what a copy and a pickle need. Written here, the root is no submodule.
-        state |= {"recipe": recipe, "_root": root, "_versions": versions, "_options": options}
+        state |= {"recipe": recipe, "_root": root, "_versions": versions, "_options": options, "_calls": Calls()}
         self._become(versions[0])
 
     def _become(self, version: Version) -> None:
@@ -171,6 +173,11 @@ class RewrittenModule(GraphModule):
             return super().__call__(*args, **kwargs)
         with held():
             return super().__call__(*args, **kwargs)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # Of a GraphModule within what it compiles, torch.compile calls this, and not __call__.
+        self._calls.add()
+        return super()._call_impl(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -216,7 +223,7 @@ class RewrittenModule(GraphModule):
 
     def _own_state(self) -> dict[str, Any]:
         """What the root and the recipe do not say, beside constants."""
-        return {name: vars(self)[name] for name in HOOKS}
+        return {name: vars(self)[name] for name in (*HOOKS, "_calls")}
 
     def __copy__(self) -> RewrittenModule:
         return self._copy(self._root, self._own_state(), None)
