@@ -28,10 +28,12 @@ from . import modes
 from .modes import recorded, replaced
 from .snapshot import untouched
 
-__all__ = ["ROOT", "CaptureError", "Captured", "ConvertError", "LiveTracer", "capture", "refuse_unfit"]
+__all__ = ["ROOT", "UNPACK", "CaptureError", "Captured", "ConvertError", "LiveTracer", "capture", "refuse_unfit"]
 
 # The attribute by which the graph of a bare layer calls the layer, which is the graph's own root.
 ROOT = "_root"
+
+UNPACK = "unpack what convert returns: lp, swalp = swalp_fx.convert(...)"
 
 
 class ConvertError(ValueError):
@@ -311,7 +313,8 @@ UNFIT = {
 def refuse_unfit(model: nn.Module) -> None:
     """Raises ConvertError for what is no float model that can be traced at all."""
     if not isinstance(model, nn.Module):
-        raise ConvertError(f"cannot convert a {type(model).__name__}; pass a torch.nn.Module")
+        remedy = UNPACK if isinstance(model, tuple) else "pass a torch.nn.Module"
+        raise ConvertError(f"cannot convert a {type(model).__name__}; {remedy}")
     for path, module in model.named_modules():
         which = path or "the model"
         for kind in type(module).__mro__:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 
 from . import nodes
+from .capture import UNPACK
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
 from .passes.parts import parts_of, rewrite_what_can_be, rewritten_in
@@ -26,6 +27,12 @@ class Converted(NamedTuple):
         nn.Module
     )  # a RewrittenModule, or a model of the same type with such modules in it; call it where the model was called
     swalp: SWALP  # the optimizer pass, and the average
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"a Converted is not called; {UNPACK}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a Converted has no {name!r}; {UNPACK}")
 
 
 def convert(
@@ -59,9 +66,11 @@ def convert(
     Warns of such a model. One that branches on its training flag has a graph for each branch, and follows the flag.
     Warns at the step of a training loop that calls the model and not the module.
     Raises ConvertError (no module, nothing to rewrite, already converted, compiled or wrapped), FormatError,
-    RecipeError, and ValueError for an optimizer with parameters that are not the model's, all before anything is
-    changed.
+    RecipeError, TypeError for no optimizer, and ValueError for one with parameters that are not the model's, all before
+    anything is changed.
     """
+    if isinstance(optimizer, str | Recipe):
+        raise TypeError(f"recipe is a keyword: convert(model, optimizer, recipe={str(optimizer)!r})")
     parsed = Recipe.parse(recipe)
     module = rewrite_what_can_be(model, parsed, leaves=tuple(leaves))
     if parts := parts_of(module):
@@ -71,7 +80,7 @@ def convert(
         )
     swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed), _watch(model, module))
     if optimizer is not None:
-        swalp.attach(optimizer)
+        swalp.replace(optimizer)
     return Converted(module, swalp)
 
 

@@ -15,11 +15,11 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import ConvertError, module_around
+from .capture import module_around
 from .formats import FLOAT
 from .ops import quantize
 from .passes import RewrittenModule
-from .passes.parts import rewritten_in
+from .passes.parts import refuse_unrewritten, rewritten_in
 from .report import called_module
 
 __all__ = ["Measures", "Rounded", "measure"]
@@ -94,11 +94,12 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
 
     A copy of the module runs, in the module's mode, with the random bits that a forward would draw now; neither the
     module nor the random state is changed.
-    Raises ConvertError for a module that is not rewritten, and TypeError for a batch that is no pair where a loss needs
-    targets.
+    Raises ConvertError for a module that is not rewritten, and TypeError for a tensor in place of batches, or for a
+    batch that is no pair where a loss needs targets.
     """
-    if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
-        raise ConvertError(f"measure takes the module that convert returns, not a {type(module).__name__}")
+    refuse_unrewritten(module, "measure")
+    if isinstance(batches, Tensor):
+        raise TypeError("measure takes batches, and would take the rows of a tensor for them; put it in a list: [x]")
     measures = Measures()
     copied = copy.deepcopy(module)
     for path, part in rewritten_in(copied):

@@ -104,6 +104,11 @@ class SWALP:
         self._watch = watch  # until it has warned
         self._may_average_float = False  # what update_average() warned of
 
+    def __repr__(self) -> str:
+        optimizer = "no optimizer" if self._optimizer is None else type(self._optimizer).__name__
+        average = f"average of {self.n_averaged}" if self.n_averaged else "no average yet"
+        return f"SWALP({self.recipe}, attached to {optimizer}, {self._steps} steps, {average})"
+
     # Attaching
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -118,9 +123,25 @@ class SWALP:
         self._refuse(optimizer)
         if _attached_to(optimizer) is not None:
             raise ValueError(
-                f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first"
+                f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first, "
+                "or convert its model again with this optimizer, which does"
             )
         self._hook(optimizer)
+
+    def replace(self, optimizer: Optimizer) -> None:
+        """``attach``, after the ``detach`` of an earlier SWALP of the same model, which nobody may hold any more.
+
+        Warns if that one had another recipe, or has taken a step or an average.
+        """
+        self._refuse(optimizer)
+        earlier = _attached_to(optimizer)
+        if earlier is None or earlier.model is not self.model:
+            return self.attach(optimizer)
+        described = repr(earlier)
+        earlier.detach()
+        self._hook(optimizer)
+        if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
+            warn(f"{described} is detached now, since its model and optimizer are converted again")
 
     def _refuse(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Optimizer):

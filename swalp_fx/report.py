@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import ROOT, ConvertError, module_around, name_of
+from .capture import ROOT, module_around, name_of
 from .formats import FLOAT, parse
 from .passes import RewrittenModule
 from .passes.classify import LAYER_PARTS, PART, PARTS, is_derived
-from .passes.parts import parts_of, rewritten_in
+from .passes.parts import parts_of, refuse_unrewritten, rewritten_in
 from .recipe import ROLES
 
 __all__ = ["called_module", "names_in_report", "report"]
@@ -43,8 +43,7 @@ def report(module: nn.Module, *inputs: Any) -> str:
     ``inputs``, also the parameters that this rest was seen to read, in float though a part may round them.
     Raises ConvertError for a module that is not rewritten.
     """
-    if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
-        raise ConvertError(f"report takes the module that convert returns, not a {type(module).__name__}")
+    refuse_unrewritten(module, "report")
     layers = list(_layers(module))
     shapes, bare = _run(module, inputs) if inputs else ({}, {})
     header = ["layer", "operation", *(["output"] if inputs else []), "W", "A", "E", "G", "M", "parameters"]

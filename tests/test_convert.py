@@ -14,7 +14,7 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from swalp_fx import FormatError, Recipe, RecipeError, check, quantize, report
+from swalp_fx import FormatError, Recipe, RecipeError, check, draw, measure, quantize, report
 from swalp_fx.capture import ConvertError
 from swalp_fx.convert import Converted, convert
 
@@ -85,6 +85,100 @@ def test_converting_changes_no_value_and_draws_no_number():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    ("use", "kind"),
+    [
+        (lambda converted: converted(X), TypeError),
+        (lambda converted: converted.train(), AttributeError),
+        (lambda converted: torch.optim.SGD(converted.parameters()), AttributeError),
+        (lambda converted: torch.save(converted.state_dict(), "nowhere"), AttributeError),
+        (lambda converted: report(converted), ConvertError),
+        (lambda converted: measure(converted, [X]), ConvertError),
+        (lambda converted: draw(converted, "nowhere.dot"), ConvertError),
+        (lambda converted: check(converted, X), AttributeError),
+    ],
+)
+def test_what_convert_returns_is_to_be_unpacked(use, kind):
+    converted = convert(shapes.Tied())
+    with pytest.raises(kind, match=r"unpack what convert returns: lp, swalp = swalp_fx.convert\(...\)"):
+        use(converted)
+    module, swalp = pickle.loads(pickle.dumps(copy.deepcopy(converted)))
+    assert module(torch.ones(2, 6)).shape == (2, 6) and swalp.n_averaged == 0
+
+
+def _step(optimizer, module):
+    module(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_cell_that_is_run_twice_converts_anew(held, recwarn):
+    model = shapes.Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = convert(model, optimizer).swalp if held else convert(model, optimizer) and None
+    module, swalp = convert(model, optimizer)
+    _step(optimizer, module)
+    assert swalp.state_dict()["step"] == 1 and len(optimizer._optimizer_step_pre_hooks) == 1
+    assert not held or before.state_dict()["step"] == 0
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "averages", "described"),
+    [
+        ("bfp8[0]", 2, 0, "2 steps, no average yet"),
+        ("bfp8[0]", 1, 1, "1 steps, average of 1"),
+        ("bfp4", 0, 0, "0 steps, no average yet"),
+    ],
+)
+def test_converted_anew_it_says_what_the_earlier_swalp_had(recipe, steps, averages, described):
+    model = shapes.Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, earlier = convert(model, optimizer, recipe="bfp8[0]")
+    for _ in range(steps):
+        _step(optimizer, module)
+    for _ in range(averages):
+        earlier.update_average()
+    with pytest.warns(UserWarning) as caught:
+        convert(model, optimizer, recipe=recipe)
+    (warning,) = caught
+    assert str(warning.message).startswith(f"SWALP(bfp8[0], attached to SGD, {described}) is detached now")
+    assert warning.filename == __file__ and earlier.n_averaged == averages
+
+
+def test_an_optimizer_of_another_models_swalp_is_left_alone():
+    model = shapes.Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, swalp = convert(model, optimizer)
+    with pytest.raises(ValueError, match=r"SGD is already attached to another SWALP; call that one's detach\(\) first"):
+        convert(nn.Sequential(model), optimizer)
+    with pytest.raises(FormatError):
+        convert(model, optimizer, recipe="bfp99")
+    _step(optimizer, module)
+    assert swalp.state_dict()["step"] == 1
+
+
+def test_a_module_and_its_swalp_say_what_they_are():
+    model, inputs = shapes.made(shapes.PreResNet)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, swalp = convert(model, optimizer, recipe="bfp8[0] E=float")
+    assert repr(module) == (
+        "PreResNet rewritten for W=bfp8[0] A=bfp8[0] E=float G=bfp8[0] M=bfp8[0]: 18 weights, 19 outputs and 0 error "
+        "signals are rounded, in train mode"
+    )
+    assert repr(module.eval()).endswith("in eval mode")
+    assert (module.code.count("quantize_weight("), module.code.count("quantize_output(")) == (18, 19)
+    first, *others = str(module).splitlines()
+    assert first == repr(module) and "\n".join(others).startswith(repr(model)) and module.code in str(module)
+    assert repr(swalp) == f"SWALP({swalp.recipe}, attached to SGD, 0 steps, no average yet)"
+    module.train()(*inputs).sum().backward()
+    optimizer.step()
+    swalp.update_average()
+    assert repr(swalp) == f"SWALP({swalp.recipe}, attached to SGD, 1 steps, average of 1)"
+    swalp.detach()
+    assert "attached to no optimizer" in repr(swalp)
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -128,6 +222,17 @@ def _bad(model, **arguments):
         (_bad(shapes.Tied(), recipe="nonsense"), FormatError, "nonsense"),
         (_bad(shapes.Tied(), recipe="bfp8 Z=bfp8"), RecipeError, "no role 'Z'"),
         (_bad(shapes.Tied(), recipe=8), RecipeError, "int"),
+        (
+            _bad(shapes.Tied(), optimizer="bfp8[0]"),
+            TypeError,
+            r"recipe is a keyword: convert\(model, optimizer, recipe='bfp8\[0\]'\)",
+        ),
+        (_bad(shapes.Tied(), optimizer=Recipe.parse("bfp8")), TypeError, "recipe is a keyword: .*recipe='bfp8'"),
+        (
+            _bad(convert(shapes.Tied())),
+            ConvertError,
+            "cannot convert a Converted; unpack what convert returns: lp, swalp",
+        ),
         (_bad(shapes.Tied(), optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())), ValueError, "not the model's"),
     ],
 )

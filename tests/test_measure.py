@@ -125,3 +125,5 @@ def test_bad_input():
     module, _ = convert(shapes.Tied())
     with pytest.raises(TypeError, match=r"a loss needs batches of \(inputs, targets\), not a Tensor"):
         measure(module, [torch.ones(2, 6)], F.mse_loss)
+    with pytest.raises(TypeError, match=r"would take the rows of a tensor for them; put it in a list: \[x\]"):
+        measure(module, torch.ones(2, 6))

@@ -704,7 +704,8 @@ class TestRefusedByAttach:
 
     def test_a_second_swalp_on_the_same_optimizer(self):
         model, optimizer, swalp = setup()
-        with pytest.raises(ValueError, match=r"SGD is already attached to another SWALP"):
+        message = r"SGD is already attached to another SWALP; call that one's detach\(\) first, or convert"
+        with pytest.raises(ValueError, match=message):
             SWALP(model, swalp.recipe).attach(optimizer)
 
 

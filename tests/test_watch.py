@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import SWALP, Recipe, convert
+from swalp_fx import SWALP, convert
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 FLOAT = (
@@ -173,7 +173,7 @@ def test_where_the_graph_rounds_nothing_the_model_is_as_good():
 def test_a_pass_without_a_rewritten_module_is_silent():
     model = shapes.Tied()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    SWALP(model, Recipe.parse("bfp8")).attach(optimizer)
+    SWALP(model, "bfp8").attach(optimizer)
     assert warnings_of(model, optimizer) == []
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from .. import nodes
 from ..capture import Captured, ConvertError, capture, refuse_unfit
 from ..formats import FLOAT
 from ..modes import SWITCHES, held
@@ -188,6 +189,18 @@ class RewrittenModule(GraphModule):
             if value is None or callable(value):
                 raise
             return value
+
+    def __repr__(self) -> str:
+        weights = len(self.graph.find_nodes(op="call_function", target=nodes.quantize_weight))
+        outputs = [node.args[3:5] for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output)]
+        activations, errors = (sum(each[i] != str(FLOAT) for each in outputs) for i in (0, 1))
+        return (
+            f"{type(self).__name__} rewritten for {self.recipe}: {weights} weights, {activations} outputs and {errors} "
+            f"error signals are rounded, in {'train' if self.training else 'eval'} mode"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), nn.Module.__repr__(self), self.code])
 
     def __iter__(self) -> NoReturn:
         raise ConvertError(

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ..capture import CaptureError, ConvertError
+from ..capture import UNPACK, CaptureError, ConvertError
 from ..recipe import Recipe, Subject
 from . import RewrittenModule, rewrite, rewrite_at
 from .assign import SITE, Scope, subjects
 from .classify import LAYER_PARTS, PART, parameter_subjects
 
-__all__ = ["Parts", "parts_of", "rewrite_what_can_be", "rewritten_in"]
+__all__ = ["Parts", "parts_of", "refuse_unrewritten", "rewrite_what_can_be", "rewritten_in"]
 
 PARAMETRIZATIONS = "parametrizations"  # where torch.nn.utils.parametrize keeps what derives a weight: no layer
 PARTS = "swalp_fx_parts"  # the attribute of a model rewritten in parts that holds its Parts
@@ -118,3 +118,11 @@ class _Search:
 def rewritten_in(module: nn.Module) -> Iterator[tuple[str, RewrittenModule]]:
     """(qualified name, part) of every rewritten module in ``module``, itself included."""
     return ((path, each) for path, each in module.named_modules() if isinstance(each, RewrittenModule))
+
+
+def refuse_unrewritten(module: object, who: str) -> None:
+    """Raises ConvertError, on behalf of ``who``, for what is no module that convert returned, nor holds one."""
+    if isinstance(module, tuple):
+        raise ConvertError(f"{who} takes a module, not a {type(module).__name__}; {UNPACK}")
+    if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
+        raise ConvertError(f"{who} takes the module that convert returns, not a {type(module).__name__}")
