@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .averaging import Average, mean_dtype, recalibrate
 from .formats import FLOAT, Format
+from .moments import ends_in
 from .ops import quantize_foreach_
 from .random import fold_in, is_captured
 from .recipe import Recipe
@@ -117,6 +118,7 @@ class SWALP:
         With accumulators, what the user writes into the weights between two steps does not reach
         the accumulators; detach() and attach() start them again from the weights.
 
+        Warns of momentum in a format in which the optimizer may diverge: M=float for Adam and its like.
         Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step.
         """
@@ -127,6 +129,7 @@ class SWALP:
                 "or convert its model again with this optimizer, which does"
             )
         self._hook(optimizer)
+        self._warn_of_moments(optimizer)
 
     def replace(self, optimizer: Optimizer) -> None:
         """``attach``, after the ``detach`` of an earlier SWALP of the same model, which nobody may hold any more.
@@ -140,6 +143,7 @@ class SWALP:
         described = repr(earlier)
         earlier.detach()
         self._hook(optimizer)
+        self._warn_of_moments(optimizer)
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
@@ -165,6 +169,18 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+
+    def _warn_of_moments(self, optimizer: Optimizer) -> None:
+        pairs = [
+            (group, self._index[p]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
+        ending = [i for group, i in pairs if ends_in(optimizer, group, self._recipes[i].momentum)]
+        if ending:
+            others = f"and {len(ending) - 1} more " if len(ending) > 1 else ""
+            warn(
+                f"{type(optimizer).__name__} divides one moment by another, and may diverge with the momentum of "
+                f"{self._names[ending[0]]!r} {others}in {self._recipes[ending[0]].momentum}; keep it in float: M=float"
+            )
 
     def detach(self) -> None:
         """Take the hooks off, if they are on; the weights stay as they are.

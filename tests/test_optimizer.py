@@ -15,6 +15,9 @@ from swalp_fx.optimizer import SWALP
 from swalp_fx.random import fold_in
 from swalp_fx.recipe import Recipe
 
+# What is tested is which bits a step gives, of optimizers that end in those bits too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*divides one moment by another")
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),

@@ -232,6 +232,7 @@ def remembering(stepper):
     return stepper
 
 
+@pytest.mark.filterwarnings("ignore:Adam divides one moment by another")
 @pytest.mark.parametrize("name", LEFT)
 def test_what_it_leaves_to_the_hooks(name, passes):
     make, recipe = LEFT[name]
