@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,16 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import ConvertError, module_around
+from .capture import ConvertError
 from .formats import FLOAT
 from .ops import quantize
 from .passes import RewrittenModule
+from .passes.classify import place
 from .passes.parts import rewritten_in
-from .report import called_module
 
 __all__ = ["Measures", "Rounded", "measure"]
+
+QUANTIZERS = (nodes.quantize_weight, nodes.quantize_output)
 
 
 @dataclass
@@ -61,8 +63,7 @@ class Rounded:
 class Measures(dict[tuple[str, str], Rounded]):
     """(site, role) -> Rounded, in the order of the graph; printed as a table. Roles are W, A and E.
 
-    A site is a parameter, by its name, or a layer's output: a module's has the module's name (``relu@1`` for its second
-    call), a function's that of the module that calls it and of the call in the graph (``layer1.0.add``).
+    A site is a parameter or a layer's output, by the name that ``report`` prints and a recipe's rules take.
     """
 
     def __str__(self) -> str:
@@ -121,8 +122,10 @@ class _Watch:
     def __init__(self, part: RewrittenModule, path: str, measures: Measures) -> None:
         self.part, self.measures = part, measures
         self.sites: dict[str, str] = {}  # by the names of the quantize nodes
-        for node, site in _sites(part):
-            self.sites[node.name] = name = ".".join(filter(None, (path, site))) or node.name.removesuffix("_q")
+        for node in part.graph.nodes:
+            if node.target not in QUANTIZERS:
+                continue
+            self.sites[node.name] = name = place(node.args[0], path)
             roles = "W" if node.target is nodes.quantize_weight else "AE"
             for role, spec in zip(roles, node.args[3:], strict=False):  # behind the formats stands how to round
                 if spec != str(FLOAT):
@@ -146,7 +149,7 @@ class _Run(Interpreter):
         self.watch = watch
 
     def run_node(self, n: Node) -> Any:
-        if n.target not in (nodes.quantize_weight, nodes.quantize_output):
+        if n.target not in QUANTIZERS:
             return super().run_node(n)
         x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]
         before = pytree.tree_map_only(Tensor, torch.clone, x)  # rounding may be in place
@@ -169,22 +172,6 @@ class _Run(Interpreter):
             self.watch.count(n, "E", error, quantize(error, spec, rounding, key=key, stream=stream))
 
         return hook
-
-
-def _sites(part: RewrittenModule) -> Iterator[tuple[Node, str]]:
-    """Each quantize node, with the name of what it rounds."""
-    calls: dict[str, int] = {}
-    for node in part.graph.nodes:
-        if node.target is nodes.quantize_weight:
-            yield node, str(node.args[0].target)
-        elif node.target is nodes.quantize_output:
-            source = node.args[0]
-            path = called_module(source)
-            if path is None:
-                yield node, ".".join(filter(None, (module_around(source), source.name)))
-            else:
-                calls[path] = calls.get(path, -1) + 1
-                yield node, f"{path}@{calls[path]}" if calls[path] else path
 
 
 def _share(count: int, values: int) -> str:

@@ -41,7 +41,9 @@ class Rule:
 
     ``match`` is a glob, or a regular expression behind ``re:``, which must match the whole qualified name of a layer,
     an output, a parameter or of a module around it: ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``.
-    A function's output is named by the module that calls it and by what is called: ``layer1.0.add``.
+    A function's output is named by the module that calls it and by what is called: ``layer1.0.add``. Where several
+    outputs have one name, as those of a module that is called twice, it matches them all; ``layer1.0.relu@2`` is the
+    second of them, in the order of the graph. ``report`` prints every name.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
     ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
     """
@@ -80,18 +82,26 @@ class Rule:
         return " ".join([*words, *(f"{LETTERS[role]}={value}" for role, value in self.formats().items())])
 
 
+_NUMBER = re.compile(r"@\d+$")  # behind a name that several outputs have: which of them
+
+
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` matches all of ``name``, or of the name of a module around it."""
+    """Whether ``pattern`` matches all of ``name``, or of the name of a module around it.
+
+    A pattern without ``@`` does not see the number in ``relu@2``: ``relu`` matches, ``*2`` does not.
+    """
+    names = _around(name if "@" in pattern else _NUMBER.sub("", name))
     if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], each) for each in _around(name))
-    return any(fnmatchcase(each, pattern) for each in _around(name))
+        return any(re.fullmatch(pattern[3:], each) for each in names)
+    return any(fnmatchcase(each, pattern) for each in names)
 
 
 def _around(name: str) -> Iterator[str]:
-    """``a.b.c``, ``a.b``, ``a``."""
+    """``a.b.c@2``, ``a.b.c``, ``a.b``, ``a``."""
     while name:
         yield name
-        name = name.rpartition(".")[0]
+        number = _NUMBER.search(name)
+        name = name[: number.start()] if number else name.rpartition(".")[0]
 
 
 def parse_rounding(rounding: str) -> tuple[str, int]:

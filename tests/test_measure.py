@@ -85,7 +85,7 @@ def test_sites_have_the_models_names():
     outputs = [site for site, role in found if role == "A"]
     assert outputs[:7] == [
         "conv1",
-        *(f"blocks.0.{name}" for name in ("bn1", "relu", "conv1", "bn2", "relu@1", "conv2")),
+        *(f"blocks.0.{name}" for name in ("bn1", "relu@1", "conv1", "bn2", "relu@2", "conv2")),
     ]
     assert "blocks.0.iadd" in outputs and ("fc.weight", "W") in found and ("fc", "A") not in found
     assert [site for site, role in found if role == "E"] == outputs
