@@ -30,6 +30,8 @@ Subject = tuple[str, Collection[str]]
 RANDOM_BITS = 16  # of a stochastic rounding that does not say: half a word, at most 2^-17 of a step from unbiased
 MAX_RANDOM_BITS = 24
 
+_NUMBER = re.compile(r"@\d+$")  # behind a name that several outputs have: which of them
+
 
 class RecipeError(ValueError):
     """A recipe that names a role, a rounding, a layer or a value that does not exist."""
@@ -41,11 +43,12 @@ class Rule:
 
     ``match`` is a glob, or a regular expression behind ``re:``, which must match the whole qualified name of a layer,
     an output, a parameter or of a module around it: ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``.
-    A function's output is named by the module that calls it and by what is called: ``layer1.0.add``. Where several
-    outputs have one name, as those of a module that is called twice, it matches them all; ``layer1.0.relu@2`` is the
-    second of them, in the order of the graph. ``report`` prints every name.
+    A function's output is named by the module that calls it and by what is called: ``layer1.0.add``.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
     ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
+    Where several outputs have one name, as those of a module that is called twice, it matches them all;
+    ``layer1.0.relu@2`` is the second of them in the graph, and has no role but activation and error. ``report`` prints
+    every name.
     """
 
     match: str
@@ -80,9 +83,6 @@ class Rule:
     def __str__(self) -> str:
         words = [self.match, *([f"kind={self.kind}"] if self.kind else [])]
         return " ".join([*words, *(f"{LETTERS[role]}={value}" for role, value in self.formats().items())])
-
-
-_NUMBER = re.compile(r"@\d+$")  # behind a name that several outputs have: which of them
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -211,6 +211,7 @@ class Recipe:
                 by_name = any(matches(rule.match, name) for name, _ in subjects)
                 what = f"kind={rule.kind!r} of rule {rule.match!r}" if by_name else f"rule {rule.match!r}"
                 raise _unmatched(what, rule.kind or "" if by_name else rule.match, kinds if by_name else names)
+            _refuse_shared(rule, subjects)
         for field in ("include", "exclude"):
             for pattern in getattr(self, field):
                 if not any(matches(pattern, name) for name, _ in subjects):
@@ -259,6 +260,17 @@ def _globs(field: str, globs: Any) -> tuple[str, ...]:
         if not each or re.search(r"[\s;,]", each):
             raise RecipeError(f"{field}: {each!r} is no glob of a qualified name")
     return tuple(globs)
+
+
+def _refuse_shared(rule: Rule, subjects: Iterable[Subject]) -> None:
+    """Raises RecipeError for a rule that means single calls of a layer, and sets what all its calls share."""
+    shared = [role for role in ("weight", "gradient", "momentum") if role in rule.formats()]
+    matched = (name for name, kinds in subjects if rule.matches([(name, kinds)]))
+    if shared and "@" in rule.match and all(_NUMBER.search(name) for name in matched):
+        raise RecipeError(
+            f"rule {rule.match!r} sets {', '.join(shared)}, which all calls of a layer share; set activation and error "
+            "alone, or name the layer without @"
+        )
 
 
 def _unmatched(what: str, wanted: str, known: Iterable[str]) -> RecipeError:

@@ -12,18 +12,20 @@ from tabulate import tabulate
 __all__ = ["WIDTH", "folded", "folded_rows", "listed", "paragraph", "table"]
 
 WIDTH = 100
+NARROW = 20  # no column but the first gives way below this, before the first does
 GAP = 2  # columns between two cells; tabulate leaves as many beside a header
 
 
 def table(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
     """``rows`` under ``header``; the last ``numbers`` columns are flush right.
 
-    Where the rows are wider than WIDTH, the widest columns are narrowed. A cell that is too long goes on in the next
-    line, indented: a list behind a comma, a name in front of a dot.
+    Where the rows are wider than WIDTH, the widest columns are narrowed, the first one last. A cell that is too long
+    goes on in the next line, indented: a list behind a comma, a name in front of a dot.
     """
     widths = [max([len(title) + GAP, *map(len, column)]) for title, *column in zip(header, *rows, strict=True)]
     while sum(widths) + GAP * (len(widths) - 1) > WIDTH:
-        widths[widths.index(max(widths))] -= 1
+        wide = widths[1:] if max(widths[1:]) > NARROW else widths
+        widths[widths.index(max(wide), len(widths) - len(wide))] -= 1
     cells = [[_broken(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     alignment = ["left"] * (len(header) - numbers) + ["right"] * numbers
     return tabulate(cells, header, colalign=alignment, disable_numparse=True)

@@ -146,6 +146,19 @@ def test_names_do_not_depend_on_the_recipe():
         assert _activations(Reused, f"bfp8 placement={placement}").keys() <= every.keys()
 
 
+def test_each_branch_on_the_training_flag_counts_its_own_calls():
+    class Deeper(shapes.Two):
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(self.first(x) if self.training else x)
+
+    module, _ = convert(Deeper(), recipe="bfp8 exclude=first@2")
+    assert {name: "A" in roles for name, roles in _rows(module).items()} == {
+        "first@1": True, "first@2": False, "second": False,
+    }  # fmt: skip
+    assert {name: "A" in roles for name, roles in _rows(module.eval()).items()} == {"first": True, "second": False}
+
+
 def test_a_bare_layer_is_named_by_its_type():
     module, _ = convert(nn.Linear(2, 2), recipe="bfp8 quantize_logits=true")
     assert list(_rows(module)) == ["linear"] and ("linear", "A") in measure(module, [torch.ones(1, 2)])

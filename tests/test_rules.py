@@ -157,6 +157,17 @@ def test_bad_rules_are_refused(make, message):
         make()
 
 
+def test_a_rule_for_one_call_sets_nothing_that_all_calls_share():
+    model, _ = shapes.made(shapes.Twice)
+    rule = Rule("layer@2", weight="float", activation="float", momentum="float")
+    with pytest.raises(
+        RecipeError, match="rule 'layer@2' sets weight, momentum, which all calls of a layer share; set"
+    ):
+        convert(model, recipe=_recipe(rule))
+    outputs = _specs(model, _recipe(Rule("layer@2", activation="bfp4")), nodes.quantize_output)
+    assert [formats[0] for name, formats in outputs.items() if name.startswith("layer")] == ["bfp8[0]", "bfp4"]
+
+
 def test_rules_are_frozen_and_printed():
     rule = Rule("fc", kind="Linear", weight="float", activation="bfp4")
     assert str(_recipe(rule)) == "bfp8[0] rules=[fc kind=Linear W=float A=bfp4]"
