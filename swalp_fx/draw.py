@@ -123,7 +123,7 @@ class _Part:
         if part in ("input", "output"):
             return f"<i>{_text(node.name)}</i>"
         if part in LAYER_PARTS:
-            return _box(*reversed(names_in_report(node, self.module)))
+            return _box(*reversed(names_in_report(node, self.module, self.path)))
         if part in ("movement", "exit") and node.op != "get_attr":
             return f'<font color="{QUIET}">{_text(names_in_report(node, self.module)[1])}</font>'
         return None

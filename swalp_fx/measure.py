@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import copy
+import csv
+import difflib
+import io
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from . import nodes
-from .capture import module_around
 from .formats import FLOAT
 from .ops import quantize
 from .passes import RewrittenModule
+from .passes.classify import place
 from .passes.parts import refuse_unrewritten, rewritten_in
-from .report import called_module
+from .recipe import LETTERS
+from .table import table
 
 __all__ = ["Measures", "Rounded", "measure"]
+
+QUANTIZERS = (nodes.quantize_weight, nodes.quantize_output)
 
 
 @dataclass
@@ -59,13 +67,69 @@ class Rounded:
 
 
 class Measures(dict[tuple[str, str], Rounded]):
-    """(site, role) -> Rounded, in the order of the graph; printed as a table. Roles are W, A and E.
+    """(site, role) -> Rounded, in the order of the graph; printed as a table of at most 100 columns.
 
-    A site is a parameter, by its name, or a layer's output: a module's has the module's name (``relu@1`` for its second
-    call), a function's that of the module that calls it and of the call in the graph (``layer1.0.add``).
+    A site is a parameter or a layer's output, by the name that ``report`` prints and a recipe's rules take. A role is
+    W, A or E, or its name: ``measures["layer1.0.relu@2", "activation"]``. The columns of values that are not finite are
+    printed only where there are some.
     """
 
+    def __missing__(self, key: object) -> Rounded:
+        if self._known(key) in self:
+            return self[self._known(key)]
+        site = key[0] if isinstance(key, tuple) and key else key
+        nearest = difflib.get_close_matches(str(site), dict.fromkeys(site for site, _ in self), n=3, cutoff=0)
+        near = ", ".join(nearest) or "none"
+        raise KeyError(f"there is no measure of {key!r}; use (name, role), the nearest names being {near}")
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(self._known(key))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(self._known(key), default)
+
+    def _known(self, key: Any) -> Any:
+        """``key``, its role as a letter."""
+        return (key[0], LETTERS.get(key[1], key[1])) if isinstance(key, tuple) and len(key) == 2 else key
+
+    def sorted(self, by: str = "sqnr") -> Measures:
+        """The same measures, the worst first; equal ones stay in their order.
+
+        by: "sqnr" from the lowest; "clipped", "zeroed", "nan" or "infinite" from the largest share of the values;
+            "values", "signal" or "noise" from the largest.
+
+        Raises ValueError for another column.
+        """
+        if by not in ORDERS:
+            raise ValueError(f"cannot sort measures by {by!r}; use one of {', '.join(ORDERS)}")
+        return Measures(sorted(self.items(), key=lambda item: ORDERS[by](item[1])))
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A list with an object for each measure: site, role, format, values, sqnr (dB), clipped, zeroed, nan, infinite
+        (counts), signal, noise (sums of squares). Written to ``path`` too, if given.
+
+        JSON has no infinity, so one is the string "inf": the SQNR of what rounding left exact. ``float()`` reads both.
+        """
+        rows = [{name: _finite(value) for name, value in row.items()} for row in self._rows()]
+        return _written(json.dumps(rows, indent=1, allow_nan=False) + "\n", path)
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A header and a line for each measure, with the columns of ``to_json``; infinity is inf.
+
+        Written to ``path`` too, if given.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows())
+        return _written(text.getvalue(), path)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = ({"site": site, "role": role, "sqnr": each.sqnr} | asdict(each) for (site, role), each in self.items())
+        return [{name: row[name] for name in COLUMNS} for row in rows]
+
     def __str__(self) -> str:
+        counts = [name for name in ("nan", "infinite") if any(getattr(each, name) for each in self.values())]
         rows = [
             [
                 site,
@@ -75,14 +139,42 @@ class Measures(dict[tuple[str, str], Rounded]):
                 "exact" if each.sqnr == math.inf else f"{each.sqnr:.1f}",
                 _share(each.clipped, each.values),
                 _share(each.zeroed, each.values),
-                *(f"{count:,}" if count else "" for count in (each.nan, each.infinite)),
+                *(f"{count:,}" if (count := getattr(each, name)) else "" for name in counts),
             ]
             for (site, role), each in self.items()
         ]
-        header = ["site", "role", "format", "values", "SQNR, dB", "clipped", "to zero", "NaN", "infinite"]
-        return tabulate(rows, header, colalign=["left"] * 3 + ["right"] * 6, disable_numparse=True)
+        titles = ("NaN" if name == "nan" else name for name in counts)
+        header = ["site", "role", "format", "values", "SQNR, dB", "clipped", "to zero", *titles]
+        return table(header, rows, numbers=len(header) - 3)
 
     __repr__ = __str__
+
+
+COLUMNS = (
+    "site", "role", "format", "values", "sqnr", "clipped", "zeroed", "nan", "infinite", "signal", "noise",
+)  # fmt: skip
+
+# What ``Measures.sorted`` sorts by: the smallest is the worst.
+ORDERS: dict[str, Callable[[Rounded], float]] = {
+    "sqnr": lambda each: each.sqnr,
+    "clipped": lambda each: -each.clipped / each.values,
+    "zeroed": lambda each: -each.zeroed / each.values,
+    "nan": lambda each: -each.nan / each.values,
+    "infinite": lambda each: -each.infinite / each.values,
+    "values": lambda each: -each.values,
+    "signal": lambda each: -each.signal,
+    "noise": lambda each: -each.noise,
+}
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
+    return text
 
 
 def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None) -> Measures:
@@ -122,8 +214,10 @@ class _Watch:
     def __init__(self, part: RewrittenModule, path: str, measures: Measures) -> None:
         self.part, self.measures = part, measures
         self.sites: dict[str, str] = {}  # by the names of the quantize nodes
-        for node, site in _sites(part):
-            self.sites[node.name] = name = ".".join(filter(None, (path, site))) or node.name.removesuffix("_q")
+        for node in part.graph.nodes:
+            if node.target not in QUANTIZERS:
+                continue
+            self.sites[node.name] = name = place(node.args[0], path)
             roles = "W" if node.target is nodes.quantize_weight else "AE"
             for role, spec in zip(roles, node.args[3:], strict=False):  # behind the formats stands how to round
                 if spec != str(FLOAT):
@@ -147,7 +241,7 @@ class _Run(Interpreter):
         self.watch = watch
 
     def run_node(self, n: Node) -> Any:
-        if n.target not in (nodes.quantize_weight, nodes.quantize_output):
+        if n.target not in QUANTIZERS:
             return super().run_node(n)
         x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]
         before = pytree.tree_map_only(Tensor, torch.clone, x)  # rounding may be in place
@@ -170,22 +264,6 @@ class _Run(Interpreter):
             self.watch.count(n, "E", error, quantize(error, spec, rounding, key=key, stream=stream))
 
         return hook
-
-
-def _sites(part: RewrittenModule) -> Iterator[tuple[Node, str]]:
-    """Each quantize node, with the name of what it rounds."""
-    calls: dict[str, int] = {}
-    for node in part.graph.nodes:
-        if node.target is nodes.quantize_weight:
-            yield node, str(node.args[0].target)
-        elif node.target is nodes.quantize_output:
-            source = node.args[0]
-            path = called_module(source)
-            if path is None:
-                yield node, ".".join(filter(None, (module_around(source), source.name)))
-            else:
-                calls[path] = calls.get(path, -1) + 1
-                yield node, f"{path}@{calls[path]}" if calls[path] else path
 
 
 def _share(count: int, values: int) -> str:

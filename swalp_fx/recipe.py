@@ -31,6 +31,8 @@ Subject = tuple[str, Collection[str]]
 RANDOM_BITS = 16  # of a stochastic rounding that does not say: half a word, at most 2^-17 of a step from unbiased
 MAX_RANDOM_BITS = 24
 
+_NUMBER = re.compile(r"@\d+$")  # behind a name that several outputs have: which of them
+
 
 class RecipeError(ValueError):
     """A recipe that names a role, a rounding, a layer or a value that does not exist."""
@@ -46,6 +48,9 @@ class Rule:
     A role goes by its letter too: ``Rule("fc", W="float")``.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
     ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
+    Where several outputs have one name, as those of a module that is called twice, it matches them all;
+    ``layer1.0.relu@2`` is the second of them in the graph, and has no role but activation and error. ``report`` prints
+    every name.
     """
 
     match: str
@@ -104,17 +109,22 @@ def _once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) 
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` matches all of ``name``, or of the name of a module around it."""
+    """Whether ``pattern`` matches all of ``name``, or of the name of a module around it.
+
+    A pattern without ``@`` does not see the number in ``relu@2``: ``relu`` matches, ``*2`` does not.
+    """
+    names = _around(name if "@" in pattern else _NUMBER.sub("", name))
     if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], each) for each in _around(name))
-    return any(fnmatchcase(each, pattern) for each in _around(name))
+        return any(re.fullmatch(pattern[3:], each) for each in names)
+    return any(fnmatchcase(each, pattern) for each in names)
 
 
 def _around(name: str) -> Iterator[str]:
-    """``a.b.c``, ``a.b``, ``a``."""
+    """``a.b.c@2``, ``a.b.c``, ``a.b``, ``a``."""
     while name:
         yield name
-        name = name.rpartition(".")[0]
+        number = _NUMBER.search(name)
+        name = name[: number.start()] if number else name.rpartition(".")[0]
 
 
 def parse_rounding(rounding: str) -> tuple[str, int]:
@@ -217,6 +227,7 @@ class Recipe:
                 by_name = any(matches(rule.match, name) for name, _ in subjects)
                 what = f"kind={rule.kind!r} of rule {rule.match!r}" if by_name else f"rule {rule.match!r}"
                 raise _unmatched(what, rule.kind or "" if by_name else rule.match, kinds if by_name else names)
+            _refuse_shared(rule, subjects)
         for field in ("include", "exclude"):
             for pattern in getattr(self, field):
                 if not any(matches(pattern, name) for name, _ in subjects):
@@ -293,6 +304,17 @@ def _globs(field: str, globs: Any) -> tuple[str, ...]:
         if not each or re.search(r"[\s;,]", each):
             raise RecipeError(f"{field}: {each!r} is no glob of a qualified name")
     return tuple(globs)
+
+
+def _refuse_shared(rule: Rule, subjects: Iterable[Subject]) -> None:
+    """Raises RecipeError for a rule that means single calls of a layer, and sets what all its calls share."""
+    shared = [role for role in ("weight", "gradient", "momentum") if role in rule.formats()]
+    matched = (name for name, kinds in subjects if rule.matches([(name, kinds)]))
+    if shared and "@" in rule.match and all(_NUMBER.search(name) for name in matched):
+        raise RecipeError(
+            f"rule {rule.match!r} sets {', '.join(shared)}, which all calls of a layer share; set activation and error "
+            "alone, or name the layer without @"
+        )
 
 
 def _unmatched(what: str, wanted: str, known: Iterable[str]) -> RecipeError:

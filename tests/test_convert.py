@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -326,7 +327,7 @@ def test_whatever_a_model_takes_and_returns_its_layers_are_rewritten(way):
     assert check(model, x)
     module, _ = convert(model)
     assert type(module(x)) is type(model(x))
-    assert ["layer", "Linear", "bfp8[0]"] in [line.split()[:3] for line in report(module).splitlines()]
+    assert any(re.match(r"layer +Linear +W\w+ bfp8\[0\]", line) for line in report(module).splitlines())
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_parameters_of_other_dtypes_are_left_alone():
         assert torch.equal(model.state_dict()[name], before[name]) and torch.equal(averaged[name], before[name])
     assert not torch.equal(model.layer.weight, before["layer.weight"])
     rows = [line.split() for line in report(module).splitlines()]
-    assert ["steps", "parameter", "-", "-", "-", "-", "-", "3"] in rows
+    assert ["steps", "parameter", "-", "3"] in rows
 
 
 class Heads(nn.Module):

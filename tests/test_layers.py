@@ -12,7 +12,7 @@ PACKAGE = Path(swalp_fx.__file__).parent
 
 # Each layer imports only from those before it. Modules of one layer do not know each other.
 LAYERS = [
-    ["formats"],
+    ["formats", "table"],
     ["recipe"],
     ["random"],
     ["reference"],

@@ -1,6 +1,10 @@
 """What rounding did to each site."""
 
+import csv
+import io
+import json
 import math
+from collections import OrderedDict
 
 import pytest
 import shapes
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swalp_fx import ConvertError, convert, measure
+from swalp_fx.measure import Measures, Rounded
 
 
 class Scale(nn.Module):
@@ -85,12 +90,92 @@ def test_sites_have_the_models_names():
     outputs = [site for site, role in found if role == "A"]
     assert outputs[:7] == [
         "conv1",
-        *(f"blocks.0.{name}" for name in ("bn1", "relu", "conv1", "bn2", "relu@1", "conv2")),
+        *(f"blocks.0.{name}" for name in ("bn1", "relu@1", "conv1", "bn2", "relu@2", "conv2")),
     ]
     assert "blocks.0.iadd" in outputs and ("fc.weight", "W") in found and ("fc", "A") not in found
     assert [site for site, role in found if role == "E"] == outputs
     first, *lines = str(found).splitlines()
     assert first.split()[:4] == ["site", "role", "format", "values"] and len(lines) == 1 + len(found)
+
+
+def _measured(*rows):
+    """Measures of outputs a, b, ... by these fields."""
+    return Measures({(name, "A"): Rounded("bfp8", 10, **row) for name, row in zip("abc", rows, strict=False)})
+
+
+@pytest.mark.parametrize(
+    ("by", "order"),
+    [("sqnr", "cba"), ("clipped", "bca"), ("zeroed", "abc"), ("nan", "cab"), ("infinite", "abc"), ("noise", "cba")],
+)
+def test_the_worst_are_sorted_to_the_front(by, order):
+    found = _measured(
+        {"signal": 1.0},
+        {"signal": 100.0, "noise": 1.0, "clipped": 3},
+        {"noise": 2.0, "signal": 2.0, "clipped": 1, "nan": 1},
+    ).sorted(by)
+    assert "".join(site for site, _ in found) == order and isinstance(found, Measures)
+
+
+def test_a_share_of_the_values_counts_and_not_their_number():
+    few, many = Rounded("bfp8", 10, clipped=5), Rounded("bfp8", 1000, clipped=100)
+    assert list(Measures({("many", "A"): many, ("few", "A"): few}).sorted("clipped")) == [("few", "A"), ("many", "A")]
+
+
+def test_what_cannot_be_sorted_by_is_refused():
+    with pytest.raises(ValueError, match="cannot sort measures by 'snr'; use one of sqnr, clipped, zeroed, nan, "):
+        _measured({}).sorted("snr")
+
+
+def test_roles_have_letters_and_names():
+    found = measure(convert(Scale([2.0]), recipe="W=bfp8 A=bfp8").module, [torch.ones(1)])
+    assert found["scale", "weight"] is found["scale", "W"] and found["mul", "activation"] is found["mul", "A"]
+    assert ("mul", "activation") in found and ("mul", "error") not in found and ("mul", "E") not in found
+    assert found.get(("mul", "activation")) is found["mul", "A"] and found.get(("mul", "error"), 3) == 3
+
+
+@pytest.mark.parametrize("key", [("muls", "A"), ("mul", "E"), "mul", ("mul",)])
+def test_a_measure_that_is_not_there_is_refused_with_the_nearest_names(key):
+    found = measure(convert(Scale([2.0]), recipe="W=bfp8 A=bfp8").module, [torch.ones(1)])
+    with pytest.raises(
+        KeyError, match=r"there is no measure of .*; use \(name, role\), the nearest names being mul, scale"
+    ):
+        found[key]
+
+
+def test_json_and_csv_say_the_same(tmp_path):
+    model = Scale([0.3, 1.0, math.nan, -math.inf])
+    found = measure(convert(model, recipe="W=fixed4.0 A=bfp8 rounding=nearest").module, [torch.ones(4)])
+    objects, lines = json.loads(found.to_json()), list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert len(objects) == len(lines) == len(found) == 2
+    for (site, role), each, row, line in zip(found, found.values(), objects, lines, strict=True):
+        assert list(row) == list(line)
+        assert row["site"] == line["site"] == site and row["role"] == line["role"] == role
+        assert row["format"] == line["format"] == each.format
+        for name in ("values", "sqnr", "clipped", "zeroed", "nan", "infinite", "signal", "noise"):
+            assert float(row[name]) == float(line[name]) == getattr(each, name)
+    found.to_json(tmp_path / "measures.json"), found.to_csv(str(tmp_path / "measures.csv"))
+    assert (tmp_path / "measures.json").read_text() == found.to_json()
+    assert (tmp_path / "measures.csv").read_bytes().decode() == found.to_csv()
+
+
+def test_json_has_no_bare_infinity():
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    (row,) = json.loads(_measured({"signal": 1.0}).to_json(), parse_constant=refuse)
+    assert row["sqnr"] == "inf" and float(row["sqnr"]) == math.inf
+
+
+@pytest.mark.parametrize("spec", ["bfp8[0]", "mxfp6_e3m2"])
+def test_the_table_fits_a_hundred_columns(spec):
+    model = nn.Sequential()
+    for depth in range(4):
+        model = nn.Sequential(OrderedDict({"a_module_with_a_long_name": model, f"layer_{depth}": nn.Linear(6, 6)}))
+    module, _ = convert(model, recipe=f"{spec} quantize_input=true")
+    found = measure(module, [(torch.tensor([[math.inf] * 6, [math.nan] * 6]), None)], lambda out, _: out.sum())
+    first, *lines = str(found).splitlines()
+    assert first.split()[-2:] == ["NaN", "infinite"]
+    assert max(map(len, [first, *lines])) <= 100
 
 
 def test_a_model_in_parts():

@@ -126,9 +126,24 @@ def test_the_prover_refuses_another_placement():
     model, _ = shapes.made(shapes.PreResNet)
     captured = capture(model).graph
     graph = insert(assign(classify(captured, model), model, Recipe.parse("bfp8")))
-    for fields in ({"placement": "group"}, {"exclude": ("bn",)}, {"quantize_input": True}, {"quantize_logits": True}):
+    for fields in (
+        {"placement": "group"},
+        {"exclude": ("bn",)},
+        {"exclude": ("blocks.0.relu@2",)},
+        {"quantize_input": True},
+        {"quantize_logits": True},
+    ):
         with pytest.raises(VerifyError):
             verify(graph, captured, model, Recipe.parse("bfp8", **fields))
+
+
+def test_the_prover_counts_calls_as_the_pass_does():
+    model, _ = shapes.made(shapes.PreResNet)
+    captured = capture(model).graph
+    graph = insert(assign(classify(captured, model), model, Recipe.parse("bfp8", exclude=("blocks.0.relu@1",))))
+    verify(graph, captured, model, Recipe.parse("bfp8", exclude=("blocks.0.relu@1",)))
+    with pytest.raises(VerifyError):
+        verify(graph, captured, model, Recipe.parse("bfp8", exclude=("blocks.0.relu@2",)))
 
 
 @pytest.mark.parametrize(

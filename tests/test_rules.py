@@ -113,8 +113,8 @@ def test_the_report_follows():
         model, recipe=_recipe(Rule("0", weight="bfp4", gradient="bfp5"), Rule("1", activation="float", error="float"))
     )
     rows = [line.split() for line in report(module).splitlines()[2:4]]
-    assert rows[0] == ["0", "Conv2d", "bfp4", "bfp8[0]", "bfp8[0]", "bfp5", "bfp8[0]", "112"]
-    assert rows[1] == ["1", "BatchNorm2d", "bfp8[0]", "-", "-", "bfp8[0]", "bfp8[0]", "8"]
+    assert " ".join(rows[0]) == "0 Conv2d W bfp4, AEM bfp8[0], G bfp5 112"
+    assert " ".join(rows[1]) == "1 BatchNorm2d WGM bfp8[0] 8"
     assert "  1: a rule says so" in report(module)
 
 
@@ -155,6 +155,17 @@ def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_names(rule, mes
 def test_bad_rules_are_refused(make, message):
     with pytest.raises(RecipeError, match=message):
         make()
+
+
+def test_a_rule_for_one_call_sets_nothing_that_all_calls_share():
+    model, _ = shapes.made(shapes.Twice)
+    rule = Rule("layer@2", weight="float", activation="float", momentum="float")
+    with pytest.raises(
+        RecipeError, match="rule 'layer@2' sets weight, momentum, which all calls of a layer share; set"
+    ):
+        convert(model, recipe=_recipe(rule))
+    outputs = _specs(model, _recipe(Rule("layer@2", activation="bfp4")), nodes.quantize_output)
+    assert [formats[0] for name, formats in outputs.items() if name.startswith("layer")] == ["bfp8[0]", "bfp4"]
 
 
 def test_rules_are_frozen_and_printed():

@@ -189,9 +189,11 @@ def test_rules_name_a_derived_weight_by_its_layer():
 def test_derived_weights_are_reported():
     model, inputs = shapes.made(shapes.Normed)
     text = report(convert(model, recipe="bfp8").module, *inputs)
-    assert ["conv.weight", "derived", "weight", "6x4x3", "bfp8"] in [line.split()[:5] for line in text.splitlines()]
-    assert "  conv.parametrizations.weight.original0, conv.parametrizations.weight.original1, " in text
-    assert "a weight is derived from them, and rounded" in text
+    assert ["conv.weight", "derived", "weight", "6x4x3", "WGM", "bfp8"] in [
+        line.split()[:6] for line in text.splitlines()
+    ]
+    assert "  conv.parametrizations.weight.original* (2), spectral.parametrizations.weight.original,\n" in text
+    assert "a weight is derived from them, and rounded" in text and "outputs     4 of 5 rounded" in text
 
 
 def test_a_parametrized_layer_that_cannot_be_traced_stays_float_and_is_named():

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from ..capture import ConvertError, name_of
 from ..formats import FLOAT
 from ..recipe import Recipe, Subject
-from .classify import LAYER_PARTS, PART, attribute, is_derived, node_subject, parameter_subjects
+from .classify import LAYER_PARTS, PART, attribute, is_derived, kinds_of, parameter_subjects, place
 
 __all__ = ["SITE", "Output", "Scope", "Site", "Weight", "assign", "parameters_read", "subjects"]
 
@@ -55,8 +55,7 @@ class Scope:
 
     def subject(self, node: Node, root: nn.Module) -> Subject:
         """What the recipe sees of a classified node."""
-        name, kinds = node_subject(node, root)
-        return ".".join(filter(None, (self.path, name))), kinds
+        return place(node, self.path), kinds_of(node, root)
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _placed(graph: Graph, root: nn.Module, recipe: Recipe, scope: Scope) -> set[
         part = node.meta[PART]
         if part not in ("input", *LAYER_PARTS):
             continue
-        name, _ = scope.subject(node, root)
+        name = place(node, scope.path)
         if part == "input":
             wanted = recipe.quantize_input and any(user.meta[PART] != "number" for user in node.users)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,21 +18,28 @@ from ..recipe import Subject
 
 __all__ = [
     "LAYER_PARTS",
+    "NAME",
     "PART",
     "PARTS",
     "attribute",
     "classify",
     "is_derived",
     "is_listed",
-    "node_subject",
+    "is_torch",
+    "kinds_of",
     "originals",
     "parameter_subjects",
+    "place",
 ]
 
 # The node.meta key that classify writes: one of the parts below, or one of "input", "output", "parameter" (a Parameter
 # read by itself, or what a parametrization derives), "state" (a buffer, read, written, or what it is updated to) and
 # "exit" (movement whose result the model only returns).
 PART = "swalp_fx.part"
+
+# The node.meta key that classify writes on inputs, parameters and layer outputs: their names under the root, which
+# ``place`` reads.
+NAME = "swalp_fx.name"
 
 # Part -> the names of what plays it: functions and methods (a trailing underscore, for in place, is dropped), and
 # module types (a subclass plays its base's part).
@@ -106,20 +115,49 @@ _PART_OF = {name: part for part, names in PARTS.items() for name in names.split(
 _TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
 
 
-def node_subject(node: Node, root: nn.Module) -> Subject:
-    """What a recipe's patterns see of a classified ``node``: the name of its output, and its kinds.
+def place(node: Node, path: str = "") -> str:
+    """The one name of the place that ``node`` is, in recipes, reports, measures and drawings.
 
-    A module's output has the module's name; a function's that of the module that calls it, and of what it calls:
-    ``layer1.0.add``.
+    node: an input, a parameter or a layer output, of a classified graph or of the graph that is made of it.
+    path: where the graph's root stands in the model.
+
+    A module's output has the module's name: ``layer1.0.conv1``. A function's output is named by the module that calls
+    it and by the function: ``layer1.0.iadd``. Where several places of a graph have one name, each has its number behind
+    it, in the order of the graph: ``layer1.0.relu@1``, ``layer1.0.relu@2``. An input that is named as a layer is has
+    the number 0: ``tokens@0``. A bare layer that is its graph's root is named by its type: ``linear``.
     """
+    return ".".join(filter(None, (path, node.meta.get(NAME, str(node.target))))) or node.name
+
+
+def kinds_of(node: Node, root: nn.Module) -> list[str]:
+    """What a rule may call a classified ``node``: its part, and the names of its operation."""
     kinds = [node.meta[PART]]
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return str(node.target), [*kinds, *(base.__name__ for base in type(module).__mro__)]
+        return [*kinds, *(base.__name__ for base in type(root.get_submodule(str(node.target))).__mro__)]
     if node.op == "placeholder":
-        return str(node.target), kinds
-    name = name_of(node)
-    return ".".join(filter(None, [module_around(node), name])), [*kinds, name, name.rstrip("_")]
+        return kinds
+    return [*kinds, name_of(node), name_of(node).rstrip("_")]
+
+
+def _name(graph: Graph) -> None:
+    """Writes ``node.meta[NAME]``: see ``place``. A parameter is one place, however often it is read."""
+    names: dict[Node, str] = {}
+    for node in graph.nodes:
+        if node.meta[PART] == "parameter":
+            derived = _derived_name(f"{node.target}.") if node.op == "call_module" else None
+            node.meta[NAME] = derived or str(node.target)
+        elif node.meta[PART] in ("input", *LAYER_PARTS):
+            is_named = node.op in ("call_module", "placeholder")
+            names[node] = str(node.target) if is_named else ".".join(filter(None, [module_around(node), name_of(node)]))
+    calls = Counter(name for node, name in names.items() if node.op != "placeholder")
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
+    for node, name in names.items():
+        if node.op == "placeholder":
+            node.meta[NAME] = f"{name}@0" if name in calls else name
+        else:
+            # A module may itself be named relu@1.
+            numbered = (f"{name}@{number}" for number in numbers[name])
+            node.meta[NAME] = name if calls[name] == 1 else next(each for each in numbered if each not in calls)
 
 
 def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
@@ -130,9 +168,9 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{name}" if path else name
             aliases = [full]
-            if (derived := _DERIVED.match(full)) is not None:  # ``fc.weight`` is made of it: what names that, names it
-                module = root.get_submodule(derived[1].rstrip("."))
-                aliases.append(derived[1] + derived[2])
+            if derived := _derived_name(full):  # ``fc.weight`` is made of it: what names that, names it
+                module = root.get_submodule(derived.rpartition(".")[0])
+                aliases.append(derived)
             part = next((_PART_OF[base.__name__] for base in _layer_bases(module)), "parameter")
             kinds = [part, *(base.__name__ for base in type(module).__mro__)]
             subjects[names[id(parameter)]] += [(alias, kinds) for alias in aliases]
@@ -141,6 +179,11 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
 
 # ``fc.parametrizations.weight.original0``: the layer, a dot behind its name, and the tensor derived from the parameter.
 _DERIVED = re.compile(r"((?:.+\.)?)parametrizations\.([^.]+)\.")
+
+
+def _derived_name(parameter: str) -> str | None:
+    """``fc.weight``, of ``fc.parametrizations.weight.original0``; None if nothing is derived from ``parameter``."""
+    return derived[1] + derived[2] if (derived := _DERIVED.match(parameter)) else None
 
 
 def originals(root: nn.Module) -> tuple[str, ...]:
@@ -156,7 +199,7 @@ def is_derived(node: Node, root: nn.Module) -> bool:
 
 
 def classify(graph: Graph, root: nn.Module) -> Graph:
-    """Writes ``node.meta[PART]`` on every node; changes nothing else, and returns ``graph``.
+    """Writes ``node.meta[PART]`` on every node, and ``node.meta[NAME]`` on every place; returns ``graph``.
 
     x = placeholder                  input
     conv = self.conv(x)              compute
@@ -178,6 +221,7 @@ def classify(graph: Graph, root: nn.Module) -> Graph:
         leaves = node.users and all(user.meta[PART] in ("exit", "output") for user in node.users)
         if leaves and node.meta[PART] in ("movement", "number"):
             node.meta[PART] = "exit"
+    _name(graph)
     return graph
 
 
@@ -224,7 +268,7 @@ def _part(node: Node, root: nn.Module, parameters: set[int]) -> str:
         return "number"
     if module is not None:
         return _part_of_module(module)
-    if node.op == "call_function" and not _is_torch(node.target):
+    if node.op == "call_function" and not is_torch(node.target):
         return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
     name = name_of(node)
     return _PART_OF.get(name) or _PART_OF.get(name.rstrip("_")) or "arithmetic"
@@ -253,7 +297,8 @@ def _layer_bases(module: nn.Module) -> Iterator[type]:
             yield base
 
 
-def _is_torch(function: Any) -> bool:
+def is_torch(function: Any) -> bool:
+    """Whether ``function`` is one of PyTorch's or Python's own."""
     module = getattr(function, "__module__", None)
     return module is None or module.split(".")[0] in _TORCH
 

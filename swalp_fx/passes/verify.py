@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ class _Proof:
         self.scope, self.identity = scope, identity
         self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
         self.kinds = _kinds(graph, root)
+        self.places = _places(graph, self.kinds, scope.path)
 
     def run(self) -> None:
         self._same_computation()
@@ -185,18 +187,7 @@ class _Proof:
         return self.recipe.at(*self.scope.parameters[self.parameters[id(parameter)]])
 
     def _recipe_at(self, node: Node) -> Recipe:
-        return self.recipe.at((self._name(node), _spoken_kinds(node, self.root, self.kinds)))
-
-    def _name(self, node: Node) -> str:
-        """The qualified name of ``node``'s output in the model that the recipe speaks of."""
-        if (path := _path(node)) is not None:
-            names = [path]
-        elif node.op == "placeholder":
-            names = [str(node.target)]
-        else:
-            stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            names = [*stack[-1:], _called(node)]
-        return ".".join(name for name in (self.scope.path, *names) if name)
+        return self.recipe.at((self.places[node], _spoken_kinds(node, self.root, self.kinds)))
 
     def _outputs_once(self) -> None:
         exits = _exits(self.graph, self.kinds)
@@ -225,10 +216,10 @@ class _Proof:
                 "compute+activation": part in ("compute", "activation"),
                 "group": node in ends,
             }
-            wanted = placed[placement] or self.recipe.includes(self._name(node))
+            wanted = placed[placement] or self.recipe.includes(self.places[node])
         else:
             return False
-        if not wanted or self.recipe.excludes(self._name(node)):
+        if not wanted or self.recipe.excludes(self.places[node]):
             return False
         here = self._recipe_at(node)
         return self.identity or here.activation != FLOAT or here.error != FLOAT
@@ -490,6 +481,33 @@ def _kinds(graph: Graph, root: nn.Module) -> dict[Node, str]:
         if kinds[node] == "layer" and node in updates and "buffer" in [kinds[s] for s in node.all_input_nodes]:
             kinds[node] = "buffer"
     return kinds
+
+
+def _places(graph: Graph, kinds: dict[Node, str], path: str) -> dict[Node, str]:
+    """The name of each input and layer output in the model in which the graph's root stands at ``path``."""
+    named: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if kinds[node] == "layer":
+            named.setdefault(_unnumbered(node, path), []).append(node)
+    places: dict[Node, str] = {}
+    for name, nodes_of in named.items():
+        free = (number for number in count(1) if f"{name}@{number}" not in named)
+        places |= {node: name if len(nodes_of) == 1 else f"{name}@{next(free)}" for node in nodes_of}
+    for node in graph.find_nodes(op="placeholder"):
+        name = _unnumbered(node, path)
+        places[node] = f"{name}@0" if name in named else name
+    return places
+
+
+def _unnumbered(node: Node, path: str) -> str:
+    if (called := _path(node)) is not None:
+        names = [called]
+    elif node.op == "placeholder":
+        names = [str(node.target)]
+    else:
+        stack = [around for around, _ in node.meta.get("nn_module_stack", {}).values()]
+        names = [*stack[-1:], _called(node)]
+    return ".".join(name for name in (path, *names) if name) or node.name
 
 
 def _updates(graph: Graph, root: nn.Module) -> set[Node]:
