@@ -24,7 +24,7 @@ LAYERS = [
     ["averaging", "sgd"],
     ["optimizer"],
     ["convert"],
-    ["check", "report"],
+    ["check", "drawing", "report"],
     ["draw", "measure"],
     ["__init__"],
 ]
