@@ -12,7 +12,8 @@ PACKAGE = Path(swalp_fx.__file__).parent
 
 # Each layer imports only from those before it. Modules of one layer do not know each other.
 LAYERS = [
-    ["formats", "table"],
+    ["nearest", "table", "watch"],
+    ["formats"],
     ["recipe"],
     ["random"],
     ["reference"],
@@ -21,10 +22,10 @@ LAYERS = [
     ["modes", "snapshot"],
     ["capture"],
     ["passes"],
-    ["averaging", "sgd"],
+    ["averaging", "moments", "sgd"],
     ["optimizer"],
     ["convert"],
-    ["check", "report"],
+    ["check", "drawing", "report"],
     ["draw", "measure"],
     ["__init__"],
 ]

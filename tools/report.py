@@ -19,7 +19,11 @@ def command_line() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help=f"{', '.join(models.MODELS)}, or one of torchvision's classification models")
     add("--recipe", default="bfp8[0]", help="number formats (default: %(default)s)")
     add("--graph", action="store_true", help="print the rewritten code as well")
-    add("--draw", metavar="FILE", help="draw the rewritten graph: .svg, .png, .pdf (by Graphviz), or its source, .dot")
+    add(
+        "--draw",
+        metavar="FILE",
+        help="draw the rewritten graph, equal blocks once: .svg, .png, .pdf (by Graphviz), or its source, .dot",
+    )
     add("--input-size", type=int, metavar="N", help="pixels a side, or bytes of text (default: what it was made for)")
     add("--channels", type=int, metavar="N", help="of the image (default: 3)")
     add("--num-classes", type=int, metavar="N", help="default: 10; the 256 bytes for text")

@@ -1,0 +1,1 @@
+"""What ``draw`` draws: marks, folded where a graph is large, as Graphviz source."""
