@@ -1,5 +1,8 @@
 """The studies: that a stack of runs is those runs, and that each command writes what it says."""
 
+import contextlib
+import functools
+import io
 import json
 
 import pytest
@@ -9,6 +12,7 @@ from torch import nn
 
 import data
 import ordering
+import roles
 import stacked
 import study
 import swalp_fx
@@ -117,39 +121,94 @@ def test_the_scores_are_of_the_times_they_are_named_for(digits, monkeypatch):
     }
 
 
+# What breaks first
+
+
+def column(error, standard_error=0.1):
+    return {"mean": {"mean": error}, "standard error": {"mean": standard_error}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, None),
+        ({"A": column(4.0), "E": column(5.0)}, "E"),
+        ({"all": column(90.0)}, None),  # no role by itself
+        ({"W": column(3.4)}, None),  # sure, and less than half a point
+        ({"W": column(5.0, 0.8)}, None),  # more, and not sure
+    ],
+)
+def test_the_role_that_breaks_first_costs_the_most_and_surely(changes, first):
+    columns = {role: column(3.0) for role in roles.COLUMNS} | changes
+    assert roles.breaks_first(columns, column(3.0)) == first
+
+
 # The commands
 
 
-@pytest.fixture
-def small(monkeypatch):
-    make = ordering.Settings
-    monkeypatch.setattr(ordering, "Settings", lambda: make(seeds=2, epochs=2, average_from=1, bits=(8, 2)))
+TINY = {"seeds": 2, "epochs": 2, "average_from": 1, "batch_size": 250}
+SMALL = {
+    "ordering": (ordering, {"bits": (8, 4)}, ["ordering"]),
+    "formats": (roles, {}, ["formats"]),
+}
+WORDS = {"ordering": [], "formats": ["--format", "mxfp8", "--format", "bfp4"]}
 
 
-def test_ordering_writes_its_table_and_its_figure(small, tmp_path, capsys):
-    record = study.main(["ordering", "--seed", "1", "--out", str(tmp_path)])
-    written = json.loads((tmp_path / "results.json").read_text())
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Study -> (record, folder, what it printed), of a few steps."""
+    found = {}
+    for name, (module, changes, _) in SMALL.items():
+        folder = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(module, "Settings", functools.partial(module.Settings, **(TINY | changes)))
+            record = study.main([name, *WORDS[name], "--seed", "1", "--out", str(folder)])
+        found[name] = record, folder, printed.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_study_writes_its_record_its_table_and_its_figures(name, runs):
+    record, folder, printed = runs[name]
+    written = json.loads((folder / "results.json").read_text())
     assert written == json.loads(json.dumps(record)) | {"table": written["table"]}
-    assert capsys.readouterr().out == written["table"] + "\n"
+    assert written["command"].startswith(f"python tools/study.py {name} ")
+    assert printed == written["table"] + "\n"
+    drawn = {f"{figure}.{kind}" for figure in SMALL[name][2] for kind in ("svg", "png")}
+    assert {path.name for path in folder.iterdir()} == {"results.json", *drawn}
+
+
+def test_the_record_of_the_ordering(runs):
+    record = runs["ordering"][0]
     recipes = [line["recipe"] for line in record["lines"]]
-    assert recipes[:3] == ["float", "bfp8", "bfp2"] and recipes[-1] == "bfp2[0] A=bfp2 E=bfp2"
+    assert recipes[:3] == ["float", "bfp8", "bfp4"] and recipes[-1] == "bfp4[0] A=bfp4 E=bfp4"
     for line in record["lines"]:
         errors = line["errors"]
         assert all(len(values) == 2 and 0 <= min(values) <= max(values) <= 100 for values in errors.values())
         gains = [mean - average for mean, average in zip(errors["mean"], errors["average"], strict=True)]
         assert line["mean"]["gain"] == pytest.approx(sum(gains) / 2) and line["won"] == sum(g > 0 for g in gains)
-    assert {"ordering.svg", "ordering.png"} < {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_format_that_training_does_not_survive_is_said_in_the_table(small):
-    lines = {line.split("  ")[0]: line for line in ordering.table(study.main(["ordering"])).splitlines()}
-    assert "does not train" in lines["bfp2[0]"] and "does not train" not in lines["bfp8[0]"]
+def test_the_record_of_the_formats(runs):
+    record = runs["formats"][0]
+    assert list(record["formats"]) == ["mxfp8", "bfp4"] == list(record["breaks first"])
+    assert all(list(columns) == ["all", "W", "A", "E", "G", "M"] for columns in record["formats"].values())
+
+
+def test_a_format_that_training_does_not_survive_is_said_in_the_table(monkeypatch, capsys):
+    few = {"seeds": 2, "epochs": 2, "average_from": 1, "bits": (2,)}
+    monkeypatch.setattr(ordering, "Settings", functools.partial(ordering.Settings, **few))
+    study.main(["ordering"])
+    lost = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "does not train" in line]
+    assert lost == ["bfp2", "bfp2[0]", "bfp2[0] A=bfp2 E=bfp2"]  # and not float
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (["odering"], "invalid choice: 'odering'"),
+        (["formats", "--format", "e4m3", "--format", "bpf8"], "unknown format spec 'bpf8'"),
+        (["ordering", "--format", "bfp8"], "unrecognized arguments: --format"),
         (["ordering", "--out", "/dev/null/x"], "Not a directory: '/dev/null/x'"),
     ],
 )

@@ -10,7 +10,6 @@ import torch
 import data
 import experiment
 import logistic
-import ordering
 import quadratic
 import stacked
 import theory
@@ -54,8 +53,7 @@ def test_theorem_2_more_steps_bring_one_chain_nearer_to_the_limit(chains):
 
 
 def test_averaging_gives_back_what_four_bits_lose():
-    settings = ordering.Settings(bits=(4,))
-    errors = ordering.summary(stacked.scores("bfp4[0]", settings, data.load("digits"), lambda: None))["mean"]
+    errors = stacked.summary(stacked.scores("bfp4[0]", stacked.Training(), data.load("digits"), lambda: None))["mean"]
     assert errors["gain"] > 1.5
     assert errors["average"] < errors["warm-up"]
 

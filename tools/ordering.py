@@ -9,13 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import Tensor
 from tqdm import tqdm
 
 import data
 import experiment
 from experiment import BLACK, BLUE, GREY, VERMILION
-from stacked import LOST, Training, scores
+from stacked import LOST, Training, scores, summary
 
 # What shares an exponent -> the recipe of N bits. The authors' code has activations and errors share one a tensor.
 LAYOUTS = {
@@ -49,25 +48,6 @@ def run(settings: Settings) -> dict[str, Any]:
     steps = settings.epochs * settings.steps(dataset)
     with tqdm(total=len(lines) * steps, desc="ordering", unit="step", disable=None) as bar:
         return {"lines": [line | summary(scores(line["recipe"], settings, dataset, bar.update)) for line in lines]}
-
-
-def summary(of: dict[str, Tensor]) -> dict[str, Any]:
-    """``errors`` by seed, ``mean`` and ``standard error`` of each score and of the gain; ``won``: seeds with a gain.
-
-    The gain is that of the average over the mean of the epochs it was taken from.
-    """
-    gain = of["mean"] - of["average"]
-    each = of | {"gain": gain}
-    return {
-        "errors": {name: values.tolist() for name, values in of.items()},
-        "mean": {name: values.mean().item() for name, values in each.items()},
-        "standard error": {name: _standard_error(values) for name, values in each.items()},
-        "won": int((gain > 0).sum()),
-    }
-
-
-def _standard_error(values: Tensor) -> float:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
 
 
 COLUMNS = {

@@ -19,7 +19,7 @@ from data import Dataset
 from swalp_fx.random import fold_in
 from train import learning_rate
 
-__all__ = ["Runs", "Training", "errors", "recipe", "scores", "stacked"]
+__all__ = ["LOST", "Runs", "Training", "errors", "recipe", "scores", "stacked", "standard_error", "summary"]
 
 HIDDEN = (128, 64)
 LOST = 50.0  # % of test error from which on a format counts as one that training does not survive; chance is 90
@@ -102,7 +102,7 @@ class Runs:
         self.module, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe(text))
 
     @property
-    def averages(self) -> bool:
+    def averaging(self) -> bool:
         """Whether the warm-up is over."""
         return self.epoch >= self.settings.average_from
 
@@ -143,7 +143,7 @@ def scores(text: str, settings: Training, dataset: Dataset, on_step: Callable[[]
     runs = Runs(text, settings, dataset)
 
     def after_step() -> None:
-        if runs.averages:
+        if runs.averaging:
             runs.swalp.update_average()
         on_step()
 
@@ -157,3 +157,22 @@ def scores(text: str, settings: Training, dataset: Dataset, on_step: Callable[[]
         "mean": torch.stack(history[settings.average_from :]).mean(0),
         "average": runs.errors(runs.swalp.averaged_model()),
     }
+
+
+def summary(of: dict[str, Tensor]) -> dict[str, Any]:
+    """``errors`` by seed, ``mean`` and ``standard error`` of each score and of the gain; ``won``: seeds with a gain.
+
+    The gain is that of the average over the mean of the epochs it was taken from.
+    """
+    gain = of["mean"] - of["average"]
+    each = of | {"gain": gain}
+    return {
+        "errors": {name: values.tolist() for name, values in of.items()},
+        "mean": {name: values.mean().item() for name, values in each.items()},
+        "standard error": {name: standard_error(values) for name, values in each.items()},
+        "won": int((gain > 0).sum()),
+    }
+
+
+def standard_error(values: Tensor) -> float:
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
