@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import averages
 import data
 import ordering
 import roles
@@ -143,6 +144,34 @@ def test_the_role_that_breaks_first_costs_the_most_and_surely(changes, first):
     assert roles.breaks_first(columns, column(3.0)) == first
 
 
+# The averages of one trajectory
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_step_of_a_row(bits):
+    x = torch.randn(SEEDS, 5, 40)
+    codes = swalp_fx.quantize(x, averages.format_of(bits)) / averages.step_of(x, bits)
+    assert torch.equal(codes, codes.round())
+    largest = codes.abs().amax(-1)
+    assert (largest >= 2 ** (bits - 2)).all() and (largest < 2 ** (bits - 1)).all()
+
+
+def test_every_average_takes_part_as_often_as_it_says():
+    settings = averages.Settings(bits=(8, 4), every=(1, 3), watched=8)
+    several, alone = averages.Averages(settings), swalp_fx.Average(averages.format_of(4))
+    for step in range(1, 8):
+        parameters = {"w": torch.randn(SEEDS, 5, 40, generator=torch.Generator().manual_seed(step))}
+        several.update(parameters)
+        if step % 3 == 0:
+            alone.update(parameters)
+    assert torch.equal(several.rounded["nearest", 3, 4].means["w"], alone.means["w"])
+    assert {key[1]: average.n_averaged for key, average in several.rounded.items()} == {1: 7, 3: 2}
+    found = [(mode, every, bits) for mode, every, bits, *_ in several.read()]
+    assert len(found) == len(set(found)) == 3 * 2 * 3
+    assert several.distance["updates"] == [6, 7]
+    assert all(0 < each < 1 for each in several.distance["read"])
+
+
 # The commands
 
 
@@ -150,8 +179,9 @@ TINY = {"seeds": 2, "epochs": 2, "average_from": 1, "batch_size": 250}
 SMALL = {
     "ordering": (ordering, {"bits": (8, 4)}, ["ordering"]),
     "formats": (roles, {}, ["formats"]),
+    "averaging": (averages, {"bits": (8, 4), "every": (1, 2), "batch_size": 50}, ["averaging", "stall"]),
 }
-WORDS = {"ordering": [], "formats": ["--format", "mxfp8", "--format", "bfp4"]}
+WORDS = {"ordering": [], "formats": ["--format", "mxfp8", "--format", "bfp4"], "averaging": []}
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +223,15 @@ def test_the_record_of_the_formats(runs):
     record = runs["formats"][0]
     assert list(record["formats"]) == ["mxfp8", "bfp4"] == list(record["breaks first"])
     assert all(list(columns) == ["all", "W", "A", "E", "G", "M"] for columns in record["formats"].values())
+
+
+def test_the_record_of_the_averaging(runs):
+    record = runs["averaging"][0]
+    assert record["bits"] == [None, 8, 4] and list(record["errors"]) == ["read", "stochastic", "nearest"]
+    for errors in record["errors"].values():
+        assert {every: len(values) for every, values in errors.items()} == {"1": 3, "2": 3}
+    # Averages in float are the same, whatever others do.
+    assert len({errors["2"][0] for errors in record["errors"].values()}) == 1
 
 
 def test_a_format_that_training_does_not_survive_is_said_in_the_table(monkeypatch, capsys):
