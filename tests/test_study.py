@@ -248,7 +248,7 @@ def test_a_format_that_training_does_not_survive_is_said_in_the_table(monkeypatc
         (["odering"], "invalid choice: 'odering'"),
         (["formats", "--format", "e4m3", "--format", "bpf8"], "unknown format spec 'bpf8'"),
         (["ordering", "--format", "bfp8"], "unrecognized arguments: --format"),
-        (["ordering", "--out", "/dev/null/x"], "Not a directory: '/dev/null/x'"),
+        (["ordering", "--out", "/dev/null/x"], "--out /dev/null/x cannot be written (Not a directory)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(words, complaint, capsys):

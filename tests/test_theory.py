@@ -171,7 +171,7 @@ def test_full_is_longer(monkeypatch):
         (["quadratic", "--seed", "-1"], "'-1' is not a whole number from 0 to 2^63 - 1"),
         (["quadratic", "--seed", "one"], "'one' is not a whole number"),
         (["quadratic", "--dataset", "digits"], "unrecognized arguments: --dataset"),
-        (["quadratic", "--out", "/dev/null"], "File exists: '/dev/null'"),
+        (["quadratic", "--out", "/dev/null"], "--out /dev/null cannot be written (File exists)"),
         (["logistic", "--dataset", "cifar10"], "invalid choice: 'cifar10'"),
         (["logistic", "--dataset", "fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist, or run python -c"),
     ],

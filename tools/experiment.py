@@ -18,12 +18,13 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 
@@ -35,11 +36,12 @@ from matplotlib.figure import Figure
 
 import data
 import swalp_fx
+from benchmark import machine
 
 __all__ = ["BLACK", "BLUE", "GREEN", "GREY", "ORANGE", "VERMILION", "label_ends", "main", "subplots"]
 
-# What a bad command line, or one that does not fit its data or disk, raises.
-INPUT_ERRORS = (data.DataError, swalp_fx.FormatError, swalp_fx.RecipeError, OSError)
+# What a bad command line, or one that does not fit its data, raises.
+INPUT_ERRORS = (data.DataError, swalp_fx.FormatError, swalp_fx.RecipeError)
 
 # Okabe and Ito's colours, which every eye tells apart.
 BLACK, BLUE, VERMILION, GREEN, ORANGE = "#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -64,7 +66,7 @@ LABEL_GAP = 10.5  # points between the baselines of two labels, at a font of 8
 class Parser(argparse.ArgumentParser):
     """A parser whose complaint is one line, with exit status 2."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -78,22 +80,35 @@ def main(prog: str, about: str, experiments: Mapping[str, ModuleType], argv: Seq
     args = parser.parse_args(words)
     module = experiments[args.experiment]
     torch.set_num_threads(1)  # the tensors are small; and one thread gives every machine the same sums
+    if args.out:
+        _make_writable(args.out, parser)
+    settings = _settings(module, args)
     try:
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-        settings = _settings(module, args)
-        record = {
-            "command": shlex.join(["python", f"tools/{prog}", *words]),
-            "environment": environment(),
-            "settings": asdict(settings),
-            **module.run(settings),
-        }
-        if args.out:
-            write(args.out, record, module)
+        found = module.run(settings)
     except INPUT_ERRORS as error:
         parser.error(f"{args.experiment}: {error}")
+    command = shlex.join(["python", f"tools/{prog}", *words])
+    record = {"command": command, "environment": environment(), "settings": asdict(settings), **found}
     print(module.table(record))
+    if args.out:
+        try:
+            write(args.out, record, module)
+        except OSError as error:
+            parser.error(_unwritable(args.out, error))
     return record
+
+
+def _make_writable(folder: Path, parser: Parser) -> None:
+    """Before the minutes of a run, which a folder that cannot be written would lose."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(_unwritable(folder, error))
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"--out {folder} cannot be written ({error.strerror}); name another folder"
 
 
 def _first_line(module: ModuleType) -> str:
@@ -126,19 +141,11 @@ def environment() -> dict[str, Any]:
         "swalp_fx": swalp_fx.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": _machine(),
+        "machine": machine("cpu"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
     }
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def write(folder: Path, record: Mapping[str, Any], module: ModuleType) -> None:
