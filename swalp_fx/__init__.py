@@ -1,5 +1,6 @@
 """Low-precision training with weight averaging (SWALP), as a rewrite of torch.fx graphs."""
 
+from .averaging import Average, recalibrate
 from .capture import ConvertError
 from .check import Check, check
 from .convert import Converted, convert
@@ -27,6 +28,7 @@ from .report import report
 __all__ = [
     "FLOAT",
     "SWALP",
+    "Average",
     "BlockFloat",
     "Check",
     "ConvertError",
@@ -55,6 +57,7 @@ __all__ = [
     "quantize_",
     "quantize_output",
     "quantize_weight",
+    "recalibrate",
     "report",
 ]
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from .formats import FLOAT, Format
-from .ops import quantize_
+from .formats import FLOAT, Format, parse
+from .ops import quantize, quantize_foreach_
+from .recipe import parse_rounding
 
 __all__ = ["Average", "mean_dtype", "recalibrate"]
 
@@ -32,20 +33,35 @@ def mean_dtype(parameter: Tensor) -> torch.dtype | None:
 class Average:
     """The running mean of named parameters, ``means[name]``, in float32 (float64 for float64).
 
-    format: what every mean is rounded to after each update, to nearest: Q_SWA of the paper's
-    section 5.1, which asks how few bits the average can live with.
+    format, rounding: what every mean is rounded to after each update, and how: Q_SWA of the paper's section 5.1, which
+        asks how few bits the average can live with.
+
+    An average that is rounded to nearest at each update stalls. The n-th update moves a mean by 1 / n of its distance
+    to the new parameter, and rounding takes back what is less than half a step. With parameters around their mean by
+    sigma, and steps of delta, few updates count from n > 2 sigma / delta on. Two remedies: ``rounding="stochastic"``,
+    under which a small move comes with a small probability; and no format here, but one in ``mean(format)`` or
+    ``applied_to(model, format)``, which round once, when the average is read.
+
+    One run may have several averages: ``average.update(dict(model.named_parameters()))`` adds its weights to any.
     """
 
-    def __init__(self, format: Format = FLOAT) -> None:
-        self.format = format
+    def __init__(self, format: str | Format = FLOAT, rounding: str = "nearest") -> None:
+        parse_rounding(rounding)
+        self.format = parse(format)
+        self.rounding = rounding
         self.n_averaged = 0
         self.means: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor]) -> None:
-        """mean <- Q(mean + (parameter - mean) / n), for the n-th update."""
+    def update(self, parameters: Mapping[str, Tensor], *, key: Tensor | int | None = None) -> None:
+        """mean <- Q(mean + (parameter - mean) / n), for the n-th update.
+
+        key: of stochastic rounding; each mean has its place among ``parameters`` for a stream. Without a key, one is
+            drawn from torch's default generator.
+        """
         n = self.n_averaged + 1
-        for name, parameter in parameters.items():
+        means, streams = [], []
+        for stream, (name, parameter) in enumerate(parameters.items()):
             if (dtype := mean_dtype(parameter)) is None:
                 continue
             if n == 1:
@@ -53,20 +69,28 @@ class Average:
             else:
                 # The model may have moved to another device since.
                 mean = self.means[name].to(parameter.device).lerp_(parameter.detach().to(dtype), 1 / n)
-            if self.format != FLOAT:
-                quantize_(mean, self.format)
             self.means[name] = mean
+            means.append(mean)
+            streams.append(stream)
+        if self.format != FLOAT:
+            quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
         self.n_averaged = n
 
     @torch.no_grad()
-    def applied_to(self, model: nn.Module) -> nn.Module:
-        """A deep copy of ``model`` with the means as its parameters, in the parameters' own dtype.
+    def mean(self, format: str | Format = FLOAT) -> dict[str, Tensor]:
+        """Copies of the means by name, rounded to ``format``, to nearest; the average itself goes on unrounded."""
+        rounds = parse(format) != FLOAT
+        return {name: quantize(mean, format) if rounds else mean.clone() for name, mean in self.means.items()}
+
+    @torch.no_grad()
+    def applied_to(self, model: nn.Module, format: str | Format = FLOAT) -> nn.Module:
+        """A deep copy of ``model`` with ``mean(format)`` as its parameters, in the parameters' own dtype.
 
         Tied parameters stay tied; buffers and modes are the model's of this moment.
         """
         averaged = copy.deepcopy(model)
         parameters = dict(averaged.named_parameters())
-        for name, mean in self.means.items():
+        for name, mean in self.mean(format).items():
             parameters[name].copy_(mean)
         return averaged
 

@@ -38,7 +38,7 @@ from .watch import Watch, warn
 __all__ = ["SWALP"]
 
 # Role numbers, the upper half of a stream id. Momentum is last: an optimizer's second state tensor
-# of a parameter takes the next number up, and so on.
+# of a parameter takes the next number up, and so on. The average's is 0.
 GRADIENT, ACCUMULATOR, WEIGHT, MOMENTUM = 1, 2, 3, 4
 
 # What torch.optim counts in tensors without dimensions, which the shape of a parameter without
@@ -95,7 +95,7 @@ class SWALP:
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
         self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
-        self._average = Average(recipe.average)
+        self._average = Average(recipe.average, recipe.average_rounding)
         self._accumulators: dict[str, Tensor] = {}
         self._seed = torch.initial_seed()
         self._steps = 0
@@ -208,6 +208,11 @@ class SWALP:
     # The average
 
     @property
+    def average(self) -> Average:
+        """The average itself; ``swalp.average.mean()`` has its tensors by name."""
+        return self._average
+
+    @property
     def n_averaged(self) -> int:
         """How many times update_average() was called."""
         return self._average.n_averaged
@@ -218,10 +223,10 @@ class SWALP:
             self._may_average_float = True
             remedy = "call it after optimizer.step()" if self._optimizer else "call attach(optimizer) before training"
             warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
-        self._average.update(self._parameters)
+        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
 
-    def averaged_model(self, loader: Iterable[Any] | None = None) -> nn.Module:
-        """A copy of the float model with the averaged weights, in the parameters' own dtype.
+    def averaged_model(self, loader: Iterable[Any] | None = None, format: str | Format = FLOAT) -> nn.Module:
+        """A copy of the float model with the averaged weights, rounded to ``format``, in the parameters' own dtype.
 
         loader: yields a tensor, or a tuple or list with the input first. If given, batch-norm
         statistics are those over all of it; if not, they are the model's of this moment.
@@ -229,7 +234,7 @@ class SWALP:
         """
         if self.n_averaged == 0:
             raise ValueError("there is no average yet; call update_average() at least once before averaged_model()")
-        averaged = self._average.applied_to(self.model)
+        averaged = self._average.applied_to(self.model, format)
         if loader is not None:
             recalibrate(averaged, loader)
         return averaged

@@ -162,6 +162,7 @@ class Recipe:
     momentum: Format = FLOAT
     accumulator: Format | None = None  # what the optimizer steps on; None: the weights themselves
     average: Format = FLOAT  # of the averaged weights, Q_SWA in the paper's section 5.1
+    average_rounding: str = "nearest"  # how each update of it is rounded; to nearest it stalls, see averaging.Average
     rounding: str = "stochastic"
     placement: str = "every"  # which layer outputs are rounded
     include: tuple[str, ...] = ()  # globs: layer outputs rounded though the placement leaves them out
@@ -179,6 +180,7 @@ class Recipe:
             if value is not None or role != "accumulator":
                 object.__setattr__(self, role, parse(value))
         parse_rounding(self.rounding)
+        parse_rounding(self.average_rounding)
         if self.placement not in PLACEMENTS:
             remedy = did_you_mean(str(self.placement), PLACEMENTS, f"use one of {', '.join(PLACEMENTS)}")
             raise RecipeError(f"unknown placement {self.placement!r}; {remedy}")
@@ -248,7 +250,7 @@ class Recipe:
         if len(formats) == 1:
             words = [str(formats.pop())]
         default = {field.name: field.default for field in fields(self)}
-        for name in ("accumulator", "average", "rounding", "placement"):
+        for name in ("accumulator", "average", "average_rounding", "rounding", "placement"):
             if getattr(self, name) != default[name]:
                 words.append(f"{name}={getattr(self, name)}")
         words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]

@@ -1,4 +1,4 @@
-"""The average against exact means, and batch-norm statistics against a direct computation."""
+"""The average and what rounding does to it, against exact means; batch-norm statistics against a direct computation."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import swalp_fx
 from swalp_fx.averaging import Average, recalibrate
 from swalp_fx.formats import parse
 from swalp_fx.ops import quantize
@@ -86,6 +87,165 @@ def test_a_quantized_mean_is_rounded_to_nearest_after_every_update(spec):
         average.update({"w": w})
         mean = quantize(w if mean is None else mean.lerp(w, 1 / n), spec)
         assert torch.equal(average.means["w"], mean)
+
+
+# What rounding does to a mean: fixed16.8 has steps of 2^-8
+
+
+def fed(average, *stretches):
+    """``average`` after updates of 4,000 equal elements: (number of updates, value)."""
+    for count, value in stretches:
+        for _ in range(count):
+            average.update({"w": torch.full((4000,), value)}, key=average.n_averaged)
+    return average
+
+
+@pytest.mark.parametrize(("before", "moved"), [(126, 2**-8), (128, 0.0)])
+def test_rounded_to_nearest_an_update_counts_up_to_twice_the_distance_in_steps(before, moved):
+    """From 0, a parameter at 1/4 = 64 steps moves the n-th mean by 64 / n steps, which is half a step at n = 128."""
+    average = fed(Average("fixed16.8"), (before, 0.0), (1, 0.25))
+    assert average.means["w"].unique().tolist() == [moved]
+
+
+def test_rounded_to_nearest_a_mean_stalls_for_good():
+    assert fed(Average("fixed16.8"), (128, 0.0), (128, 0.25)).means["w"].unique().tolist() == [0]
+
+
+def test_rounded_stochastically_a_mean_does_not_stall():
+    mean = fed(Average("fixed16.8", "stochastic"), (128, 0.0), (128, 0.25)).means["w"]
+    assert torch.equal(quantize(mean, "fixed16.8"), mean) and len(mean.unique()) > 1
+    error = mean.std() / len(mean) ** 0.5
+    assert abs(mean.mean() - 0.125) < 4 * error < 1e-3
+
+
+def test_rounded_when_it_is_read_a_mean_is_exact_to_half_a_step():
+    average = fed(Average(), (128, 0.0), (127, 0.25))
+    assert average.means["w"].unique().tolist() == pytest.approx([127 / 255 / 4])
+    assert average.mean("fixed16.8")["w"].unique().tolist() == [32 / 256]
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "stochastic8", "down"])
+def test_each_update_is_rounded_as_it_says(rounding):
+    average, mean = Average("bfp6[0]", rounding), None
+    for n in range(1, 5):
+        parameters = {"b": rows(3, seed=n), "w": rows(4, 6, seed=-n)}
+        average.update(parameters, key=n)
+        w = parameters["w"]
+        mean = quantize(w if mean is None else mean.lerp(w, 1 / n), "bfp6[0]", rounding, key=n, stream=1)
+        assert torch.equal(average.means["w"], mean)
+
+
+def test_parameters_of_other_dtypes_and_in_another_order_are_averaged_side_by_side():
+    average = Average("bfp8", "stochastic")
+    first = {"single": rows(5), "codes": torch.ones(2, dtype=torch.int8), "double": rows(5, seed=1).double()}
+    average.update(first, key=0)
+    average.update(dict(reversed(first.items())), key=1)
+    assert {name: mean.dtype for name, mean in average.means.items()} == {
+        "single": torch.float32,
+        "double": torch.float64,
+    }
+    for name in ("single", "double"):
+        assert torch.equal(quantize(average.means[name], "bfp8"), average.means[name])
+        torch.testing.assert_close(average.means[name], first[name], rtol=0, atol=0.05)
+
+
+def test_without_a_key_torchs_generator_rules_stochastic_rounding():
+    means = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        average = Average("bfp4", "stochastic")
+        average.update({"w": rows(100)})
+        means.append(average.means["w"])
+    assert torch.equal(means[0], means[1]) and not torch.equal(means[0], means[2])
+
+
+@pytest.mark.parametrize("spec", ["float", "bfp6[0]"])
+def test_the_mean_that_is_read_is_a_copy_and_leaves_the_average_as_it_was(spec):
+    average = Average()
+    average.update({"w": rows(4, 6), "z": torch.tensor([1 + 2j])} if spec == "float" else {"w": rows(4, 6)})
+    read = average.mean(spec)
+    assert read.keys() == average.means.keys()
+    assert torch.equal(read["w"], quantize(rows(4, 6), spec))
+    read["w"].zero_()
+    assert torch.equal(average.means["w"], rows(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: Average("bpf8"), "unknown format spec 'bpf8'"),
+        (lambda: Average("bfp8", "random"), "unknown rounding 'random'"),
+        (lambda: Average().mean("bpf8"), "unknown format spec 'bpf8'"),
+    ],
+)
+def test_an_unknown_format_or_rounding_is_refused(make, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make()
+
+
+# The averages of one run
+
+
+def run(recipe, steps, *averages, run=None):
+    """(model, optimizer, swalp) after ``steps``, each of which all averages take part in."""
+    if run is None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        run = model, optimizer, swalp_fx.convert(model, optimizer, recipe=recipe).swalp
+    model, optimizer, swalp = run
+    for step in steps:
+        optimizer.zero_grad()
+        model(rows(4, 6, seed=step)).square().sum().backward()
+        optimizer.step()
+        swalp.update_average()
+        for average in averages:
+            average.update(dict(model.named_parameters()), key=step)
+    return run
+
+
+def test_a_run_has_as_many_averages_as_one_makes():
+    averages = [Average(), Average("bfp9[0]"), Average("bfp9[0]", "stochastic")]
+    model, _, swalp = run("bfp8[0] A=float E=float", range(5), *averages)
+    alone = Average("bfp9[0]")
+    run("bfp8[0] A=float E=float", range(5), alone)
+    assert [average.n_averaged for average in averages] == [5, 5, 5]
+    means = [average.means["0.weight"] for average in (*averages, swalp.average, alone)]
+    assert torch.equal(means[0], means[3]) and torch.equal(means[1], means[4])
+    assert len({mean.sum().item() for mean in means[:3]}) == 3
+    assert torch.equal(averages[1].applied_to(model)[0].weight, means[1])
+
+
+def test_the_average_of_a_run_is_public_and_rounded_when_it_is_read():
+    model, _, swalp = run("bfp8[0] A=float E=float", range(3))
+    assert isinstance(swalp.average, Average) and swalp.average.n_averaged == 3
+    assert list(swalp.average.mean()) == [name for name, _ in model.named_parameters()]
+    for name, parameter in swalp.averaged_model(format="bfp5[0]").named_parameters():
+        assert torch.equal(parameter, swalp.average.mean("bfp5[0]")[name])
+        assert torch.equal(parameter, quantize(swalp.average.means[name], "bfp5[0]"))
+
+
+def test_a_resumed_average_has_the_bits_of_one_never_stopped():
+    recipe = "bfp8[0] A=float E=float average=bfp6[0] average_rounding=stochastic"
+    whole = run(recipe, range(5))
+    first = run(recipe, range(2))
+    torch.manual_seed(99)
+    second = run(recipe, ())
+    for part, before in zip(second, first, strict=True):
+        part.load_state_dict(copy.deepcopy(before.state_dict()))
+    run(recipe, range(2, 5), run=second)
+    means = [each.average.means for each in (whole[2], second[2])]
+    assert all(torch.equal(means[0][name], means[1][name]) for name in means[0])
+    nearest = run(recipe.replace("stochastic", "nearest"), range(5))[2].average.means
+    assert not torch.equal(nearest["0.weight"], means[0]["0.weight"])
+
+
+def test_a_recipe_says_how_its_average_is_rounded():
+    recipe = swalp_fx.Recipe.parse("bfp8[0] average=bfp9[0] average_rounding=stochastic")
+    assert swalp_fx.Recipe.parse(str(recipe)) == recipe and "average_rounding=stochastic" in str(recipe)
+    assert "average_rounding" not in str(swalp_fx.Recipe.parse("bfp8[0] average=bfp9[0]"))
+    with pytest.raises(swalp_fx.RecipeError, match="unknown rounding 'random'"):
+        swalp_fx.Recipe.parse("bfp8[0] average_rounding=random")
 
 
 class Tied(nn.Module):

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 
-import gpu
 import pytest
 import torch
+
+import gpu
 
 STAGES = {stage.name: stage for stage in gpu.STAGES}
 

@@ -1,0 +1,27 @@
+"""What low precision costs and averaging gives back, on digits from many seeds: python tools/study.py ordering
+
+    python tools/study.py ordering     SGD-LP against SWALP, with 8 to 4 bits in every role
+    python tools/study.py averaging    how few bits the average itself can live with, and when it stalls
+    python tools/study.py formats      one role at a time in formats of every family: what breaks first
+
+Each takes less than two minutes of one core, prints its table, and with --out DIR writes results.json and figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import averages
+import experiment
+import ordering
+import roles
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The record of the study that the command line names."""
+    return experiment.main("study.py", __doc__, {"ordering": ordering, "averaging": averages, "formats": roles}, argv)
+
+
+if __name__ == "__main__":
+    main()
