@@ -37,6 +37,16 @@ def test_schedule_is_the_papers():
         assert train.learning_rate(epoch, settings) == pytest.approx(rate, rel=1e-12)
 
 
+def test_the_gallerys_learning_rate_rises_fiftyfold_where_averaging_begins():
+    """As docs/gallery.md tells it, in steps of stdlib's defaults: 8,192 windows an epoch, in batches of 32."""
+    settings = train.Settings(dataset="stdlib", seed=0, **{**train.EVERYWHERE, **train.DEFAULTS["stdlib"]})
+    per_epoch = data.TEXT_EPOCH // settings.batch_size
+    rates = {0: 2e-3, 512: 2e-3, 922: 2e-5, 1023: 2e-5, 1024: 1e-3, 1535: 1e-3}
+    assert per_epoch * settings.average_from == 1024 and per_epoch * settings.epochs == 1536
+    for step, rate in rates.items():
+        assert train.learning_rate(step / per_epoch, settings) == pytest.approx(rate)
+
+
 def run(*words):
     return train.main(["--dataset", "digits", "--batch-size", "100", "--device", "cpu", *map(str, words)])
 
