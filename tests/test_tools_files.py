@@ -59,7 +59,7 @@ def test_an_interruption_leaves_the_old_content_and_nothing_else(tmp_path, monke
 def test_a_read_only_folder_and_a_read_only_file_are_known_before(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     (tmp_path / "a").chmod(0o400)
-    with pytest.raises(files.FileError, match="a cannot be written: it is read-only; name another file"):
+    with pytest.raises(files.FileError, match="a cannot be written: it is read-only; make it writable, or name"):
         files.refuse_unwritable(tmp_path / "a")
     tmp_path.chmod(0o500)
     with pytest.raises(files.FileError, match="b cannot be written: Permission denied; name another folder"):

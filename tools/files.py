@@ -55,7 +55,7 @@ def refuse_unwritable(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
     if path.exists() and not os.access(path, os.W_OK):
-        raise FileError(f"{path} cannot be written: it is read-only; name another file")
+        raise FileError(f"{path} cannot be written: it is read-only; make it writable, or name another")
     if path.exists() and not path.is_file():
         return
     try:
