@@ -1,22 +1,20 @@
-"""The command lines in tools/: data, models, schedule, and whole small runs on real digits."""
+"""The command lines in tools/ but train.py: data, models, report, plot and benchmark."""
 
 import ast
-import dataclasses
-import functools
 import gzip
 import json
 import math
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from refusal import refusal
 
 import benchmark
 import data
-import decoder
 import models
 import overhead
 import plot
@@ -25,7 +23,6 @@ import steps
 import swalp_fx
 import train
 
-TOOLS = Path(__file__).parent.parent / "tools"
 fashion_mnist = pytest.mark.skipif(
     not data.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
 )
@@ -33,7 +30,14 @@ fashion_mnist = pytest.mark.skipif(
 
 def write_idx(path, array):
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.tobytes()))
+    content = header + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_splits(folder, ending, labels):
+    for split in ("train", "t10k"):
+        write_idx(folder / f"{split}-images-idx3-ubyte{ending}", np.zeros((len(labels), 28, 28), dtype=np.uint8))
+        write_idx(folder / f"{split}-labels-idx1-ubyte{ending}", np.array(labels, dtype=np.uint8))
 
 
 class TestData:
@@ -66,15 +70,51 @@ class TestData:
         torch.testing.assert_close(fashion.test_inputs[:, 0], expected)
         assert fashion.test_targets.tolist() == [2, 0, 1] and fashion.classes == 3
 
+    def test_idx_files_as_torchvision_unpacks_them(self, tmp_path):
+        raw = tmp_path / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        write_splits(raw, "", labels=[3, 1])
+        assert data.load("fashion-mnist", tmp_path).train_targets.tolist() == [3, 1]
+        labels = torchvision.datasets.FashionMNIST(tmp_path, train=False).targets
+        assert torch.equal(labels, data.load("fashion-mnist", tmp_path).test_targets)
+
     @pytest.mark.parametrize(
         ("content", "complaint"),
-        [(b"\x00\x00\x0d\x01\x00\x00\x00\x00", "not an IDX file"), (b"\x00\x00\x08\x01\x00\x00\x00\x05ab", "holds 2")],
+        [
+            (
+                gzip.compress(b"\x00\x00\x0d\x01\x00\x00\x00\x00"),
+                "is not an IDX file of bytes: it starts with 00 00",
+            ),
+            (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x05ab"), r"holds 2 bytes, not the \(5,\) it announces"),
+            (gzip.compress(b"\x00\x00\x08\x03\x00\x00"), "holds 0 bytes, not the"),
+            (gzip.compress(b""), "is not an IDX file"),
+            (gzip.compress(bytes(10_000))[:-20], "cannot be read"),
+            (gzip.compress(os.urandom(1000))[:500] + bytes(600), "cannot be read"),
+            (b"", "is not an IDX file"),
+            (b"\x00\x00\x08\x01 not gzip", "cannot be read"),
+        ],
     )
     def test_damaged_idx_file(self, tmp_path, content, complaint):
         path = tmp_path / "images.gz"
-        path.write_bytes(gzip.compress(content))
-        with pytest.raises(data.DataError, match=complaint):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match=f"{complaint}.*install it again"):
             data.read_idx(path)
+
+    def test_half_a_data_set_says_what_it_lacks(self, tmp_path):
+        write_splits(tmp_path, ".gz", labels=[0, 1])
+        (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+        with pytest.raises(data.DataError, match=rf"is not whole: {tmp_path} lacks t10k-labels-idx1-ubyte; install"):
+            data.load("fashion-mnist", tmp_path)
+
+    def test_labels_of_other_images(self, tmp_path):
+        write_splits(tmp_path, ".gz", labels=[0, 1])
+        write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(3, dtype=np.uint8))
+        with pytest.raises(data.DataError, match=r"no images and their labels, but \(2, 28, 28\) and \(3,\); install"):
+            data.load("fashion-mnist", tmp_path)
+
+    def test_a_folder_for_what_needs_none(self, tmp_path):
+        with pytest.raises(data.DataError, match="digits comes with scikit-learn and is not read from"):
+            data.load("digits", tmp_path)
 
     @pytest.mark.parametrize(
         ("name", "ways"),
@@ -213,161 +253,6 @@ class TestModels:
             models.build("decoder", 10, 1, 28)
 
 
-def test_schedule_is_the_papers():
-    settings = train.Settings("digits", "convnet", "sgd", 300, 200, 0, 0.1, 0.01, 0.9, 5e-4, 128, 0)
-    warm_up = {0: 0.1, 100: 0.1, 120: 0.1 * 0.7525, 140: 0.1 * 0.505, 180: 0.001, 199.9: 0.001}
-    for epoch, rate in {**warm_up, 200: 0.01, 299: 0.01}.items():
-        assert train.learning_rate(epoch, settings) == pytest.approx(rate, rel=1e-12)
-
-
-def run(*words):
-    return train.main(["--dataset", "digits", "--batch-size", "100", "--device", "cpu", *map(str, words)])
-
-
-def alike(a, b):
-    """Equal, and tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return a == b
-
-
-def without_times(epochs):
-    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
-
-
-class TestTrain:
-    def test_the_command_prints_one_table(self, tmp_path):
-        command = [sys.executable, TOOLS / "train.py", "--epochs", "2", "--average-from", "1", "--out", "run"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        header, _, errors, seconds = done.stdout.strip().splitlines()[-4:]
-        assert header.split() == ["SGD-FP", "SWA-FP", "SGD-LP", "SWALP"]
-        record = json.loads((tmp_path / "run" / "results.json").read_text())
-        lines = [record["lines"]["float"], record["lines"]["low"]]
-        printed = [f"{line[key]:.2f}" for line in lines for key in ("last", "average")]
-        assert record["metric"] == "test error, %" and record["command"].endswith(" --out run")
-        assert errors.removeprefix("test error, %").split() == printed
-        assert seconds.startswith("seconds an epoch")
-        assert record["table"] in done.stdout
-        assert [len(line["epochs"]) for line in lines] == [2, 2] and all(line["n_averaged"] == 1 for line in lines)
-        assert record["lines"]["low"]["recipe"] == "bfp8[0]" and record["environment"]["torch"] == torch.__version__
-        assert done.stderr == ""  # no progress bar where no one watches
-
-    def test_both_lines_learn_and_low_precision_is_not_float(self, tmp_path):
-        results = run("--epochs", 6, "--batch-size", 32, "--recipe", "bfp6[0]")
-        assert all(line["average"] < 20 for line in results.values())
-        assert results["float"]["epochs"][0]["losses"] != results["low"]["epochs"][0]["losses"]
-
-    def test_a_float_recipe_equals_the_float_line(self):
-        results = run("--epochs", 2, "--recipe", "float")
-        assert without_times(results["float"]["epochs"]) == without_times(results["low"]["epochs"])
-        assert results["float"]["average"] == results["low"]["average"]
-
-    @pytest.mark.parametrize("every", [0, 3])
-    def test_resumed_run_ends_with_the_bits_of_an_unbroken_one(self, tmp_path, every):
-        settings = ["--average-from", 2, "--average-every", every, "--recipe", "bfp6[0]"]
-        whole = run("--epochs", 4, *settings, "--out", tmp_path / "whole")
-        run("--epochs", 3, *settings, "--out", tmp_path / "broken")
-        resumed = run("--epochs", 4, *settings, "--out", tmp_path / "broken", "--resume")
-        for name in ("float", "low"):
-            a, b = (torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("whole", "broken"))
-            for part in ("settings", "model", "optimizer", "swalp"):
-                assert alike(a[part], b[part]), part
-            assert without_times(whole[name]["epochs"]) == without_times(resumed[name]["epochs"])
-            assert whole[name]["average"] == resumed[name]["average"]
-            assert whole[name]["n_averaged"] == resumed[name]["n_averaged"] == (2 if every == 0 else 20 // 3)
-
-    def test_a_resumed_run_takes_on_another_recipe(self, tmp_path):
-        first = run("--epochs", 2, "--recipe", "bfp6[0]", "--out", tmp_path)
-        both = run("--epochs", 2, "--recipe", "bfp6[0]", "--recipe", "mxfp8", "--out", tmp_path, "--resume")
-        assert both.keys() == {"float", "low", "low2"} and both["low2"]["recipe"] == "mxfp8"
-        assert {name: both[name] for name in first} == first
-
-    def test_resume_refuses_another_run(self, tmp_path):
-        run("--epochs", 2, "--out", tmp_path)
-        with pytest.raises(SystemExit, match=r"float\.pt was made with --lr 0\.05, not 0\.2; give the same"):
-            run("--epochs", 2, "--lr", 0.2, "--out", tmp_path, "--resume")
-        with pytest.raises(SystemExit, match=r"low\.pt was made with --recipe bfp8\[0\], not bfp8; give the same"):
-            run("--epochs", 2, "--recipe", "bfp8", "--out", tmp_path, "--resume")
-
-    def test_a_run_is_not_overwritten(self, tmp_path, capsys):
-        run("--epochs", 2, "--out", tmp_path)
-        with pytest.raises(SystemExit):
-            run("--epochs", 2, "--out", tmp_path)
-        assert "holds a run already" in capsys.readouterr().err
-
-    @pytest.mark.parametrize(
-        ("words", "complaint"),
-        [
-            (["--recipe", "bfp99"], "out of range"),
-            (["--recipe", "Q=bfp8"], "there is no role 'Q'"),
-            (["--model", "convnett"], "unknown model 'convnett'; use convnet"),
-            (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-            (["--dataset", "cifar10", "--data", "/nowhere"], "cifar10 is not in /nowhere"),
-            (["--epochs", "0"], "'0' is not a whole number of 1 or more"),
-            (["--lr", "fast"], "'fast' is not a number"),
-            (["--epochs", "4", "--average-from", "4"], "leaves none of 4 epochs to average"),
-            (["--average-every", "10000"], "--average-every 10000 is more than the 640 steps after the warm-up"),
-            (["--dataset", "stdlib", "--model", "convnet"], "convnet takes images, not text; use one of decoder"),
-            (["--optimizer", "lion"], "invalid choice: 'lion'"),
-            (["--device", "warp"], "--device warp cannot be used"),
-            (["--resume"], "--resume needs the --out DIR"),
-        ],
-    )
-    def test_bad_input_is_one_line(self, words, complaint, capsys):
-        with pytest.raises(SystemExit) as stop:
-            train.main(words)
-        message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-        assert complaint in message and "\n" not in message and message.startswith("train.py: error: ")
-
-
-class TestDecoder:
-    """A language model small enough for a test: one layer, and a thousand windows of the standard library."""
-
-    @pytest.fixture
-    def tiny(self, monkeypatch):
-        small = functools.partial(decoder.Decoder, width=32, heads=2, layers=1)
-        monkeypatch.setitem(models.MODELS, "decoder", models.Made(small, (64,), classes=256))
-        stdlib = data.load("stdlib")
-        few = {name: getattr(stdlib, name)[:1024] for name in ("train_inputs", "train_targets")}
-        few |= {name: getattr(stdlib, name)[:256] for name in ("test_inputs", "test_targets")}
-        monkeypatch.setattr(data, "load", lambda *_: dataclasses.replace(stdlib, **few, epoch=512))
-
-    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-    def test_it_learns_in_low_precision_and_resumes_to_the_bit(self, tiny, tmp_path, optimizer):
-        words = ["--dataset", "stdlib", "--optimizer", optimizer, "--average-from", 1, "--recipe", "bfp8[0] M=float"]
-        words += ["--lr", 0.003 if optimizer == "adamw" else 0.1, "--device", "cpu"]
-        whole = train.main([*map(str, words), "--epochs", "3"])
-        train.main([*map(str, words), "--epochs", "2", "--out", str(tmp_path)])
-        resumed = train.main([*map(str, words), "--epochs", "3", "--out", str(tmp_path), "--resume"])
-        for name, line in whole.items():
-            assert without_times(line["epochs"]) == without_times(resumed[name]["epochs"])
-            assert [each["steps"] for each in line["epochs"]] == [16] * 3 and line["n_averaged"] == 2
-            assert line["average"] < 4 < line["epochs"][0]["losses"][0] < 5.6  # uniform: log 256 = 5.55
-        assert whole["float"]["last"] != whole["low"]["last"]
-
-    def test_the_table_is_in_nats_a_byte(self, tiny, capsys):
-        train.main(["--dataset", "stdlib", "--epochs", "2", "--recipe", "mxfp8", "--recipe", "bfp8", "--device", "cpu"])
-        printed = capsys.readouterr().out
-        assert printed.count("AdamW-FP") == printed.count("validation loss, nats a byte") == 2
-        assert "recipe mxfp8, seed 0; 1 weights averaged" in printed and "recipe bfp8, seed 0" in printed
-
-    def test_the_rewritten_decoder_is_bit_equal_in_both_modes(self):
-        torch.manual_seed(0)
-        found = swalp_fx.check(models.build("decoder"), torch.randint(256, (2, 64)))
-        assert found and found.compared > 100, found
-
-    def test_one_weight_node_serves_the_embedding_and_the_head(self):
-        graph = swalp_fx.convert(models.build("decoder")).module.graph
-        quantized = graph.find_nodes(op="call_function", target=swalp_fx.quantize_weight)
-        assert len(quantized) == len(list(models.build("decoder").parameters()))
-        (tied,) = (node for node in quantized if node.args[0].target == "tokens.weight")
-        assert [user.args[0].target for user in tied.users] == ["tokens", "head"]
-
-
 class TestReport:
     def test_every_layer_and_its_formats(self, capsys):
         report.main(["convnet", "--recipe", "bfp8[0] E=e5m2"])
@@ -392,23 +277,49 @@ class TestReport:
     @pytest.mark.parametrize(
         ("words", "complaint"),
         [
-            (["resnet81"], "unknown model 'resnet81'; use"),
-            (["convnet", "--recipe", "bfp"], "unknown format spec 'bfp'"),
-            (["decoder", "--channels", "1"], "decoder takes text, not images"),
-            (["convnet", "--draw", "graph.jpg"], "its name must end in one of"),
-            (["convnet", "--draw", "/nowhere/graph.dot"], "No such file or directory"),
+            (["resnet81"], "unknown model 'resnet81'; use resnet18"),
+            ([""], "unknown model ''; use convnet"),
+            (["convnet", "--recipe", "bfp"], "'bfp'"),
+            (["convnet", "--recipe", "bfp8[5]"], "recipe 'bfp8[5]' does not fit the model: block dimension 5"),
+            (["convnet", "--recipe", "bfp8[0] A=bfp8[3]"], "does not exist in a tensor of 2 dimensions; use -2 to 1"),
+            (["convnet", "--num-classes", "0"], "--num-classes: '0' is not a whole number of 1 or more"),
+            (["convnet", "--channels", "0"], "--channels: '0' is not a whole number of 1 or more"),
+            (["convnet", "--input-size", "-3"], "--input-size: '-3' is not a whole number of 1 or more"),
+            (["convnet", "--num-classes", "1" + 12 * "0"], "convnet cannot be made for samples of (3, 28) and 1000"),
+            (["decoder", "--channels", "1"], "decoder takes text, not images; use one of convnet"),
+            (["resnet18", "--channels", "1"], "resnet18 takes images of 3 channels, not 1; use one of convnet"),
+            (["vgg16", "--input-size", "8"], "8 pixels a side are too few, use 32"),
+            (["resnet18", "--input-size", "1" + 9 * "0"], "a sample of (3, 1000000000) cannot be made"),
+            (["maxvit_t", "--input-size", "100"], "(shape '[1, 64, 3, 7, 3, 7]' is invalid for input of size 40000)"),
+            (["vit_b_16", "--input-size", "100"], "100 pixels (Wrong image height! Expected 224 but got 100!); it was"),
+            (["convnet", "--draw", "graph.jpg"], "cannot draw to graph.jpg: its name must end in one of"),
+            (["convnet", "--draw", "/nowhere/graph.dot"], "/nowhere/graph.dot cannot be written: No such file or"),
+            (["convnet", "--frog"], "unrecognized arguments: --frog; report.py --help lists the options"),
+            ([], "required: MODEL"),
         ],
     )
-    def test_bad_input_is_one_line(self, words, complaint):
-        with pytest.raises(SystemExit, match=f"^report.py: error: .*{complaint}") as stop:
-            report.main(words)
-        assert "\n" not in stop.value.code
+    def test_bad_input_is_one_line(self, words, complaint, capsys):
+        line = refusal(capsys, report.main, words)
+        assert line.startswith("report.py: error: ") and complaint in line
+
+    def test_a_fault_of_the_program_keeps_its_traceback(self, monkeypatch):
+        monkeypatch.setattr(swalp_fx, "report", lambda *_: torch.zeros(2) + torch.zeros(3))
+        with pytest.raises(RuntimeError, match="must match the size"):
+            report.main(["convnet"])
+
+    def test_a_drawing_on_a_full_disk(self, tmp_path, capsys):
+        (tmp_path / "graph.dot.partial").symlink_to("/dev/full")
+        (tmp_path / "graph.dot").write_text("earlier")
+        line = refusal(capsys, report.main, ["convnet", "--draw", tmp_path / "graph.dot"])
+        assert line.endswith("graph.dot cannot be written: No space left on device")
+        assert (tmp_path / "graph.dot").read_text() == "earlier"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    run("--epochs", 3, "--recipe", "bfp8", "--recipe", "mxfp8 M=float", "--out", out)
+    words = ["--batch-size", "100", "--epochs", "3", "--recipe", "bfp8", "--recipe", "mxfp8 M=float"]
+    train.main([*words, "--device", "cpu", "--out", str(out)])
     return out / "results.json"
 
 
@@ -435,22 +346,57 @@ class TestPlot:
             epoch.update(losses=[math.nan] * len(epoch["losses"]), last=math.nan, average=math.nan)
         assert len(plot.figure(record).axes) == 2
 
+    def test_all_lines_diverged(self, results):
+        record = json.loads(results.read_text())
+        for line in record["lines"].values():
+            for epoch in line["epochs"]:
+                epoch.update(losses=[math.nan] * len(epoch["losses"]), last=math.nan)
+        assert len(plot.figure(record).axes) == 2
+
+    def test_an_average_without_an_error_is_drawn(self, results):
+        record = json.loads(results.read_text())
+        record["lines"]["float"]["epochs"][-1]["average"] = 0.0
+        assert plot.figure(record).axes[1].get_lines()[1].get_ydata()[-1] == 0.0
+
+    def test_averaging_from_the_first_step(self, tmp_path):
+        train.main(["--epochs", "1", "--out", str(tmp_path)])
+        _, scores = plot.figure(plot.read(tmp_path / "results.json")).axes
+        assert scores.patches[0].get_x() == 0
+
     @pytest.mark.parametrize(
-        ("content", "out", "complaint"),
+        ("content", "complaint"),
         [
-            (None, "a.svg", "No such file or directory"),
-            ("{", "a.svg", "Expecting property name"),
-            ("{}", "a.svg", "is no results.json of train.py: it lacks 'settings'"),
-            ("good", "a.jpx", "Format 'jpx' is not supported"),
+            (None, "cannot be read: No such file or directory; name a results.json of train.py"),
+            (b"", "is no JSON, or cut short (Expecting value"),
+            (lambda good: good[:1000], "is no JSON, or cut short"),
+            (b"\x89PNG", "is no JSON, or cut short"),
+            (b"{}", "is no results.json of train.py: it lacks 'metric'"),
+            (b"[]", "is no results.json of train.py: list indices"),
+            (lambda good: good.replace(b'"recipe"', b'"formats"'), "it lacks 'recipe'"),
+            (lambda good: good.replace(b'"epochs": 3', b'"epochs": 4'), "is not as train.py writes it"),
+            (lambda good: good.replace(b'"steps": 10', b'"steps": 100'), "is not as train.py writes it"),
+            (lambda good: good.replace(b'"last": ', b'"last": null, "was": '), "is not as train.py writes it"),
         ],
     )
-    def test_bad_input_is_one_line(self, results, tmp_path, content, out, complaint):
-        path = results if content == "good" else tmp_path / "results.json"
-        if content and content != "good":
-            path.write_text(content)
-        with pytest.raises(SystemExit, match=r"^plot\.py: error: ") as stop:
-            plot.main([str(path), "--out", str(tmp_path / out)])
-        assert complaint in stop.value.code and "\n" not in stop.value.code
+    def test_results_that_are_none(self, results, tmp_path, content, complaint, capsys):
+        path = tmp_path / "results.json"
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content(results.read_bytes()))
+        line = refusal(capsys, plot.main, [path, "--out", tmp_path / "a.svg"])
+        assert line.startswith(f"plot.py: error: {path} ") and complaint in line
+
+    @pytest.mark.parametrize(
+        ("out", "complaint"),
+        [
+            ("a.jpx", "its name must end in one of .avif, .eps"),
+            ("a", "its name must end in one of .avif, .eps"),
+            ("none/a.svg", "a.svg cannot be written: No such file or directory"),
+            ("full.png", "full.png cannot be written: No space left on device"),
+        ],
+    )
+    def test_a_figure_that_cannot_be_written(self, results, tmp_path, out, complaint, capsys):
+        (tmp_path / "full.png").symlink_to("/dev/full")
+        assert complaint in refusal(capsys, plot.main, [results, "--out", tmp_path / out])
 
 
 # ---- benchmark.py --------------------------------------------------------------------------------
@@ -489,18 +435,30 @@ def test_benchmark_refuses_a_size_it_cannot_lay_out(size, capsys):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--json", "/nowhere/b.json"], "--json /nowhere/b.json is no file in a folder that exists"),
-        (["--json", "/"], "--json / is no file in a folder that exists"),
-        (["--threads", "0"], "--threads 0: use 1 or more"),
+        (["--json", "/nowhere/b.json"], "/nowhere/b.json cannot be written: there is no folder /nowhere; make it"),
+        (["--json", "/"], "/ is a folder; name a file"),
+        (["--json", "/proc/b.json"], "/proc/b.json cannot be written: "),
+        (["--threads", "0"], "--threads: '0' is not a whole number of 1 to 1024"),
+        (["--threads", "99999999999999999999"], "is not a whole number of 1 to 1024"),
+        (["--elements", "999999G"], "--elements 1,073,740,750,258,176: memory does not hold so many"),
         (["--device", "warp"], "invalid choice: 'warp'"),
     ],
 )
 def test_benchmark_refuses_bad_input_before_it_measures(words, complaint, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it measured"))
-    with pytest.raises(SystemExit):
-        benchmark.main(["op", *words])
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = refusal(capsys, benchmark.main, ["op", *words])
     assert message.startswith("benchmark.py: error: ") and complaint in message
+
+
+def test_benchmark_prints_what_a_full_disk_does_not_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: [{"what": "e4m3", "ms": 1.5}])
+    (tmp_path / "b.json").write_text("earlier")
+    (tmp_path / "b.json.partial").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["op", "--json", str(tmp_path / "b.json")])
+    out, err = capsys.readouterr()
+    assert err.endswith("b.json cannot be written: No space left on device\n") and err.count("\n") == 1
+    assert "1.500" in out and (tmp_path / "b.json").read_text() == "earlier"
 
 
 def test_benchmark_of_the_graph_times_each_node_forward_and_backward(tmp_path, monkeypatch, capsys):
@@ -562,10 +520,12 @@ def test_benchmark_of_a_step_times_no_wrong_graph(monkeypatch):
     [
         (["graph", "--elements", "1M"], "--elements is an option of op, not of graph"),
         (["op", "--models", "vgg16"], "--models is an option of step, not of op"),
-        (["step", "--models", "vgg61"], "--models: there is no model 'vgg61'"),
+        (["step", "--models", "vgg61"], "unknown model 'vgg61'; use vgg19 or vgg16"),
+        (["step", "--models", "decoder"], "decoder takes text, not images; use one of convnet"),
+        (["step", "--models", "convnet", "maxvit_t"], "maxvit_t cannot take a batch of 32 of images of 32 x 32 pixels"),
     ],
 )
-def test_benchmark_ignores_no_option(words, complaint, capsys):
-    with pytest.raises(SystemExit):
-        benchmark.main(words)
-    assert capsys.readouterr().err.splitlines()[-1] == f"benchmark.py: error: {complaint}"
+def test_benchmark_refuses_what_it_cannot_measure(words, complaint, monkeypatch, capsys):
+    for module in (benchmark, overhead, steps):
+        monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("it measured"))
+    assert refusal(capsys, benchmark.main, words).startswith(f"benchmark.py: error: {complaint}")

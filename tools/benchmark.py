@@ -26,16 +26,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import files
 import models
 import overhead
 import steps
 import swalp_fx
+import trial
+from command import CommandLine, number, run, sentence, show
 from swalp_fx import reference
 
 SPECS = ["fixed8.6", "e4m3", "e5m2", "bf16", "bfp8", "bfp8[0]", "bfp8[-1:16]", "mxfp8", "mxfp4", "int8[0]", "nvfp4"]
 ROUNDINGS = ["nearest", "stochastic"]
 COLUMNS = 1024
 KEY = 20190516
+THREADS = 1024  # beyond which OpenMP may find no memory for them, and end the process
 SECONDS = 0.5  # of repetitions for a row
 DIGITS = {"ms": ".3f", "GB/s": ".1f"}  # of a column, where they are not two behind the point
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -159,29 +163,58 @@ def machine(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def command_line() -> CommandLine:
+    parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
+    add = parser.add_argument
+    add("what", choices=["op", "graph", "step"], help="op: quantize_ in place, on float32")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    add(
+        "--elements",
+        type=elements,
+        nargs="+",
+        metavar="N",
+        help="of op: [elements / 1024, 1024], such as 64M (default: 1M and 64M)",
     )
-    parser.add_argument("what", choices=["op", "graph", "step"], help="op: quantize_ in place, on float32")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--elements", type=elements, nargs="+", help="of op: [elements / 1024, 1024] (1M and 64M)")
-    parser.add_argument("--models", nargs="+", help="of step: names, as tools/train.py takes them")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write what was measured here too")
-    args = parser.parse_args(argv)
+    add(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help=f"of step: names, as tools/train.py takes them (default: {', '.join(steps.MODELS)})",
+    )
+    add("--threads", type=threads, metavar="N", default=torch.get_num_threads(), help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="write what was measured here too")
+    return parser
+
+
+def refuse_unmeasurable(args: argparse.Namespace, parser: CommandLine) -> None:
+    """Before the minutes of measuring, which one model that does not fit, or one file, would lose."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU; use --device cpu")
-    if args.threads < 1:
-        parser.error(f"--threads {args.threads}: use 1 or more")
+        parser.refuse("--device cuda: torch finds no GPU; use --device cpu")
     for option, what in (("elements", "op"), ("models", "step")):
         if getattr(args, option) is not None and args.what != what:
-            parser.error(f"--{option} is an option of {what}, not of {args.what}")
-    if unknown := [name for name in args.models or () if name not in models.names()]:
-        parser.error(f"--models: there is no model {unknown[0]!r}")
-    # Before the minutes of measuring, which a file that cannot be written would lose.
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json} is no file in a folder that exists; name one")
+            parser.refuse(f"--{option} is an option of {what}, not of {args.what}")
+    try:
+        if args.json:
+            files.refuse_unwritable(args.json)
+        if args.what == "graph":
+            models.names()  # torchvision's among them
+        for name in (args.models or steps.MODELS) if args.what == "step" else ():
+            shape = (3, steps.SIZE)
+            trial.of_model(name, models.build(name, 10, *shape), *shape, batch=steps.BATCH)
+    except trial.INPUT_ERRORS as error:
+        parser.refuse(error)
+    for count in args.elements or ():
+        try:
+            torch.empty(2, count, device=args.device)  # as much as is measured, and its copy
+        except RuntimeError as error:
+            parser.refuse(f"--elements {count:,}: memory does not hold so many ({sentence(error)}); use fewer")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_line()
+    args = parser.parse_args(argv)
+    refuse_unmeasurable(args, parser)
     torch.set_num_threads(args.threads)
     about = {
         "command": shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
@@ -197,13 +230,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = overhead.measure(clock.once, args.device)
     else:
         tables = steps.measure(clock.once, args.models or steps.MODELS, args.device)
-    for name, value in about.items():
-        print(f"{name}: {value}")
+    show("\n".join(f"{name}: {value}" for name, value in about.items()))
     for rows in tables.values():
-        print("\n" + tabulate(rows, headers="keys", floatfmt=[DIGITS.get(name, ".2f") for name in rows[0]], intfmt=","))
+        show("\n" + tabulate(rows, headers="keys", floatfmt=[DIGITS.get(name, ".2f") for name in rows[0]], intfmt=","))
     if args.json:
-        args.json.write_text(json.dumps({**about, **tables}, indent=2))
+        try:
+            files.write(args.json, (json.dumps({**about, **tables}, indent=2) + "\n").encode())
+        except files.FileError as error:
+            parser.refuse(error)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,8 +6,8 @@ under the reason for it; one without a reason is printed, and the exit status is
 
 from __future__ import annotations
 
-import argparse
 import platform
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import swalp_fx
+from command import CommandLine, run, sentence, show
 from swalp_fx import BlockFloat, FixedPoint, Float, Format
 
 ROWS, COLUMNS = 512, 1024
@@ -230,17 +231,18 @@ def _table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(prog="compare_qtorch.py", description=__doc__).parse_args(argv)
+    parser = CommandLine(prog="compare_qtorch.py", description=__doc__)
+    parser.parse_args(argv)
     try:
         from qtorch import quant
-    except ImportError as error:
-        raise SystemExit(f"compare_qtorch.py: error: {error}; pip install qtorch ninja setuptools") from None
-    print(f"qtorch {version('qtorch')}, torch {torch.__version__}, Python {platform.python_version()}\n")
+    except (ImportError, RuntimeError, subprocess.CalledProcessError) as error:  # the last two: it did not compile
+        parser.refuse(f"qtorch cannot be imported ({sentence(error)}); pip install qtorch ninja setuptools")
+    show(f"qtorch {version('qtorch')}, torch {torch.__version__}, Python {platform.python_version()}\n")
     text, unexplained = table(quant)
-    print(text, special_values(quant), f"Stochastic, {DRAWS:,} draws:", stochastic(quant), sep="\n\n")
+    show("\n\n".join([text, special_values(quant), f"Stochastic, {DRAWS:,} draws:", stochastic(quant)]))
     if unexplained:
         raise SystemExit(f"compare_qtorch.py: {unexplained:,} differences have no reason")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

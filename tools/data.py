@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,6 +113,11 @@ class Dataset:
         """Of a sample, as a model's builder takes it: (channels, pixels a side), or (bytes,)."""
         return tuple(self.train_inputs.shape[1:3])
 
+    @property
+    def samples(self) -> int:
+        """Of an epoch."""
+        return self.epoch or len(self.train_targets)
+
     def train(self, batch_size: int, seed: int | None = None) -> Batches:
         """One epoch of the training samples: shuffled and augmented, or plain and in order where ``seed`` is None."""
         augment = self.augment and seed is not None
@@ -127,12 +131,12 @@ class Dataset:
 def load(name: str, folder: str | Path | None = None, device: str | torch.device = "cpu") -> Dataset:
     """The data set ``name``, on ``device``. ``folder`` holds it as ``torchvision.datasets`` stores it (default: data).
 
-    Raises DataError, with the ways to get it, if it is not there.
+    Raises DataError, with the ways to get it, if it is not there, not whole, or damaged.
     """
     if name == "stdlib":
         return _stdlib(Path(folder or os.path.dirname(os.__file__)), device)
     if name == "digits":
-        splits = _digits()
+        splits = _digits(folder)
     elif name == "fashion-mnist":
         splits = _fashion_mnist(folder)
     elif name in ("cifar10", "cifar100"):
@@ -175,7 +179,11 @@ def _stdlib(folder: Path, device: str | torch.device) -> Dataset:
 
 def _windows(files: list[Path]) -> tuple[Tensor, Tensor]:
     """The files' bytes, one file after the other, cut into windows; targets are one byte ahead."""
-    text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files) or b"\0"), dtype=torch.uint8)
+    try:
+        content = b"".join(path.read_bytes() for path in files)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; pass --data another folder") from None
+    text = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)
     n = (len(text) - 1) // CONTEXT
     tokens = text.to(torch.int64)
     return tokens[: n * CONTEXT].view(n, CONTEXT), tokens[1 : n * CONTEXT + 1].view(n, CONTEXT)
@@ -184,16 +192,21 @@ def _windows(files: list[Path]) -> tuple[Tensor, Tensor]:
 Split = tuple[Tensor, Tensor]  # images float32 [N, C, H, W] in [0, 1], labels int64 [N]
 
 
-def _split(images: np.ndarray | Tensor, labels: np.ndarray | Tensor | list[int]) -> Split:
+def _split(images: Tensor, labels: Tensor) -> Split:
     """From uint8 images, [N, H, W] or channels last."""
-    pixels = torch.as_tensor(images).to(torch.float32) / 255
+    pixels = images.to(torch.float32) / 255
     pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    return pixels, torch.as_tensor(labels).to(torch.int64)
+    return pixels, labels.to(torch.int64)
 
 
-def _digits() -> tuple[Split, Split]:
+def _digits(folder: str | Path | None) -> tuple[Split, Split]:
     """scikit-learn's bundled handwritten digits: 1797 images of 8x8 pixels, split once and for all."""
-    from sklearn.datasets import load_digits
+    if folder is not None:
+        raise DataError(f"digits comes with scikit-learn and is not read from {folder}; leave --data out")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(f"digits comes with scikit-learn ({error}); pip install scikit-learn") from None
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).to(torch.float32).unsqueeze(1) / 16
@@ -203,54 +216,78 @@ def _digits() -> tuple[Split, Split]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of a gzip IDX file: two zero bytes, type 8, the number of dimensions, big-endian sizes, data."""
-    content = gzip.decompress(path.read_bytes())
-    if content[:3] != b"\x00\x00\x08":
+def read_idx(path: Path) -> Tensor:
+    """The uint8 tensor of an IDX file, gzip or not.
+
+    It is two zero bytes, type 8, the number of dimensions, their sizes as big-endian int32, and the data. Raises
+    DataError for any other file.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
+        raise DataError(f"{path} cannot be read ({error}); install it again") from None
+    if content[:3] != b"\x00\x00\x08" or len(content) < 4:
         raise DataError(f"{path} is not an IDX file of bytes: it starts with {content[:4].hex(' ')}; install it again")
     start = 4 + 4 * content[3]
-    shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist())
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
     if len(content) - start != math.prod(shape):
-        raise DataError(f"{path} holds {len(content) - start} bytes, not the {shape} it announces; install it again")
-    return np.frombuffer(content[start:], dtype=np.uint8).reshape(shape).copy()
+        raise DataError(
+            f"{path} holds {max(0, len(content) - start)} bytes, not the {shape} it announces; install it again"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
+
+
+IDX_FILES = tuple(
+    f"{split}-{what}" for split in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+)
 
 
 def _fashion_mnist(folder: str | Path | None) -> tuple[Split, Split]:
-    from torchvision.datasets import FashionMNIST
-
+    """From the four IDX files, each gzip or not: in ``folder``, or where torchvision or Debian puts them."""
     root = Path(folder or "data")
-    try:
-        train, test = (FashionMNIST(root, train=train) for train in (True, False))
-    except RuntimeError:
-        # Torchvision has not unpacked it there: the gzip files themselves, in the folder given or in Debian's.
-        source = root if folder else DEBIAN_FASHION_MNIST
-        files = [
-            (source / f"{split}-images-idx3-ubyte.gz", source / f"{split}-labels-idx1-ubyte.gz")
-            for split in ("train", "t10k")
-        ]
-        if not all(path.is_file() for pair in files for path in pair):
-            raise DataError(
-                f"fashion-mnist is neither in {root} nor in {source}; install Debian's package dataset-fashion-mnist,"
-                f" or run {_torchvision_command('FashionMNIST', root)} and pass --data {root}"
-            ) from None
-        train_split, test_split = (_split(read_idx(images), read_idx(labels)) for images, labels in files)
-        return train_split, test_split
-    return _split(train.data, train.targets), _split(test.data, test.targets)
+    sources = [root / "FashionMNIST" / "raw", root if folder else DEBIAN_FASHION_MNIST]
+    found = {source: [_idx_file(source, name) for name in IDX_FILES] for source in sources}
+    source = max(found, key=lambda each: sum(path is not None for path in found[each]))
+    paths = [path for path in found[source] if path is not None]
+    if not paths:
+        raise DataError(
+            f"fashion-mnist is neither in {sources[0]} nor in {sources[1]}; install Debian's package"
+            f" dataset-fashion-mnist, or run {_torchvision_command('FashionMNIST', root)} and pass --data {root}"
+        )
+    if missing := [name for name, path in zip(IDX_FILES, found[source], strict=True) if path is None]:
+        raise DataError(f"fashion-mnist is not whole: {source} lacks {' and '.join(missing)}; install it again")
+    splits = []
+    for images, labels in zip(paths[::2], paths[1::2], strict=True):
+        pixels, classes = read_idx(images), read_idx(labels)
+        if pixels.dim() != 3 or classes.shape != pixels.shape[:1] or not len(classes):
+            shapes = f"{tuple(pixels.shape)} and {tuple(classes.shape)}"
+            raise DataError(f"{images} and {labels} are no images and their labels, but {shapes}; install them again")
+        splits.append(_split(pixels, classes))
+    return splits[0], splits[1]
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def _cifar(name: str, folder: str | Path | None) -> tuple[Split, Split]:
-    import torchvision
-
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:  # RuntimeError: one that is made for another torch
+        raise DataError(f"{name} is read by torchvision ({error}); install it, or use another data set") from None
     root = Path(folder or "data")
     source = getattr(torchvision.datasets, name.upper())
     try:
         train, test = (source(root, train=train) for train in (True, False))
-    except RuntimeError:
+    except (RuntimeError, OSError):  # RuntimeError: a file is missing, or its checksum differs
         raise DataError(
-            f"{name} is not in {root}; unpack its Python archive as {root / source.base_folder},"
+            f"{name} is not in {root}, or not whole; unpack its Python archive as {root / source.base_folder},"
             f" or run {_torchvision_command(name.upper(), root)}, and pass --data {root}"
         ) from None
-    return _split(train.data, train.targets), _split(test.data, test.targets)
+    train_split, test_split = (_split(torch.from_numpy(s.data), torch.tensor(s.targets)) for s in (train, test))
+    return train_split, test_split
 
 
 def _torchvision_command(dataset: str, root: Path) -> str:

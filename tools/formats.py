@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
 import swalp_fx
+from command import CommandLine, run, show
 from swalp_fx.formats import PRESETS, Format
 
 HEADERS = (
@@ -68,20 +68,21 @@ def table(formats: Sequence[tuple[str, Format]]) -> str:
     )
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="formats.py", description=__doc__)
+def command_line() -> CommandLine:
+    parser = CommandLine(prog="formats.py", description=__doc__)
     parser.add_argument("spec", nargs="*", help="a format, such as bfp8[0] (default: every named format)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = command_line().parse_args(argv)
+    parser = command_line()
+    args = parser.parse_args(argv)
     try:
         rows = [(spec, swalp_fx.parse(spec)) for spec in args.spec] or list(PRESETS.items())
     except swalp_fx.FormatError as error:
-        raise SystemExit(f"formats.py: error: {error}") from None
-    print(table(rows))
+        parser.refuse(error)
+    show(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

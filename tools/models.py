@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -153,9 +155,7 @@ def _vgg(batch_norm: bool) -> Callable[[int, int, int], nn.Module]:
 
 def cifar_resnet18(num_classes: int, channels: int, image_size: int) -> nn.Module:
     """torchvision's ResNet-18 with the stem for small images: 3 x 3, without pooling (He et al., 2016, section 4.2)."""
-    import torchvision
-
-    model = torchvision.models.resnet18(weights=None, num_classes=num_classes)
+    model = _torchvision().models.resnet18(weights=None, num_classes=num_classes)
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -200,19 +200,36 @@ def names() -> list[str]:
 
 
 def _torchvision_names() -> list[str]:
-    import torchvision
+    models = _torchvision().models
+    return models.list_models(module=models)
 
-    return torchvision.models.list_models(module=torchvision.models)
+
+def _torchvision() -> ModuleType:
+    """Imported for what is torchvision's only: the other models do without."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:  # RuntimeError: one that is made for another torch
+        own = ", ".join(name for name in MODELS if name != "cifar_resnet18")
+        raise ModelError(f"torchvision cannot be imported ({error}); install it, or use one of {own}") from None
+    return torchvision
 
 
 def default_shape(name: str) -> tuple[int, ...]:
     """Of the samples that the model was made for: (channels, pixels a side), or (bytes,)."""
-    return MODELS[name].shape if name in MODELS else (3, 224)
+    if name in MODELS:
+        return MODELS[name].shape
+    return (3, 299 if name.endswith("inception_v3") else 224)
 
 
 def example(*shape: int) -> Tensor:
-    """One sample, blank: [1, channels, side, side], or int64 [1, bytes]."""
-    return torch.zeros(1, *shape, shape[1]) if len(shape) == 2 else torch.zeros(1, *shape, dtype=torch.int64)
+    """One sample, blank: [1, channels, side, side], or int64 [1, bytes].
+
+    Raises ModelError if memory does not hold it.
+    """
+    try:
+        return torch.zeros(1, *shape, shape[1]) if len(shape) == 2 else torch.zeros(1, *shape, dtype=torch.int64)
+    except RuntimeError as error:
+        raise ModelError(f"a sample of {shape} cannot be made ({error}); use a smaller one") from None
 
 
 def build(name: str, num_classes: int | None = None, *shape: int) -> nn.Module:
@@ -220,21 +237,40 @@ def build(name: str, num_classes: int | None = None, *shape: int) -> nn.Module:
 
     Images: build("vgg16", 10, channels, side) takes [N, channels, side, side] to [N, classes].
     Text: build("decoder", 256, context) takes int64 [N, T] to [N, T, classes], T up to context.
-    Raises ModelError for a name there is not, with the names nearest to it, and for samples of the other kind.
+    Raises ModelError for a name there is not, with the names nearest to it, for samples of the other kind, and for what
+    memory does not hold.
     """
-    if name not in MODELS and name not in names():
-        near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
-        raise ModelError(f"unknown model {name!r}; use {' or '.join(near or MODELS)}, or a torchvision name")
+    _refuse_unknown(name)
     made_for = default_shape(name)
     shape = shape or made_for
     if len(shape) != len(made_for):
-        others = ", ".join(other for other, made in MODELS.items() if len(made.shape) == len(shape))
         kinds = ("images", "text") if len(made_for) == 2 else ("text", "images")
-        raise ModelError(f"{name} takes {kinds[0]}, not {kinds[1]}; use one of {others}")
-    if name in MODELS:
-        return MODELS[name].build(num_classes or MODELS[name].classes, *shape)
-    if shape[0] != 3:
-        raise ModelError(f"{name} takes images of 3 channels, not {shape[0]}; use one of {', '.join(MODELS)}")
-    import torchvision
+        raise ModelError(f"{name} takes {kinds[0]}, not {kinds[1]}; use one of {_own(images=len(shape) == 2)}")
+    if name not in MODELS and shape[0] != 3:
+        raise ModelError(f"{name} takes images of 3 channels, not {shape[0]}; use one of {_own(images=True)}")
+    try:
+        if name in MODELS:
+            return MODELS[name].build(num_classes or MODELS[name].classes, *shape)
+        get_model = _torchvision().models.get_model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of how googlenet will be initialised one day
+            return get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes or 10)
+    except RuntimeError as error:  # of torch's allocator
+        size = f"samples of {shape}" + (f" and {num_classes} classes" if num_classes else "")
+        raise ModelError(f"{name} cannot be made for {size} ({error}); use smaller ones") from None
 
-    return torchvision.models.get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes or 10)
+
+def _own(images: bool) -> str:
+    return ", ".join(name for name, made in MODELS.items() if (len(made.shape) == 2) == images)
+
+
+def _refuse_unknown(name: str) -> None:
+    if name in MODELS:
+        return
+    try:
+        known = names()
+    except ModelError as error:
+        raise ModelError(f"{name!r} is no model of these tools, and {error}") from None
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        raise ModelError(f"unknown model {name!r}; use {' or '.join(near or MODELS)}, or a torchvision name")

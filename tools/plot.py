@@ -6,7 +6,7 @@ of the weights so far (filled). Any format of matplotlib's, by the file's ending
 
 from __future__ import annotations
 
-import argparse
+import io
 import itertools
 import json
 import math
@@ -14,13 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from command import CommandLine, run
+
+try:
+    import matplotlib
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    CommandLine(prog="plot.py").refuse(f"matplotlib cannot be imported ({error}); pip install matplotlib")
 
 matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import files
 import train
 
 # Okabe and Ito's colours, which every eye tells apart; float is black.
@@ -48,15 +56,16 @@ def figure(record: dict[str, Any]) -> Figure:
     for line, color in zip(lines, itertools.cycle(COLORS)):
         _losses(losses, line, color)
         _scores(scores, line, color)
-    steps = list(itertools.accumulate(epoch["steps"] for epoch in lines[0]["epochs"]))
-    start = steps[settings["average_from"] - 1]
+    steps = [0, *itertools.accumulate(epoch["steps"] for epoch in lines[0]["epochs"])]
+    start = steps[settings["average_from"]]
     for axes in (losses, scores):
         axes.axvspan(start, steps[-1], color="#f2f2f2", zorder=0)
         axes.set_xlim(0, steps[-1] * 1.02)
         axes.set_xlabel(f"step (batches of {settings['batch_size']})")
     shown = [value for line in lines for step, value in _curve(line) if step > STEEP * steps[-1]]
-    low, high = min(filter(math.isfinite, shown)), max(filter(math.isfinite, shown))  # a line may have diverged
-    losses.set_ylim(low - 0.05 * (high - low), high)
+    if finite := [*filter(math.isfinite, shown)]:  # a line may have diverged, and all of them
+        low, high = min(finite), max(finite)
+        losses.set_ylim(low - 0.05 * (high - low), high)
     losses.set_ylabel("training loss, nats" + (" a byte" if "byte" in record["metric"] else ""))
     scores.set_ylabel(record["metric"])
     losses.legend()
@@ -88,28 +97,72 @@ def _scores(axes: Axes, line: dict[str, Any], color: str) -> None:
     steps = list(itertools.accumulate(epoch["steps"] for epoch in line["epochs"]))
     last = [epoch["last"] for epoch in line["epochs"]]
     axes.plot(steps, last, **LAST, color=color)
-    averaged = [(step, epoch["average"]) for step, epoch in zip(steps, line["epochs"], strict=True) if epoch["average"]]
-    axes.plot(*zip(*averaged, strict=True), **AVERAGE, color=color)
+    scored = [each["average"] is not None for each in line["epochs"]]
+    averages = [each["average"] for each in line["epochs"]]
+    axes.plot(*(list(itertools.compress(values, scored)) for values in (steps, averages)), **AVERAGE, color=color)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record that train.py wrote to ``path``; raises FileError if it is unreadable, cut short or something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise files.FileError(f"{path} cannot be read: {error.strerror}; name a results.json of train.py") from None
+    except ValueError as error:
+        raise files.FileError(f"{path} is no JSON, or cut short ({error}); name a results.json of train.py") from None
+    try:
+        whole = (
+            isinstance(record["metric"], str)
+            and record["settings"]["optimizer"] in train.OPTIMIZERS
+            and 0 <= record["settings"]["average_from"] < record["settings"]["epochs"]
+            and record["settings"]["batch_size"] > 0
+            and record["lines"]
+            and all(_is_whole(line, record["settings"]["epochs"]) for line in record["lines"].values())
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise files.FileError(f"{path} is no results.json of train.py: {lacks}; name one") from None
+    if not whole:
+        raise files.FileError(f"{path} is not as train.py writes it; make it again with train.py --out")
+    return record
+
+
+def _is_whole(line: dict[str, Any], epochs: int) -> bool:
+    return (
+        isinstance(line["recipe"], str)
+        and len(line["epochs"]) == epochs
+        and all(
+            len(epoch["losses"]) == math.ceil(epoch["steps"] / train.LOSSES_EVERY) > 0
+            and all(isinstance(number, float | int) for number in (epoch["last"], *epoch["losses"]))
+            and isinstance(epoch["average"], float | int | None)
+            for epoch in line["epochs"]
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(prog="plot.py", description=__doc__.partition("\n")[0])
     parser.add_argument("results", metavar="RESULTS", type=Path, help="the results.json that train.py --out writes")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the figure: .svg, .png, .pdf")
     args = parser.parse_args(argv)
+    known, ending = pyplot.figure().canvas.get_supported_filetypes(), args.out.suffix[1:]
+    pyplot.close()
+    if ending not in known:
+        parser.refuse(
+            f"--out {args.out}: its name must end in one of {', '.join(f'.{each}' for each in sorted(known))}"
+        )
     try:
-        record = json.loads(args.results.read_text())
+        record, drawn = read(args.results), io.BytesIO()
         with pyplot.rc_context(STYLE):
             # Without a date in it, equal runs give equal files.
-            metadata = {"Date": None} if args.out.suffix == ".svg" else None
-            figure(record).savefig(args.out, dpi=150, metadata=metadata)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"plot.py: error: {error}") from None
-    except KeyError as error:
-        raise SystemExit(f"plot.py: error: {args.results} is no results.json of train.py: it lacks {error}") from None
+            metadata = {"Date": None} if ending == "svg" else None
+            figure(record).savefig(drawn, format=ending, dpi=150, metadata=metadata)
+        files.write(args.out, drawn.getvalue())
+    except files.FileError as error:
+        parser.refuse(error)
     finally:
         pyplot.close("all")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

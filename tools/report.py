@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
+from torch import nn
+
+import files
 import models
 import swalp_fx
+import trial
+from command import CommandLine, number, run, show
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def command_line() -> CommandLine:
+    parser = CommandLine(
         prog="report.py",
-        usage="%(prog)s MODEL [--recipe RECIPE] [--graph] [--draw FILE] [options]; --help lists them",
+        usage="%(prog)s MODEL [--recipe RECIPE] [--graph] [--draw FILE] [options]",
         description=__doc__,
     )
+    count = number(int, 1, "a whole number of 1 or more")
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{', '.join(models.MODELS)}, or one of torchvision's classification models")
     add("--recipe", default="bfp8[0]", help="number formats (default: %(default)s)")
@@ -22,29 +30,50 @@ def command_line() -> argparse.ArgumentParser:
     add(
         "--draw",
         metavar="FILE",
+        type=Path,
         help="draw the rewritten graph, equal blocks once: .svg, .png, .pdf (by Graphviz), or its source, .dot",
     )
-    add("--input-size", type=int, metavar="N", help="pixels a side, or bytes of text (default: what it was made for)")
-    add("--channels", type=int, metavar="N", help="of the image (default: 3)")
-    add("--num-classes", type=int, metavar="N", help="default: 10; the 256 bytes for text")
+    add("--input-size", type=count, metavar="N", help="pixels a side, or bytes of text (default: what it was made for)")
+    add("--channels", type=count, metavar="N", help="of the image (default: 3)")
+    add("--num-classes", type=count, metavar="N", help="default: 10; the 256 bytes for text")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = command_line().parse_args(argv)
+def reported(args: argparse.Namespace) -> str:
+    """The rewritten code, if it is asked for, and the report; raises what a bad command line is refused with."""
     *channels, size = models.default_shape(args.model)
     shape = (*([args.channels] if args.channels else channels), args.input_size or size)
+    recipe = swalp_fx.Recipe.parse(args.recipe)
+    model = models.build(args.model, args.num_classes, *shape)
+    trial.of_model(args.model, model, *shape)
+    module, _ = swalp_fx.convert(model, recipe=recipe)
+    with trial.of_recipe(args.recipe):
+        text = swalp_fx.report(module, models.example(*shape))
+    if args.draw:
+        draw(module, args.draw)
+    return f"{module.print_readable(print_output=False)}\n{text}" if args.graph else text
+
+
+def draw(module: nn.Module, path: Path) -> None:
+    """Draws to ``path``, or leaves what is there as it was and raises FileError."""
+    with tempfile.TemporaryDirectory() as folder:
+        beside = Path(folder) / path.name
+        try:
+            swalp_fx.draw(module, beside)
+        except (ValueError, RuntimeError) as error:  # of the ending; of Graphviz, which is not there or failed
+            names = (str(each.with_suffix("")) for each in (beside, path))
+            raise files.FileError(str(error).replace(*names)) from None
+        files.write(path, beside.read_bytes())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_line()
     try:
-        model = models.build(args.model, args.num_classes, *shape)
-        module, _ = swalp_fx.convert(model, recipe=args.recipe)
-        if args.draw:
-            swalp_fx.draw(module, args.draw)
-    except (models.ModelError, ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"report.py: error: {error}") from None
-    if args.graph:
-        print(module.print_readable(print_output=False))
-    print(swalp_fx.report(module, models.example(*shape)))
+        text = reported(parser.parse_args(argv))
+    except trial.INPUT_ERRORS as error:
+        parser.refuse(error)
+    show(text)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,19 +25,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
+import checkpoint
 import data
+import files
 import models
 import swalp_fx
-from swalp_fx.capture import ConvertError
+import trial
+from command import STOPPED, CommandLine, number, run, sentence, show
+from progress import Progress, digits
 from swalp_fx.random import fold_in
 
-# What a bad command line, or one that does not fit its data or model, raises: one line, and no traceback.
-INPUT_ERRORS = (data.DataError, models.ModelError, swalp_fx.FormatError, swalp_fx.RecipeError, ConvertError)
+INPUT_ERRORS = (data.DataError, *trial.INPUT_ERRORS)
 ORDER, DRAWS = range(2)  # what an epoch's random numbers are for: the data order, or the model's own
 LOSSES_EVERY = 16  # steps whose mean training loss is one point of a line's curve
+RESULTS = "results.json"
 BETA2 = 0.95  # of AdamW's second moment: at 0.999 it would remember more steps than a short run has
 
 
@@ -128,6 +131,7 @@ class Line:
         self.optimizer = OPTIMIZERS[settings.optimizer].make(self.model.parameters(), settings)
         self.module, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe)
         self.epochs: list[dict[str, Any]] = []
+        self.saved = 0  # epochs that the checkpoint holds
 
     def train_epoch(self, on_step: Callable[[], object]) -> None:
         """One epoch of the training samples, and the scores after it, appended to ``epochs``."""
@@ -143,7 +147,7 @@ class Line:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + step / len(batches), settings)
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.module(inputs).flatten(0, -2), targets.flatten())
+            loss = self._loss(inputs, targets)
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())
@@ -160,6 +164,9 @@ class Line:
                 "average": self.score(self._averaged_model()) if self.swalp.n_averaged else None,
             }
         )
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.module(inputs).flatten(0, -2), targets.flatten())
 
     def _averages_after(self, epoch: int, step: int, steps: int) -> bool:
         if epoch < self.settings.average_from:
@@ -189,7 +196,22 @@ class Line:
             "epochs": self.epochs,
         }
 
+    def try_out(self) -> None:
+        """A step and an average, on as few samples as an epoch's last batch may have; the line is of no use after it.
+
+        Raises ModelError or RecipeError if the model does not take the samples, or a format its tensors.
+        """
+        size, samples = self.settings.batch_size, self.dataset.samples
+        few = 1 if min(size, samples) == 1 or samples % size == 1 else 2
+        trial.of_model(self.settings.model, self.model, *self.dataset.shape, batch=few)
+        with trial.of_recipe(self.recipe):
+            inputs, targets = next(iter(self.dataset.train(few)))
+            self._loss(inputs, targets).backward()
+            self.optimizer.step()
+            self.swalp.update_average()
+
     def save(self, folder: Path) -> None:
+        """Raises FileError, and leaves the last checkpoint as it was, if it cannot be written."""
         state = {
             "settings": self._settings(),
             "model": self.model.state_dict(),
@@ -197,52 +219,73 @@ class Line:
             "swalp": self.swalp.state_dict(),
             "epochs": self.epochs,
         }
-        path = checkpoint(folder, self.name)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)  # at once: an interruption leaves the last epoch's checkpoint whole
+        checkpoint.save(checkpoint.path_of(folder, self.name), state)
+        self.saved = len(self.epochs)
 
     def _settings(self) -> dict[str, Any]:
         return {**asdict(self.settings), "recipe": self.recipe}
 
     def load(self, folder: Path) -> None:
-        """Go on from the checkpoint in ``folder``; raises DataError if it is of another run."""
-        path = checkpoint(folder, self.name)
-        state = torch.load(path, map_location=self.dataset.train_inputs.device, weights_only=True)
+        """Go on from the checkpoint in ``folder``; raises DataError or FileError if it is damaged or another run's."""
+        path = checkpoint.path_of(folder, self.name)
+        state = checkpoint.load(path, self.dataset.train_inputs.device)
+        if state["settings"].keys() != self._settings().keys():
+            raise data.DataError(f"{path} was made by another version of train.py; give another --out")
         for name, now in self._settings().items():
             then = state["settings"][name]
             if now != then and not (name == "epochs" and now >= len(state["epochs"])):
                 option = "--" + name.replace("_", "-")
                 raise data.DataError(f"{path} was made with {option} {then}, not {now}; give the same or another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.swalp.load_state_dict(state["swalp"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.swalp.load_state_dict(state["swalp"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise data.DataError(f"{path} does not fit the model ({sentence(error)}); name another --out") from None
         self.epochs = state["epochs"]
-
-
-def checkpoint(folder: Path, name: str) -> Path:
-    return folder / f"{name}.pt"
+        self.saved = len(self.epochs)
 
 
 def train(line: Line, folder: Path | None) -> dict[str, Any]:
     """The line's result after the epochs it still lacks, with a checkpoint in ``folder`` after each."""
-    epochs, steps = line.settings.epochs, len(line.dataset.train(line.settings.batch_size))
-    done = len(line.epochs)
-    with tqdm(total=epochs * steps, initial=done * steps, desc=line.name, unit="step", disable=None) as bar:
+    epochs, steps, done = line.settings.epochs, len(line.dataset.train(line.settings.batch_size)), len(line.epochs)
+    with Progress(line.name, line.dataset.metric, epochs, steps, done) as progress:
         for _ in range(done, epochs):
-            line.train_epoch(bar.update)
-            last = line.epochs[-1]
-            bar.set_postfix({"loss": f"{last['losses'][-1]:.3f}", line.dataset.metric: f"{last['last']:.3f}"})
+            line.train_epoch(progress.step)
             if folder:
                 line.save(folder)
+            progress.end_epoch(line.epochs[-1])
     return line.result()
+
+
+def train_all(lines: Sequence[Line], folder: Path | None, command: str) -> dict[str, dict[str, Any]]:
+    """Each line's result. Ctrl-C says how to go on, and exits."""
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for line in lines:
+            results[line.name] = train(line, folder)
+    except KeyboardInterrupt:
+        line = lines[len(results)]
+        done = line.saved if folder else len(line.epochs)
+        way = way_on(folder, command)
+        print(f"train.py: stopped after epoch {done} of line {line.name}; {way}", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
+    return results
+
+
+def way_on(folder: Path | None, command: str) -> str:
+    """What to do about a run that ``command`` began and that did not come to its end."""
+    if folder is None:
+        return "start again, with --out DIR to keep each epoch"
+    if not any(folder.glob("*.pt")):
+        return f"start again: nothing is kept in {folder} yet"
+    return f"go on with: {command}" + ("" if "--resume" in shlex.split(command) else " --resume")
 
 
 def table(line: dict[str, Any], beside: dict[str, Any], settings: Settings, metric: str) -> str:
     """Four columns: the last weights and the average, of the float line (``beside``) and of a low-precision one."""
     title = OPTIMIZERS[settings.optimizer].title
-    digits = 2 if metric.endswith("%") else 4
-    scores = [f"{each[key]:.{digits}f}" for each in (beside, line) for key in ("last", "average")]
+    scores = [digits(metric, each[key]) for each in (beside, line) for key in ("last", "average")]
     seconds = [f"{each['median_seconds']:.2f}" for each in (beside, line) for _ in range(2)]
     return tabulate(
         [[metric, *scores], ["seconds an epoch (median)", *seconds]],
@@ -253,10 +296,12 @@ def table(line: dict[str, Any], beside: dict[str, Any], settings: Settings, metr
 
 
 def describe(line: dict[str, Any], settings: Settings) -> str:
-    every = f"{settings.average_every} steps" if settings.average_every else "epoch"
+    every, n = f"{settings.average_every} steps" if settings.average_every else "epoch", line["n_averaged"]
+    average = f"{n} {'set' if n == 1 else 'sets'} of weights averaged, one every {every}"
     return (
-        f"{settings.model} on {settings.dataset}, {settings.epochs} epochs, recipe {line['recipe']}, seed "
-        f"{settings.seed}; {line['n_averaged']} weights averaged, one every {every} after epoch {settings.average_from}"
+        f"{settings.model} on {settings.dataset}, epochs {settings.epochs}, recipe {line['recipe']}, seed"
+        f" {settings.seed}; {average} after epoch {settings.average_from}"
+        + ("; the average of one set is that set" if n == 1 else "")
     )
 
 
@@ -272,69 +317,68 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _number(kind: type, low: float, what: str) -> Callable[[str], Any]:
-    """An argparse type: a number of at least ``low``."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not value >= low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return convert
-
-
-def command_line() -> argparse.ArgumentParser:
-    count, natural = _number(int, 1, "a whole number of 1 or more"), _number(int, 0, "a whole number of 0 or more")
-    real = _number(float, 0, "a number of 0 or more")
-    parser = argparse.ArgumentParser(
+def command_line() -> CommandLine:
+    count, natural = number(int, 1, "a whole number of 1 or more"), number(int, 0, "a whole number of 0 or more")
+    real, share = number(float, 0, "a number of 0 or more"), number(float, 0, "a number from 0 to below 1", high=1)
+    seed = number(int, 0, "a whole number of 0 or more, below 2^63", high=2**63)
+    parser = CommandLine(
         prog="train.py",
-        usage="%(prog)s [--dataset NAME] [--model NAME] [--recipe RECIPE] [options]; --help lists them",
+        usage="%(prog)s [--dataset NAME] [--model NAME] [--recipe RECIPE] [options]",
         description=__doc__,
+        epilog="defaults:\n" + defaults(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--dataset", choices=data.DATASETS, default="digits", help="digits comes with scikit-learn (default)")
+    add("--dataset", choices=data.DATASETS, default="digits", help="default: %(default)s, which scikit-learn holds")
     add(
         "--data",
         metavar="DIR",
-        help="where torchvision.datasets keeps the images (default: data), or Python its library",
+        help="where the images are, as torchvision.datasets keeps them (default: data, or Debian's package), or the"
+        " modules of a Python library (default: this one's)",
     )
     add("--model", metavar="NAME", help=f"{', '.join(models.MODELS)}, or one of torchvision's")
-    add(
-        "--recipe",
-        action="append",
-        help="of a low-precision line; repeatable (default: bfp8[0], with M=float for AdamW)",
-    )
+    add("--recipe", action="append", help="of a low-precision line; may be repeated (of AdamW: bfp8[0] M=float)")
     add("--epochs", type=count, metavar="N")
-    add("--average-from", type=count, metavar="N", help="epochs of warm-up; the average takes weights after those")
+    add(
+        "--average-from",
+        type=natural,
+        metavar="N",
+        help="epochs of warm-up; the average takes weights after those (where --epochs is given: half of them)",
+    )
     add("--average-every", type=natural, metavar="STEPS", help="steps between averagings; 0: once an epoch")
     add("--lr", type=real, help="learning rate at the start of the warm-up")
     add("--average-lr", type=real, help="constant learning rate after the warm-up")
-    add("--optimizer", choices=OPTIMIZERS, help="default: adamw for text, sgd for images")
-    add("--momentum", type=real, help="AdamW's first beta (default: 0.9)")
-    add("--weight-decay", type=real, help="default: 5e-4; for text 0.1, which AdamW multiplies by the learning rate")
+    add("--optimizer", choices=OPTIMIZERS)
+    add("--momentum", type=share, help="AdamW's first beta")
+    add("--weight-decay", type=real, help="which AdamW multiplies by the learning rate")
     add("--batch-size", type=count, metavar="N")
-    add("--seed", type=natural, default=0, help="of the weights, the data order and the rounding (default: 0)")
+    add("--seed", type=seed, default=0, help="of weights, data order and rounding (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", metavar="DIR", type=Path, help="write results.json, and a checkpoint of each line after each epoch")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     return parser
 
 
-def settings_from(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
+def defaults() -> str:
+    """A row an option, a column a data set."""
+    options = ["recipe", *(name for name in Settings.__dataclass_fields__ if name not in ("dataset", "seed"))]
+    columns = {name: {**EVERYWHERE, **DEFAULTS[name]} for name in data.DATASETS}
+    for column in columns.values():
+        column["recipe"] = OPTIMIZERS[column["optimizer"]].recipe
+    rows = [["--" + option.replace("_", "-"), *(column[option] for column in columns.values())] for option in options]
+    return tabulate(rows, headers=["", *columns], tablefmt="plain", disable_numparse=True)
+
+
+def settings_from(args: argparse.Namespace, parser: CommandLine) -> Settings:
     """The command line, completed with the data set's defaults."""
     values = {**EVERYWHERE, **DEFAULTS[args.dataset]}
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "epochs" in given and "average_from" not in given:
-        given["average_from"] = max(1, given["epochs"] // 2)
+        given["average_from"] = given["epochs"] // 2  # of one epoch all is averaged
     values |= {name: given[name] for name in Settings.__dataclass_fields__ if name in given}
     settings = Settings(**values)
     if settings.average_from >= settings.epochs:
-        parser.error(
+        parser.refuse(
             f"--average-from {settings.average_from} leaves none of {settings.epochs} epochs to average;"
             " use fewer epochs of warm-up"
         )
@@ -347,63 +391,93 @@ def recipes_from(args: argparse.Namespace, settings: Settings) -> dict[str, str]
     return {"float": "float"} | {f"low{i}" if i > 1 else "low": recipe for i, recipe in enumerate(low, 1)}
 
 
-def device_from(name: str | None, parser: argparse.ArgumentParser) -> torch.device:
+def device_from(name: str | None, parser: CommandLine) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            parser.refuse(f"--device {name} cannot be used: nothing is rounded there; use cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu")
+        parser.refuse(f"--device {name} cannot be used ({sentence(error)}); use cpu")
     return device
 
 
-def folder_from(args: argparse.Namespace, names: Iterable[str], parser: argparse.ArgumentParser) -> Path | None:
+def folder_from(args: argparse.Namespace, names: Iterable[str], parser: CommandLine) -> Path | None:
+    """``--out``, if it can be one of a new run, or with ``--resume`` is one of a run."""
     if args.out is None:
         if args.resume:
-            parser.error("--resume needs the --out DIR that holds the run")
+            parser.refuse("--resume needs the --out DIR that holds the run")
         return None
-    if not args.resume and any(checkpoint(args.out, name).exists() for name in names):
-        parser.error(f"--out {args.out} holds a run already; add --resume to go on with it, or name another folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+    held = any(checkpoint.path_of(args.out, name).exists() for name in names)
+    if args.resume and not held:
+        parser.refuse(f"--resume: {args.out} holds no run to go on with; leave --resume out to start one there")
+    if not args.resume and (held or (args.out / RESULTS).exists()):
+        parser.refuse(f"--out {args.out} holds a run already; add --resume to go on with it, or name another folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.refuse(f"--out {args.out} cannot be made a folder ({error.strerror}); name another")
+    for name in (RESULTS, *(checkpoint.path_of(args.out, name).name for name in names)):
+        files.refuse_unwritable(args.out / name)
     return args.out
+
+
+def lines_from(
+    args: argparse.Namespace, settings: Settings, device: torch.device, recipes: dict[str, str]
+) -> list[Line]:
+    """The lines, tried out before the first of them trains, and with ``--resume`` as far as they were."""
+    dataset = data.load(settings.dataset, args.data, device)
+    steps = (settings.epochs - settings.average_from) * len(dataset.train(settings.batch_size))
+    if settings.average_every > steps:
+        raise data.DataError(
+            f"--average-every {settings.average_every} is more than the {steps} steps after the warm-up; use fewer"
+        )
+    for name, recipe in recipes.items():
+        Line(name, recipe, settings, dataset, device).try_out()
+    lines = [Line(name, recipe, settings, dataset, device) for name, recipe in recipes.items()]
+    for line in lines:
+        if args.resume and checkpoint.path_of(args.out, line.name).exists():
+            line.load(args.out)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Each line's result, after the tables are printed."""
     parser = command_line()
     args = parser.parse_args(argv)
+    command = shlex.join(["python", *(sys.argv if argv is None else ["tools/train.py", *argv])])
     settings, device = settings_from(args, parser), device_from(args.device, parser)
     recipes = recipes_from(args, settings)
-    folder = folder_from(args, recipes, parser)
     try:
-        dataset = data.load(settings.dataset, args.data, device)
-        steps = (settings.epochs - settings.average_from) * len(dataset.train(settings.batch_size))
-        if settings.average_every > steps:
-            parser.error(f"--average-every {settings.average_every} is more than the {steps} steps after the warm-up")
-        lines = [Line(name, recipe, settings, dataset, device) for name, recipe in recipes.items()]
-        for line in lines:
-            if args.resume and folder and checkpoint(folder, line.name).exists():
-                line.load(folder)
+        for recipe in recipes.values():
+            swalp_fx.Recipe.parse(recipe)
+        folder = folder_from(args, recipes, parser)
+        lines = lines_from(args, settings, device, recipes)
     except INPUT_ERRORS as error:
-        raise SystemExit(f"train.py: error: {error}") from None
-    results = {line.name: train(line, folder) for line in lines}
-    printed = "\n\n".join(
-        f"{describe(result, settings)}\n\n{table(result, results['float'], settings, dataset.metric)}"
-        for name, result in results.items()
-        if name != "float"
-    )
-    if folder:
-        record = {
-            "command": shlex.join(["python", "tools/train.py", *(sys.argv[1:] if argv is None else argv)]),
-            "settings": asdict(settings),
-            "environment": environment(device),
-            "metric": dataset.metric,
-            "lines": results,
-            "table": printed,
-        }
-        (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(printed)
+        parser.refuse(error)
+    metric = lines[0].dataset.metric
+    try:
+        results = train_all(lines, folder, command)
+        printed = "\n\n".join(
+            f"{describe(result, settings)}\n\n{table(result, results['float'], settings, metric)}"
+            for name, result in results.items()
+            if name != "float"
+        )
+        show(printed)
+        if folder:
+            record = {
+                "command": command,
+                "settings": asdict(settings),
+                "environment": environment(device),
+                "metric": metric,
+                "lines": results,
+                "table": printed,
+            }
+            files.write(folder / RESULTS, (json.dumps(record, indent=2) + "\n").encode())
+    except files.FileError as error:
+        parser.refuse(f"{error}; mend that, then {way_on(folder, command)}")
     return results
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
