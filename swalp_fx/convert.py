@@ -38,8 +38,8 @@ class Converted(NamedTuple):
 def convert(
     model: nn.Module,
     optimizer: Optimizer | None = None,
-    *,
     recipe: str | Recipe = "bfp8[0]",
+    *,
     leaves: Iterable[type[nn.Module]] = (),
 ) -> Converted:
     """(module, swalp): ``model`` rewritten to compute in ``recipe``, and ``optimizer`` made to step in it.

@@ -12,14 +12,14 @@ from torch import nn
 from torch.fx import Node
 
 from . import nodes
-from .capture import ConvertError, module_around, name_of
+from .capture import module_around, name_of
 from .drawing.dot import picture
 from .drawing.labels import box, chips, moved, port
 from .drawing.marks import Call, Mark, seen_from, tree
 from .formats import FLOAT
 from .passes import RewrittenModule
 from .passes.classify import LAYER_PARTS, PART
-from .passes.parts import rewritten_in
+from .passes.parts import refuse_unrewritten, rewritten_in
 from .report import called_module, names_in_report
 
 __all__ = ["draw"]
@@ -47,8 +47,7 @@ def draw(module: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix not in TEXT + PICTURES:
         raise ValueError(f"cannot draw to {path}: its name must end in one of {', '.join(PICTURES + TEXT)}")
-    if not isinstance(module, nn.Module) or not any(True for _ in rewritten_in(module)):
-        raise ConvertError(f"draw takes the module that convert returns, not a {type(module).__name__}")
+    refuse_unrewritten(module, "draw")
     source = _dot(module)
     if path.suffix in TEXT:
         path.write_text(source, encoding="utf-8")

@@ -147,9 +147,9 @@ def _other_rounding(name: str) -> str:
     return did_you_mean(str(name), ROUNDINGS, f"use one of {', '.join(ROUNDINGS)}, or {numbered}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Recipe:
-    """Which format each role is kept in, and where. Fields of formats take specs too.
+    """Which format each role is kept in, and where. Fields of formats take specs too, and go by their letters.
 
     ``Recipe.parse(str(recipe)) == recipe`` for every recipe without rules, so it fits in a log line or a checkpoint.
     Rules are printed, and have no text that parse reads.
@@ -174,7 +174,13 @@ class Recipe:
     in_place: bool = True
     rules: tuple[Rule, ...] = ()  # in order: the first that matches wins
 
-    def __post_init__(self) -> None:
+    def __init__(self, **values: Any) -> None:
+        given = _once(values.items(), "a recipe", FIELDS)
+        for field in fields(self):
+            object.__setattr__(self, field.name, given.get(field.name, field.default))
+        self._refuse_unfit()
+
+    def _refuse_unfit(self) -> None:
         for role in _FORMATS:
             value = getattr(self, role)
             if value is not None or role != "accumulator":

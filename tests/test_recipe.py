@@ -91,7 +91,7 @@ def test_recipes_are_frozen():
         ),
         ("weights=bfp8", RecipeError, r"there is no role 'weights'; did you mean weight\?"),
         ("w=e4m3", RecipeError, r"there is no role 'w'; did you mean W\?"),
-        ("bfp8 rouding=up", RecipeError, r"there is no role 'rouding'; did you mean rounding\?"),
+        ("bfp8 rouding=up", RecipeError, r"there is no role 'rouding'; did you mean rounding or average_rounding\?"),
         ("bfp8 rounding=truncate", RecipeError, "unknown rounding 'truncate'; use one of nearest, stochastic"),
         ("bfp8 rounding=stohastic", RecipeError, r"unknown rounding 'stohastic'; did you mean stochastic\?"),
         ("bfp8 rounding=stochastic99", RecipeError, "unknown rounding 'stochastic99'; use stochastic1 to stochastic24"),
