@@ -178,47 +178,65 @@ struct QuantizeNvfp4 {
 // ---- the ops over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list, and
 // ---- register_more<Forms>(library, name) for the forms that it alone has ---------------------------------------------
 
+// A device whose kernels walk layouts with gaps says so by a member of this name; for another, such a tensor is copied.
+template <class Device>
+constexpr Gaps most_gaps() {
+  if constexpr (requires { Device::most_gaps; }) return Device::most_gaps;
+  return Gaps::None;
+}
+
 // One tensor's call, checked: nothing has been changed yet.
 template <class Device, class Op, class Format>
 struct Call {
   Tensor x;
   Format format;
   Drawing drawing;
+  Blocks blocks;
   Cover cover;
   bool dense;
-  Tensor copied;  // of x, where x is not dense: then the cover is of the copy
+  Tensor copied;  // of x, where no layout covers x itself: then the cover is of the copy
 
   Call(Tensor input, const Format& f, const Dims& dims, int64_t axis, int64_t size, int64_t rounding, int64_t bits,
        const Key& key, int64_t stream)
-      : x(std::move(input)), format(f), drawing(checked_drawing(x, rounding, bits, key, stream)) {
-    const Blocks blocks = blocks_of(Op::name, x, dims, axis, size);
-    cover = make_cover(x, blocks);
-    dense = cover.dense;
-    if (!dense) cover = make_cover(copied = torch::stable::contiguous(x), blocks);
+      : x(std::move(input)),
+        format(f),
+        drawing(checked_drawing(x, rounding, bits, key, stream)),
+        blocks(blocks_of(Op::name, x, dims, axis, size)),
+        cover(make_cover(x, blocks, most_gaps<Device>())),
+        dense(cover.dense) {
+    if (dense || !cover.layouts.empty()) return;
+    cover = make_cover(copied = torch::stable::contiguous(x), blocks);
     require(cover.dense, Op::name, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");
   }
 
   int64_t numel() const { return cover.numel(); }
 
   Tensor fresh() const {
-    const Tensor& from = dense ? x : copied;
-    Tensor y = torch::stable::empty_like(from);
-    run(from, y);
+    if (dense) {
+      Tensor y = torch::stable::empty_like(x);
+      run(cover, x, y);
+      return y;
+    }
+    // Rounded in the copy's own memory, which is fresh, and nobody else's.
+    Tensor y = is_copied() ? copied : torch::stable::contiguous(x);
+    run(make_cover(y, blocks), y, y);
     return y;
   }
 
   void in_place() {
-    Tensor& on = dense ? x : copied;
-    run(on, on);
-    if (!dense) torch::stable::copy_(x, copied);
+    Tensor& on = is_copied() ? copied : x;
+    run(cover, on, on);
+    if (is_copied()) torch::stable::copy_(x, copied);
   }
 
   // Of a dense tensor, the part that `part` covers.
   void in_place(const Cover& part) { Device::run(format, part, x, x, drawing); }
 
  private:
-  void run(const Tensor& from, Tensor& to) const {
-    if (!cover.layouts.empty()) Device::run(format, cover, from, to, drawing);
+  bool is_copied() const { return copied.defined(); }
+
+  void run(const Cover& of_both, const Tensor& from, Tensor& to) const {
+    if (!of_both.layouts.empty()) Device::run(format, of_both, from, to, drawing);
   }
 
   static Drawing checked_drawing(const Tensor& x, int64_t rounding, int64_t bits, const Key& key, int64_t stream) {

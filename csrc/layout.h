@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "portable.h"
@@ -39,6 +40,23 @@ struct Layout {
 
   Dim inner() const { return rank > 0 ? dims[rank - 1] : Dim{1, {1, 1, 0}}; }
 
+  // Adds a loop inside the others, as part of the last one where the two are one. False: there are too many.
+  bool add(const Dim& d) {
+    numel *= d.size;
+    if (d.size == 1) return true;
+    if (rank > 0) {
+      Dim& outer = dims[rank - 1];
+      if (outer.step.memory == d.step.memory * d.size && outer.step.index == d.step.index * d.size &&
+          outer.step.block == d.step.block * d.size) {
+        outer = {outer.size * d.size, d.step};
+        return true;
+      }
+    }
+    if (rank == kMaxDims) return false;
+    dims[rank++] = d;
+    return true;
+  }
+
   // Whether each block is one innermost run, and nothing else.
   bool blocks_are_rows() const {
     return rank > 1 && inner().step.block == 0 &&
@@ -54,11 +72,12 @@ struct Blocks {
   int64_t size = 0;
 };
 
-// The layouts that cover x: one, or two where the last runs along the axis are short.
+// The layouts that cover x: one, or two where the last runs along the axis are short. None if x is empty, or is to be
+// copied first, because it overlaps itself or takes too many loops.
 struct Cover {
   std::vector<Layout> layouts;
   int64_t blocks = 1;
-  bool dense = true;  // false: x has gaps, overlaps or too many loops; copy it first
+  bool dense = true;  // false: x has gaps, or is to be copied
 
   int64_t numel() const {
     return std::accumulate(layouts.begin(), layouts.end(), int64_t{0}, [](int64_t n, const Layout& l) { return n + l.numel; });
@@ -70,42 +89,75 @@ inline bool add_layout(std::vector<Dim> loops, const Place& first, std::vector<L
   layout.first = first;
   std::stable_sort(loops.begin(), loops.end(), [](const Dim& a, const Dim& b) { return a.step.memory > b.step.memory; });
   for (const Dim& d : loops) {
-    layout.numel *= d.size;
-    if (d.size == 1) continue;
-    if (layout.rank > 0) {
-      Dim& outer = layout.dims[layout.rank - 1];
-      if (outer.step.memory == d.step.memory * d.size && outer.step.index == d.step.index * d.size &&
-          outer.step.block == d.step.block * d.size) {
-        outer = {outer.size * d.size, d.step};
-        continue;
-      }
-    }
-    if (layout.rank == Layout::kMaxDims) return false;
-    layout.dims[layout.rank++] = d;
+    if (!layout.add(d)) return false;
   }
   if (layout.numel > 0) layouts.push_back(layout);
   return true;
 }
 
-inline bool is_dense(const torch::stable::Tensor& x) {
+// The same elements, numbered as they follow one another in memory: of fewer loops, where row-major order differs.
+inline Layout in_memory_order(const Layout& l) {
+  Layout numbered;
+  numbered.first = {l.first.memory, 0, l.first.block};
+  int64_t inside = l.numel;
+  for (int d = 0; d < l.rank; ++d) {
+    inside /= l.dims[d].size;
+    numbered.add({l.dims[d].size, {l.dims[d].step.memory, inside, l.dims[d].step.block}});
+  }
+  return numbered;
+}
+
+enum class Gaps { None, Some, Overlaps };
+
+// What lies between the elements of x: nothing, other memory, or (as far as is known) elements of x themselves.
+inline Gaps gaps_in(const torch::stable::Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> steps;
   for (int64_t d = 0; d < x.dim(); ++d) {
     if (x.size(d) != 1) steps.emplace_back(x.stride(d), x.size(d));
   }
   std::sort(steps.begin(), steps.end());
-  int64_t expected = 1;
+  Gaps found = Gaps::None;
+  int64_t reach = 1;  // one step beyond the last element of the loops so far
   for (const auto& [stride, size] : steps) {
-    if (stride != expected) return false;
-    expected *= size;
+    if (stride < reach) return Gaps::Overlaps;
+    if (stride > reach) found = Gaps::Some;
+    reach += stride * (size - 1);
+  }
+  return found;
+}
+
+inline bool is_dense(const torch::stable::Tensor& x) { return gaps_in(x) == Gaps::None; }
+
+// The layouts of loops of which each is a dimension, the last one first. False: they are too many.
+inline bool add_layouts(std::vector<Dim> loops, const Blocks& blocks, std::vector<Layout>& layouts) {
+  if (blocks.size == 0) return add_layout(std::move(loops), {}, layouts);
+  const size_t at = loops.size() - 1 - static_cast<size_t>(blocks.axis);
+  const Dim axis = loops[at];
+  const int64_t full = axis.size / blocks.size, rest = axis.size % blocks.size;
+  const Place within{axis.step.memory, axis.step.index, 0};
+  const Place across{within.memory * blocks.size, within.index * blocks.size, axis.step.block};
+  if (full > 0) {
+    loops[at] = {blocks.size, within};
+    loops.push_back({full, across});
+    if (!add_layout(loops, {}, layouts)) return false;
+    loops.pop_back();
+  }
+  if (rest > 0) {
+    Place first;
+    Dim{full, across}.advance(first, full);
+    loops[at] = {rest, within};
+    return add_layout(loops, first, layouts);
   }
   return true;
 }
 
-inline Cover make_cover(const torch::stable::Tensor& x, const Blocks& blocks) {
+// `most`: gaps that whoever walks the layouts steps over.
+inline Cover make_cover(const torch::stable::Tensor& x, const Blocks& blocks, Gaps most = Gaps::None) {
   Cover cover;
   if (x.numel() == 0) return cover;
-  cover.dense = is_dense(x);
-  if (!cover.dense) return cover;
+  const Gaps gaps = gaps_in(x);
+  cover.dense = gaps == Gaps::None;
+  if (gaps > most) return cover;
 
   std::vector<Dim> loops;
   int64_t index = 1;
@@ -117,27 +169,9 @@ inline Cover make_cover(const torch::stable::Tensor& x, const Blocks& blocks) {
     index *= x.size(d);
     if (kept) cover.blocks *= count;
   }
-  if (blocks.size == 0) {
-    cover.dense = add_layout(loops, {}, cover.layouts);
-    return cover;
-  }
-
-  const size_t at = static_cast<size_t>(x.dim() - 1 - blocks.axis);
-  const Dim axis = loops[at];
-  const int64_t full = axis.size / blocks.size, rest = axis.size % blocks.size;
-  const Place within{axis.step.memory, axis.step.index, 0};
-  const Place across{within.memory * blocks.size, within.index * blocks.size, axis.step.block};
-  if (full > 0) {
-    loops[at] = {blocks.size, within};
-    loops.push_back({full, across});
-    cover.dense = add_layout(loops, {}, cover.layouts);
-    loops.pop_back();
-  }
-  if (rest > 0) {
-    Place first;
-    Dim{full, across}.advance(first, full);
-    loops[at] = {rest, within};
-    cover.dense = cover.dense && add_layout(loops, first, cover.layouts);
+  if (!add_layouts(std::move(loops), blocks, cover.layouts)) {
+    cover.dense = false;
+    cover.layouts.clear();
   }
   return cover;
 }

@@ -410,13 +410,17 @@ def test_benchmark_times_every_format_beside_a_copy(tmp_path, monkeypatch, capsy
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["command"].startswith("python tools/benchmark.py op --elements 4K")
-    assert result.keys() == {"command", "machine", "threads", "torch", "date", "rows"} and result["threads"] == 1
+    assert result.keys() == {"command", "machine", "threads", "torch", "date", "rows", "layouts"}
+    assert result["threads"] == 1
     keys = {"what", "rounding", "elements", "ms", "G elements/s", "GB/s", "ratio to copy"}
     assert all(row.keys() == keys for row in result["rows"])
     measured = {(row["what"], row["rounding"]) for row in result["rows"]}
     assert {(spec, rounding) for spec in benchmark.SPECS for rounding in benchmark.ROUNDINGS} < measured
     assert all(row["elements"] == 4096 and row["ms"] > 0 and row["ratio to copy"] > 0 for row in result["rows"])
     assert "ratio to copy" in capsys.readouterr().out
+    kinds = {(row["what"], row["rounding"], row["layout"]) for row in result["layouts"]}
+    assert len(kinds) == len(result["layouts"]) == 4 * 2 * 6
+    assert all(row["ms"] > 0 and row["ratio to contiguous"] > 0 for row in result["layouts"])
 
 
 def test_benchmark_times_no_op_that_is_wrong(monkeypatch):

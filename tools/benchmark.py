@@ -37,6 +37,8 @@ from swalp_fx import reference
 
 SPECS = ["fixed8.6", "e4m3", "e5m2", "bf16", "bfp8", "bfp8[0]", "bfp8[-1:16]", "mxfp8", "mxfp4", "int8[0]", "nvfp4"]
 ROUNDINGS = ["nearest", "stochastic"]
+LAYOUT_SPECS = ["fixed8.6", "e4m3", "bfp8", "bfp8[0]"]
+LAYOUT_SHAPE = (32, 64, 32, 32)
 COLUMNS = 1024
 KEY = 20190516
 THREADS = 1024  # beyond which OpenMP may find no memory for them, and end the process
@@ -154,6 +156,52 @@ def measure(counts: Sequence[int], device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def layouts(device: str) -> dict[str, Tensor]:
+    """Tensors of one shape, the first of them contiguous."""
+    n, c, h, w = LAYOUT_SHAPE
+    x = torch.randn(LAYOUT_SHAPE, device=device)
+    return {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "x.permute(3, 2, 1, 0)": torch.randn(w, h, c, n, device=device).permute(3, 2, 1, 0),
+        "x.permute(3, 0, 1, 2)": torch.randn(c, h, w, n, device=device).permute(3, 0, 1, 2),
+        "x[..., :-3]": torch.randn(n, c, h, w + 3, device=device)[..., :-3],
+        "x[..., ::2]": torch.randn(n, c, h, 2 * w, device=device)[..., ::2],
+    }
+
+
+def measure_layouts(device: str) -> list[dict[str, Any]]:
+    """Each layout by turns with the contiguous tensor, after a check that both have the same bits."""
+    clock = Clock(device)
+    rows = []
+    tensors = layouts(device)
+    for spec in LAYOUT_SPECS:
+        for rounding in ROUNDINGS:
+
+            def rounded_in_place(x: Tensor, spec: str = spec, rounding: str = rounding) -> Tensor:
+                return swalp_fx.quantize_(x, spec, rounding, key=KEY)
+
+            for name, x in tensors.items():
+                x.normal_()
+                due = rounded_in_place(x.clone(memory_format=torch.contiguous_format))
+                if not torch.equal(rounded_in_place(x), due):
+                    raise SystemExit(f"{spec}, {rounding}: {name} differs from contiguous, so its speed says nothing")
+                seconds, of_contiguous = clock.beside(
+                    lambda x=x, call=rounded_in_place: call(x),
+                    lambda x=tensors["contiguous"], call=rounded_in_place: call(x),
+                )
+                rows.append(
+                    {
+                        "what": spec,
+                        "rounding": rounding,
+                        "layout": name,
+                        "ms": seconds * 1e3,
+                        "ratio to contiguous": seconds / of_contiguous,
+                    }
+                )
+    return rows
+
+
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -225,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     clock = Clock(args.device)
     if args.what == "op":
-        tables = {"rows": measure(args.elements or [elements("1M"), elements("64M")], args.device)}
+        rows = measure(args.elements or [elements("1M"), elements("64M")], args.device)
+        tables = {"rows": rows, "layouts": measure_layouts(args.device)}
     elif args.what == "graph":
         tables = overhead.measure(clock.once, args.device)
     else:

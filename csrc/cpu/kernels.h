@@ -1,104 +1,6 @@
 // The loops, written for a compiler that vectorises. quantize_cpu.cpp includes this once for each
 // instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it: 1, 4 or 8.
 
-// Asks for memory to be brought into the L2 cache; where there is none, that does nothing.
-inline void ask_for(const void* memory, int64_t bytes) {
-  const char* at = static_cast<const char*>(memory);
-  for (const char* end = at + bytes; at < end; at += 64) __builtin_prefetch(at, 0, 2);
-}
-
-// A window on the draws, moved along as a thread goes through its elements.
-class Draws {
- public:
-  explicit Draws(const Random& r) : random(r), keys(r.key) {}
-
-  const Random random;
-
-  // The draws from element `index` on, and in `count` how many there are: at least one, at most `wanted`.
-  // While it makes them it asks for the memory of the elements a piece later than x, those of `index`, so that the next
-  // piece is in the L2 cache when it is wanted. That may lie beyond the tensor's end, where asking does nothing.
-  template <class S>
-  const uint32_t* from(int64_t index, int64_t wanted, int64_t& count, const S* x) {
-    if (index < begin || index >= end) refill(index, wanted, {reinterpret_cast<const char*>(x + Runs::kGrain), sizeof(S)});
-    count = std::min(wanted, end - index);
-    return draw + (index - begin);
-  }
-
- private:
-  // Few, so that the memory that results go to is not left idle for long.
-  static constexpr int64_t kWindow = 512;
-  RoundKeys keys;
-  int64_t begin = 0, end = 0;
-  alignas(64) uint32_t draw[kWindow];
-
-  // Counters at a time, in two pairs of vectors, one of even counters and one of odd ones: their low halves join into
-  // rows.
-  static constexpr int64_t kPair = 2 * kLanes, kAtOnce = 2 * kPair;
-
-  struct Later {
-    const char* at;
-    int64_t size;  // of an element, in bytes
-    void ask(int64_t elements) {
-      ask_for(at, elements * size);
-      at += elements * size;
-    }
-  };
-
-  void refill(int64_t index, int64_t wanted, Later later) {
-    if (random.bits == 16) return refill_with<2>(index, wanted, std::integral_constant<int, 0>(), later);
-    if (random.draws_per_word() == 2) return refill_with<2>(index, wanted, 16 - random.bits, later);
-    refill_with<1>(index, wanted, 32 - random.bits, later);
-  }
-
-  template <int kPerWord, class Shift>
-  __attribute__((noinline)) void refill_with(int64_t index, int64_t wanted, const Shift unused_bits, Later later) {
-    constexpr int64_t block = 4 * kPerWord * kCounters;
-    const int64_t first = index / block * kCounters / kAtOnce * kAtOnce;
-    begin = first / kCounters * block;
-    const int64_t needed = (std::min(begin + kWindow, index + wanted) + block - 1) / block * kCounters;
-    const int64_t last = (needed + kAtOnce - 1) / kAtOnce * kAtOnce;
-    end = last / kCounters * block;
-    for (int64_t counter = first; counter < last; counter += kAtOnce) {
-      later.ask(4 * kPerWord * kAtOnce);
-      generate<kPerWord>(counter, (counter - first) / kCounters * block + (counter - first) % kCounters, unused_bits);
-    }
-  }
-
-  template <int kPerWord, class Shift>
-  __attribute__((always_inline)) void generate(int64_t counter, int64_t at, const Shift unused_bits) {
-    using Vector = Lanes::Vector;
-    const int shift = unused_bits;
-    const auto first = static_cast<uint64_t>(counter);
-    const Vector zero = Vector{};
-    Vector c[4][4];
-    SWALP_UNROLL
-    for (int set = 0; set < 4; ++set) {
-      c[set][0] = Lanes::twice_lane_number() + first + (set / 2 * kPair + set % 2);
-      c[set][1] = zero + (first >> 32);  // one for all, since kAtOnce divides 2^32: its first product is too
-      c[set][2] = zero + random.stream;
-      c[set][3] = zero + (random.stream >> 32);
-    }
-    philox4x32<Lanes>(c, keys);
-    SWALP_UNROLL
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t* row = draw + at + pair * (kPair < kCounters ? kPair : 4 * kPerWord * kCounters);
-      SWALP_UNROLL
-      for (int j = 0; j < 4; ++j, row += kPerWord * kCounters) {
-        const Vector words = Lanes::join(c[2 * pair][j], c[2 * pair + 1][j]);
-        if constexpr (kPerWord == 1) {
-          store(row, (words >> shift) & mask(0xFFFFFFFFu >> shift));
-        } else {
-          store(row, (words >> shift) & mask(0xFFFFu >> shift));
-          store(row + kCounters, (words >> (16 + shift)) & mask(0xFFFFu >> shift));
-        }
-      }
-    }
-  }
-
-  static uint64_t mask(uint32_t m) { return uint64_t{m} << 32 | m; }
-  static void store(uint32_t* row, const Lanes::Vector& v) { memcpy(row, &v, sizeof(v)); }
-};
-
 // The bits in which n neighbours differ from what they are rounded to.
 template <class S, class Q>
 inline auto differences(const S* x, int64_t n, const Q& quantizer, const Look& look) {
@@ -122,30 +24,17 @@ __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quanti
   }
 }
 
-// Not inlined: formats share quantizers, and each copy costs seconds of compiling.
+// n neighbours with one quantizer. Not inlined: formats share quantizers, and each copy costs seconds of compiling.
 template <class S, class Q, class Round>
-__attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, int64_t index, int64_t index_step,
-                                            const Q quantizer, const Round round, Draws& draws) {
+__attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, const uint32_t* draw, const Q quantizer,
+                                            const Round round) {
   using T = Compute<S>;
   if constexpr (std::is_same_v<Round, Look>) {
     look_at_run(x, n, quantizer, round);
-  } else if constexpr (!Round::draws) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), 0u, round));
-  } else if (index_step == 1) {
-    for (int64_t done = 0, count; done < n; done += count) {
-      const uint32_t* draw = draws.from(index + done, n - done, count, x + done);
-      const S* from = x + done;
-      S* to = y + done;
-#pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = static_cast<S>(quantizer.apply(static_cast<T>(from[i]), draw[i], round));
-      }
-    }
   } else {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t draw = draw_at(draws.random, index + i * index_step);
-      y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), draw, round));
+      y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round));
     }
   }
 }
@@ -169,19 +58,96 @@ void raise(Bits* maximum, Bits value) {
   }
 }
 
-template <class S>
-void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>>::Bits* maxima) {
-  const Dim inner = layout.inner();
-  Runs(layout).for_each([&](auto each) {
-    each([&](const Place& p, int64_t size) {
-      if (inner.step.block == 0) {
-        raise(&maxima[p.block], maximum_of_run(x + p.memory, size));
-      } else {
-        for (int64_t i = 0; i < size; ++i) {
-          const auto value = static_cast<Compute<S>>(x[p.memory + i * inner.step.memory]);
-          raise(&maxima[p.block + i * inner.step.block], finite_magnitude(value));
-        }
+// Whether a box is brought together before its elements are rounded: where runs are short, and where neighbours lie in
+// different blocks, since the scales of those are made once for many runs.
+inline bool is_scattered(const Layout& box) {
+  if (box.inner().step.memory != 1) return true;
+  if (box.inner().size >= kShortRun && box.inner().step.block == 0) return false;
+  return std::any_of(box.dims, box.dims + box.rank, [](const Dim& d) { return d.step.memory != d.step.index; });
+}
+
+// The box once it has been brought together.
+inline Layout together(const Layout& box) {
+  Layout close;
+  close.first.block = box.first.block;
+  for (int d = 0; d < box.rank; ++d) {
+    const Dim& dim = box.dims[d];
+    close.add({dim.size, {dim.step.index, dim.step.index, dim.step.block}});
+  }
+  return close;
+}
+
+constexpr int64_t kMostLanes = 1024;
+
+// Where neighbours lie in different blocks: calls f(place, lanes, count) for `count` neighbours of which every `lanes`-th
+// lies in the same block.
+template <class F>
+void for_each_lanes(const Layout& box, const F& f) {
+  const Dim inner = box.inner();
+  if (inner.size > kMostLanes) {
+    return for_each_run(box, [&](Place p) {
+      for (int64_t left = inner.size; left > 0; left -= kMostLanes, inner.advance(p, kMostLanes)) {
+        f(p, std::min(kMostLanes, left), std::min(kMostLanes, left));
       }
+    });
+  }
+  Layout rows = box;
+  if (box.rank > 1) {
+    const Dim& outer = box.dims[box.rank - 2];
+    if (outer.step.block == 0 && outer.step.memory == inner.size && outer.step.index == inner.size) {
+      rows.dims[--rows.rank - 1].size *= inner.size;
+    }
+  }
+  const int64_t count = rows.rank < box.rank ? rows.inner().size : inner.size;
+  for_each_run(rows, [&](const Place& p) { f(p, inner.size, count); });
+}
+
+// How many of `count` neighbours make a loop worth vectorising: all lanes, several times if they are few.
+inline int64_t period_of(int64_t lanes, int64_t count) { return std::min(count, kMostLanes / lanes * lanes); }
+
+template <class S, class Bits>
+__attribute__((noinline)) void maxima_of_lanes(const S* x, int64_t count, Bits* maxima, int64_t period) {
+  for (; count > 0; count -= period, x += period) {
+    const int64_t size = std::min(period, count);
+    for (int64_t i = 0; i < size; ++i) {
+      maxima[i] = larger(maxima[i], finite_magnitude(static_cast<Compute<S>>(x[i])));
+    }
+  }
+}
+
+template <class S, class Bits>
+void maxima_of_box(const Layout& box, const S* x, Bits* maxima) {
+  const Dim inner = box.inner();
+  if (inner.step.block != 0) {
+    return for_each_lanes(box, [&](const Place& p, int64_t lanes, int64_t count) {
+      Bits found[kMostLanes] = {};
+      const int64_t period = period_of(lanes, count);
+      maxima_of_lanes(x + p.memory, count, found, period);
+      for (int64_t i = period - 1; i >= lanes; --i) found[i - lanes] = larger(found[i - lanes], found[i]);
+      for (int64_t i = 0; i < lanes; ++i) raise(&maxima[p.block + i * inner.step.block], found[i]);
+    });
+  }
+  Bits found = 0;
+  int64_t block = box.first.block;
+  for_each_run(box, [&](const Place& p) {
+    if (p.block != block) raise(&maxima[block], std::exchange(found, 0));
+    block = p.block;
+    found = larger(found, maximum_of_run(x + p.memory, inner.size));
+  });
+  raise(&maxima[block], found);
+}
+
+// Raises the maximum of each block of the layout.
+template <class S>
+__attribute__((noinline)) void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>>::Bits* maxima) {
+  const Layout in_memory = in_memory_order(layout);
+  Boxes::of_memory(in_memory, false, is_scattered(in_memory) ? Boxes::kFew : Boxes::kMost).for_each([&](auto each) {
+    alignas(64) S room[Boxes::kMost];
+    each([&](const Layout& part) {
+      const Layout box = in_memory_order(part);
+      if (!is_scattered(box)) return maxima_of_box(box, x, maxima);
+      gather(box, x, room);
+      maxima_of_box(together(box), room, maxima);
     });
   });
 }
@@ -283,70 +249,201 @@ void quantize_layout_of_tiles(const Format& format, const Layout& layout, const 
                               const Round& round, const Random& random) {
   const int64_t size = layout.inner().size;
   const auto run = size == 16 ? &quantize_tiles<16, S, Format, Round> : &quantize_tiles<32, S, Format, Round>;
-  torch::stable::parallel_for(0, layout.dims[0].size, Runs::kGrain / size, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, layout.dims[0].size, Boxes::kGrain / size, [&](int64_t begin, int64_t end) {
     Draws draws(random);
     const int64_t memory = layout.first.memory + begin * size, index = layout.first.index + begin * size;
     run(format, x + memory, y + memory, end - begin, index, tensor_maximum, round, draws);
   });
 }
 
-// The largest finite magnitude of all n elements.
+// The largest finite magnitude of all elements.
 template <class S>
-typename Ieee<Compute<S>>::Bits maximum_of_all(const S* x, int64_t n) {
-  Layout all;
-  all.dims[all.rank++] = {n, {1, 1, 0}};
-  all.numel = n;
+typename Ieee<Compute<S>>::Bits maximum_of_all(const Cover& cover, const S* x) {
   typename Ieee<Compute<S>>::Bits maximum = 0;
-  maxima_of_blocks(all, x, &maximum);
+  Layout all;
+  if (cover.dense) {
+    all.add({cover.numel(), {1, 1, 0}});
+    maxima_of_blocks(all, x, &maximum);
+    return maximum;
+  }
+  for (Layout layout : cover.layouts) {
+    layout.first.block = 0;
+    for (int d = 0; d < layout.rank; ++d) layout.dims[d].step.block = 0;
+    maxima_of_blocks(layout, x, &maximum);
+  }
   return maximum;
+}
+
+// Neighbours that lie in different blocks, `lanes` of them, again and again. `maxima` are those of `period` neighbours.
+template <class S, class Format, class Round>
+__attribute__((noinline)) void quantize_lanes(const Format format, const S* x, S* y, int64_t count, const uint32_t* draw,
+                                              const typename Ieee<Compute<S>>::Bits* maxima, int64_t lanes, int64_t period,
+                                              Compute<S> tensor_maximum, const Round round) {
+  using T = Compute<S>;
+  typename Ieee<T>::Bits differs = 0;
+  for (int64_t done = 0; done < count; done += period) {
+    const int64_t size = std::min(period, count - done);
+#pragma GCC ivdep
+    for (int64_t i = done; i < done + size; ++i) {
+      const auto maximum = maxima[i - done];
+      const auto quantizer = format.template usual<T>(maximum, tensor_maximum);
+      const T rounded = quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round);
+      const S result = static_cast<S>(format.template is_usual<T>(maximum) ? rounded : static_cast<T>(x[i]));
+      if constexpr (std::is_same_v<Round, Look>) {
+        differs |= bit_cast<typename Ieee<T>::Bits>(static_cast<T>(result)) ^
+                   bit_cast<typename Ieee<T>::Bits>(static_cast<T>(x[i]));
+      } else {
+        y[i] = result;
+      }
+    }
+  }
+  if constexpr (std::is_same_v<Round, Look>) round.tell(differs != 0);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    if (format.template is_usual<T>(maxima[lane])) continue;
+    format.template with_quantizer<T>(maxima[lane], tensor_maximum, [&](const auto& quantizer) {
+      for (int64_t i = lane; i < count; i += lanes) {
+        quantize_run(x + i, y + i, 1, Round::draws ? draw + i : nullptr, quantizer, round);
+      }
+    });
+  }
+}
+
+// Draws that have been made already: those of a box, in its order.
+struct Made {
+  const uint32_t* draw;
+  template <class S>
+  const uint32_t* from(int64_t index, int64_t wanted, int64_t& count, const S*) const {
+    count = wanted;
+    return draw + index;
+  }
+};
+
+template <class Round>
+auto source(const Random& random) {
+  if constexpr (Round::draws) {
+    return Draws(random);
+  } else {
+    return Made{nullptr};
+  }
+}
+
+// What all boxes of a tensor have in common. maxima: of the blocks, or nullptr where each run is one, and whole.
+template <class S, class Format, class Round>
+struct Rounder {
+  using T = Compute<S>;
+  using Bits = typename Ieee<T>::Bits;
+  const Format& format;
+  const Round& round;
+  T tensor_maximum;
+  const Bits* maxima;
+
+  template <class Source>
+  void box(const Layout& box, const S* x, S* y, Source& draws) const {
+    const Dim inner = box.inner();
+    if constexpr (Format::shared != Shared::Nothing) {
+      if (inner.step.block != 0) return lanes_of(box, x, y, draws);
+    }
+    for_each_run(box, [&](const Place& p) {
+      Bits maximum = 0;
+      if (Format::shared != Shared::Nothing) {
+        maximum = maxima == nullptr ? maximum_of_run(x + p.memory, inner.size) : maxima[p.block];
+      }
+      format.template with_quantizer<T>(maximum, tensor_maximum, [&](const auto& quantizer) {
+        run(x + p.memory, y + p.memory, inner.size, p.index, quantizer, draws);
+      });
+    });
+  }
+
+ private:
+  template <class Q, class Source>
+  void run(const S* x, S* y, int64_t n, int64_t index, const Q& quantizer, Source& draws) const {
+    if constexpr (Round::draws) {
+      for (int64_t done = 0, count; done < n; done += count) {
+        const uint32_t* draw = draws.from(index + done, n - done, count, x + done);
+        quantize_run(x + done, y + done, count, draw, quantizer, round);
+      }
+    } else {
+      quantize_run(x, y, n, nullptr, quantizer, round);
+    }
+  }
+
+  // Not from a window on the draws, which may be less than all lanes.
+  void lanes_of(const Layout&, const S*, S*, Draws&) const {}
+  void lanes_of(const Layout& box, const S* x, S* y, const Made& draws) const {
+    const int64_t apart = box.inner().step.block;
+    for_each_lanes(box, [&](const Place& p, int64_t lanes, int64_t count) {
+      Bits each[kMostLanes];
+      const int64_t period = period_of(lanes, count);
+      for (int64_t i = 0; i < lanes; ++i) each[i] = maxima[p.block + i * apart];
+      for (int64_t i = lanes; i < period; ++i) each[i] = each[i - lanes];
+      const uint32_t* draw = Round::draws ? draws.draw + p.index : nullptr;
+      quantize_lanes(format, x + p.memory, y + p.memory, count, draw, each, lanes, period, tensor_maximum, round);
+    });
+  }
+};
+
+// Whether a thread may go through memory as it lies, and draw on its way: row-major neighbours then are neighbours there.
+inline bool is_direct(const Layout& layout, bool draws) {
+  const Place step = layout.inner().step;
+  return !is_scattered(layout) && (!draws || (step.index == 1 && step.block == 0));
+}
+
+// Any layout: a box's draws are made in row-major order and turned into its own, and its elements are brought together
+// where they are scattered.
+template <class S, class Format, class Round>
+__attribute__((noinline)) void quantize_boxes(const Rounder<S, Format, Round>& rounder, const Layout& layout, const S* x,
+                                              S* y, const Random& random) {
+  // In row-major order already, as slices are.
+  const bool ordered = !Round::draws || std::is_sorted(layout.dims, layout.dims + layout.rank, [](const Dim& a, const Dim& b) {
+    return a.step.index > b.step.index;
+  });
+  const Boxes boxes = ordered ? Boxes::of_memory(layout, false, Boxes::kFew) : Boxes::of_both(layout);
+  boxes.for_each([&](auto each) {
+    DrawsOfBox draws(random);
+    alignas(64) S room[Boxes::kMost];
+    each([&](const Layout& part) {
+      const Layout box = in_memory_order(part);
+      // The elements are on their way while the draws are made.
+      const Made made{Round::draws ? draws.of(part, Runs(box, x)) : nullptr};
+      if (!is_scattered(box)) return rounder.box(box, x, y, made);
+      gather(box, x, room);
+      rounder.box(together(box), room, room, made);
+      if constexpr (!std::is_same_v<Round, Look>) scatter(box, room, y);
+    });
+  });
 }
 
 template <class S, class Format, class Round>
 void quantize(const Format& format, const Cover& cover, const S* x, S* y, const Round& round, const Random& random) {
   using T = Compute<S>;
   using Bits = typename Ieee<T>::Bits;
-  const auto run = [&](const Dim& inner, const Place& p, int64_t size, const auto& quantizer, Draws& draws) {
-    quantize_run(x + p.memory, y + p.memory, size, p.index, inner.step.index, quantizer, round, draws);
-  };
-
-  if constexpr (Format::shared == Shared::Nothing) {
-    format.template with_quantizer<T>(0, T(0), [&](const auto& quantizer) {
-      for (const Layout& layout : cover.layouts) {
-        Runs(layout).for_each([&](auto each) {
-          Draws draws(random);
-          each([&](const Place& p, int64_t size) { run(layout.inner(), p, size, quantizer, draws); });
-        });
-      }
-    });
-  } else {
-    T tensor_maximum = 0;
-    if (Format::shared == Shared::BlockAndTensor) tensor_maximum = bit_cast<T>(maximum_of_all(x, cover.numel()));
-    std::vector<Bits> maxima;
-    for (const Layout& layout : cover.layouts) {
-      if (!std::is_same_v<S, double> && are_tiles(layout)) {
+  constexpr bool kShares = Format::shared != Shared::Nothing;
+  T tensor_maximum = 0;
+  if (Format::shared == Shared::BlockAndTensor) tensor_maximum = bit_cast<T>(maximum_of_all(cover, x));
+  std::vector<Bits> maxima;
+  for (const Layout& given : cover.layouts) {
+    const Layout layout = Round::draws ? given : in_memory_order(given);
+    if constexpr (kShares && !std::is_same_v<S, double>) {
+      if (are_tiles(layout)) {
         quantize_layout_of_tiles(format, layout, x, y, tensor_maximum, round, random);
         continue;
       }
-      // A row that is a block, and whole, is read twice by one thread; other blocks wait for all threads' maxima.
-      const bool rows = layout.blocks_are_rows() && Runs(layout).are_whole();
-      if (!rows) {
-        maxima.resize(cover.blocks);
-        maxima_of_blocks(layout, x, maxima.data());
-      }
-      const Dim inner = layout.inner();
-      Runs(layout).for_each([&](auto each) {
-        Draws draws(random);
-        each([&](const Place& p, int64_t size) {
-          // One element at a time where neighbours lie in different blocks.
-          const int64_t piece = inner.step.block == 0 ? size : 1;
-          Place at = p;
-          for (int64_t i = 0; i < size; i += piece, inner.advance(at, piece)) {
-            const Bits maximum = rows ? maximum_of_run(x + at.memory, piece) : maxima[at.block];
-            format.template with_quantizer<T>(maximum, tensor_maximum,
-                                              [&](const auto& quantizer) { run(inner, at, piece, quantizer, draws); });
-          }
-        });
-      });
     }
+    const bool direct = is_direct(layout, Round::draws);
+    // A row that is a block, and whole, is read twice by one thread; other blocks wait for all threads' maxima.
+    const bool rows = kShares && direct && layout.blocks_are_rows() && layout.inner().size <= Boxes::kWholeRow;
+    if (kShares && !rows) {
+      maxima.resize(cover.blocks);
+      maxima_of_blocks(layout, x, maxima.data());
+    }
+    const Rounder<S, Format, Round> rounder{format, round, tensor_maximum, rows ? nullptr : maxima.data()};
+    if (!direct) {
+      quantize_boxes(rounder, layout, x, y, random);
+      continue;
+    }
+    Boxes::of_memory(layout, rows).for_each([&](auto each) {
+      auto draws = source<Round>(random);
+      each([&](const Layout& box) { rounder.box(box, x, y, draws); });
+    });
   }
 }

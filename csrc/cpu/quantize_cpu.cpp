@@ -1,8 +1,10 @@
 // The ops on the CPU: which elements a thread takes, and which instructions it has.
 #include <atomic>
+#include <utility>
 
 #include "../check.h"
 #include "../plan.h"
+#include "boxes.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
@@ -10,64 +12,6 @@
 
 namespace swalp_fx {
 namespace {
-
-// The innermost loops of a layout, cut into runs of at most kRun elements and shared out over torch's threads.
-class Runs {
- public:
-  static constexpr int64_t kGrain = 1 << 14;     // elements worth waking a thread for
-  static constexpr int64_t kWholeRow = 1 << 17;  // elements
-
-  explicit Runs(const Layout& l) : layout(l), inner(l.inner()) {
-    // A row that is a block and fits in the L2 cache stays whole: reading it again is then free.
-    whole = inner.size <= (l.blocks_are_rows() ? kWholeRow : kRun);
-    length = whole ? inner.size : kRun;
-    pieces = (inner.size + length - 1) / length;
-  }
-
-  bool are_whole() const { return whole; }
-
-  // Calls body(each) on every thread; each(f) then calls f(place, size) for every run of that thread.
-  template <class Body>
-  void for_each(const Body& body) const {
-    const int64_t runs = layout.numel / inner.size * pieces;
-    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kGrain / length), [&](int64_t begin, int64_t end) {
-      body([&](const auto& f) { visit(begin, end, f); });
-    });
-  }
-
- private:
-  static constexpr int64_t kRun = 1 << 14;  // elements, of which the L1 cache holds some and the L2 cache all
-  const Layout& layout;
-  Dim inner;
-  bool whole;
-  int64_t length, pieces;
-
-  template <class F>
-  void visit(int64_t begin, int64_t end, const F& f) const {
-    // An odometer over the outer loops, set to `begin`: a division for each run would cost more than a short run.
-    int64_t at[Layout::kMaxDims] = {};
-    Place row = layout.first;
-    int64_t rest = begin / pieces, piece = begin % pieces;
-    for (int d = layout.rank - 2; d >= 0; --d) {
-      at[d] = rest % layout.dims[d].size;
-      rest /= layout.dims[d].size;
-      layout.dims[d].advance(row, at[d]);
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      Place p = row;
-      inner.advance(p, piece * length);
-      f(p, std::min(length, inner.size - piece * length));
-      if (++piece < pieces) continue;
-      piece = 0;
-      for (int d = layout.rank - 2; d >= 0; --d) {
-        layout.dims[d].advance(row, 1);
-        if (++at[d] < layout.dims[d].size) break;
-        layout.dims[d].advance(row, -at[d]);
-        at[d] = 0;
-      }
-    }
-  }
-};
 
 // What a group of torch.optim.SGD holds.
 struct Sgd {
@@ -83,13 +27,22 @@ struct Look : RoundNearest {
   }
 };
 
+// Writes 16 values of 32 bits to every second place, and nothing in between.
+struct OneByOne {
+  static void spread(const void* from, void* to) {
+    for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * 8, static_cast<const char*>(from) + i * 4, 4);
+  }
+};
+
 namespace portable {
 constexpr int64_t kLanes = 1;
-struct Lanes : OneLane {
+struct Lanes : OneLane, OneByOne {
   using Vector = uint64_t;
   static Vector twice_lane_number() { return 0; }
   static Vector join(Vector even, Vector odd) { return (even & 0xFFFFFFFFu) | odd << 32; }
 };
+#include "copy.h"
+#include "draws.h"
 #include "kernels.h"
 #include "sgd.h"
 }  // namespace portable
@@ -104,7 +57,7 @@ struct Lanes : OneLane {
 #pragma GCC target("avx2,fma,f16c,bmi2")
 namespace avx2 {
 constexpr int64_t kLanes = 4;
-struct Lanes {
+struct Lanes : OneByOne {
   typedef uint64_t Vector __attribute__((vector_size(32)));
   static Vector multiply(Vector a, uint32_t m) {
     return (Vector)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
@@ -114,6 +67,8 @@ struct Lanes {
     return (Vector)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
   }
 };
+#include "copy.h"
+#include "draws.h"
 #include "kernels.h"
 #include "sgd.h"
 }  // namespace avx2
@@ -132,7 +87,14 @@ struct Lanes {
   static Vector join(Vector even, Vector odd) {
     return (Vector)_mm512_mask_moveldup_ps((__m512)even, 0xAAAA, (__m512)odd);
   }
+  static void spread(const void* from, void* to) {
+    const __m512i all = _mm512_loadu_si512(from), last = _mm512_shuffle_i64x2(all, all, 0xEE);
+    _mm512_mask_storeu_epi32(to, 0x5555, _mm512_maskz_expand_epi32(0x5555, all));
+    _mm512_mask_storeu_epi32(static_cast<char*>(to) + 64, 0x5555, _mm512_maskz_expand_epi32(0x5555, last));
+  }
 };
+#include "copy.h"
+#include "draws.h"
 #include "kernels.h"
 #include "sgd.h"
 }  // namespace avx512
@@ -156,6 +118,8 @@ Isa best_isa() {
 const Isa kIsa = best_isa();
 
 struct Cpu {
+  static constexpr Gaps most_gaps = Gaps::Some;
+
   template <class Format>
   static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     run_at(format, cover, x.scalar_type(), x.const_data_ptr(), y.mutable_data_ptr(), drawing);
@@ -179,7 +143,7 @@ struct Cpu {
   // blocks. What does not fall into such pieces comes first, whole, and f has all threads for it.
   template <class OneCall, class F>
   static void for_each_piece(const OneCall* calls, size_t count, const F& f) {
-    if (count == 1 && calls[0].cover.numel() <= Runs::kGrain) {
+    if (count == 1 && calls[0].cover.numel() <= Boxes::kGrain) {
       if (calls[0].cover.numel() > 0) f(0, calls[0].cover);
       return;
     }
@@ -202,7 +166,7 @@ struct Cpu {
       }
       numel += cover.numel();
     }
-    torch::stable::parallel_for(0, numel, Runs::kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, numel, Boxes::kGrain, [&](int64_t begin, int64_t end) {
       const auto first = std::lower_bound(begins.begin(), begins.end(), begin);
       const auto last = std::lower_bound(first, begins.end(), end);
       for (auto at = first; at != last; ++at) {
@@ -225,12 +189,19 @@ struct Cpu {
     if (!call.dense || cover.layouts.empty()) return 0;
     const Layout& layout = cover.layouts.front();
     const int64_t size = outermost(cover), step = layout.numel / size;
-    if (cover.layouts.size() == 1 && layout.rank > 0 && step <= Runs::kWholeRow) {
+    if (cover.layouts.size() == 1 && layout.rank > 0 && step <= Boxes::kWholeRow && draws_apart(call.drawing, layout)) {
       // No block reaches from one step into another, and those of a piece are numbered one after another.
       const bool apart = shared == Shared::Block && layout.dims[0].step.block * size == cover.blocks;
-      if (apart || shared == Shared::Nothing) return std::max<int64_t>(1, Runs::kGrain / step);
+      if (apart || shared == Shared::Nothing) return std::max<int64_t>(1, Boxes::kGrain / step);
     }
-    return cover.numel() <= Runs::kGrain ? size : 0;
+    return cover.numel() <= Boxes::kGrain ? size : 0;
+  }
+
+  // Whether each step of the outermost loop has random bits of its own, row-major neighbours among neighbours in memory.
+  static bool draws_apart(const Drawing& drawing, const Layout& layout) {
+    return drawing.rounding != Rounding::Stochastic ||
+           std::all_of(layout.dims, layout.dims + layout.rank,
+                       [&](const Dim& d) { return d.step.index <= layout.dims[0].step.index; });
   }
 
   // The elements from step `begin` to `end` of the outermost loop, which lie side by side.
@@ -304,7 +275,7 @@ struct Cpu {
     float* w = static_cast<float*>(weight.mutable_data_ptr()) + first;
     const float* g = static_cast<const float*>(gradient.const_data_ptr()) + first;
     float* m = momentum == nullptr ? nullptr : static_cast<float*>(momentum->mutable_data_ptr()) + first;
-    torch::stable::parallel_for(0, piece.numel(), Runs::kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, piece.numel(), Boxes::kGrain, [&](int64_t begin, int64_t end) {
       float* of_part = m == nullptr ? nullptr : m + begin;
       switch (kIsa) {
 #ifdef SWALP_X86
