@@ -21,15 +21,6 @@ unsigned threads_of_row(int64_t size) {
   return static_cast<unsigned>(std::min<int64_t>(kThreads, (shares + 31) / 32 * 32));
 }
 
-// The loops of memory alone, for what draws nothing: an element's index then matters to nobody.
-Layout in_memory(const Layout& from) {
-  std::vector<Dim> loops(from.dims, from.dims + from.rank);
-  for (Dim& d : loops) d.step.index = d.step.memory;
-  std::vector<Layout> layouts;
-  add_layout(loops, {from.first.memory, from.first.memory, from.first.block}, layouts);
-  return layouts.front();
-}
-
 // Memory without gaps, in the order of the random bits.
 bool in_order(const Layout& l) {
   int64_t numel = 1;
@@ -43,7 +34,7 @@ bool in_order(const Layout& l) {
 
 // The size of the rows, if the layout is rows of neighbours in memory, one block each, row after row; else 0.
 int64_t rows_in_memory(const Layout& layout, int64_t blocks) {
-  const Layout l = in_memory(layout);
+  const Layout l = in_memory_order(layout);
   if (l.first.memory != 0 || l.numel % blocks != 0) return 0;
   const int64_t size = l.numel / blocks;
   if (blocks == 1) return size;
@@ -145,7 +136,7 @@ struct Launch {
   bool contiguous(const Cover& cover) const {
     if (cover.layouts.size() != 1) return false;
     const Layout& given = cover.layouts.front();
-    const Layout layout = Round::draws ? given : in_memory(given);
+    const Layout layout = Round::draws ? given : in_memory_order(given);
     if (!in_order(layout)) return false;
     if constexpr (Format::shared == Shared::Nothing) {
       quads(layout.numel, 0, 0, nullptr);
@@ -299,7 +290,7 @@ struct Cuda {
     with_scalar(call.x.scalar_type(), [&](auto zero) {
       aligned = is_aligned(static_cast<const decltype(zero)*>(call.x.const_data_ptr()));
     });
-    const Layout layout = draws ? given : in_memory(given);
+    const Layout layout = draws ? given : in_memory_order(given);
     if (layout.numel > kLargestItem || !aligned || !in_order(layout)) return 0;
     if (draws && drawing.random.draws_per_word() != kDrawsPerWord) return 0;
     return shared == Shared::Nothing ? kHeld : rows_in_memory(layout, call.cover.blocks);
