@@ -173,6 +173,7 @@ def test_full_is_longer(monkeypatch):
         (["quadratic", "--dataset", "digits"], "unrecognized arguments: --dataset"),
         (["quadratic", "--out", "/dev/null"], "--out /dev/null cannot be written (File exists)"),
         (["logistic", "--dataset", "cifar10"], "invalid choice: 'cifar10'"),
+        (["logistic", "--data", "images"], "digits come with scikit-learn, and --data has no say"),
         (["logistic", "--dataset", "fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist, or run python -c"),
     ],
 )

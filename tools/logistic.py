@@ -93,6 +93,8 @@ def problem(settings: Settings) -> Problem:
 
 def _images(settings: Settings) -> tuple[Tensor, Tensor]:
     """Pixels [n, pixels], float64, and labels [n]."""
+    if settings.data and settings.dataset == "digits":
+        raise data.DataError("digits come with scikit-learn, and --data has no say; add --dataset fashion-mnist")
     dataset = data.load(settings.dataset, settings.data)
     images = torch.cat([dataset.train_inputs, dataset.test_inputs])[:LARGEST].double()
     labels = torch.cat([dataset.train_targets, dataset.test_targets])[:LARGEST]
