@@ -274,6 +274,10 @@ typename Ieee<Compute<S>>::Bits maximum_of_all(const Cover& cover, const S* x) {
   return maximum;
 }
 
+// Whether neighbours that lie in different blocks are rounded side by side; else one by one, in half of the code.
+template <class S, class Round>
+constexpr bool kSideBySide = !std::is_same_v<S, double> && !std::is_same_v<Round, RoundOther>;
+
 // Neighbours that lie in different blocks, `lanes` of them, again and again. `maxima` are those of `period` neighbours.
 template <class S, class Format, class Round>
 __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, S* y, int64_t count, const uint32_t* draw,
@@ -371,6 +375,16 @@ struct Rounder {
   void lanes_of(const Layout&, const S*, S*, Draws&) const {}
   void lanes_of(const Layout& box, const S* x, S* y, const Made& draws) const {
     const int64_t apart = box.inner().step.block;
+    if constexpr (!kSideBySide<S, Round>) {
+      return for_each_run(box, [&](Place p) {
+        for (int64_t i = 0; i < box.inner().size; ++i, box.inner().advance(p, 1)) {
+          format.template with_quantizer<T>(maxima[p.block], tensor_maximum, [&](const auto& quantizer) {
+            const uint32_t* draw = Round::draws ? draws.draw + p.index : nullptr;
+            quantize_run(x + p.memory, y + p.memory, 1, draw, quantizer, round);
+          });
+        }
+      });
+    }
     for_each_lanes(box, [&](const Place& p, int64_t lanes, int64_t count) {
       Bits each[kMostLanes];
       const int64_t period = period_of(lanes, count);

@@ -92,6 +92,11 @@ bool is_aligned(const S* x, int elements = kVector) {
   return reinterpret_cast<uintptr_t>(x) % (sizeof(S) * elements) == 0;
 }
 
+// What training uses has kernels that move four elements at a time; the rest is served one element at a time, which takes
+// longer, but half of the module's size.
+template <class S, class Round>
+constexpr bool is_fast = !std::is_same_v<Round, RoundOther> && !std::is_same_v<S, double>;
+
 // One op's launches, on the current stream of the tensor's device.
 template <class S, class Format, class Round>
 struct Launch {
@@ -129,8 +134,7 @@ struct Launch {
   }
 
  private:
-  // Kernels that move four elements at a time, for what training uses; the rest is served one element at a time.
-  static constexpr bool kFast = !std::is_same_v<Round, RoundOther>;
+  static constexpr bool kFast = is_fast<S, Round>;
 
   // Whether kernels for contiguous memory serve the layout; if so, they have.
   bool contiguous(const Cover& cover) const {
@@ -286,12 +290,15 @@ struct Cuda {
     const Layout& given = call.cover.layouts.front();
     const Drawing& drawing = call.drawing;
     const bool draws = drawing.rounding == Rounding::Stochastic;
-    bool aligned = false;
+    bool fast = false;
     with_scalar(call.x.scalar_type(), [&](auto zero) {
-      aligned = is_aligned(static_cast<const decltype(zero)*>(call.x.const_data_ptr()));
+      using S = decltype(zero);
+      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, call.format.magnitude_bits(), [&](const auto& round) {
+        fast = is_fast<S, std::decay_t<decltype(round)>> && is_aligned(static_cast<const S*>(call.x.const_data_ptr()));
+      });
     });
     const Layout layout = draws ? given : in_memory_order(given);
-    if (layout.numel > kLargestItem || !aligned || !in_order(layout)) return 0;
+    if (layout.numel > kLargestItem || !fast || !in_order(layout)) return 0;
     if (draws && drawing.random.draws_per_word() != kDrawsPerWord) return 0;
     return shared == Shared::Nothing ? kHeld : rows_in_memory(layout, call.cover.blocks);
   }
@@ -313,8 +320,11 @@ struct Cuda {
     const Drawing& drawing = any.drawing;
     with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, any.format.magnitude_bits(), [&](const auto& round) {
       using Format = std::decay_t<decltype(any.format)>;
-      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, quantize_items<S, Format, std::decay_t<decltype(round)>>, any.format,
-                                        round, items, drawing.random, key_on_device(drawing)));
+      using Round = std::decay_t<decltype(round)>;
+      if constexpr (is_fast<S, Round>) {  // as row_of_item has seen
+        STD_CUDA_CHECK(cudaLaunchKernelEx(&config, quantize_items<S, Format, Round>, any.format, round, items,
+                                          drawing.random, key_on_device(drawing)));
+      }
     });
   }
 };
