@@ -88,7 +88,10 @@ def test_report_measure_and_draw_print_the_same_names(kind, tmp_path):
     assert {site for site, role in measured if role == "A"} == outputs
     assert {site for site, role in measured if role == "W"} <= {*rows, *parameters}
     draw(module, tmp_path / "graph.dot")
-    drawn = set(re.findall(r">([^<>]+)<", (tmp_path / "graph.dot").read_text()))
+    source = (tmp_path / "graph.dot").read_text()
+    drawn = set(re.findall(r">([^<>]+)<", source))
+    if "①" in source:  # blocks that are alike are drawn once, with the names inside them
+        outputs = {name for name in outputs if not any(name.endswith(f".{inner}") for inner in drawn)}
     assert outputs <= drawn
 
 
