@@ -136,7 +136,7 @@ def test_the_comparison_says_what_it_lacks(capsys):
     with pytest.raises(SystemExit) as stop:
         compare_qtorch.main([])
     assert stop.value.code == 2
-    assert "No module named 'qtorch'; pip install qtorch ninja setuptools" in capsys.readouterr().err
+    assert "(No module named 'qtorch'); pip install qtorch ninja setuptools" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", compare_qtorch.CASES, ids=lambda case: case.call)
