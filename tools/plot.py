@@ -6,7 +6,6 @@ of the weights so far (filled). Any format of matplotlib's, by the file's ending
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -17,34 +16,22 @@ from typing import Any
 from command import CommandLine, run
 
 try:
-    import matplotlib
+    import drawing
 except ImportError as error:
     if __name__ != "__main__":
         raise
     CommandLine(prog="plot.py").refuse(f"matplotlib cannot be imported ({error}); pip install matplotlib")
 
-matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import files
 import train
+from drawing import GREY, PALETTE
 
-# Okabe and Ito's colours, which every eye tells apart; float is black.
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#767676"
 LAST = {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": "--", "linewidth": 1}
 AVERAGE = {"marker": "o", "markersize": 4, "linestyle": "-", "linewidth": 1.8}
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "svg.hashsalt": "swalp_fx",  # the same run gives the same file
-}
 STEEP = 0.05  # the share of the steps, the first, whose losses may leave the figure
 
 
@@ -53,7 +40,7 @@ def figure(record: dict[str, Any]) -> Figure:
     settings, lines = record["settings"], list(record["lines"].values())
     title = train.OPTIMIZERS[settings["optimizer"]].title
     drawn, (losses, scores) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for line, color in zip(lines, itertools.cycle(COLORS)):
+    for line, color in zip(lines, itertools.cycle(PALETTE)):
         _losses(losses, line, color)
         _scores(scores, line, color)
     steps = [0, *itertools.accumulate(epoch["steps"] for epoch in lines[0]["epochs"])]
@@ -152,12 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--out {args.out}: its name must end in one of {', '.join(f'.{each}' for each in sorted(known))}"
         )
     try:
-        record, drawn = read(args.results), io.BytesIO()
-        with pyplot.rc_context(STYLE):
-            # Without a date in it, equal runs give equal files.
-            metadata = {"Date": None} if ending == "svg" else None
-            figure(record).savefig(drawn, format=ending, dpi=150, metadata=metadata)
-        files.write(args.out, drawn.getvalue())
+        record = read(args.results)
+        with pyplot.rc_context(drawing.STYLE):
+            drawn = figure(record)
+        files.write(args.out, drawing.saved(drawn, ending))
     except files.FileError as error:
         parser.refuse(error)
     finally:

@@ -10,9 +10,6 @@ SWALP the average of the weights after the warm-up.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -33,7 +30,8 @@ import files
 import models
 import swalp_fx
 import trial
-from command import STOPPED, CommandLine, number, run, sentence, show
+from command import SEED, STOPPED, CommandLine, number, run, sentence, show
+from environment import environment
 from progress import Progress, digits
 from swalp_fx.random import fold_in
 
@@ -305,22 +303,9 @@ def describe(line: dict[str, Any], settings: Settings) -> str:
     )
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "swalp_fx": swalp_fx.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device} ({name})",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
-
-
 def command_line() -> CommandLine:
     count, natural = number(int, 1, "a whole number of 1 or more"), number(int, 0, "a whole number of 0 or more")
     real, share = number(float, 0, "a number of 0 or more"), number(float, 0, "a number from 0 to below 1", high=1)
-    seed = number(int, 0, "a whole number of 0 or more, below 2^63", high=2**63)
     parser = CommandLine(
         prog="train.py",
         usage="%(prog)s [--dataset NAME] [--model NAME] [--recipe RECIPE] [options]",
@@ -352,7 +337,7 @@ def command_line() -> CommandLine:
     add("--momentum", type=share, help="AdamW's first beta")
     add("--weight-decay", type=real, help="which AdamW multiplies by the learning rate")
     add("--batch-size", type=count, metavar="N")
-    add("--seed", type=seed, default=0, help="of weights, data order and rounding (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, data order and rounding (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", metavar="DIR", type=Path, help="write results.json, and a checkpoint of each line after each epoch")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -413,10 +398,7 @@ def folder_from(args: argparse.Namespace, names: Iterable[str], parser: CommandL
         parser.refuse(f"--resume: {args.out} holds no run to go on with; leave --resume out to start one there")
     if not args.resume and (held or (args.out / RESULTS).exists()):
         parser.refuse(f"--out {args.out} holds a run already; add --resume to go on with it, or name another folder")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.refuse(f"--out {args.out} cannot be made a folder ({error.strerror}); name another")
+    files.make_folder(args.out)
     for name in (RESULTS, *(checkpoint.path_of(args.out, name).name for name in names)):
         files.refuse_unwritable(args.out / name)
     return args.out
@@ -473,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
                 "lines": results,
                 "table": printed,
             }
-            files.write(folder / RESULTS, (json.dumps(record, indent=2) + "\n").encode())
+            files.write_json(folder / RESULTS, record)
     except files.FileError as error:
         parser.refuse(f"{error}; mend that, then {way_on(folder, command)}")
     return results
