@@ -27,8 +27,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import files
-import train
 from drawing import GREY, PALETTE
+from line import LOSSES_EVERY
+from settings import OPTIMIZERS
 
 LAST = {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": "--", "linewidth": 1}
 AVERAGE = {"marker": "o", "markersize": 4, "linestyle": "-", "linewidth": 1.8}
@@ -37,8 +38,9 @@ STEEP = 0.05  # the share of the steps, the first, whose losses may leave the fi
 
 def figure(record: dict[str, Any]) -> Figure:
     """Of a ``results.json``, read."""
-    settings, lines = record["settings"], list(record["lines"].values())
-    title = train.OPTIMIZERS[settings["optimizer"]].title
+    lines = _of_one_seed(record)
+    settings = lines[0]["settings"]
+    title = OPTIMIZERS[settings["optimizer"]].title
     drawn, (losses, scores) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for line, color in zip(lines, itertools.cycle(PALETTE)):
         _losses(losses, line, color)
@@ -63,13 +65,21 @@ def figure(record: dict[str, Any]) -> Figure:
     return drawn
 
 
+def _of_one_seed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first run of each line."""
+    first: dict[str, dict[str, Any]] = {}
+    for line in record["lines"].values():
+        first.setdefault(line["line"], line)
+    return list(first.values())
+
+
 def _curve(line: dict[str, Any]) -> list[tuple[float, float]]:
     """(step, mean training loss around it)."""
     points, before = [], 0
     for epoch in line["epochs"]:
         for i, loss in enumerate(epoch["losses"]):
-            begin = i * train.LOSSES_EVERY
-            end = min(begin + train.LOSSES_EVERY, epoch["steps"])
+            begin = i * LOSSES_EVERY
+            end = min(begin + LOSSES_EVERY, epoch["steps"])
             points.append((before + (begin + end) / 2, loss))
         before += epoch["steps"]
     return points
@@ -98,14 +108,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise files.FileError(f"{path} is no JSON, or cut short ({error}); name a results.json of train.py") from None
     try:
-        whole = (
-            isinstance(record["metric"], str)
-            and record["settings"]["optimizer"] in train.OPTIMIZERS
-            and 0 <= record["settings"]["average_from"] < record["settings"]["epochs"]
-            and record["settings"]["batch_size"] > 0
-            and record["lines"]
-            and all(_is_whole(line, record["settings"]["epochs"]) for line in record["lines"].values())
-        )
+        whole = isinstance(record["metric"], str) and record["lines"] and all(map(_is_whole, record["lines"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise files.FileError(f"{path} is no results.json of train.py: {lacks}; name one") from None
@@ -114,12 +117,16 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _is_whole(line: dict[str, Any], epochs: int) -> bool:
+def _is_whole(line: dict[str, Any]) -> bool:
+    settings = line["settings"]
     return (
         isinstance(line["recipe"], str)
-        and len(line["epochs"]) == epochs
+        and isinstance(line["line"], str)
+        and settings["optimizer"] in OPTIMIZERS
+        and 0 <= settings["average_from"] <= settings["epochs"] == len(line["epochs"])
+        and settings["batch_size"] > 0
         and all(
-            len(epoch["losses"]) == math.ceil(epoch["steps"] / train.LOSSES_EVERY) > 0
+            len(epoch["losses"]) == math.ceil(epoch["steps"] / LOSSES_EVERY) > 0
             and all(isinstance(number, float | int) for number in (epoch["last"], *epoch["losses"]))
             and isinstance(epoch["average"], float | int | None)
             for epoch in line["epochs"]
