@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 ENVIRONMENT := .venv/environment.stamp
 INSTALLED := .venv/installed.stamp
 
-.PHONY: build demo test bench lint sanitize gpu clean
+.PHONY: build demo test bench results lint sanitize gpu clean
 
 build: $(INSTALLED)
 
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/benchmark.py op
+
+# The figures and tables of README.md, docs/results.md and docs/gallery.md: some hours; a second call goes on.
+results: $(INSTALLED)
+	$(BIN)/python tools/results.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

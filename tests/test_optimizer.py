@@ -33,13 +33,7 @@ RECIPE = "W=bfp8[0] G=fixed8.9 M=bfp10[0] A=float E=float"
 ORDERS = list(itertools.permutations(range(3)))  # of model, optimizer and swalp
 ACCUMULATORS = {"none": {}, "rounded": {"accumulator": "fixed16.12"}, "float": {"accumulator": "float"}}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net(seed=0):

@@ -20,14 +20,7 @@ import swalp_fx
 
 SEEDS = 3
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    """The commands run on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the commands are
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +241,7 @@ def test_a_format_that_training_does_not_survive_is_said_in_the_table(monkeypatc
         (["odering"], "invalid choice: 'odering'"),
         (["formats", "--format", "e4m3", "--format", "bpf8"], "unknown format spec 'bpf8'"),
         (["ordering", "--format", "bfp8"], "unrecognized arguments: --format"),
-        (["ordering", "--out", "/dev/null/x"], "--out /dev/null/x cannot be written (Not a directory)"),
+        (["ordering", "--out", "/dev/null/x"], "/dev/null/x cannot be made a folder (Not a directory); name another"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(words, complaint, capsys):

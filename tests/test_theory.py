@@ -8,20 +8,13 @@ import pytest
 import torch
 
 import data
-import experiment
+import drawing
 import logistic
 import quadratic
 import stacked
 import theory
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    """The commands run on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the commands are
 
 
 # The direction of each claim
@@ -168,10 +161,10 @@ def test_full_is_longer(monkeypatch):
     [
         ([], "the following arguments are required"),
         (["cubic"], "invalid choice: 'cubic'"),
-        (["quadratic", "--seed", "-1"], "'-1' is not a whole number from 0 to 2^63 - 1"),
+        (["quadratic", "--seed", "-1"], "'-1' is not a whole number of 0 or more, below 2^63"),
         (["quadratic", "--seed", "one"], "'one' is not a whole number"),
         (["quadratic", "--dataset", "digits"], "unrecognized arguments: --dataset"),
-        (["quadratic", "--out", "/dev/null"], "--out /dev/null cannot be written (File exists)"),
+        (["quadratic", "--out", "/dev/null"], "/dev/null cannot be made a folder (File exists); name another"),
         (["logistic", "--dataset", "cifar10"], "invalid choice: 'cifar10'"),
         (["logistic", "--data", "images"], "digits come with scikit-learn, and --data has no say"),
         (["logistic", "--dataset", "fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist, or run python -c"),
@@ -198,5 +191,5 @@ def test_larger_images_are_pooled_and_scaled_as_digits_are(monkeypatch):
 
 
 def test_labels_are_moved_apart_as_little_as_they_must_be():
-    moved = experiment._spread({"a": 0.0, "b": 4.0, "c": 50.0, "d": 5.0}, 10.0)
+    moved = drawing._spread({"a": 0.0, "b": 4.0, "c": 50.0, "d": 5.0}, 10.0)
     assert moved == {"a": -7.0, "b": 3.0, "d": 13.0, "c": 50.0}

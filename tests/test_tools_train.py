@@ -26,25 +26,26 @@ import decoder
 import models
 import swalp_fx
 import train
+from settings import DEFAULTS, EVERYWHERE, Settings, learning_rate
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
 
 def test_schedule_is_the_papers():
-    settings = train.Settings("digits", "convnet", "sgd", 300, 200, 0, 0.1, 0.01, 0.9, 5e-4, 128, 0)
+    settings = Settings("digits", "convnet", "sgd", 300, 200, 0, 0.1, 0.01, 0.9, 5e-4, 128, 0)
     warm_up = {0: 0.1, 100: 0.1, 120: 0.1 * 0.7525, 140: 0.1 * 0.505, 180: 0.001, 199.9: 0.001}
     for epoch, rate in {**warm_up, 200: 0.01, 299: 0.01}.items():
-        assert train.learning_rate(epoch, settings) == pytest.approx(rate, rel=1e-12)
+        assert learning_rate(epoch, settings) == pytest.approx(rate, rel=1e-12)
 
 
 def test_the_gallerys_learning_rate_rises_fiftyfold_where_averaging_begins():
     """As docs/gallery.md tells it, in steps of stdlib's defaults: 8,192 windows an epoch, in batches of 32."""
-    settings = train.Settings(dataset="stdlib", seed=0, **{**train.EVERYWHERE, **train.DEFAULTS["stdlib"]})
+    settings = Settings(dataset="stdlib", seed=0, **{**EVERYWHERE, **DEFAULTS["stdlib"]})
     per_epoch = data.TEXT_EPOCH // settings.batch_size
     rates = {0: 2e-3, 512: 2e-3, 922: 2e-5, 1023: 2e-5, 1024: 1e-3, 1535: 1e-3}
     assert per_epoch * settings.average_from == 1024 and per_epoch * settings.epochs == 1536
     for step, rate in rates.items():
-        assert train.learning_rate(step / per_epoch, settings) == pytest.approx(rate)
+        assert learning_rate(step / per_epoch, settings) == pytest.approx(rate)
 
 
 def run(*words):
@@ -70,14 +71,18 @@ class TestTrain:
     def test_the_command_prints_one_table(self, tmp_path):
         command = [sys.executable, TOOLS / "train.py", "--epochs", "2", "--average-from", "1", "--out", "run"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        header, _, errors, seconds = done.stdout.strip().splitlines()[-4:]
-        assert header.split() == ["SGD-FP", "SWA-FP", "SGD-LP", "SWALP"]
+        header, below, _, *rows = done.stdout.strip().splitlines()[-5:]
+        assert header.split() == ["line", "recipe", "SGD", "last", "average", "average,", "seconds"]
+        assert re.split("  +", below.strip())[:2] == ["(end of warm-up)", "weights"]
+        assert re.split("  +", below.strip())[2:] == ["(SWA, SWALP)", "rounded graph", "an epoch"]
         record = json.loads((tmp_path / "run" / "results.json").read_text())
         lines = [record["lines"]["float"], record["lines"]["low"]]
-        printed = [f"{line[key]:.2f}" for line in lines for key in ("last", "average")]
+        for row, name, line in zip(rows, ("float", "low"), lines, strict=True):
+            scores = (line[score] for score in ("warm_up", "last", "average", "rounded"))
+            cells = [f"{score:.2f}" for score in scores if score is not None]
+            assert row.split() == [name, line["recipe"], *cells, f"{line['median_seconds']:.2f}"]
+        assert lines[0]["rounded"] is None and lines[0]["warm_up"] == lines[0]["epochs"][0]["last"]
         assert record["metric"] == "test error, %" and record["command"].endswith(" --out run")
-        assert errors.removeprefix("test error, %").split() == printed
-        assert seconds.startswith("seconds an epoch")
         assert record["table"] in done.stdout
         assert [len(line["epochs"]) for line in lines] == [2, 2] and all(line["n_averaged"] == 1 for line in lines)
         assert record["lines"]["low"]["recipe"] == "bfp8[0]" and record["environment"]["torch"] == torch.__version__
@@ -106,9 +111,9 @@ class TestTrain:
         rows = {line.split()[0]: line for line in printed.partition("defaults:")[2].splitlines() if line}
         assert rows.pop("digits").split() == list(data.DATASETS)
         assert set(rows) <= set(re.findall(r"--[a-z-]+", printed.partition("defaults:")[0]))
-        settings = set(train.Settings.__dataclass_fields__) - {"dataset", "seed"}
+        settings = set(Settings.__dataclass_fields__) - {"dataset", "seed"}
         assert {row.removeprefix("--").replace("-", "_") for row in rows} == settings | {"recipe"}
-        assert rows["--average-lr"].split()[1:] == ["0.05", "0.02", "0.01", "0.01", "0.001"]
+        assert rows["--average-lr"].split()[1:] == ["0.05", "0.02", "0.01", "0.01", "0.01", "0.001"]
 
     def test_both_lines_learn_and_low_precision_is_not_float(self, tmp_path):
         results = run("--epochs", 6, "--batch-size", 32, "--recipe", "bfp6[0]")
@@ -162,6 +167,9 @@ class TestTrain:
             (["--model", "vgg16"], "8 pixels a side are too few"),
             (["--model", "cifar_resnet18", "--batch-size", "333"], "a batch of 1 of images of 8 x 8 pixels"),
             (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+            (["--dataset", "imagenet", "--data", "/nowhere"], "imagenet is not in /nowhere ("),
+            (["--line", "float"], "--line names a line of a configuration; add --config FILE"),
+            (["--seeds", "0"], "'0' is not a whole number of 1 or more"),
             (["--dataset", "cifar10", "--data", "/nowhere"], "cifar10 is not in /nowhere, or not whole"),
             (["--dataset", "fashion-mnist", "--data", "/nowhere"], "is neither in /nowhere/FashionMNIST/raw nor in"),
             (["--data", "/nowhere"], "digits comes with scikit-learn and is not read from /nowhere; leave --data out"),
@@ -174,6 +182,7 @@ class TestTrain:
             (["--seed", "-1"], "'-1' is not a whole number of 0 or more"),
             (["--seed", str(2**63)], "is not a whole number of 0 or more, below 2^63"),
             (["--epochs", "4", "--average-from", "4"], "leaves none of 4 epochs to average"),
+            (["--samples", "1001"], "--samples 1001 is more than the 1000 of an epoch of digits; use fewer"),
             (["--average-every", "10000"], "--average-every 10000 is more than the 640 steps after the warm-up"),
             (["--dataset", "stdlib", "--model", "convnet"], "convnet takes images, not text; use one of decoder"),
             (["--optimizer", "lion"], "invalid choice: 'lion'"),
@@ -422,8 +431,13 @@ class TestDecoder:
     def test_the_table_is_in_nats_a_byte(self, tiny, capsys):
         train.main(["--dataset", "stdlib", "--epochs", "2", "--recipe", "mxfp8", "--recipe", "bfp8", "--device", "cpu"])
         printed = capsys.readouterr().out
-        assert printed.count("AdamW-FP") == printed.count("validation loss, nats a byte") == 2
-        assert "recipe mxfp8, seed 0; 1 set of weights averaged" in printed and "recipe bfp8, seed 0" in printed
+        assert "decoder on stdlib, epochs 2, seed 0; 1 set of weights averaged" in printed
+        assert "validation loss, nats a byte" in printed and "AdamW" in printed and "SGD" not in printed
+        assert [line.split()[:2] for line in printed.splitlines()[-3:]] == [
+            ["float", "float"],
+            ["low", "mxfp8"],
+            ["low2", "bfp8"],
+        ]
 
     def test_the_rewritten_decoder_is_bit_equal_in_both_modes(self):
         torch.manual_seed(0)

@@ -15,12 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
-from tqdm import tqdm
 
 import data
-import experiment
+import drawing
 import swalp_fx
-from experiment import BLUE, GREEN, GREY, ORANGE, VERMILION
+from drawing import BLUE, GREEN, GREY, ORANGE, VERMILION
+from progress import bar
 from stacked import Runs, Training, stacked, standard_error
 from swalp_fx.random import fold_in
 
@@ -131,12 +131,12 @@ def run(settings: Settings) -> dict[str, Any]:
     runs, averages = Runs(settings.recipe, settings, dataset), Averages(settings)
     parameters = dict(runs.model.named_parameters())
     history = []
-    with tqdm(total=settings.epochs * settings.steps(dataset), desc="averaging", unit="step", disable=None) as bar:
+    with bar("averaging", settings.epochs * settings.steps(dataset)) as progress:
 
         def after_step() -> None:
             if runs.averaging:
                 averages.update(parameters)
-            bar.update()
+            progress.update()
 
         for _ in range(settings.epochs):
             runs.train_epoch(after_step)
@@ -206,7 +206,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _errors(record: dict[str, Any]) -> Figure:
-    figure, panels = experiment.subplots(len(MODES), 9.6, 3.4, sharey=True)
+    figure, panels = drawing.subplots(len(MODES), 9.6, 3.4, sharey=True)
     places = range(len(record["bits"]))
     for axes, mode in zip(panels, MODES, strict=True):
         axes.axhline(record["SGD-LP"]["mean"], color=GREY, linewidth=1, linestyle=":")
@@ -223,12 +223,12 @@ def _errors(record: dict[str, Any]) -> Figure:
         for (every, errors), color in zip(nearest, COLORS, strict=False)
     }
     labels["SGD-LP, not averaged"] = (end, record["SGD-LP"]["mean"], GREY)
-    experiment.label_ends(panels[-1], labels, right=10)
+    drawing.label_ends(panels[-1], labels, right=10)
     return figure
 
 
 def _stall(record: dict[str, Any]) -> Figure:
-    figure, (axes,) = experiment.subplots(1, 6.4, 3.6)
+    figure, (axes,) = drawing.subplots(1, 6.4, 3.6)
     distance, end = record["distance"], record["distance"]["updates"][-1]
     names = {
         "weights": ("the weights, not averaged", GREY),
@@ -255,5 +255,5 @@ def _stall(record: dict[str, Any]) -> Figure:
     axes.set_xlabel("n, updates of the average (one a step)")
     axes.set_ylabel("distance from the average in float\n(share of its norm)")
     axes.set_title(f"an average of {record['settings']['watched']} bits", loc="left")
-    experiment.label_ends(axes, labels)
+    drawing.label_ends(axes, labels)
     return figure

@@ -11,14 +11,11 @@ Each first checks that the results agree, the op with the oracle, the graph with
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ import steps
 import swalp_fx
 import trial
 from command import CommandLine, number, run, sentence, show
+from environment import environment
 from swalp_fx import reference
 
 SPECS = ["fixed8.6", "e4m3", "e5m2", "bf16", "bfp8", "bfp8[0]", "bfp8[-1:16]", "mxfp8", "mxfp4", "int8[0]", "nvfp4"]
@@ -202,15 +200,6 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
@@ -264,12 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     refuse_unmeasurable(args, parser)
     torch.set_num_threads(args.threads)
+    of = environment(args.device)
     about = {
         "command": shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": machine(args.device),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
+        **{name: of[name] for name in ("machine", "threads", "torch", "date")},
     }
     clock = Clock(args.device)
     if args.what == "op":
@@ -284,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         show("\n" + tabulate(rows, headers="keys", floatfmt=[DIGITS.get(name, ".2f") for name in rows[0]], intfmt=","))
     if args.json:
         try:
-            files.write(args.json, (json.dumps({**about, **tables}, indent=2) + "\n").encode())
+            files.write_json(args.json, {**about, **tables})
         except files.FileError as error:
             parser.refuse(error)
 

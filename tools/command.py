@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["CommandLine", "number", "run", "sentence", "show"]
+__all__ = ["SEED", "CommandLine", "number", "run", "sentence", "show"]
 
 BAD_INPUT = 2  # exit status, as argparse has it
 STOPPED = 130  # as a shell reports Ctrl-C
@@ -40,6 +40,9 @@ def number(kind: type, low: float, what: str, high: float = math.inf) -> Callabl
         return value
 
     return convert
+
+
+SEED = number(int, 0, "a whole number of 0 or more, below 2^63", high=2**63)
 
 
 def sentence(error: BaseException) -> str:

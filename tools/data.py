@@ -9,14 +9,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from folders import ImageFolders
+
 __all__ = ["DATASETS", "METRICS", "Batches", "DataError", "Dataset", "load", "read_idx"]
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "stdlib")
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenet", "stdlib")
 # Where Debian's package dataset-fashion-mnist puts the four gzip IDX files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TRAIN = 1000  # of 1797 images; the other 797 are the test set
@@ -24,6 +28,10 @@ CONTEXT = 64  # bytes of text that a language model reads at a time
 TEXT_EPOCH = 8192  # windows of text in an epoch, half a million bytes: evaluations come that often
 HELD_OUT = 20  # one in so many source files is for validation
 PADDING = 4  # pixels on each side before the random crop, as for CIFAR in the SWALP authors' code
+
+
+# Mean and deviation of CIFAR's channels, for both of its data sets, as in the SWALP authors' code.
+CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 class DataError(ValueError):
@@ -43,6 +51,7 @@ class Batches:
     batch_size: int
     seed: int | None = None
     augment: bool = False  # of images: a random crop after padding, and a random horizontal flip
+    black: Tensor | None = None  # [C], what the padding is; None: 0
     samples: int | None = None  # in the epoch, drawn anew from all; None: each sample once
 
     def __len__(self) -> int:
@@ -58,18 +67,24 @@ class Batches:
         order = torch.randperm(len(self.targets), generator=generator)[: self.samples].to(self.targets.device)
         for index in order.split(self.batch_size):
             inputs = self.inputs[index]
-            yield crop_and_flip(inputs, generator) if self.augment else inputs, self.targets[index]
+            yield crop_and_flip(inputs, generator, self.black) if self.augment else inputs, self.targets[index]
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image [C, H, W] shifted by up to 4 pixels either way, zeros coming in, and mirrored with probability 1/2."""
+def crop_and_flip(images: Tensor, generator: torch.Generator, black: Tensor | None = None) -> Tensor:
+    """Each image [C, H, W] shifted by up to 4 pixels either way, and mirrored with probability 1/2.
+
+    black: [C], what comes in at the edges; None: 0.
+    """
     n, _, height, width = images.shape
     offset = torch.randint(0, 2 * PADDING + 1, (2, n, 1), generator=generator)
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     rows = torch.arange(height) + offset[0]
     columns = torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width)) + offset[1]
     rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = torch.nn.functional.pad(images, (PADDING,) * 4)
+    padded = F.pad(images, (PADDING,) * 4)
+    if black is not None:
+        inside = F.pad(torch.ones(height, width, dtype=torch.bool, device=images.device), (PADDING,) * 4)
+        padded = torch.where(inside, padded, black[:, None, None])
     sample = torch.arange(n, device=images.device)
     # The slice between index tensors moves the channels last: [n, H, W, C].
     return padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
@@ -106,12 +121,22 @@ class Dataset:
     classes: int
     metric: str = "test error, %"
     augment: bool = False
+    black: Tensor | None = None  # [C], the value of a black pixel; None: 0
     epoch: int | None = None  # samples of an epoch, where that is not all of them
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of a sample, as a model's builder takes it: (channels, pixels a side), or (bytes,)."""
         return tuple(self.train_inputs.shape[1:3])
+
+    @property
+    def device(self) -> torch.device:
+        return self.train_inputs.device
+
+    @property
+    def tested(self) -> int:
+        """Targets of the test samples."""
+        return self.test_targets.numel()
 
     @property
     def samples(self) -> int:
@@ -121,20 +146,25 @@ class Dataset:
     def train(self, batch_size: int, seed: int | None = None) -> Batches:
         """One epoch of the training samples: shuffled and augmented, or plain and in order where ``seed`` is None."""
         augment = self.augment and seed is not None
-        return Batches(self.train_inputs, self.train_targets, batch_size, seed, augment, self.epoch)
+        return Batches(self.train_inputs, self.train_targets, batch_size, seed, augment, self.black, self.epoch)
 
     def test(self, batch_size: int | None = None) -> Batches:
         # As many as keep a model's activations small beside its training's: text is long, its vocabulary wide.
         return Batches(self.test_inputs, self.test_targets, batch_size or (1000 if len(self.shape) == 2 else 64))
 
 
-def load(name: str, folder: str | Path | None = None, device: str | torch.device = "cpu") -> Dataset:
+Source = Union[Dataset, "ImageFolders"]  # what a line is trained on
+
+
+def load(name: str, folder: str | Path | None = None, device: str | torch.device = "cpu") -> Source:
     """The data set ``name``, on ``device``. ``folder`` holds it as ``torchvision.datasets`` stores it (default: data).
 
     Raises DataError, with the ways to get it, if it is not there, not whole, or damaged.
     """
     if name == "stdlib":
         return _stdlib(Path(folder or os.path.dirname(os.__file__)), device)
+    if name == "imagenet":
+        return _imagenet(Path(folder or "data"), torch.device(device))
     if name == "digits":
         splits = _digits(folder)
     elif name == "fashion-mnist":
@@ -145,6 +175,9 @@ def load(name: str, folder: str | Path | None = None, device: str | torch.device
         raise DataError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}")
     (train_images, train_labels), (test_images, test_labels) = splits
     std, mean = torch.std_mean(train_images, dim=(0, 2, 3), correction=0, keepdim=True)
+    cifar = name.startswith("cifar")
+    if cifar:
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in CIFAR)
     return Dataset(
         name,
         ((train_images - mean) / std).to(device),
@@ -152,7 +185,8 @@ def load(name: str, folder: str | Path | None = None, device: str | torch.device
         ((test_images - mean) / std).to(device),
         test_labels.to(device),
         classes=int(train_labels.max()) + 1,
-        augment=name.startswith("cifar"),
+        augment=cifar,
+        black=(-mean / std).flatten().to(device) if cifar else None,
     )
 
 
@@ -288,6 +322,14 @@ def _cifar(name: str, folder: str | Path | None) -> tuple[Split, Split]:
         ) from None
     train_split, test_split = (_split(torch.from_numpy(s.data), torch.tensor(s.targets)) for s in (train, test))
     return train_split, test_split
+
+
+def _imagenet(root: Path, device: torch.device) -> ImageFolders:
+    try:
+        import folders
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that is made for another torch
+        raise DataError(f"imagenet is read by torchvision ({error}); install it, or use another data set") from None
+    return folders.load(root, device)
 
 
 def _torchvision_command(dataset: str, root: Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-__all__ = ["FileError", "refuse_unwritable", "write"]
+__all__ = ["FileError", "make_folder", "refuse_unwritable", "write", "write_json"]
 
 
 class FileError(ValueError):
@@ -29,6 +31,11 @@ def write(path: Path, content: bytes) -> None:
         raise FileError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """As ``write``, of ``record`` as JSON."""
+    write(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
 def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
@@ -46,6 +53,14 @@ def _replace(path: Path, content: bytes) -> None:
         os.fsync(folder)  # the new name itself
     finally:
         os.close(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Raises FileError if there can be no such folder."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path} cannot be made a folder ({error.strerror}); name another") from None
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
-import experiment
+import drawing
 import swalp_fx
-from experiment import BLACK, BLUE, GREEN, GREY, VERMILION
+from drawing import BLACK, BLUE, GREEN, GREY, VERMILION
+from progress import bar
 
 CHUNK = 500  # steps whose samples are drawn at once
 SCALE = 32.0  # mean squared length of an input, whatever its pixels, so that one learning rate serves all data sets
@@ -195,11 +195,13 @@ def _batches(given: Problem, settings: Settings) -> Iterator[tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (CHUNK, settings.chains, settings.batch_size)
     steps = settings.warmup + settings.steps
-    for step in tqdm(range(steps), desc="logistic", unit="step", disable=None):
-        if step % CHUNK == 0:
-            chosen = torch.randint(n, shape, generator=generator)
-        index = chosen[step % CHUNK]
-        yield inputs[index], given.labels[index]
+    with bar("logistic", steps) as progress:
+        for step in range(steps):
+            if step % CHUNK == 0:
+                chosen = torch.randint(n, shape, generator=generator)
+            index = chosen[step % CHUNK]
+            yield inputs[index], given.labels[index]
+            progress.update()
 
 
 def _measured(
@@ -272,11 +274,11 @@ TITLES = {"distance": "squared distance to the optimum", "gradient": "squared no
 
 
 def figures(record: dict[str, Any]) -> dict[str, Figure]:
-    figure, panels = experiment.subplots(2, 9.6, 4.2)
+    figure, panels = drawing.subplots(2, 9.6, 4.2)
     for axes, what in zip(panels, TITLES, strict=True):
         _panel(axes, record, what)
     for axes, what in zip(panels, TITLES, strict=True):
-        experiment.label_ends(axes, _labels(record, what), right=8)
+        drawing.label_ends(axes, _labels(record, what), right=8)
     return {"logistic": figure}
 
 

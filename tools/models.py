@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import warnings
 from collections import OrderedDict
@@ -19,6 +20,8 @@ __all__ = ["REFERENCE_PLACEMENT", "ModelError", "build", "default_shape", "examp
 
 # Output channels of VGG16's convolutions; "pool" halves the image (Simonyan and Zisserman, table 1, column D).
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+# The same, a quarter as wide, without the last "pool": for images of 16 pixels and more.
+VGG16_NARROW = tuple(each if each == "pool" else each // 4 for each in VGG16[:-1])
 
 
 class ModelError(ValueError):
@@ -53,15 +56,25 @@ def convnet(num_classes: int, channels: int, image_size: int) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    """VGG16 for small images, with the paper's classifier of three 512-wide linear layers."""
+    """VGG16 for small images, with the paper's classifier: two hidden layers, as wide as the last convolution."""
 
-    def __init__(self, num_classes: int, channels: int, image_size: int, *, batch_norm: bool) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        image_size: int,
+        *,
+        batch_norm: bool,
+        widths: tuple[int | str, ...] = VGG16,
+    ) -> None:
         super().__init__()
-        pools = VGG16.count("pool")
+        pools = widths.count("pool")
         if image_size < 2**pools:
-            raise ModelError(f"vgg16 halves an image {pools} times: {image_size} pixels a side are too few, use 32")
+            raise ModelError(
+                f"vgg16 halves an image {pools} times: {image_size} pixels a side are too few, use {2**pools}"
+            )
         layers: list[nn.Module] = []
-        for width in VGG16:
+        for width in widths:
             if width == "pool":
                 layers.append(nn.MaxPool2d(2))
                 continue
@@ -73,12 +86,12 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             nn.Dropout(),
-            nn.Linear(512 * (image_size // 2**pools) ** 2, 512),
+            nn.Linear(channels * (image_size // 2**pools) ** 2, channels),
             nn.ReLU(),
             nn.Dropout(),
-            nn.Linear(512, 512),
+            nn.Linear(channels, channels),
             nn.ReLU(),
-            nn.Linear(512, num_classes),
+            nn.Linear(channels, num_classes),
         )
         _init_convolutions(self)
 
@@ -149,8 +162,8 @@ def _preresnet(depth: int, kernels: tuple[int, ...]) -> Callable[[int, int, int]
     return lambda num_classes, channels, image_size: PreResNet(num_classes, channels, depth=depth, kernels=kernels)
 
 
-def _vgg(batch_norm: bool) -> Callable[[int, int, int], nn.Module]:
-    return lambda num_classes, channels, image_size: VGG(num_classes, channels, image_size, batch_norm=batch_norm)
+def _vgg(batch_norm: bool, widths: tuple[int | str, ...] = VGG16) -> Callable[[int, int, int], nn.Module]:
+    return functools.partial(VGG, batch_norm=batch_norm, widths=widths)
 
 
 def cifar_resnet18(num_classes: int, channels: int, image_size: int) -> nn.Module:
@@ -174,6 +187,7 @@ MODELS: dict[str, Made] = {
     "convnet": Made(convnet, (3, 28)),
     "vgg16": Made(_vgg(batch_norm=False), (3, 32)),
     "vgg16_bn": Made(_vgg(batch_norm=True), (3, 32)),
+    "vgg16_narrow": Made(_vgg(batch_norm=True, widths=VGG16_NARROW), (3, 32)),
     "preresnet20": Made(_preresnet(20, (3, 3)), (3, 32)),
     "preresnet164": Made(_preresnet(164, (1, 3, 1)), (3, 32)),
     "cifar_resnet18": Made(cifar_resnet18, (3, 32)),
@@ -187,6 +201,7 @@ _PRERESNET_PLACEMENT = {"placement": "compute+activation", "exclude": ("relu", "
 REFERENCE_PLACEMENT: dict[str, dict[str, object]] = {
     "vgg16": _VGG_PLACEMENT,
     "vgg16_bn": _VGG_PLACEMENT,
+    "vgg16_narrow": _VGG_PLACEMENT,
     "preresnet20": _PRERESNET_PLACEMENT,
     "preresnet164": _PRERESNET_PLACEMENT,
 }

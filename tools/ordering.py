@@ -9,11 +9,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
-from tqdm import tqdm
 
 import data
-import experiment
-from experiment import BLACK, BLUE, GREY, VERMILION
+import drawing
+from drawing import BLACK, BLUE, GREY, VERMILION
+from progress import bar
 from stacked import LOST, Training, scores, summary
 
 # What shares an exponent -> the recipe of N bits. The authors' code has activations and errors share one a tensor.
@@ -46,8 +46,8 @@ def run(settings: Settings) -> dict[str, Any]:
         for bits in settings.bits
     ]
     steps = settings.epochs * settings.steps(dataset)
-    with tqdm(total=len(lines) * steps, desc="ordering", unit="step", disable=None) as bar:
-        return {"lines": [line | summary(scores(line["recipe"], settings, dataset, bar.update)) for line in lines]}
+    with bar("ordering", len(lines) * steps) as progress:
+        return {"lines": [line | summary(scores(line["recipe"], settings, dataset, progress.update)) for line in lines]}
 
 
 COLUMNS = {
@@ -86,7 +86,7 @@ FLOAT = {"warm-up": ("SGD-FP", GREY), "average": ("SWA-FP", BLACK)}
 
 def figures(record: dict[str, Any]) -> dict[str, Figure]:
     exact, *low = record["lines"]
-    figure, panels = experiment.subplots(len(LAYOUTS), 9.6, 3.4, sharey=True)
+    figure, panels = drawing.subplots(len(LAYOUTS), 9.6, 3.4, sharey=True)
     bits = record["settings"]["bits"]
     for axes, layout in zip(panels, LAYOUTS, strict=True):
         lines = [line for line in low if line["layout"] == layout]
@@ -99,7 +99,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     end = len(bits) - 1
     labels = {title: (end, lines[-1]["mean"][score], color) for score, (title, color, _) in DRAWN.items()}
     labels |= {title: (end, exact["mean"][score], color) for score, (title, color) in FLOAT.items()}
-    experiment.label_ends(panels[-1], labels, right=10)
+    drawing.label_ends(panels[-1], labels, right=10)
     return {"ordering": figure}
 
 

@@ -6,7 +6,6 @@ of the weights so far (filled). Any format of matplotlib's, by the file's ending
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -17,43 +16,33 @@ from typing import Any
 from command import CommandLine, run
 
 try:
-    import matplotlib
+    import drawing
 except ImportError as error:
     if __name__ != "__main__":
         raise
     CommandLine(prog="plot.py").refuse(f"matplotlib cannot be imported ({error}); pip install matplotlib")
 
-matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import files
-import train
+from drawing import GREY, PALETTE
+from line import LOSSES_EVERY
+from settings import OPTIMIZERS
 
-# Okabe and Ito's colours, which every eye tells apart; float is black.
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#767676"
 LAST = {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": "--", "linewidth": 1}
 AVERAGE = {"marker": "o", "markersize": 4, "linestyle": "-", "linewidth": 1.8}
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "svg.hashsalt": "swalp_fx",  # the same run gives the same file
-}
 STEEP = 0.05  # the share of the steps, the first, whose losses may leave the figure
 
 
 def figure(record: dict[str, Any]) -> Figure:
     """Of a ``results.json``, read."""
-    settings, lines = record["settings"], list(record["lines"].values())
-    title = train.OPTIMIZERS[settings["optimizer"]].title
+    lines = _of_one_seed(record)
+    settings = lines[0]["settings"]
+    title = OPTIMIZERS[settings["optimizer"]].title
     drawn, (losses, scores) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for line, color in zip(lines, itertools.cycle(COLORS)):
+    for line, color in zip(lines, itertools.cycle(PALETTE)):
         _losses(losses, line, color)
         _scores(scores, line, color)
     steps = [0, *itertools.accumulate(epoch["steps"] for epoch in lines[0]["epochs"])]
@@ -76,13 +65,21 @@ def figure(record: dict[str, Any]) -> Figure:
     return drawn
 
 
+def _of_one_seed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first run of each line."""
+    first: dict[str, dict[str, Any]] = {}
+    for line in record["lines"].values():
+        first.setdefault(line["line"], line)
+    return list(first.values())
+
+
 def _curve(line: dict[str, Any]) -> list[tuple[float, float]]:
     """(step, mean training loss around it)."""
     points, before = [], 0
     for epoch in line["epochs"]:
         for i, loss in enumerate(epoch["losses"]):
-            begin = i * train.LOSSES_EVERY
-            end = min(begin + train.LOSSES_EVERY, epoch["steps"])
+            begin = i * LOSSES_EVERY
+            end = min(begin + LOSSES_EVERY, epoch["steps"])
             points.append((before + (begin + end) / 2, loss))
         before += epoch["steps"]
     return points
@@ -111,14 +108,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise files.FileError(f"{path} is no JSON, or cut short ({error}); name a results.json of train.py") from None
     try:
-        whole = (
-            isinstance(record["metric"], str)
-            and record["settings"]["optimizer"] in train.OPTIMIZERS
-            and 0 <= record["settings"]["average_from"] < record["settings"]["epochs"]
-            and record["settings"]["batch_size"] > 0
-            and record["lines"]
-            and all(_is_whole(line, record["settings"]["epochs"]) for line in record["lines"].values())
-        )
+        whole = isinstance(record["metric"], str) and record["lines"] and all(map(_is_whole, record["lines"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise files.FileError(f"{path} is no results.json of train.py: {lacks}; name one") from None
@@ -127,12 +117,16 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _is_whole(line: dict[str, Any], epochs: int) -> bool:
+def _is_whole(line: dict[str, Any]) -> bool:
+    settings = line["settings"]
     return (
         isinstance(line["recipe"], str)
-        and len(line["epochs"]) == epochs
+        and isinstance(line["line"], str)
+        and settings["optimizer"] in OPTIMIZERS
+        and 0 <= settings["average_from"] <= settings["epochs"] == len(line["epochs"])
+        and settings["batch_size"] > 0
         and all(
-            len(epoch["losses"]) == math.ceil(epoch["steps"] / train.LOSSES_EVERY) > 0
+            len(epoch["losses"]) == math.ceil(epoch["steps"] / LOSSES_EVERY) > 0
             and all(isinstance(number, float | int) for number in (epoch["last"], *epoch["losses"]))
             and isinstance(epoch["average"], float | int | None)
             for epoch in line["epochs"]
@@ -152,12 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--out {args.out}: its name must end in one of {', '.join(f'.{each}' for each in sorted(known))}"
         )
     try:
-        record, drawn = read(args.results), io.BytesIO()
-        with pyplot.rc_context(STYLE):
-            # Without a date in it, equal runs give equal files.
-            metadata = {"Date": None} if ending == "svg" else None
-            figure(record).savefig(drawn, format=ending, dpi=150, metadata=metadata)
-        files.write(args.out, drawn.getvalue())
+        record = read(args.results)
+        with pyplot.rc_context(drawing.STYLE):
+            drawn = figure(record)
+        files.write(args.out, drawing.saved(drawn, ending))
     except files.FileError as error:
         parser.refuse(error)
     finally:

@@ -14,11 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import experiment
+import drawing
 import swalp_fx
-from experiment import BLACK, BLUE, GREY, VERMILION
+from drawing import BLACK, BLUE, GREY, VERMILION
+from progress import bar
 
 MARKS_A_DECADE = 8  # points of a curve
 CHUNK = 1000  # steps whose samples are drawn at once
@@ -111,11 +111,13 @@ def _batches(inputs: Tensor, targets: Tensor, settings: Settings) -> Any:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     shape = (CHUNK, settings.copies, settings.batch_size)
     steps = settings.warmup + settings.steps
-    for step in tqdm(range(steps), desc="quadratic", unit="step", disable=None):
-        if step % CHUNK == 0:
-            chosen = torch.randint(settings.samples, shape, generator=generator)
-        index = chosen[step % CHUNK]
-        yield inputs[index], targets[index]
+    with bar("quadratic", steps) as progress:
+        for step in range(steps):
+            if step % CHUNK == 0:
+                chosen = torch.randint(settings.samples, shape, generator=generator)
+            index = chosen[step % CHUNK]
+            yield inputs[index], targets[index]
+            progress.update()
 
 
 def _marks(steps: int) -> list[int]:
@@ -153,7 +155,7 @@ COLORS = {"SGD-FP": GREY, "SWA-FP": BLACK, "SGD-LP": VERMILION, "SWALP": BLUE}
 
 
 def figures(record: dict[str, Any]) -> dict[str, Figure]:
-    figure, (axes,) = experiment.subplots(1, 6.4, 4.0)
+    figure, (axes,) = drawing.subplots(1, 6.4, 4.0)
     points, floor = record["averaged"], record["floor"]
     for line, values in record["distance"].items():
         axes.loglog(points, values, color=COLORS[line], linestyle="-" if line in record["slopes"] else "--")
@@ -170,5 +172,5 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
         f"{line}, slope {slopes[line]:.2f}" if line in slopes else f"{line}, last weights": (end, value, COLORS[line])
         for line, value in record["final"].items()
     }
-    experiment.label_ends(axes, labels)
+    drawing.label_ends(axes, labels)
     return {"quadratic": figure}

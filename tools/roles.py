@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from tabulate import tabulate
-from tqdm import tqdm
 
 import data
-import experiment
+import drawing
 import swalp_fx
-from experiment import VERMILION
+from drawing import VERMILION
+from progress import bar
 from stacked import LOST, Training, scores, summary
 from swalp_fx.recipe import ROLES
 
@@ -62,10 +62,10 @@ def run(settings: Settings) -> dict[str, Any]:
     recipes = {spec: {role: spec if role == ALL else f"{role}={spec}" for role in COLUMNS} for spec in formats}
     runs = 1 + len(formats) * len(COLUMNS)
     total = runs * settings.epochs * settings.steps(dataset)
-    with tqdm(total=total, desc="formats", unit="step", disable=None) as bar:
+    with bar("formats", total) as progress:
 
         def of(recipe: str) -> dict[str, Any]:
-            return summary(scores(recipe, settings, dataset, bar.update))
+            return summary(scores(recipe, settings, dataset, progress.update))
 
         exact = of("float")
         lines = {spec: {role: of(text) for role, text in each.items()} for spec, each in recipes.items()}
@@ -113,7 +113,7 @@ ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", "#fddfc8", "#f2
 
 def figures(record: dict[str, Any]) -> dict[str, Figure]:
     height = 1.2 + 0.26 * len(record["formats"])
-    figure, panels = experiment.subplots(len(SHOWN), 8.6, height, sharey=True)
+    figure, panels = drawing.subplots(len(SHOWN), 8.6, height, sharey=True)
     for axes, (score, title) in zip(panels, SHOWN.items(), strict=True):
         _heat(axes, record, score)
         axes.set_title(f"{title} (float {record['float']['mean'][score]:.1f})", loc="left")

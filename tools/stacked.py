@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import swalp_fx
 from data import Dataset
+from settings import learning_rate
 from swalp_fx.random import fold_in
-from train import learning_rate
 
 __all__ = ["LOST", "Runs", "Training", "errors", "recipe", "scores", "stacked", "standard_error", "summary"]
 

@@ -16,6 +16,7 @@ import averages
 import experiment
 import ordering
 import roles
+from command import run
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -24,4 +25,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,6 +14,7 @@ from typing import Any
 import experiment
 import logistic
 import quadratic
+from command import run
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -22,4 +23,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

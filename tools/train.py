@@ -2,30 +2,28 @@
 
     python tools/train.py --dataset fashion-mnist --model convnet --recipe "bfp8[0]" --epochs 12 --seed 0
     python tools/train.py --dataset stdlib --recipe "bfp8[0] M=float" --recipe mxfp8 --out runs/decoder
+    python tools/train.py --config tools/configs/vgg16-cifar10.toml --line authors --seeds 3 --out runs/vgg16
 
-All lines have the same start, data order and schedule. SGD (or AdamW) is the weights at the end of training, SWA and
-SWALP the average of the weights after the warm-up.
+All lines of equal settings have the same start, data order and schedule. A row has the paper's scores: SGD, the weights
+at the end of the warm-up, whose learning rate has decayed to 1 %, and SWA or SWALP, the average of the weights after
+it. Beside them are the last weights, and the average in the rounded graph.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
+import itertools
+import math
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor, nn
 
 import checkpoint
 import data
@@ -33,242 +31,41 @@ import files
 import models
 import swalp_fx
 import trial
-from command import STOPPED, CommandLine, number, run, sentence, show
+from command import SEED, STOPPED, CommandLine, number, run, sentence, show
+from environment import environment
+from line import Line
 from progress import Progress, digits
-from swalp_fx.random import fold_in
+from settings import DEFAULTS, EVERYWHERE, OPTIMIZERS, ConfigError, Plan, Settings, configured, nearest
 
-INPUT_ERRORS = (data.DataError, *trial.INPUT_ERRORS)
-ORDER, DRAWS = range(2)  # what an epoch's random numbers are for: the data order, or the model's own
-LOSSES_EVERY = 16  # steps whose mean training loss is one point of a line's curve
+INPUT_ERRORS = (data.DataError, ConfigError, *trial.INPUT_ERRORS)
 RESULTS = "results.json"
-BETA2 = 0.95  # of AdamW's second moment: at 0.999 it would remember more steps than a short run has
 
 
-@dataclass(frozen=True)
-class Optimizer:
-    """How an optimizer is made from the settings, what tables call it, and the recipe that suits it."""
-
-    title: str
-    make: Callable[[Iterable[nn.Parameter], Settings], torch.optim.Optimizer]
-    recipe: str
-
-
-OPTIMIZERS = {
-    "sgd": Optimizer(
-        "SGD",
-        lambda parameters, settings: torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        ),
-        "bfp8[0]",
-    ),
-    "adamw": Optimizer(
-        "AdamW",
-        lambda parameters, settings: torch.optim.AdamW(
-            parameters, lr=settings.lr, betas=(settings.momentum, BETA2), weight_decay=settings.weight_decay
-        ),
-        # Where a second moment is rounded to 0 and the first is not, the step is the first divided by epsilon.
-        "bfp8[0] M=float",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All, beside a line's recipe, that decides its result, and so may not change when it is resumed.
-
-    ``epochs`` alone may grow.
-    """
-
-    dataset: str
-    model: str
-    optimizer: str
-    epochs: int
-    average_from: int  # epochs of warm-up; the average takes weights after those
-    average_every: int  # steps between two averagings; 0: at the end of each epoch
-    lr: float
-    average_lr: float  # constant, after the warm-up
-    momentum: float  # AdamW's first beta
-    weight_decay: float
-    batch_size: int
-    seed: int
-
-
-EVERYWHERE = {"optimizer": "sgd", "average_every": 0, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128}
-# Defaults. CIFAR: as the SWALP authors' scripts train VGG16. (Their PreResNet-164: epochs 225,
-# average_from 150, lr 0.1, weight_decay 3e-4.)
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"model": "convnet", "epochs": 30, "average_from": 10, "lr": 0.05, "average_lr": 0.05, "batch_size": 32},
-    "fashion-mnist": {"model": "convnet", "epochs": 12, "average_from": 6, "lr": 0.05, "average_lr": 0.02},
-    "cifar10": {"model": "vgg16", "epochs": 300, "average_from": 200, "lr": 0.05, "average_lr": 0.01},
-    "cifar100": {"model": "vgg16", "epochs": 300, "average_from": 200, "lr": 0.05, "average_lr": 0.01},
-    "stdlib": {
-        **{"model": "decoder", "epochs": 6, "average_from": 4, "average_every": 16, "batch_size": 32},
-        **{"optimizer": "adamw", "lr": 2e-3, "average_lr": 1e-3, "weight_decay": 0.1},
-    },
-}
-
-
-def learning_rate(epoch: float, settings: Settings) -> float:
-    """The SWALP paper's schedule, ``epoch`` counting from 0 and fractional inside an epoch.
-
-    Over the warm-up: ``lr`` for the first half, then linearly down to 1 % of it, reached at 90 % and held. After it:
-    ``average_lr``.
-    """
-    if epoch >= settings.average_from:
-        return settings.average_lr
-    done = epoch / settings.average_from
-    descent = min(max((done - 0.5) / 0.4, 0.0), 1.0)
-    return settings.lr * (1 - 0.99 * descent)
-
-
-class Line:
-    """One network in training: model, optimizer, what ``convert`` made of them, and the epochs so far."""
-
-    def __init__(self, name: str, recipe: str, settings: Settings, dataset: data.Dataset, device: torch.device) -> None:
-        self.name, self.recipe, self.settings, self.dataset = name, recipe, settings, dataset
-        torch.manual_seed(settings.seed)  # every line starts from the same weights
-        self.model = models.build(settings.model, dataset.classes, *dataset.shape).to(device)
-        self.optimizer = OPTIMIZERS[settings.optimizer].make(self.model.parameters(), settings)
-        self.module, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe)
-        self.epochs: list[dict[str, Any]] = []
-        self.saved = 0  # epochs that the checkpoint holds
-
-    def train_epoch(self, on_step: Callable[[], object]) -> None:
-        """One epoch of the training samples, and the scores after it, appended to ``epochs``."""
-        settings, epoch = self.settings, len(self.epochs)
-        # Every epoch's random numbers follow from (seed, epoch): a resumed run draws what an unbroken one would.
-        seed = fold_in(settings.seed, epoch)
-        torch.manual_seed(fold_in(seed, DRAWS))
-        batches = self.dataset.train(settings.batch_size, fold_in(seed, ORDER))
-        losses = []
-        self.module.train()
-        start = time.perf_counter()
-        for step, (inputs, targets) in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(epoch + step / len(batches), settings)
-            self.optimizer.zero_grad()
-            loss = self._loss(inputs, targets)
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
-            if self._averages_after(epoch, step, len(batches)):
-                self.swalp.update_average()
-            on_step()
-        curve = torch.stack([few.mean() for few in torch.stack(losses).split(LOSSES_EVERY)])
-        self.epochs.append(
-            {
-                "steps": len(losses),
-                "losses": curve.tolist(),  # waits for the device: the time is the epoch's own
-                "seconds": time.perf_counter() - start,
-                "last": self.score(self.module),
-                "average": self.score(self._averaged_model()) if self.swalp.n_averaged else None,
-            }
-        )
-
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.module(inputs).flatten(0, -2), targets.flatten())
-
-    def _averages_after(self, epoch: int, step: int, steps: int) -> bool:
-        if epoch < self.settings.average_from:
-            return False
-        every = self.settings.average_every or steps
-        return ((epoch - self.settings.average_from) * steps + step + 1) % every == 0
-
-    def _averaged_model(self) -> nn.Module:
-        return self.swalp.averaged_model(self.dataset.train(self.settings.batch_size))
-
-    @torch.no_grad()
-    def score(self, module: nn.Module) -> float:
-        """The data set's metric of ``module`` in evaluation mode, over the test samples."""
-        module.eval()
-        metric = data.METRICS[self.dataset.metric]
-        total = sum(metric(module(inputs), targets).item() for inputs, targets in self.dataset.test())
-        return total / self.dataset.test_targets.numel()
-
-    def result(self) -> dict[str, Any]:
-        """Scores of the last weights and of the average, and the epochs behind them."""
-        return {
-            "recipe": self.recipe,
-            "last": self.epochs[-1]["last"],
-            "average": self.epochs[-1]["average"],
-            "n_averaged": self.swalp.n_averaged,
-            "median_seconds": statistics.median(epoch["seconds"] for epoch in self.epochs),
-            "epochs": self.epochs,
-        }
-
-    def try_out(self) -> None:
-        """A step and an average, on as few samples as an epoch's last batch may have; the line is of no use after it.
-
-        Raises ModelError or RecipeError if the model does not take the samples, or a format its tensors.
-        """
-        size, samples = self.settings.batch_size, self.dataset.samples
-        few = 1 if min(size, samples) == 1 or samples % size == 1 else 2
-        trial.of_model(self.settings.model, self.model, *self.dataset.shape, batch=few)
-        with trial.of_recipe(self.recipe):
-            inputs, targets = next(iter(self.dataset.train(few)))
-            self._loss(inputs, targets).backward()
-            self.optimizer.step()
-            self.swalp.update_average()
-
-    def save(self, folder: Path) -> None:
-        """Raises FileError, and leaves the last checkpoint as it was, if it cannot be written."""
-        state = {
-            "settings": self._settings(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "swalp": self.swalp.state_dict(),
-            "epochs": self.epochs,
-        }
-        checkpoint.save(checkpoint.path_of(folder, self.name), state)
-        self.saved = len(self.epochs)
-
-    def _settings(self) -> dict[str, Any]:
-        return {**asdict(self.settings), "recipe": self.recipe}
-
-    def load(self, folder: Path) -> None:
-        """Go on from the checkpoint in ``folder``; raises DataError or FileError if it is damaged or another run's."""
-        path = checkpoint.path_of(folder, self.name)
-        state = checkpoint.load(path, self.dataset.train_inputs.device)
-        if state["settings"].keys() != self._settings().keys():
-            raise data.DataError(f"{path} was made by another version of train.py; give another --out")
-        for name, now in self._settings().items():
-            then = state["settings"][name]
-            if now != then and not (name == "epochs" and now >= len(state["epochs"])):
-                option = "--" + name.replace("_", "-")
-                raise data.DataError(f"{path} was made with {option} {then}, not {now}; give the same or another --out")
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.swalp.load_state_dict(state["swalp"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise data.DataError(f"{path} does not fit the model ({sentence(error)}); name another --out") from None
-        self.epochs = state["epochs"]
-        self.saved = len(self.epochs)
-
-
-def train(line: Line, folder: Path | None) -> dict[str, Any]:
+def train(name: str, line: Line, folder: Path | None) -> dict[str, Any]:
     """The line's result after the epochs it still lacks, with a checkpoint in ``folder`` after each."""
     epochs, steps, done = line.settings.epochs, len(line.dataset.train(line.settings.batch_size)), len(line.epochs)
-    with Progress(line.name, line.dataset.metric, epochs, steps, done) as progress:
+    with Progress(name, line.dataset.metric, epochs, steps, done) as progress:
         for _ in range(done, epochs):
             line.train_epoch(progress.step)
             if folder:
-                line.save(folder)
+                line.save(checkpoint.path_of(folder, name))
             progress.end_epoch(line.epochs[-1])
     return line.result()
 
 
-def train_all(lines: Sequence[Line], folder: Path | None, command: str) -> dict[str, dict[str, Any]]:
-    """Each line's result. Ctrl-C says how to go on, and exits."""
+def train_all(plans: dict[str, Plan], workshop: Workshop, command: str) -> dict[str, dict[str, Any]]:
+    """Each run's result. Ctrl-C says how to go on, and exits."""
     results: dict[str, dict[str, Any]] = {}
+    name, line = "", None
     try:
-        for line in lines:
-            results[line.name] = train(line, folder)
+        for name in plans:
+            line = None  # one at a time: there may be more of them than memory holds
+            line = workshop.line(name)
+            results[name] = train(name, line, workshop.folder)
     except KeyboardInterrupt:
-        line = lines[len(results)]
-        done = line.saved if folder else len(line.epochs)
-        way = way_on(folder, command)
-        print(f"train.py: stopped after epoch {done} of line {line.name}; {way}", file=sys.stderr)
+        done = 0 if line is None else line.saved if workshop.folder else len(line.epochs)
+        way = way_on(workshop.folder, command)
+        print(f"train.py: stopped after epoch {done} of line {name}; {way}", file=sys.stderr)
         raise SystemExit(STOPPED) from None
     return results
 
@@ -282,45 +79,55 @@ def way_on(folder: Path | None, command: str) -> str:
     return f"go on with: {command}" + ("" if "--resume" in shlex.split(command) else " --resume")
 
 
-def table(line: dict[str, Any], beside: dict[str, Any], settings: Settings, metric: str) -> str:
-    """Four columns: the last weights and the average, of the float line (``beside``) and of a low-precision one."""
-    title = OPTIMIZERS[settings.optimizer].title
-    scores = [digits(metric, each[key]) for each in (beside, line) for key in ("last", "average")]
-    seconds = [f"{each['median_seconds']:.2f}" for each in (beside, line) for _ in range(2)]
-    return tabulate(
-        [[metric, *scores], ["seconds an epoch (median)", *seconds]],
-        headers=["", f"{title}-FP", "SWA-FP", f"{title}-LP", "SWALP"],
-        colalign=("left", *["right"] * 4),
-        disable_numparse=True,
-    )
+SCORES = ("warm_up", "last", "average", "rounded")
 
 
-def describe(line: dict[str, Any], settings: Settings) -> str:
-    every, n = f"{settings.average_every} steps" if settings.average_every else "epoch", line["n_averaged"]
-    average = f"{n} {'set' if n == 1 else 'sets'} of weights averaged, one every {every}"
+def table(results: Sequence[dict[str, Any]], metric: str) -> str:
+    """A row for each line: the mean of its scores over seeds, and their deviation where there are several."""
+    titles = " or ".join(dict.fromkeys(OPTIMIZERS[each["settings"]["optimizer"]].title for each in results))
+    rows = []
+    for name, group in itertools.groupby(results, key=lambda each: each["line"]):
+        runs = list(group)
+        seconds = statistics.median(each["median_seconds"] for each in runs)
+        cells = [_cell(metric, [each[score] for each in runs]) for score in SCORES]
+        rows.append([name, runs[0]["recipe"], *cells, f"{seconds:.2f}"])
+    headers = [
+        *("line", "recipe", f"{titles}\n(end of warm-up)", "last\nweights", "average\n(SWA, SWALP)"),
+        *("average,\nrounded graph", "seconds\nan epoch"),
+    ]
+    sides = ("left", "left", *["right"] * 5)
+    return f"{metric}\n\n" + tabulate(rows, headers=headers, colalign=sides, disable_numparse=True)
+
+
+def _cell(metric: str, scores: list[float | None]) -> str:
+    known = [score for score in scores if score is not None]
+    if not known:
+        return ""
+    text = digits(metric, statistics.mean(known))
+    return f"{text} ± {digits(metric, statistics.stdev(known))}" if len(known) > 1 else text
+
+
+def describe(results: Sequence[dict[str, Any]]) -> str:
+    """A sentence for each different training."""
+    return "\n".join(dict.fromkeys(_described(result, results) for result in results))
+
+
+def _described(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    settings, n = Settings(**result["settings"]), result["n_averaged"]
+    seeds = sorted({each["settings"]["seed"] for each in results})
+    of = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    every = f"{settings.average_every} steps" if settings.average_every else "epoch"
+    average = f"{n} {'set' if n == 1 else 'sets'} of weights averaged, one every {every} after epoch"
     return (
-        f"{settings.model} on {settings.dataset}, epochs {settings.epochs}, recipe {line['recipe']}, seed"
-        f" {settings.seed}; {average} after epoch {settings.average_from}"
+        f"{settings.model} on {settings.dataset}, epochs {settings.epochs}, {of}; "
+        + (f"{average} {settings.average_from}" if n else "no weights averaged")
         + ("; the average of one set is that set" if n == 1 else "")
     )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "swalp_fx": swalp_fx.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device} ({name})",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
 
 
 def command_line() -> CommandLine:
     count, natural = number(int, 1, "a whole number of 1 or more"), number(int, 0, "a whole number of 0 or more")
     real, share = number(float, 0, "a number of 0 or more"), number(float, 0, "a number from 0 to below 1", high=1)
-    seed = number(int, 0, "a whole number of 0 or more, below 2^63", high=2**63)
     parser = CommandLine(
         prog="train.py",
         usage="%(prog)s [--dataset NAME] [--model NAME] [--recipe RECIPE] [options]",
@@ -329,7 +136,9 @@ def command_line() -> CommandLine:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--dataset", choices=data.DATASETS, default="digits", help="default: %(default)s, which scikit-learn holds")
+    add("--config", metavar="FILE", type=Path, help="lines and their settings, as in tools/configs; options go before")
+    add("--line", metavar="NAME", action="append", help="of the configuration; may be repeated (default: all)")
+    add("--dataset", choices=data.DATASETS, help="default: digits, which scikit-learn holds")
     add(
         "--data",
         metavar="DIR",
@@ -352,7 +161,16 @@ def command_line() -> CommandLine:
     add("--momentum", type=share, help="AdamW's first beta")
     add("--weight-decay", type=real, help="which AdamW multiplies by the learning rate")
     add("--batch-size", type=count, metavar="N")
-    add("--seed", type=seed, default=0, help="of weights, data order and rounding (default: %(default)s)")
+    add("--lr-changes", choices=("step", "epoch"), help="each step, or as the SWALP authors have it each epoch")
+    add("--samples", type=natural, metavar="N", help="of an epoch, drawn anew from all; 0: all")
+    add("--seed", type=SEED, default=0, help="of weights, data order and rounding (default: %(default)s)")
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        default=1,
+        help="of each line, from --seed on (default: 1)",
+    )
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", metavar="DIR", type=Path, help="write results.json, and a checkpoint of each line after each epoch")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -369,26 +187,47 @@ def defaults() -> str:
     return tabulate(rows, headers=["", *columns], tablefmt="plain", disable_numparse=True)
 
 
-def settings_from(args: argparse.Namespace, parser: CommandLine) -> Settings:
-    """The command line, completed with the data set's defaults."""
-    values = {**EVERYWHERE, **DEFAULTS[args.dataset]}
+def plans_from(args: argparse.Namespace) -> list[Plan]:
+    """The lines of the command line, or of its configuration, for each seed; raises ConfigError."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "epochs" in given and "average_from" not in given:
         given["average_from"] = given["epochs"] // 2  # of one epoch all is averaged
-    values |= {name: given[name] for name in Settings.__dataclass_fields__ if name in given}
-    settings = Settings(**values)
+    given = {name: given[name] for name in Settings.__dataclass_fields__ if name in given}
+    plans = _configured(args, given) if args.config else _plain(args, given)
+    seeds = range(args.seed, args.seed + args.seeds)
+    return [replace(plan, settings=replace(plan.settings, seed=seed)) for plan in plans for seed in seeds]
+
+
+def _plain(args: argparse.Namespace, given: dict[str, Any]) -> list[Plan]:
+    """The float line, then a low-precision line for each recipe."""
+    if args.line:
+        raise ConfigError("--line names a line of a configuration; add --config FILE")
+    dataset = given.get("dataset", "digits")
+    settings = Settings(**{**EVERYWHERE, **DEFAULTS[dataset], **given, "dataset": dataset})
     if settings.average_from >= settings.epochs:
-        parser.refuse(
+        raise ConfigError(
             f"--average-from {settings.average_from} leaves none of {settings.epochs} epochs to average;"
             " use fewer epochs of warm-up"
         )
-    return settings
-
-
-def recipes_from(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
-    """Line -> recipe: the float line, then a low-precision line for each recipe."""
     low = args.recipe or [OPTIMIZERS[settings.optimizer].recipe]
-    return {"float": "float"} | {f"low{i}" if i > 1 else "low": recipe for i, recipe in enumerate(low, 1)}
+    names = [f"low{i}" if i > 1 else "low" for i in range(1, len(low) + 1)]
+    return [Plan("float", "float", settings), *(Plan(*each, settings) for each in zip(names, low, strict=True))]
+
+
+def _configured(args: argparse.Namespace, given: dict[str, Any]) -> list[Plan]:
+    if args.recipe:
+        raise ConfigError("--recipe does not go with --config, whose lines have their recipes; leave one of them out")
+    plans = configured(args.config, given)
+    known = {plan.name for plan in plans}
+    for name in args.line or ():
+        if name not in known:
+            raise ConfigError(f"{args.config} has no line {name!r}; use {nearest(name, sorted(known))}")
+    return [plan for plan in plans if not args.line or plan.name in args.line]
+
+
+def key_of(plan: Plan, args: argparse.Namespace) -> str:
+    """What a run is called in results and checkpoints: the line, and its seed if that is not the first."""
+    return plan.name if plan.settings.seed == args.seed else f"{plan.name}-seed{plan.settings.seed}"
 
 
 def device_from(name: str | None, parser: CommandLine) -> torch.device:
@@ -413,67 +252,88 @@ def folder_from(args: argparse.Namespace, names: Iterable[str], parser: CommandL
         parser.refuse(f"--resume: {args.out} holds no run to go on with; leave --resume out to start one there")
     if not args.resume and (held or (args.out / RESULTS).exists()):
         parser.refuse(f"--out {args.out} holds a run already; add --resume to go on with it, or name another folder")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.refuse(f"--out {args.out} cannot be made a folder ({error.strerror}); name another")
+    files.make_folder(args.out)
     for name in (RESULTS, *(checkpoint.path_of(args.out, name).name for name in names)):
         files.refuse_unwritable(args.out / name)
     return args.out
 
 
-def lines_from(
-    args: argparse.Namespace, settings: Settings, device: torch.device, recipes: dict[str, str]
-) -> list[Line]:
-    """The lines, tried out before the first of them trains, and with ``--resume`` as far as they were."""
-    dataset = data.load(settings.dataset, args.data, device)
-    steps = (settings.epochs - settings.average_from) * len(dataset.train(settings.batch_size))
-    if settings.average_every > steps:
-        raise data.DataError(
-            f"--average-every {settings.average_every} is more than the {steps} steps after the warm-up; use fewer"
-        )
-    for name, recipe in recipes.items():
-        Line(name, recipe, settings, dataset, device).try_out()
-    lines = [Line(name, recipe, settings, dataset, device) for name, recipe in recipes.items()]
-    for line in lines:
-        if args.resume and checkpoint.path_of(args.out, line.name).exists():
-            line.load(args.out)
-    return lines
+def steps_to_average(settings: Settings, dataset: data.Source) -> int:
+    """Those after the warm-up."""
+    samples = settings.samples or dataset.samples
+    return (settings.epochs - settings.average_from) * math.ceil(samples / settings.batch_size)
+
+
+def fitted(plan: Plan, dataset: data.Source) -> Plan:
+    """The plan, averaging once an epoch if the data set's default is more than the steps there are."""
+    if plan.settings.average_every <= steps_to_average(plan.settings, dataset):
+        return plan
+    return replace(plan, settings=replace(plan.settings, average_every=0))
+
+
+@dataclass
+class Workshop:
+    """Where lines are made: what they are trained on, where, and where they are kept."""
+
+    plans: dict[str, Plan]
+    dataset: data.Source
+    device: torch.device
+    folder: Path | None
+
+    def line(self, name: str) -> Line:
+        """The line of this run, as far as its checkpoint is; raises DataError or FileError if that is another's."""
+        line = Line(self.plans[name], self.dataset, self.device)
+        if self.folder and (path := checkpoint.path_of(self.folder, name)).exists():
+            line.load(path)
+        return line
+
+    def refuse_unfit(self) -> None:
+        """Before the first line trains, raises what a plan or a checkpoint is refused with."""
+        for plan in {plan.name: plan for plan in self.plans.values()}.values():  # of the seeds, one
+            settings, steps = plan.settings, steps_to_average(plan.settings, self.dataset)
+            if settings.samples > self.dataset.samples:
+                there = f"the {self.dataset.samples} of an epoch of {settings.dataset}"
+                raise data.DataError(f"--samples {settings.samples} is more than {there}; use fewer")
+            if settings.average_every > steps > 0:
+                every = f"--average-every {settings.average_every}"
+                raise data.DataError(f"{every} is more than the {steps} steps after the warm-up; use fewer")
+            Line(plan, self.dataset, self.device).try_out()
+        for name in self.plans:
+            if self.folder and checkpoint.path_of(self.folder, name).exists():
+                self.line(name)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Each line's result, after the tables are printed."""
+    """Each run's result, after the table is printed."""
     parser = command_line()
     args = parser.parse_args(argv)
     command = shlex.join(["python", *(sys.argv if argv is None else ["tools/train.py", *argv])])
-    settings, device = settings_from(args, parser), device_from(args.device, parser)
-    recipes = recipes_from(args, settings)
+    device = device_from(args.device, parser)
     try:
-        for recipe in recipes.values():
-            swalp_fx.Recipe.parse(recipe)
-        folder = folder_from(args, recipes, parser)
-        lines = lines_from(args, settings, device, recipes)
+        plans = {key_of(plan, args): plan for plan in plans_from(args)}
+        for plan in plans.values():
+            swalp_fx.Recipe.parse(plan.recipe)
+        folder = folder_from(args, plans, parser)
+        dataset = data.load(next(iter(plans.values())).settings.dataset, args.data, device)
+        if args.average_every is None and not args.config:
+            plans = {name: fitted(plan, dataset) for name, plan in plans.items()}
+        workshop = Workshop(plans, dataset, device, folder)
+        workshop.refuse_unfit()
     except INPUT_ERRORS as error:
         parser.refuse(error)
-    metric = lines[0].dataset.metric
     try:
-        results = train_all(lines, folder, command)
-        printed = "\n\n".join(
-            f"{describe(result, settings)}\n\n{table(result, results['float'], settings, metric)}"
-            for name, result in results.items()
-            if name != "float"
-        )
+        results = train_all(plans, workshop, command)
+        printed = f"{describe([*results.values()])}\n\n{table([*results.values()], dataset.metric)}"
         show(printed)
         if folder:
             record = {
                 "command": command,
-                "settings": asdict(settings),
                 "environment": environment(device),
-                "metric": metric,
+                "metric": dataset.metric,
                 "lines": results,
                 "table": printed,
             }
-            files.write(folder / RESULTS, (json.dumps(record, indent=2) + "\n").encode())
+            files.write_json(folder / RESULTS, record)
     except files.FileError as error:
         parser.refuse(f"{error}; mend that, then {way_on(folder, command)}")
     return results

@@ -1,0 +1,96 @@
+"""Draws error against bits: python tools/bits.py runs/fashion-mnist/results.json --out fashion-mnist.svg
+
+Of a run of train.py whose lines are called MODEL-float and MODEL-BITS-LAYOUT, as in tools/configs/fashion-mnist.toml.
+A panel a model: SGD-LP at the end of the warm-up and SWALP for each layout, the mean over seeds and its deviation.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import drawing
+import files
+import plot
+from command import CommandLine, run
+from drawing import BLACK, BLUE, GREY, VERMILION
+
+NAME = re.compile(r"(\w+)-(?:float|(\d+)-(\w+))")
+SCORES = {"warm_up": ("SGD-LP, end of warm-up", VERMILION), "average": ("SWALP", BLUE)}
+LEVELS = {"warm_up": ("SGD-FP", GREY), "average": ("SWA-FP", BLACK)}
+STYLES = ("-", "--", ":")
+
+
+def by_model(record: dict[str, Any]) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
+    """Model -> (layout, bits), or ("", "") for float -> its runs; raises FileError for lines of other names."""
+    found: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in record["lines"].values():
+        match = NAME.fullmatch(line["line"])
+        if match is None:
+            kinds = "MODEL-float or MODEL-BITS-LAYOUT"
+            raise files.FileError(f"line {line['line']!r} is not called {kinds}; name another run")
+        model, bits, layout = match.groups(default="")
+        found[model][layout, bits].append(line)
+    return found
+
+
+def figure(record: dict[str, Any]) -> Figure:
+    models = by_model(record)
+    drawn, panels = drawing.subplots(len(models), 3.4 * len(models), 3.4)
+    for axes, (model, runs) in zip(panels, models.items(), strict=True):
+        _panel(axes, runs)
+        axes.set_title(model, loc="left")
+    panels[0].set_ylabel(record["metric"])
+    panels[-1].legend()
+    return drawn
+
+
+def _panel(axes: Axes, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    bits = sorted({int(bits) for _, bits in runs if bits}, reverse=True)
+    for score, (title, color) in LEVELS.items():
+        if ("", "") in runs:
+            axes.axhline(_mean(runs["", ""], score)[0], color=color, linewidth=1, linestyle=":", label=title)
+    layouts = dict.fromkeys(layout for layout, _ in runs if layout)
+    for style, layout in zip(STYLES, layouts, strict=False):
+        for score, (title, color) in SCORES.items():
+            there = [(i, _mean(runs[layout, str(n)], score)) for i, n in enumerate(bits) if (layout, str(n)) in runs]
+            places = [i for i, _ in there]
+            means, spread = zip(*(each for _, each in there), strict=True)
+            label = f"{title}, by {layout}"
+            axes.errorbar(places, means, spread, color=color, linestyle=style, marker="o", capsize=2, label=label)
+    axes.set_xticks(range(len(bits)), [str(each) for each in bits])
+    axes.set_xlabel("bits of every role")
+
+
+def _mean(runs: list[dict[str, Any]], score: str) -> tuple[float, float]:
+    """And the deviation over seeds."""
+    values = [line[score] for line in runs]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandLine(prog="bits.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("results", metavar="RESULTS", type=Path, help="the results.json that train.py --out writes")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the figure: .svg, .png, .pdf")
+    args = parser.parse_args(argv)
+    try:
+        record = plot.read(args.results)
+        with pyplot.rc_context(drawing.STYLE):
+            drawn = figure(record)
+        files.write(args.out, drawing.saved(drawn, args.out.suffix[1:]))
+    except files.FileError as error:
+        parser.refuse(error)
+    finally:
+        pyplot.close("all")
+
+
+if __name__ == "__main__":
+    run(main)
