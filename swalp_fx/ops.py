@@ -351,8 +351,9 @@ def quantize_foreach_(
 def keeps(x: Tensor, spec: str) -> bool:
     """Whether every rounding to ``spec`` is known to keep ``x`` bit for bit, as it keeps representable numbers.
 
-    False where that is not known: off the CPU, in formats whose scale is no power of two, in large tensors whose blocks
-    do not each lie in one piece, and where calls are recorded, to run again with other numbers.
+    False where that is not known: off the CPU, in tensors with gaps, in formats whose scale is no power of two, in
+    large tensors whose blocks do not each lie in one piece, and where calls are recorded, to run again with other
+    numbers.
     """
     op, *_ = _find(spec, "nearest")
     if op is None:
