@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset, IterableDataset
 
 from . import nodes
 from .formats import FLOAT
@@ -186,12 +187,14 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
 
     A copy of the module runs, in the module's mode, with the random bits that a forward would draw now; neither the
     module nor the random state is changed.
-    Raises ConvertError for a module that is not rewritten, and TypeError for a tensor in place of batches, or for a
-    batch that is no pair where a loss needs targets.
+    Raises ConvertError for a module that is not rewritten, ValueError where there is no batch, and TypeError for a
+    tensor or a dataset in place of batches, or for a batch that is no pair where a loss needs targets.
     """
     refuse_unrewritten(module, "measure")
     if isinstance(batches, Tensor):
         raise TypeError("measure takes batches, and would take the rows of a tensor for them; put it in a list: [x]")
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(f"measure takes batches, and a {type(batches).__name__} gives samples; put it in a DataLoader")
     measures = Measures()
     copied = copy.deepcopy(module)
     for path, part in rewritten_in(copied):
@@ -205,7 +208,10 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
             outputs = copied(batch[0] if isinstance(batch, tuple | list) else batch)
             if loss is not None:
                 loss(outputs, batch[1]).backward()
-    return Measures({key: each for key, each in measures.items() if each.values})
+    found = Measures({key: each for key, each in measures.items() if each.values})
+    if measures and not found:
+        raise ValueError("measure got no batch; pass a list or a DataLoader, not an iterator that has been read")
+    return found
 
 
 class _Watch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .formats import FLOAT, Format, parse
+from .formats import FLOAT, Format, FormatError, parse
 from .nearest import did_you_mean, listed, nearest
 
 __all__ = ["PLACEMENTS", "ROLES", "ROUNDINGS", "Recipe", "RecipeError", "Rule", "Subject", "matches", "parse_rounding"]
@@ -211,6 +211,8 @@ class Recipe:
             raise RecipeError(f"a recipe must be a string or a Recipe, not {type(text).__name__} {text!r}{remedy}")
         values = {} if isinstance(text, Recipe) else _read(text)
         values |= _once(changes.items(), f"recipe {str(text)!r}", FIELDS)
+        if isinstance(text, str) and not any(role in values for role in _FORMATS):
+            raise RecipeError(f"recipe {text!r} names no format; put one first: {f'bfp8[0] {text.strip()}'!r}")
         if isinstance(text, Recipe):
             return replace(text, **values) if values else text
         return cls(**values)
@@ -271,6 +273,8 @@ def _read(text: str) -> dict[str, Any]:
     where = f"recipe {text!r}"
     if re.search(r"(^|[\s;])rules\s*=", text):
         raise RecipeError("rules are not read from text; pass them: Recipe.parse(text, rules=(Rule(...),))")
+    if (spaced := re.sub(r",\s*(?=\w+\s*=)", " ", text)) != text:
+        raise RecipeError(f"{where} has a comma between words; write {spaced!r}")
     if (tight := re.sub(r"\s*=\s*|(?<=,)\s+|\s+(?=[\[(])", lambda gap: gap[0].strip(), text)) != text:
         raise RecipeError(f"{where} has a space within a word; write {tight!r}")
     words = re.split(r"[\s;]+", text.strip(";"))
@@ -278,12 +282,23 @@ def _read(text: str) -> dict[str, Any]:
     if (bare := next((word for word in named if "=" not in word), None)) is not None:
         if ROLES.get(bare, bare) in FIELDS:
             raise RecipeError(f"{where}: {bare!r} lacks its value; write {bare}=...")
-        remedy = f"name its role, such as M={bare}" if everywhere else "put it first"
+        remedy = _with_role(bare) if everywhere else "put it first"
         raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
     values: dict[str, Any] = {role: spec for spec in everywhere for role in ROLES.values()}
     once = _once((word.split("=", 1) for word in named), where, FIELDS)
     values |= {field: _READ.get(field, str)(value) for field, value in once.items()}
     return values
+
+
+def _with_role(bare: str) -> str:
+    """How a word without a role, which stands behind a format for all, may have been meant."""
+    name, separator, spec = bare.partition(":")
+    if separator and ROLES.get(name, name) in FIELDS:
+        return f"write {name}={spec}"
+    try:
+        return f"name its role, such as M={parse(bare)}"
+    except FormatError:
+        return "write ROLE=FORMAT, such as M=float"
 
 
 def _read_globs(text: str) -> tuple[str, ...]:

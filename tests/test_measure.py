@@ -212,3 +212,14 @@ def test_bad_input():
         measure(module, [torch.ones(2, 6)], F.mse_loss)
     with pytest.raises(TypeError, match=r"would take the rows of a tensor for them; put it in a list: \[x\]"):
         measure(module, torch.ones(2, 6))
+
+
+def test_what_gives_samples_or_nothing_is_refused():
+    module, _ = convert(nn.Linear(4, 2))
+    x = torch.randn(6, 4)
+    with pytest.raises(TypeError, match="a TensorDataset gives samples; put it in a DataLoader"):
+        measure(module, torch.utils.data.TensorDataset(x))
+    with pytest.raises(ValueError, match="measure got no batch"):
+        measure(module, iter(()))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=3)
+    assert measure(module, loader)["weight", "W"].values == 2 * 8
