@@ -141,3 +141,8 @@ def test_lines_of_other_names_are_refused(record, tmp_path, capsys):
     (tmp_path / "results.json").write_text(record.read_text().replace("convnet-float", "base"))
     line = refusal(capsys, bits.main, [tmp_path / "results.json", "--out", tmp_path / "a.svg"])
     assert "line 'base' is not called MODEL-float or MODEL-BITS-LAYOUT" in line
+
+
+def test_a_figure_of_another_kind_is_refused(record, tmp_path, capsys):
+    line = refusal(capsys, bits.main, [record, "--out", tmp_path / "a.foo"])
+    assert "a.foo: its name must end in one of" in line

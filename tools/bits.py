@@ -10,17 +10,15 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import drawing
 import files
 import plot
-from command import CommandLine, run
+from command import run
 from drawing import BLACK, BLUE, GREY, VERMILION
 
 NAME = re.compile(r"(\w+)-(?:float|(\d+)-(\w+))")
@@ -77,19 +75,7 @@ def _mean(runs: list[dict[str, Any]], score: str) -> tuple[float, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandLine(prog="bits.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("results", metavar="RESULTS", type=Path, help="the results.json that train.py --out writes")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the figure: .svg, .png, .pdf")
-    args = parser.parse_args(argv)
-    try:
-        record = plot.read(args.results)
-        with pyplot.rc_context(drawing.STYLE):
-            drawn = figure(record)
-        files.write(args.out, drawing.saved(drawn, args.out.suffix[1:]))
-    except files.FileError as error:
-        parser.refuse(error)
-    finally:
-        pyplot.close("all")
+    plot.draw("bits.py", __doc__, figure, argv)
 
 
 if __name__ == "__main__":

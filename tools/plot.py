@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,12 @@ def _is_whole(line: dict[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandLine(prog="plot.py", description=__doc__.partition("\n")[0])
+    draw("plot.py", __doc__, figure, argv)
+
+
+def draw(prog: str, about: str, figure: Callable[[dict[str, Any]], Figure], argv: Sequence[str] | None) -> None:
+    """The command ``prog``: the ``figure`` of a run's record, from its results.json into a file."""
+    parser = CommandLine(prog=prog, description=about.partition("\n")[0])
     parser.add_argument("results", metavar="RESULTS", type=Path, help="the results.json that train.py --out writes")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the figure: .svg, .png, .pdf")
     args = parser.parse_args(argv)
