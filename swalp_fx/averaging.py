@@ -8,7 +8,7 @@ the parameters' dtype, where a bfloat16 mean soon stops moving.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,12 +83,18 @@ class Average:
         return {name: quantize(mean, format) if rounds else mean.clone() for name, mean in self.means.items()}
 
     @torch.no_grad()
-    def applied_to(self, model: nn.Module, format: str | Format = FLOAT) -> nn.Module:
+    def applied_to(
+        self,
+        model: nn.Module,
+        format: str | Format = FLOAT,
+        *,
+        copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    ) -> nn.Module:
         """A deep copy of ``model`` with ``mean(format)`` as its parameters, in the parameters' own dtype.
 
         Tied parameters stay tied; buffers and modes are the model's of this moment.
         """
-        averaged = copy.deepcopy(model)
+        averaged = copied(model)
         parameters = dict(averaged.named_parameters())
         for name, mean in self.mean(format).items():
             parameters[name].copy_(mean)

@@ -1,4 +1,4 @@
-"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, call a layer.
+"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, run a checkpoint.
 
 Their arguments are tensors, integers and specs, so that the generated code reads as it runs. Each function notices a
 torch.fx proxy and records itself instead of running, so a rewritten module can be traced again.
@@ -6,30 +6,26 @@ torch.fx proxy and records itself instead of running, so a rewritten module can 
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.autograd import Function
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from . import random
 from .ops import is_transformed, keeps, quantize, round_, rounded
 
-__all__ = ["call_layer", "draw_key", "quantize_output", "quantize_weight"]
+__all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
 
 # The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), and which tensor of an output
 # that holds several (from bit 40). Distinct sites, signals and tensors therefore never share a random word.
 ERROR_STREAM = 1 << 32
 TENSOR_STREAM = 1 << 40
-
-# A layer's parameters are replaced while it runs, and it may be running in another thread.
-_REPLACING = threading.RLock()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -227,25 +223,9 @@ def _quantized(
 
 
 @_public
-def call_layer(module: nn.Module, weights: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-    """``module(*args, **kwargs)`` with ``weights``, by their names in it, in place of its own parameters.
+def checkpointed(body: Callable[..., Any], key: Tensor | None, /, *operands: Any, **how: Any) -> Any:
+    """``body(key, *operands)``, computed again by backward: torch.utils.checkpoint, with ``how`` as its options.
 
-    Hooks run, buffers are updated and the training flag is followed as in a plain call; the module keeps its own
-    parameters. One thread at a time.
+    The key is an operand, so that the second time draws the bits of the first.
     """
-    tensors = tuple(weights.values())
-    if has_torch_function(tensors):
-        return handle_torch_function(call_layer, tensors, module, weights, *args, **kwargs)
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else _REPLACING:
-        # What torch.func.functional_call does with parameters, in a third of its time.
-        own: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for path, tensor in weights.items():
-                prefix, _, name = path.rpartition(".")
-                parameters = (module.get_submodule(prefix) if prefix else module)._parameters
-                own.append((parameters, name, parameters[name]))
-                parameters[name] = tensor  # type: ignore[assignment]
-            return module(*args, **kwargs)
-        finally:
-            for parameters, name, parameter in reversed(own):
-                parameters[name] = parameter
+    return checkpoint(body, key, *operands, **{"use_reentrant": False, **how})

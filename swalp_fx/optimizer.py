@@ -14,6 +14,7 @@ its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ from .ops import quantize_foreach_
 from .random import fold_in, is_captured
 from .recipe import Recipe
 from .sgd import in_one_pass
-from .watch import Watch, warn
+from .warn import warn
 
 __all__ = ["SWALP"]
 
@@ -68,7 +69,7 @@ class SWALP:
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
     local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``.
-    watch: tells a step on gradients of the float model, which a converted module should have computed.
+    float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
     The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
@@ -84,9 +85,10 @@ class SWALP:
         model: nn.Module,
         recipe: str | Recipe,
         local: Mapping[str, Recipe] | None = None,
-        watch: Watch | None = None,
+        float_copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
     ) -> None:
         self.model = model
+        self._float_copy = float_copy
         self.recipe = recipe = Recipe.parse(recipe)
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._names = list(self._parameters)
@@ -102,7 +104,6 @@ class SWALP:
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
-        self._watch = watch  # until it has warned
         self._may_average_float = False  # what update_average() warned of
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class SWALP:
         Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step.
         """
-        self._refuse(optimizer)
+        self.refuse(optimizer)
         if _attached_to(optimizer) is not None:
             raise ValueError(
                 f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first, "
@@ -136,7 +137,7 @@ class SWALP:
 
         Warns if that one had another recipe, or has taken a step or an average.
         """
-        self._refuse(optimizer)
+        self.refuse(optimizer)
         earlier = _attached_to(optimizer)
         if earlier is None or earlier.model is not self.model:
             return self.attach(optimizer)
@@ -147,7 +148,8 @@ class SWALP:
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
-    def _refuse(self, optimizer: Optimizer) -> None:
+    def refuse(self, optimizer: Optimizer) -> None:
+        """Raises what ``attach`` would raise, and changes nothing."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
@@ -191,8 +193,6 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if self._watch is not None:
-            self._watch.forget()
         self._optimizer, self._handles = None, []
         self._accumulators.clear()
 
@@ -234,7 +234,7 @@ class SWALP:
         """
         if self.n_averaged == 0:
             raise ValueError("there is no average yet; call update_average() at least once before averaged_model()")
-        averaged = self._average.applied_to(self.model, format)
+        averaged = self._average.applied_to(self.model, format, copied=self._float_copy)
         if loader is not None:
             recalibrate(averaged, loader)
         return averaged
@@ -385,19 +385,12 @@ class SWALP:
             )
         for parameter, gradient in step.gradients.items():
             parameter.grad = gradient
-        trained = step.parameters
-        step.parameters = [each for each in trained if each[1] not in step.gradients]
+        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
             self._round_momentum(step, optimizer)
         self._step = None
         self._steps += 1
-        if self._watch is not None and self._watch.steps_on_float(parameter for _, parameter in trained):
-            self._watch = None
-            warn(
-                f"the gradients of {type(optimizer).__name__} come from {type(self.model).__name__} itself, in float; "
-                "call the module that convert returned in its place: lp(x), not model(x)"
-            )
 
     def _round_weights(self, step: _Step) -> None:
         if self.recipe.accumulator is not None:

@@ -1,0 +1,109 @@
+"""The compiler backend: a graph of PyTorch's front end in, a function that runs its rewrite out."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ..passes import rewrite
+from ..passes.captured import Scope
+from ..passes.operations import SWITCHES
+from .dynamo import Frame, break_reason
+from .modes import held
+from .prepare import Owner, copied, prepare
+
+if TYPE_CHECKING:
+    from .conversion import Conversion, Rewritten
+
+__all__ = ["backend", "chained", "local"]
+
+
+class _Local(threading.local):
+    entered: nn.Module | None = None  # the module that was called from outside of the model
+    explaining = False  # the model's own code runs, to see what it raises
+    watch: Callable[[Rewritten, tuple[Any, ...]], Any] | None = None  # runs graphs in place of their code
+    depth = 0  # graphs that run now
+
+
+local = _Local()
+
+
+def backend(
+    conversion: Conversion,
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    inner: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """What runs in place of ``graph_module``: its rewrite, or what ``inner``, another backend, makes of that."""
+    from .conversion import Rewritten
+
+    from .entries import adopt
+
+    if not conversion.places.knows(inputs) or any(True for _ in conversion.stray()):
+        adopt(conversion)
+    frame, reason = Frame(), break_reason(graph_module)
+    owner = Owner(frame, conversion.places)
+    for name in owner.locals:
+        frame.guard_identity(name)
+    if owner.name is not None:
+        frame.guard_attribute(owner.name, "_swalp", "is_entered")
+    new = copied(graph_module)
+    graph = prepare(new, inputs, frame, owner, conversion.places, foreign=inner is not None)
+    returns = reason is None and (inner is not None or _is_of_entered(frame, owner, conversion))
+    scope = Scope(conversion.places.subjects, _place(frame), returns, bodies=dict(new.named_children()))
+    keyed = conversion.is_keyed
+    rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
+    entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"
+    module = GraphModule(new, rewritten, "Rewritten")
+    made = Rewritten(entry, graph, module, conversion.root.training, reason)
+    conversion.graphs.append(made)
+    if inner is None:
+        return _runner(conversion, made, module.forward, keyed)
+    given = [torch.zeros((), dtype=torch.int64), *inputs] if keyed else inputs
+    return _runner(conversion, made, inner(module, given), keyed)
+
+
+def chained(
+    conversion: Conversion, theirs: Callable[..., Any], graph_module: GraphModule, inputs: Sequence[Any], **options: Any
+) -> Callable[..., Any]:
+    """The backend of another torch.compile around a converted model, our rewrite in front of it."""
+    return backend(conversion, graph_module, inputs, inner=functools.partial(theirs, **options))
+
+
+def _is_of_entered(frame: Frame, owner: Owner, conversion: Conversion) -> bool:
+    """Whether what the frame returns, the caller of the model gets."""
+    return local.entered is not None and owner.name is not None and owner.path == conversion.places.path(local.entered)
+
+
+def _place(frame: Frame) -> str:
+    """What tells frames of one module from each other: the code behind a break, and where that was."""
+    name = frame.code.co_name
+    return name.rpartition("_at_")[2] if name.startswith("torch_dynamo_resume_in_") else ""
+
+
+def _runner(conversion: Conversion, made: Rewritten, run: Callable[..., Any], keyed: bool) -> Callable[..., Any]:
+    switches = any(node.target in SWITCHES for node in made.graph.nodes)
+
+    def runner(*args: Any) -> Any:
+        made.calls += 1
+        if keyed:
+            args = (conversion.key(), *args)
+        if local.watch is not None:
+            return local.watch(made, args)
+        return run(*args)
+
+    if not switches:
+        return runner
+
+    def switching(*args: Any) -> Any:
+        with held():
+            return runner(*args)
+
+    return switching

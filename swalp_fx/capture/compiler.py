@@ -1,0 +1,131 @@
+"""Entries, compiled: traced by PyTorch's front end, or an error that says why not. Never float in silence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConvertError, NotRewritten
+from ..formats import FormatError
+from ..recipe import RecipeError
+from .backend import chained, local
+from .dynamo import (
+    BackendCompilerFailed,
+    Frame,
+    assume_constant_result,
+    compiled,
+    innermost_backend,
+    is_functorch_active,
+    knobs,
+    switched_off,
+)
+
+if TYPE_CHECKING:
+    from .conversion import Conversion
+    from .entries import Entry
+
+__all__ = ["compile_entry", "explain", "is_rewriting"]
+
+FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
+OURS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
+
+
+def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` of the entry's module, whose frames the conversion's backend rewrites."""
+    conversion, module, root, is_rewriting = entry.conversion, entry.module, entry.conversion.root, entry.is_rewriting
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # The front end takes the first test for true, and it is gone from what it makes. So only the original code can
+        # get here: compilation is off, past its limit, or swallowed. The check costs nothing.
+        if not torch.compiler.is_dynamo_compiling():
+            entry.compiled.clear()  # an error in a trace has marked this code to be left alone for good
+            return explain(call, module, args, kwargs)
+        if not is_rewriting():
+            raise NotRewritten(FOREIGN)
+        if root.training:  # read, so that it is a guard: only a training graph has a random key
+            return call(module, *args, **kwargs)
+        return call(module, *args, **kwargs)
+
+    kind = type(module).__name__
+    run.__code__ = run.__code__.replace(co_name=f"{kind}_{name}" if name else kind)  # a code object of its own
+    return compiled(run, conversion.backend, functools.partial(_Tracing, conversion))
+
+
+class _Tracing:
+    """The tracing of a frame, under our knobs; a hit in the cache does not come here."""
+
+    def __init__(self, conversion: Conversion, callback: Callable[..., Any]) -> None:
+        self._conversion, self._callback = conversion, callback
+        self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with knobs():
+                result = self._callback(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, OURS):
+                raise error.inner_exception from None
+            raise
+        if getattr(result, "guarded_code", None) is None:
+            self._note(args[0])
+        return result
+
+    def _note(self, frame: Any) -> None:
+        """The frame will run as Python."""
+        code = frame.f_code
+        holds = any(isinstance(value, nn.Module | Tensor) for value in frame.f_locals.values())
+        if holds and "/torch/" not in code.co_filename and "/swalp_fx/" not in code.co_filename:
+            self._conversion.python[code] = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_callback"], name)
+
+
+def explain(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Raises what the model itself raises, if it does: the user's own error. Else why the call is not rewritten."""
+    if local.explaining:
+        return call(module, *args, **kwargs)
+    local.explaining = True
+    try:
+        call(module, *args, **kwargs)
+    finally:
+        local.explaining = False
+    raise NotRewritten(f"{type(module).__name__} would have computed in float: {_why()}")
+
+
+def _why() -> str:
+    if (setting := switched_off()) is not None:
+        return setting
+    if is_functorch_active():
+        return "a transform of torch.func is around the call; use torch.autograd"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace runs the original code; use torch.compile"
+    return (
+        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a dispatch "
+        "mode; call the model outside of it"
+    )
+
+
+def is_rewriting(entry: Entry) -> Callable[[], bool]:
+    """Asked while a frame is traced: does our backend get it? Of another's it becomes the front."""
+
+    @assume_constant_result
+    def asked() -> bool:
+        conversion, frame = entry.conversion, Frame()
+        theirs = frame.backend
+        inner = innermost_backend(theirs)
+        if frame.is_exported:
+            return False
+        if inner is conversion.backend or getattr(inner, "func", None) is chained:
+            return True
+        # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
+        if is_functorch_active():
+            return False
+        frame.backend = functools.partial(chained, conversion, theirs)
+        return True
+
+    return asked

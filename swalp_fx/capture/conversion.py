@@ -1,0 +1,165 @@
+"""What a converted model has besides its modules: its recipe, its places, its graphs, its compiler."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from types import CodeType
+from typing import Any
+
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from .. import nodes
+from ..passes.assign import subjects
+from ..passes.names import parameter_subjects
+from ..passes.tables import layer_part, may_name_function
+from ..recipe import Recipe, Subject
+from ..warn import warn
+from .backend import backend
+
+__all__ = ["Conversion", "Graphs", "Places", "Rewritten"]
+
+
+class Places:
+    """The names of a model's modules, parameters and buffers, by identity."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the model again. After surgery it has other modules and parameters."""
+        self._modules = {id(module): (path, module) for path, module in self._root.named_modules()}
+        self._parameters = {id(parameter): name for name, parameter in self._root.named_parameters()}
+        self._buffers = {id(buffer): name for name, buffer in self._root.named_buffers()}
+        self.subjects: dict[str, tuple[Subject, ...]] = parameter_subjects(self._root)
+
+    def path(self, module: nn.Module) -> str | None:
+        known = self._modules.get(id(module))
+        return known[0] if known is not None else None
+
+    def module(self, key: str) -> tuple[str, nn.Module] | None:
+        """(path, module) of an entry of nn_module_stack, whose key is ``ID`` or ``ID@CALL``."""
+        ident = key.partition("@")[0]
+        return self._modules.get(int(ident)) if ident.isdigit() else None
+
+    def parameter(self, value: Tensor) -> str | None:
+        return self._parameters.get(id(value))
+
+    def buffer(self, value: Tensor) -> str | None:
+        return self._buffers.get(id(value))
+
+    def knows(self, values: Any) -> bool:
+        return all(id(value) in self._parameters for value in values if isinstance(value, nn.Parameter))
+
+
+@dataclass
+class Rewritten:
+    """One rewritten graph."""
+
+    entry: str  # of the frame: the module's name and its function
+    captured: Graph  # what the model's own code computes
+    graph_module: GraphModule  # what runs instead
+    training: bool  # the model's flag
+    broke: str | None  # why the code goes on behind it, if it does not return there
+    calls: int = 0
+
+    @property
+    def graph(self) -> Graph:
+        return self.graph_module.graph
+
+    @property
+    def code(self) -> str:
+        return self.graph_module.code
+
+
+class Graphs(list[Rewritten]):
+    """The rewritten graphs of a model, in the order in which they were made."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no graph yet: call the module once, or give example_inputs to convert"
+        return "\n".join(f"# {each.entry}, {'train' if each.training else 'eval'} mode{each.code}" for each in self)
+
+
+class Conversion:
+    """One for a converted model; its modules' entries share it."""
+
+    def __init__(self, root: nn.Module, recipe: Recipe, *, identity: bool = False) -> None:
+        self.root, self.recipe, self.identity = root, recipe, identity
+        self._begin()
+
+    def _begin(self) -> None:
+        self.graphs = Graphs()
+        self.python: dict[CodeType, str] = {}  # frames of the model's code that run as they are -> where they stand
+        self.is_proved = True  # whether all patterns of the recipe are known to name something
+        self._places: Places | None = None
+        # One object for all entries: the graphs of inner frames are looked up by it.
+        self.backend: Callable[..., Any] = functools.partial(backend, self)
+        self.backend.__name__ = "swalp_fx"  # type: ignore[attr-defined]
+
+    @property
+    def places(self) -> Places:
+        if self._places is None:
+            self._places = Places(self.root)
+        return self._places
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether a graph that is made now is given a random key."""
+        return self.root.training and self.recipe.rounding.startswith("stochastic")
+
+    def refuse_unmatched(self) -> None:
+        """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
+        function may give."""
+        for pattern, error in self.recipe.unmatched(list(self._subjects())):
+            if self.graphs or not may_name_function(pattern):
+                raise error
+            self.is_proved = False
+
+    def prove(self) -> None:
+        """Warns of patterns of the recipe that the graphs of a first call show to name nothing."""
+        self.is_proved = True
+        for _, error in self.recipe.unmatched(list(self._subjects())):
+            warn(str(error))
+
+    def _subjects(self) -> Iterator[Subject]:
+        yield from chain(*self.places.subjects.values())
+        for path, module in self.root.named_modules():
+            if path:
+                part = layer_part(type(module))
+                yield path, [*([part] if part else []), *(base.__name__ for base in type(module).__mro__)]
+        for each in self.graphs:
+            yield from subjects(each.captured)
+
+    def key(self) -> Tensor | None:
+        """The key of one run: distinct runs, distinct keys."""
+        return nodes.draw_key(True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
+        new = object.__new__(Conversion)
+        memo[id(self)] = new
+        new.recipe, new.identity = self.recipe, self.identity
+        # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
+        root = memo.get(id(self.root))
+        new.root = copy.deepcopy(self.root, memo) if root is None else root
+        new._begin()
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "recipe": self.recipe, "identity": self.identity}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def stray(self) -> Iterator[nn.Module]:
+        """Modules of the model that have no entry yet, since they were put there after the conversion."""
+        return (module for module in self.root.modules() if "_swalp" not in vars(module))
+
+

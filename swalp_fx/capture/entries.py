@@ -1,0 +1,261 @@
+"""Every way into a converted model: the call of each of its modules, and their methods.
+
+The outermost call makes one graph of all that it can; what PyTorch's front end cannot trace runs as Python, and the
+modules that it calls are entries of their own. Entries live in the ``__dict__`` of the modules, which keep their types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..errors import ConvertError, NotRewritten
+from .backend import local
+from .compiler import compile_entry, explain, is_rewriting
+from .conversion import Conversion
+from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
+
+__all__ = ["ENTRY", "adopt", "conversion_of", "float_copy", "in_float", "install", "restore"]
+
+ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+
+
+class Entry:
+    """A module's ways in. It lives in the module's ``__dict__``: copies and pickles of the module make their own."""
+
+    def __init__(self, conversion: Conversion, module: nn.Module) -> None:
+        self.conversion, self.module = conversion, module
+        self.install()
+
+    def install(self) -> None:
+        self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
+        self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
+        self.is_rewriting = is_rewriting(self)
+        own = vars(self.module)
+        call = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
+        own["_compiled_call_impl"] = types.MethodType(call, self.module)
+        for name in methods_of(type(self.module)):
+            if name not in own:
+                own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
+        if "forward" in own and not isinstance(own["forward"], Bound):
+            own["forward"] = Own(own["forward"], self.module)
+
+    def remove(self) -> None:
+        own = vars(self.module)
+        own.pop("_compiled_call_impl", None)
+        own.pop(ENTRY, None)
+        for name, value in list(own.items()):
+            if isinstance(value, Own):
+                own[name] = value.function
+            elif isinstance(value, Bound):
+                del own[name]
+
+    def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before = local.entered
+        outermost = before is None or before is self.module
+        run = self.compiled.get((name, outermost))
+        if run is None:
+            run = self.compiled[name, outermost] = compile_entry(self, name, function)
+        if before is None:
+            local.entered, self.is_entered = self.module, True
+        try:
+            result = run(*args, **kwargs)
+            if not self.conversion.is_proved and before is None:
+                self.conversion.prove()
+            return result
+        except TorchDynamoException as error:
+            self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
+            if isinstance(error, FailOnRecompileLimitHit):
+                raise NotRewritten(_limit(self, error)) from error
+            with contextlib.suppress(NotRewritten):
+                explain(function, self.module, args, kwargs)
+            raise
+        finally:
+            if before is None:
+                local.entered, self.is_entered = None, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"conversion": self.conversion, "module": self.module}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        new = object.__new__(Entry)
+        memo[id(self)] = new
+        new.conversion = copy.deepcopy(self.conversion, memo)
+        new.module = memo[id(self.module)]  # empty as yet; what fills it only adds to its __dict__
+        new.install()
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.install()
+
+
+def _limit(entry: Entry, error: Exception) -> str:
+    path = entry.conversion.places.path(entry.module) or type(entry.module).__name__
+    return (
+        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, or "
+        f"leave it out of the forward ({str(error).splitlines()[0]})"
+    )
+
+
+class Bound(functools.partial):
+    """A method of an instance; unlike a bound one, it is pickled as it is, and not as what the class has by that name."""
+
+    def __reduce__(self) -> Any:
+        return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
+
+
+def _bound(kind: type, name: str, module: nn.Module) -> Bound:
+    return Bound(_method(getattr(kind, name)), module)
+
+
+class Own(Bound):
+    """A forward that was set on the instance, behind an entry."""
+
+    function: Callable[..., Any]
+
+    def __new__(cls, function: Callable[..., Any], module: nn.Module) -> Own:
+        @functools.wraps(function)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        forward.__name__ = "forward"
+        new = super().__new__(cls, _method(forward), module)
+        new.function = function
+        return new
+
+    def __reduce__(self) -> Any:
+        return Own, (self.function, self.args[0])
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
+    if torch.compiler.is_dynamo_compiling() or local.explaining:
+        return call_of_module(self, *args, **kwargs)
+    return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+@functools.cache
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a module's class as an entry. Its signature stays: models look at that of their own methods."""
+
+    @functools.wraps(function)
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            if not self._swalp.is_rewriting():
+                raise NotRewritten(FOREIGN)
+            return function(self, *args, **kwargs)
+        if local.explaining:
+            return function(self, *args, **kwargs)
+        if function.__name__ != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
+            return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
+        return self._swalp.enter(function.__name__, function, args, kwargs)
+
+    return entry
+
+
+FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
+
+
+def methods_of(kind: type) -> list[str]:
+    """forward, and the public functions beside it of the class that defines it and of what derives from that: decode,
+    forward_features. What a framework's base offers (generate, save_pretrained) is left to Python."""
+    bases = kind.__mro__
+    last = max((i for i, base in enumerate(bases) if "forward" in vars(base) and base is not nn.Module), default=-1)
+    # An own forward turns off a short cut of the front end, past the module's call: another's trace would miss it.
+    names = {"forward": None} if last >= 0 else {}
+    for base in bases[: last + 1]:
+        if base.__module__.startswith("torch."):
+            break
+        for name, value in vars(base).items():
+            if isinstance(value, types.FunctionType) and not name.startswith("_") and name not in vars(nn.Module):
+                names[name] = None
+    return list(names)
+
+
+def install(conversion: Conversion) -> None:
+    """Makes entries of all modules of the conversion's model."""
+    for module in conversion.root.modules():
+        if ENTRY not in vars(module):
+            vars(module)[ENTRY] = Entry(conversion, module)
+
+
+def adopt(conversion: Conversion) -> None:
+    """Takes in what was put into the model after its conversion."""
+    conversion.places.refresh()
+    install(conversion)
+
+
+def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    conversion = conversion_of(module)
+    if conversion is None or submodule is None:
+        return
+    for each in submodule.modules():
+        if ENTRY not in vars(each):
+            vars(each)[ENTRY] = Entry(conversion, each)
+
+
+register_module_module_registration_hook(_adopt_registered)
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion that ``module`` belongs to, if it is converted."""
+    entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
+    return entry.conversion if entry is not None else None
+
+
+def _conversion(module: nn.Module, what: str) -> Conversion:
+    conversion = conversion_of(module)
+    if conversion is None:
+        raise ConvertError(f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first")
+    return conversion
+
+
+def float_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of ``module`` that computes in float."""
+    if conversion_of(module) is None:
+        return copy.deepcopy(module)
+    with in_float(module):
+        return copy.deepcopy(module)
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """``module``, computing in float again for good; returned. Its weights stay as they are.
+
+    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
+    """
+    _conversion(module, "restore")
+    for each in module.modules():
+        if (entry := vars(each).get(ENTRY)) is not None:
+            entry.remove()
+    return module
+
+
+@contextlib.contextmanager
+def in_float(module: nn.Module) -> Iterator[nn.Module]:
+    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
+
+    Raises ConvertError for a module that is not converted.
+    """
+    _conversion(module, "in_float")
+    entries = [(each, vars(each)[ENTRY]) for each in module.modules() if ENTRY in vars(each)]
+    kept = [(each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries]
+    for _, entry in entries:
+        entry.remove()
+    try:
+        yield module
+    finally:
+        for each, attributes in kept:
+            vars(each).update(attributes)
+
+
+def _is_entry(name: str, value: Any) -> bool:
+    return name in (ENTRY, "_compiled_call_impl") or isinstance(value, Bound)

@@ -1,0 +1,119 @@
+"""What PyTorch's front end gives, as a graph that the passes read: a copy, each node with its place in the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from ..errors import ConvertError
+from ..passes.captured import HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
+from ..passes.names import NAME
+from ..passes.operations import read_after_writes, written_parameter
+from .dynamo import Frame
+
+if TYPE_CHECKING:
+    from .conversion import Places
+
+__all__ = ["Owner", "copied", "prepare"]
+
+WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; keep it in a buffer"
+
+
+class Owner:
+    """The module whose code a frame is of: entries close over theirs, methods have it as their first argument."""
+
+    def __init__(self, frame: Frame, places: Places) -> None:
+        code = frame.original_code
+        first = ("module", *code.co_varnames[: min(1, code.co_argcount)])
+        self.path = ""
+        self.name: str | None = None  # of the local that holds it
+        self.locals = []
+        for name, module in frame.modules():
+            if (path := places.path(module)) is not None:
+                self.locals.append(name)
+                if name in first:
+                    self.path, self.name = path, name
+
+
+def copied(graph_module: GraphModule) -> GraphModule:
+    """A copy, bodies included: the front end goes on reading its own."""
+    new = GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+    new.meta = dict(graph_module.meta)
+    for name, body in graph_module.named_children():
+        if isinstance(body, GraphModule):
+            setattr(new, name, copied(body))
+    return new
+
+
+def prepare(
+    graph_module: GraphModule, inputs: Sequence[Any], frame: Frame, owner: Owner, places: Places, *, foreign: bool
+) -> Graph:
+    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE and LAYER on its nodes.
+
+    foreign: it is compiled by another torch.compile, with what is around the model.
+    """
+    graph = graph_module.graph
+    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        _prepare_input(node, value, frame, places)
+    updates = frame.buffers_set()
+    for node in graph.nodes:
+        if node.name in updates:
+            node.meta[UPDATE] = True
+    _prepare_nodes(graph_module, owner, places, foreign)
+    parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}
+    for node in graph.nodes:
+        if (name := written_parameter(node, parameters)) is not None:
+            path, _, own = name.rpartition(".")
+            raise ConvertError(WRITTEN.format(path or "the model", own))
+    return graph
+
+
+def _prepare_input(node: Node, value: Any, frame: Frame, places: Places) -> None:
+    node.meta[NAME] = node.name.removeprefix("l_").strip("_")
+    if not isinstance(value, Tensor):
+        node.meta[HOLDS] = "number"
+    elif (name := _parameter(node, value, frame, places)) is not None:
+        node.meta |= {HOLDS: "parameter", PARAMETER: name, NAME: name}
+    elif (buffer := places.buffer(value)) is not None:
+        node.meta |= {HOLDS: "state", NAME: buffer}
+    else:
+        node.meta[HOLDS] = "state" if "_buffers" in node.name else "input"
+
+
+def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str | None:
+    """Its first name. functional_call and the like put other tensors in the place of parameters."""
+    if (name := places.parameter(value)) is not None:
+        return name
+    slot = frame.parameter_slot(node)
+    if slot is None or (path := places.path(slot[0])) is None:
+        return None
+    own = slot[0]._parameters.get(slot[1])
+    return (places.parameter(own) if own is not None else None) or ".".join(filter(None, (path, slot[1])))
+
+
+def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, foreign: bool) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(graph_module, str(node.target), None)
+            node.meta[HOLDS] = "body" if isinstance(value, GraphModule) else "state"
+            if isinstance(value, GraphModule):
+                _prepare_nodes(value, owner, places, foreign)
+        elif node.op.startswith("call"):
+            _prepare_call(node, owner, places, foreign)
+    read_after_writes(graph_module.graph)
+
+
+def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> None:
+    around = [
+        (key, *known) for key in node.meta.get("nn_module_stack") or {} if (known := places.module(key)) is not None
+    ]
+    node.meta[MODULE] = around[-1][1] if around else None if foreign and owner.name is None else owner.path
+    layer = next(((key, path, module) for key, path, module in around if is_layer(module)), None)
+    if layer is not None:
+        key, path, module = layer
+        node.meta[LAYER] = Layer(key, path, type(module))
+

@@ -1,0 +1,59 @@
+"""What the capture says of each node, as ``node.meta``: all that the passes know of the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.fx import Node
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..recipe import Subject
+from .tables import layer_part
+
+__all__ = ["HOLDS", "LAYER", "MODULE", "PARAMETER", "UPDATE", "Layer", "Scope", "is_layer"]
+
+HOLDS = "swalp_fx.holds"  # of what a graph is given or holds: "input", "number", "parameter", "state" or "body"
+PARAMETER = "swalp_fx.parameter"  # of a placeholder for a parameter: its first name in the model
+MODULE = "swalp_fx.module"  # the qualified name of the module whose code makes it; None: it is outside of the model
+UPDATE = "swalp_fx.update"  # true of what a buffer is set to
+LAYER = "swalp_fx.layer"  # a Layer, of what is computed inside one
+
+
+class Layer(NamedTuple):
+    """One call of a layer of PyTorch's own, which is one operation however many nodes it takes."""
+
+    call: str  # tells calls from one another
+    path: str  # its qualified name
+    kind: type
+
+
+@dataclass
+class Scope:
+    """Where a graph stands."""
+
+    # First name -> what the recipe's patterns see, of every parameter of the model.
+    parameters: Mapping[str, tuple[Subject, ...]]
+    place: str = ""  # what tells it from other graphs of one module: where code goes on behind a graph break
+    returns: bool = True  # whether what it gives is what the model gives its caller
+    uses: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, operation) -> how many came before
+    bodies: Mapping[str, Any] = field(default_factory=dict)  # attribute -> the GraphModule that a node runs
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is one operation: a layer of PyTorch's own, or what derives a weight."""
+    kind = type(module)
+    if isinstance(module, ParametrizationList):
+        return True
+    is_own = kind.__module__.startswith(("torch.nn.modules", "torch.ao.", "torchvision.ops"))
+    if not is_own or layer_part(kind) is None:
+        return False
+    return isinstance(module, nn.MultiheadAttention) or not any(True for _ in module.children())
+
+
+def around(node: Node) -> str:
+    """The qualified name of the module whose code ``node`` is of; "" for the root's."""
+    return node.meta.get(MODULE) or ""
