@@ -63,7 +63,7 @@ def backend(
     entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason)
-    conversion.graphs.append(made)
+    conversion.graphs.add(made)
     if inner is None:
         return _runner(conversion, made, module.forward, keyed)
     given = [torch.zeros((), dtype=torch.int64), *inputs] if keyed else inputs

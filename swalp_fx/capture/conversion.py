@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import CodeType
@@ -78,13 +78,41 @@ class Rewritten:
         return self.graph_module.code
 
 
-class Graphs(list[Rewritten]):
-    """The rewritten graphs of a model, in the order in which they were made."""
+class Graphs(Sequence[Rewritten]):
+    """The rewritten graphs of a model, in the order in which they were made: ``model.graphs``."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._conversion = conversion
+        self._made: list[Rewritten] = []
+
+    def add(self, made: Rewritten) -> None:
+        self._made.append(made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def print_readable(self) -> None:
+        """Print each graph as Python."""
+        print(self)
 
     def __str__(self) -> str:
-        if not self:
+        if not self._made:
             return "no graph yet: call the module once, or give example_inputs to convert"
-        return "\n".join(f"# {each.entry}, {'train' if each.training else 'eval'} mode{each.code}" for each in self)
+        modes = {True: "train", False: "eval"}
+        return "\n".join(f"# {each.entry}, {modes[each.training]} mode{each.code}" for each in self._made)
+
+    __repr__ = __str__
+
+    # A copy of a model makes graphs of its own.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return copy.deepcopy(self._conversion, memo).graphs
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._conversion, "graphs")
 
 
 class Conversion:
@@ -95,7 +123,7 @@ class Conversion:
         self._begin()
 
     def _begin(self) -> None:
-        self.graphs = Graphs()
+        self.graphs = Graphs(self)
         self.python: dict[CodeType, str] = {}  # frames of the model's code that run as they are -> where they stand
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None

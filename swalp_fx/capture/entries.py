@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..errors import ConvertError, NotRewritten
 from .backend import local
 from .compiler import compile_entry, explain, is_rewriting
-from .conversion import Conversion
+from .conversion import Conversion, Graphs
 from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
 
 __all__ = ["ENTRY", "adopt", "conversion_of", "float_copy", "in_float", "install", "restore"]
@@ -47,13 +47,24 @@ class Entry:
                 own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
         if "forward" in own and not isinstance(own["forward"], Bound):
             own["forward"] = Own(own["forward"], self.module)
+        if self.module is self.conversion.root:
+            for name, value in self.shown().items():
+                if not hasattr(self.module, name):
+                    own[name] = value
+
+    def shown(self) -> dict[str, Any]:
+        """What the model has besides its own attributes: ``model.graphs``, ``model.print_readable()``."""
+        graphs = self.conversion.graphs
+        return {"graphs": graphs, "print_readable": graphs.print_readable}
 
     def remove(self) -> None:
         own = vars(self.module)
         own.pop("_compiled_call_impl", None)
         own.pop(ENTRY, None)
         for name, value in list(own.items()):
-            if isinstance(value, Own):
+            if is_shown(name, value):
+                del own[name]
+            elif isinstance(value, Own):
                 own[name] = value.function
             elif isinstance(value, Bound):
                 del own[name]
@@ -104,6 +115,11 @@ def _limit(entry: Entry, error: Exception) -> str:
         f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, or "
         f"leave it out of the forward ({str(error).splitlines()[0]})"
     )
+
+
+def is_shown(name: str, value: Any) -> bool:
+    """Whether an attribute is one of ``Entry.shown``."""
+    return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
 
 
 class Bound(functools.partial):
@@ -258,4 +274,4 @@ def in_float(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_entry(name: str, value: Any) -> bool:
-    return name in (ENTRY, "_compiled_call_impl") or isinstance(value, Bound)
+    return name in (ENTRY, "_compiled_call_impl") or isinstance(value, Bound) or is_shown(name, value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,14 @@ class Owner:
             if (path := places.path(module)) is not None:
                 self.locals.append(name)
                 if name in first:
-                    self.path, self.name = path, name
+                    self.path, self.name, self._module = path, name, module
+
+    def inputs(self) -> Sequence[str]:
+        """The names of the positional inputs of the module's forward, where the frame is its entry's."""
+        if self.name != "module":
+            return ()
+        parameters = inspect.signature(self._module.forward).parameters.values()
+        return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
 
 
 def copied(graph_module: GraphModule) -> GraphModule:
@@ -57,8 +66,9 @@ def prepare(
     foreign: it is compiled by another torch.compile, with what is around the model.
     """
     graph = graph_module.graph
+    given = owner.inputs()
     for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-        _prepare_input(node, value, frame, places)
+        _prepare_input(node, value, frame, places, given)
     updates = frame.buffers_set()
     for node in graph.nodes:
         if node.name in updates:
@@ -72,8 +82,11 @@ def prepare(
     return graph
 
 
-def _prepare_input(node: Node, value: Any, frame: Frame, places: Places) -> None:
-    node.meta[NAME] = node.name.removeprefix("l_").strip("_")
+def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: Sequence[str]) -> None:
+    # l_x_, of a method's frame; l_args_0_, l_kwargs_mask_, of an entry's.
+    name = node.name.removeprefix("l_").strip("_").removeprefix("kwargs_")
+    match = re.fullmatch(r"args_(\d+)(.*)", name)
+    node.meta[NAME] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
     if not isinstance(value, Tensor):
         node.meta[HOLDS] = "number"
     elif (name := _parameter(node, value, frame, places)) is not None:
