@@ -11,10 +11,10 @@ from ..formats import FLOAT
 from ..recipe import Recipe
 from .assign import assign
 from .captured import HOLDS, Scope
-from .classify import classify
+from .classify import OUT, classify
 from .elide import elide
 from .insert import insert
-from .names import NAME, PART, originals, parameter_subjects
+from .names import PART, originals, parameter_subjects
 from .reuse import reuse
 from .verify import verify
 
@@ -35,18 +35,18 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     new = insert(graph, keyed=keyed)
     if recipe.in_place:
         reuse(elide(new))
-    return verify(new, graph, recipe, scope, identity=identity)
+    return verify(new, graph, recipe, scope, keyed=keyed, identity=identity)
 
 
 def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> None:
     """The graph that ``call`` runs: it is given the key and what the call is given, and what it gives is read again."""
     target, *operands = call.args
+    leaves = all(user.meta[PART] in OUT for user in call.users)
     body: GraphModule = scope.bodies[str(target.target)]  # type: ignore[union-attr]
     for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
         part = operand.meta[PART] if isinstance(operand, Node) else "number"
-        placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "input"
-        placeholder.meta[NAME] = placeholder.name
-    inner = replace(scope, returns=False, bodies=dict(body.named_children()))
+        placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
+    inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 
 
