@@ -72,7 +72,7 @@ class _Insertion:
 
     def _visit(self, node: Node) -> None:
         new = self.new.node_copy(node, lambda source: self._source(node, source))
-        if node.meta[PART] in LAYER_PARTS:
+        if node.meta[PART] in ("parameter", *LAYER_PARTS):
             _rename(new, place(node))
         if node.meta[PART] == "nested":
             body, *operands = new.args
