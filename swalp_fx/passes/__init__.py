@@ -10,11 +10,11 @@ from torch.fx import Graph, GraphModule, Node
 from ..formats import FLOAT
 from ..recipe import Recipe
 from .assign import assign
-from .captured import HOLDS, Scope
+from .captured import ARGUMENT, HOLDS, Scope
 from .classify import OUT, classify
 from .elide import elide
 from .insert import insert
-from .names import PART, originals, parameter_subjects
+from .names import NAME, PART, originals, parameter_subjects
 from .reuse import reuse
 from .verify import verify
 
@@ -46,6 +46,7 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
     for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
         part = operand.meta[PART] if isinstance(operand, Node) else "number"
         placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
+        placeholder.meta[ARGUMENT] = operand.meta.get(NAME, operand.name) if isinstance(operand, Node) else placeholder.name
     inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 

@@ -464,10 +464,11 @@ def _kind(node: Node, kinds: dict[Node, str]) -> str:
 
 
 def _kind_in_layer(node: Node, layer: Any) -> str:
-    """What a layer gives is of the layer's kind, all else in it is inside."""
+    """What a layer gives is of the layer's kind, all else in it is inside, what its hooks keep of that too."""
     value = node.meta.get("example_value")
-    is_read_inside = all(user.meta.get(LAYER) == layer for user in node.users)
-    if is_read_inside or not (value is None or isinstance(value, torch.Tensor)):
+    inner = {user for user in node.users if user.meta.get(LAYER) == layer}
+    outer = {user for user in node.users if user.op != "output" or not inner} - inner
+    if not outer or not (value is None or isinstance(value, torch.Tensor)):
         is_number = any(MEASURES.fullmatch(name) for name in (_called(node), _called(node).rstrip("_")))
         return ("moves" if _is_filled(node) else "number") if is_number else "inside"
     if issubclass(layer.kind, ParametrizationList):
