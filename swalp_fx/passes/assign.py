@@ -151,8 +151,8 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
             wanted = recipe.quantize_input and any(user.meta[PART] != "number" for user in node.users)
         else:
             wanted = node in ends or part in parts or recipe.includes(name)
-            wanted = wanted and (_is_read(node) or (returned and bool(node.users)))
-        if wanted and not recipe.excludes(name):
+        is_read = _is_read(node) or (returned and bool(node.users))
+        if wanted and is_read and not recipe.excludes(name):
             placed.add(node)
     return placed
 
