@@ -69,7 +69,7 @@ def compiled(
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """``function``, whose frames are traced and given to ``backend``; ``around`` wraps the tracing of a frame."""
-    context = optimize(backend)
+    context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
 
@@ -147,10 +147,11 @@ class Frame:
 
     def parameter_slot(self, placeholder: Node) -> tuple[nn.Module, str] | None:
         """(module, name): the parameter in whose place an input stands, as functional_call puts others there."""
-        source = getattr(placeholder.meta.get("grapharg"), "source", None)
+        source: Any = getattr(placeholder.meta.get("grapharg"), "source", None)
         if not isinstance(source, DictGetItemSource) or getattr(source.base, "member", "") != "_parameters":
             return None
-        owner = self._value(source.base.base)
+        base: Any = source.base
+        owner = self._value(base.base)
         return (owner, source.index) if isinstance(owner, nn.Module) else None
 
     def buffers_set(self) -> set[str]:

@@ -112,8 +112,8 @@ class Entry:
 def _limit(entry: Entry, error: Exception) -> str:
     path = entry.conversion.places.path(entry.module) or type(entry.module).__name__
     return (
-        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, or "
-        f"leave it out of the forward ({str(error).splitlines()[0]})"
+        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, "
+        f"or leave it out of the forward ({str(error).splitlines()[0]})"
     )
 
 
@@ -123,7 +123,7 @@ def is_shown(name: str, value: Any) -> bool:
 
 
 class Bound(functools.partial):
-    """A method of an instance; unlike a bound one, it is pickled as it is, and not as what the class has by that name."""
+    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
     def __reduce__(self) -> Any:
         return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
@@ -152,7 +152,7 @@ class Own(Bound):
         return Own, (self.function, self.args[0])
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
