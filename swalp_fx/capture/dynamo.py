@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config, optimize
-from torch._dynamo.eval_frame import _stance
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -90,8 +89,9 @@ def switched_off() -> str | None:
     """Why frames are not traced now, if a setting of the process says so."""
     if config.disable:
         return "compilation is switched off (TORCH_COMPILE_DISABLE, torch._dynamo.config.disable); switch it on"
-    if _stance.stance != "default":
-        return f"torch.compiler.set_stance({_stance.stance!r}) runs the original code; use the default stance"
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance != "default":
+        return f"torch.compiler.set_stance({stance!r}) runs the original code; use the default stance"
     return None
 
 
