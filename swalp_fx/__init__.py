@@ -23,7 +23,7 @@ from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
 from .recipe import Recipe, RecipeError, Rule
-#REPORT
+from .report import report
 
 __all__ = [
     "FLOAT",

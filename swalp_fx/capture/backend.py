@@ -62,7 +62,7 @@ def backend(
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
     entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"
     module = GraphModule(new, rewritten, "Rewritten")
-    made = Rewritten(entry, graph, module, conversion.root.training, reason)
+    made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
     if inner is None:
         return _runner(conversion, made, module.forward, keyed)
