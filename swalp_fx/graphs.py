@@ -50,7 +50,7 @@ def inlined(module: GraphModule) -> GraphModule:
         linear_q = quantize_output(linear, key, ...)
     """
     graph = Graph()
-    graph.output(_inline(module, graph, "", None))
+    graph.output(_inline(module, graph, "", None)).meta = dict(module.graph.output_node().meta)
     return GraphModule(module, graph)
 
 

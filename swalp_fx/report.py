@@ -168,8 +168,9 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
     for made in conversion.graphs:
         if made.broke is not None:
             yield f"  {made.entry} goes on in Python: {made.broke.splitlines()[0]}"
-    for where in conversion.python.values():
-        yield f"  {where} runs as Python"
+    methods = {each.__code__ for each in _methods(conversion.root)}
+    for code in (code for code in run_as_python() if code in methods):
+        yield f"  {code.co_filename}:{code.co_firstlineno} {code.co_name} runs as Python"
     if audit is not None:
         for line, counts in audit.outside.items():
             yield f"  {line}: " + ", ".join(f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())

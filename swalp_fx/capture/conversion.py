@@ -7,9 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from types import CodeType
 from typing import Any
-
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -20,9 +18,17 @@ from ..passes.names import parameter_subjects
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, Subject
 from ..warn import warn
-from .backend import backend
 
-__all__ = ["Conversion", "Graphs", "Places", "Rewritten"]
+__all__ = ["ENTRY", "Conversion", "Graphs", "Places", "Rewritten", "conversion_of"]
+
+
+ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion that ``module`` belongs to, if it is converted."""
+    entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
+    return entry.conversion if entry is not None else None
 
 
 class Places:
@@ -126,9 +132,10 @@ class Conversion:
 
     def _begin(self) -> None:
         self.graphs = Graphs(self)
-        self.python: dict[CodeType, str] = {}  # frames of the model's code that run as they are -> where they stand
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None
+        from .backend import backend  # and with it the front end, a second's import
+
         # One object for all entries: the graphs of inner frames are looked up by it.
         self.backend: Callable[..., Any] = functools.partial(backend, self)
         self.backend.__name__ = "swalp_fx"  # type: ignore[attr-defined]
@@ -141,8 +148,8 @@ class Conversion:
 
     @property
     def is_keyed(self) -> bool:
-        """Whether a graph that is made now is given a random key."""
-        return self.root.training and self.recipe.rounding.startswith("stochastic")
+        """Whether graphs are given a random key."""
+        return self.recipe.rounding.startswith("stochastic")
 
     def refuse_unmatched(self) -> None:
         """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
@@ -168,8 +175,8 @@ class Conversion:
             yield from subjects(each.captured)
 
     def key(self) -> Tensor | None:
-        """The key of one run: distinct runs, distinct keys."""
-        return nodes.draw_key(True)
+        """The key of one run: distinct runs, distinct keys. None in eval mode, where stochastic rounds to nearest."""
+        return nodes.draw_key(self.root.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         new = object.__new__(Conversion)
@@ -190,6 +197,4 @@ class Conversion:
 
     def stray(self) -> Iterator[nn.Module]:
         """Modules of the model that have no entry yet, since they were put there after the conversion."""
-        return (module for module in self.root.modules() if "_swalp" not in vars(module))
-
-
+        return (module for module in self.root.modules() if ENTRY not in vars(module))

@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import ConvertError, NotRewritten
-from .backend import local
-from .compiler import compile_entry, explain, is_rewriting
-from .conversion import Conversion, Graphs
+from ..errors import NotRewritten
+from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
+from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
+from .running import local
 
-__all__ = ["ENTRY", "adopt", "conversion_of", "float_copy", "in_float", "install", "restore"]
-
-ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+__all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
 
 
 class Entry:
@@ -79,9 +77,11 @@ class Entry:
             local.entered, self.is_entered = self.module, True
         try:
             result = run(*args, **kwargs)
-            if not self.conversion.is_proved and before is None:
+            if before is not None:
+                return result
+            if not self.conversion.is_proved:
                 self.conversion.prove()
-            return result
+            return local.bare.in_place_of_rounded(result)
         except TorchDynamoException as error:
             self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
             if isinstance(error, FailOnRecompileLimitHit):
@@ -166,8 +166,11 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            if not self._swalp.is_rewriting():
+            by = self._swalp.is_rewriting()
+            if not by:
                 raise NotRewritten(FOREIGN)
+            if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
+                return function(self, *args, **kwargs)
             return function(self, *args, **kwargs)
         if local.explaining:
             return function(self, *args, **kwargs)
@@ -176,9 +179,6 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
         return self._swalp.enter(function.__name__, function, args, kwargs)
 
     return entry
-
-
-FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
 
 
 def methods_of(kind: type) -> list[str]:
@@ -222,19 +222,6 @@ def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None)
 register_module_module_registration_hook(_adopt_registered)
 
 
-def conversion_of(module: nn.Module) -> Conversion | None:
-    """The conversion that ``module`` belongs to, if it is converted."""
-    entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
-    return entry.conversion if entry is not None else None
-
-
-def _conversion(module: nn.Module, what: str) -> Conversion:
-    conversion = conversion_of(module)
-    if conversion is None:
-        raise ConvertError(f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first")
-    return conversion
-
-
 def float_copy(module: nn.Module) -> nn.Module:
     """A deep copy of ``module`` that computes in float."""
     if conversion_of(module) is None:
@@ -244,11 +231,7 @@ def float_copy(module: nn.Module) -> nn.Module:
 
 
 def restore(module: nn.Module) -> nn.Module:
-    """``module``, computing in float again for good; returned. Its weights stay as they are.
-
-    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
-    """
-    _conversion(module, "restore")
+    """Takes all entries of ``module`` out; returns it."""
     for each in module.modules():
         if (entry := vars(each).get(ENTRY)) is not None:
             entry.remove()
@@ -257,13 +240,11 @@ def restore(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def in_float(module: nn.Module) -> Iterator[nn.Module]:
-    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
-
-    Raises ConvertError for a module that is not converted.
-    """
-    _conversion(module, "in_float")
+    """While it holds, the entries of ``module`` are out."""
     entries = [(each, vars(each)[ENTRY]) for each in module.modules() if ENTRY in vars(each)]
-    kept = [(each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries]
+    kept = [
+        (each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries
+    ]
     for _, entry in entries:
         entry.remove()
     try:
