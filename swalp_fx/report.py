@@ -85,10 +85,7 @@ def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> It
     yield f"outputs     {_outputs(found) if conversion.graphs else UNSEEN}"
     yield f"rounding    {conversion.recipe.rounding}"
     if audit is not None:
-        inside, outside = sum(audit.inside.values()), sum(sum(each.values()) for each in audit.outside.values())
-        if inside + outside:
-            share = inside / (inside + outside)
-            yield f"inside      {share:.1%} of {inside + outside:,} multiply-adds ran in rewritten graphs"
+        yield f"inside      {_inside(found, audit)}"
 
 
 def _outputs(found: list[Row]) -> str:
@@ -100,6 +97,17 @@ def _outputs(found: list[Row]) -> str:
         text += f", {errors} of their error signals"
     if whole := Counter({row.whole: row.operation for row in outputs if row.whole}.values()):
         text += f"; inside {_counted(whole)}, called whole, none (not counted)"
+    return text
+
+
+def _inside(found: list[Row], audit: Audit) -> str:
+    """The share of the multiply-adds that ran in graphs; and what has some that PyTorch does not count."""
+    inside, outside = sum(audit.inside.values()), sum(sum(each.values()) for each in audit.outside.values())
+    share = f"{inside / (inside + outside):.1%} of " if inside + outside else ""
+    text = f"{share}{inside + outside:,} multiply-adds ran in rewritten graphs"
+    counted = {row.whole for row in found if audit.inside[row.name]}
+    if unknown := dict.fromkeys(row.whole for row in found if row.whole and row.weights and row.whole not in counted):
+        text += f" (those of {', '.join(unknown)} not counted)"
     return text
 
 
@@ -168,9 +176,17 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
     for made in conversion.graphs:
         if made.broke is not None:
             yield f"  {made.entry} goes on in Python: {made.broke.splitlines()[0]}"
-    methods = {each.__code__ for each in _methods(conversion.root)}
-    for code in (code for code in run_as_python() if code in methods):
-        yield f"  {code.co_filename}:{code.co_firstlineno} {code.co_name} runs as Python"
+    yield from (f"  {where} runs as Python" for where in _run_as_python(conversion))
     if audit is not None:
         for line, counts in audit.outside.items():
             yield f"  {line}: " + ", ".join(f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())
+
+
+def _run_as_python(conversion: Conversion) -> Iterator[str]:
+    """Where the methods stand that PyTorch's front end leaves to Python."""
+    from .capture.compiler import PYTHON  # and with it the front end, a second's import
+
+    kinds = dict.fromkeys(base for module in conversion.root.modules() for base in type(module).__mro__)
+    for function in (value for kind in kinds for value in vars(kind).values()):
+        if (where := PYTHON.get(getattr(function, "__code__", None))) is not None:  # type: ignore[arg-type]
+            yield where

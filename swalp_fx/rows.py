@@ -107,12 +107,8 @@ def _merged(first: Row, again: Row, made: Rewritten) -> Row:
         first, again = again, first
     exceptions = dict(first.exceptions)
     if again.unrounded and not first.unrounded:
-        exceptions[_title(made)] = again.unrounded
+        exceptions[made.entry] = again.unrounded
     return replace(first, weights=weights, exceptions=exceptions)
-
-
-def _title(made: Rewritten) -> str:
-    return f"{made.entry} ({'train' if made.training else 'eval'} mode)"
 
 
 def _rows_of(made: Rewritten, recipe: Recipe, parameters: _Parameters) -> Iterator[Row]:
