@@ -1,4 +1,4 @@
-"""One forward of a converted model, watched: the shapes of its places, and what ran inside and outside of its graphs."""
+"""One forward of a converted model, watched: output shapes, and what ran inside and outside of its graphs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .passes.tables import part_of
 
 __all__ = ["Audit", "audited"]
 
-HERE, TORCH = (str(Path(module.__file__).parent) for module in (sys.modules[__package__], torch))
+HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 # Operations of aten that make no new numbers, besides those that the table of parts names.
-MOVES = "alias as_strided lift lift_fresh slice to_copy unsafe_view set rand rand_like scalar_tensor resize".split()
+MOVES = ("alias", "as_strided", "lift", "lift_fresh", "resize", "scalar_tensor", "set", "slice", "to_copy", "unsafe_view")
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
@@ -81,7 +81,8 @@ class _Watched(Interpreter):
         super().__init__(inlined(made.graph_module))
         self.audit = audit
         # A layer's name is that of what it gives; its other nodes run before that.
-        names = {node.meta[LAYER]: node.meta[NAME] for node in self.graph.nodes if LAYER in node.meta and NAME in node.meta}
+        named = [node for node in self.graph.nodes if NAME in node.meta]
+        names = {node.meta[LAYER]: node.meta[NAME] for node in named if LAYER in node.meta}
         self.places = {
             node: node.meta.get(NAME) or names.get(node.meta.get(LAYER), node.name) for node in self.graph.nodes
         }

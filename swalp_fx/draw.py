@@ -39,8 +39,8 @@ def draw(module: nn.Module, path: str | os.PathLike[str]) -> None:
     Every layer, and beside it what rounds: its parameters (W), its output (A) and its error signal (E), by colour,
     each with its format. What travels on a full line is rounded, on a dashed line it is in float. Modules are frames.
     Sizes and the random key are left out. Where the code goes on behind a graph break, or calls modules from Python,
-    there is a graph for each piece. Graphs that look alike are drawn once. If both modes have graphs of their own, those
-    of the present mode are drawn.
+    there is a graph for each piece. Graphs that look alike are drawn once. Where both modes have graphs of their own,
+    those of the present mode are drawn.
 
     A model of more than 16 layers is drawn in panels. Blocks that are alike but for sizes are drawn once, in a panel
     with a number. Where they are called they are boxes with that number: ``layer3.1 … 35`` is one box. A panel shows
@@ -114,10 +114,12 @@ class _Marks:
         together = self._together(node)
         read = [source for each in self._sources_of(node) for source in each.all_input_nodes if source not in together]
         sources = list(dict.fromkeys(self._drawn[source] for source in read if source in self._drawn))
+        if LAYER in node.meta:
+            sources.sort(key=lambda source: not source.parameter)  # whatever the order in which its function takes them
         label = self._label(node, together)
         if label is None or (moves and not (sources and node.users)):
             return None
-        rounds = is_quantizer(node) and node.args[3] != str(FLOAT)
+        rounds = is_quantizer(node) and str(node.args[3]) != str(FLOAT)
         return Mark(
             f"{self._prefix}{node.name}",
             label,
@@ -137,9 +139,13 @@ class _Marks:
         if node.meta.get(PART) in LAYER_PARTS and LAYER in node.meta:
             return [each for each in self._inside[node.meta[LAYER]] if each.meta[PART] in LAYER_PARTS]
         readers = self._readers(node)
-        if not parameter_of(node) or not self._is_drawn_parameter(node) or not isinstance(next(iter(readers), None), Layer):
+        if (
+            not parameter_of(node)
+            or not self._is_drawn_parameter(node)
+            or not isinstance(next(iter(readers), None), Layer)
+        ):
             return [node]
-        beside = (source for each in self._inside[readers[0]] for source in each.all_input_nodes)  # type: ignore[index]
+        beside = (source for each in self._inside[readers[0]] for source in each.all_input_nodes)
         return [each for each in dict.fromkeys(beside) if parameter_of(each) and self._readers(each) == readers]
 
     def _sources_of(self, node: Node) -> list[Node]:
@@ -152,8 +158,8 @@ class _Marks:
 
     def _is_drawn_parameter(self, node: Node) -> bool:
         """Whether ``node`` is what a parameter, or a derived weight, is read as."""
-        rounded = [user for user in node.users if user.target is nodes.quantize_weight]
-        return bool(node.users) and not rounded and not all(map(is_derived, node.users))
+        is_rounded = any(user.target is nodes.quantize_weight for user in node.users)
+        return bool(parameter_of(node) and node.users) and not is_rounded and not all(map(is_derived, node.users))
 
     def _label(self, node: Node, together: list[Node]) -> Callable[[str], str] | None:
         """What stands in the nodes' place, given a name; None for what is not drawn."""
@@ -180,7 +186,7 @@ class _Marks:
         return "W", f"{seen_from(path, parameter_of(node))} {spec}", spec
 
     def _around(self, node: Node) -> tuple[tuple[str, str, str], ...]:
-        """(key, qualified name, type) of the calls around ``node``, the outermost first. Keys tell calls of one module."""
+        """(key, qualified name, type) of the calls around ``node``, outermost first. Keys tell calls of one module."""
         shown = node
         if node.target is nodes.quantize_output:
             shown = node.args[0]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What report, measure and draw read of a converted model: its conversion, and each graph with no other graph inside."""
+"""What report, measure and draw read of a converted model: its conversion, and graphs with no graph inside."""
 
 from __future__ import annotations
 

@@ -196,9 +196,10 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise TypeError(f"measure takes batches, and a {type(batches).__name__} gives samples; put it in a DataLoader")
     watch = _Watch()
-    number = 0
+    is_empty = True
     with untouched(conversion.root), watch.held(), torch.enable_grad() if loss else contextlib.nullcontext():
-        for number, batch in enumerate(batches, 1):
+        for batch in batches:
+            is_empty = False
             is_pair = isinstance(batch, tuple | list) and len(batch) == 2
             if loss is not None and not is_pair:
                 raise TypeError(f"a loss needs batches of (inputs, targets), not a {type(batch).__name__}")
@@ -207,7 +208,7 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
                 watch.is_backward = True
                 loss(outputs, batch[1]).backward()
                 watch.is_backward = False
-    if number == 0:
+    if is_empty:
         raise ValueError("measure got no batch; pass a list or a DataLoader, not an iterator that has been read")
     return Measures({key: each for key, each in watch.measures.items() if each.values})
 

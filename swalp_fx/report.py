@@ -179,7 +179,8 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
     yield from (f"  {where} runs as Python" for where in _run_as_python(conversion))
     if audit is not None:
         for line, counts in audit.outside.items():
-            yield f"  {line}: " + ", ".join(f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())
+            done = (f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())
+            yield f"  {line}: {', '.join(done)}"
 
 
 def _run_as_python(conversion: Conversion) -> Iterator[str]:

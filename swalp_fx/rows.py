@@ -73,9 +73,7 @@ class _Parameters:
 
     def specs(self) -> dict[str, str]:
         """Name -> the format of W."""
-        return {
-            name: str(recipe.weight if name in self._floating else FLOAT) for name, recipe in self._recipes.items()
-        }
+        return {name: str(recipe.weight if name in self._floating else FLOAT) for name, recipe in self._recipes.items()}
 
     def row(self, name: str, weights: dict[str, str], operation: str = PARAMETER_ROW, spec: str | None = None) -> Row:
         """A row of parameters; spec: of W, where that is not theirs."""
