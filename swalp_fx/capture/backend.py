@@ -65,7 +65,7 @@ def backend(
 
 def _without_key(module: GraphModule) -> None:
     key = next(iter(module.graph.nodes))
-    key.replace_all_uses_with(None)  # type: ignore[arg-type]
+    key.replace_all_uses_with(None)
     module.graph.erase_node(key)
     module.recompile()
 

@@ -106,8 +106,8 @@ def _why() -> str:
     if torch.jit.is_tracing():
         return "torch.jit.trace runs the original code; use torch.compile"
     return (
-        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a dispatch "
-        "mode; call the model outside of it"
+        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a "
+        "dispatch mode; call the model outside of it"
     )
 
 

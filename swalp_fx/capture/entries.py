@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,6 +75,7 @@ class Entry:
         if run is None:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
+            self._refuse_traced()
             local.entered, self.is_entered = self.module, True
         try:
             result = run(*args, **kwargs)
@@ -82,7 +84,7 @@ class Entry:
             if not self.conversion.is_proved:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
             if isinstance(error, FailOnRecompileLimitHit):
                 raise NotRewritten(_limit(self, error)) from error
@@ -92,6 +94,15 @@ class Entry:
         finally:
             if before is None:
                 local.entered, self.is_entered = None, False
+
+    def _refuse_traced(self) -> None:
+        """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+        caller = sys._getframe(4)  # behind _refuse_traced, enter, _call and what calls that for the module
+        if caller.f_code.co_filename.startswith("<eval_with_key>") and self.module is not self.conversion.root:
+            raise NotRewritten(
+                f"torch.fx.symbolic_trace of a converted {type(self.conversion.root).__name__} leaves what is between its "
+                "layers in float; look at its own graphs, model.graphs, or trace a float copy"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"conversion": self.conversion, "module": self.module}
@@ -112,8 +123,8 @@ class Entry:
 def _limit(entry: Entry, error: Exception) -> str:
     path = entry.conversion.places.path(entry.module) or type(entry.module).__name__
     return (
-        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, or "
-        f"leave it out of the forward ({str(error).splitlines()[0]})"
+        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, "
+        f"or leave it out of the forward ({str(error).splitlines()[0]})"
     )
 
 
@@ -123,7 +134,7 @@ def is_shown(name: str, value: Any) -> bool:
 
 
 class Bound(functools.partial):
-    """A method of an instance; unlike a bound one, it is pickled as it is, and not as what the class has by that name."""
+    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
     def __reduce__(self) -> Any:
         return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
@@ -152,7 +163,7 @@ class Own(Bound):
         return Own, (self.function, self.args[0])
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
