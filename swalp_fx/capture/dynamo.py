@@ -181,6 +181,9 @@ class Frame:
 
 
 def break_reason(graph_module: GraphModule) -> str | None:
-    """Why the frame goes on behind this graph, if it does not return there."""
+    """Why the frame goes on behind this graph, with its line, if it does not return there."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return str(reason.reason) if reason is not None and reason.graph_break else None
+    if reason is None or not reason.graph_break:
+        return None
+    text = "a branch on a tensor's value" if reason.reason.startswith("generic_jump") else str(reason.reason)
+    return f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}: {text}" if reason.user_stack else text
