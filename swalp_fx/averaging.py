@@ -58,8 +58,11 @@ class Average:
 
         key: of stochastic rounding; each mean has its place among ``parameters`` for a stream. Without a key, one is
             drawn from torch's default generator.
+        Raises ValueError, before anything is changed, for a parameter that the average so far does not have.
         """
         n = self.n_averaged + 1
+        if n > 1:
+            self._refuse_other(parameters)
         means, streams = [], []
         for stream, (name, parameter) in enumerate(parameters.items()):
             if (dtype := mean_dtype(parameter)) is None:
@@ -75,6 +78,16 @@ class Average:
         if self.format != FLOAT:
             quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
         self.n_averaged = n
+
+    def _refuse_other(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            mean = self.means.get(name)
+            if mean_dtype(parameter) is not None and (mean is None or mean.shape != parameter.shape):
+                averaged = "is not in" if mean is None else f"is of shape {tuple(mean.shape)} in"
+                raise ValueError(
+                    f"parameter {name!r}, of shape {tuple(parameter.shape)}, {averaged} the average of "
+                    f"{self.n_averaged}; begin a new average: convert again, or use an Average of its own"
+                )
 
     @torch.no_grad()
     def mean(self, format: str | Format = FLOAT) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -63,7 +64,7 @@ def convert(
     parsed = Recipe.parse(recipe)
     _refuse_converted(model)
     refuse_unfit(model, parsed)
-    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed), float_copy)
+    swalp = SWALP(model, parsed, functools.partial(recipes_of_parameters, model, parsed), float_copy)
     if optimizer is not None:
         swalp.refuse(optimizer)
     conversion = Conversion(model, parsed)

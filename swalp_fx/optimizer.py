@@ -68,7 +68,8 @@ class SWALP:
     model: the float model; its parameters are the ones that attach() accepts and that are averaged.
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
-    local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``.
+    local: gives parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``. Asked
+        again when the model has other parameters.
     float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
@@ -84,27 +85,49 @@ class SWALP:
         self,
         model: nn.Module,
         recipe: str | Recipe,
-        local: Mapping[str, Recipe] | None = None,
+        local: Callable[[], Mapping[str, Recipe]] = dict,
         float_copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
     ) -> None:
         self.model = model
         self._float_copy = float_copy
         self.recipe = recipe = Recipe.parse(recipe)
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._names = list(self._parameters)
-        recipes = [(local or {}).get(name, recipe) for name in self._names]
-        # One object for all that are equal, as in_one_pass needs.
-        self._recipes = [recipes[recipes.index(each)] for each in recipes]
-        self._streams = [_streams(index) for index in range(len(self._names))]
-        self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
-        self._average = Average(recipe.average, recipe.average_rounding)
+        self._local = local
         self._accumulators: dict[str, Tensor] = {}
+        self._read_model()
+        self._average = Average(recipe.average, recipe.average_rounding)
         self._seed = torch.initial_seed()
         self._steps = 0
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
         self._may_average_float = False  # what update_average() warned of
+
+    def _read_model(self) -> None:
+        """Take over the model's parameters of this moment. An accumulator of another parameter than before starts again
+        from that."""
+        before = vars(self).get("_parameters", {})
+        self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self._places = [
+            (module._parameters, name, parameter)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+        ]
+        for name in before:
+            if before[name] is not self._parameters.get(name):
+                self._accumulators.pop(name, None)
+        self._names = list(self._parameters)
+        local = self._local()
+        recipes = [local.get(name, self.recipe) for name in self._names]
+        # One object for all that are equal, as in_one_pass needs.
+        self._recipes = [recipes[recipes.index(each)] for each in recipes]
+        self._streams = [_streams(index) for index in range(len(self._names))]
+        self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
+
+    def _follow_model(self) -> None:
+        """``_read_model``, if the model has other parameters than it had: a new head, weights that were assigned."""
+        now = dict(self.model.named_parameters())
+        if now.keys() != self._parameters.keys() or any(now[name] is not p for name, p in self._parameters.items()):
+            self._read_model()
 
     def __repr__(self) -> str:
         optimizer = "no optimizer" if self._optimizer is None else type(self._optimizer).__name__
@@ -223,6 +246,7 @@ class SWALP:
             self._may_average_float = True
             remedy = "call it after optimizer.step()" if self._optimizer else "call attach(optimizer) before training"
             warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
+        self._follow_model()
         self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
 
     def averaged_model(self, loader: Iterable[Any] | None = None, format: str | Format = FLOAT) -> nn.Module:
@@ -437,14 +461,19 @@ class SWALP:
 
         Raises ValueError for a parameter that is not the model's, or that is complex.
         """
+        if any(parameters.get(name) is not parameter for parameters, name, parameter in self._places):
+            self._read_model()
         trained = []
         for number, group in enumerate(optimizer.param_groups):
             for position, parameter in enumerate(group["params"]):
                 index = self._index.get(parameter)
                 if index is None:
+                    self._follow_model()
+                    index = self._index.get(parameter)
+                if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
-                        f"{tuple(parameter.shape)}, is not the model's; build the optimizer from model.parameters()"
+                        f"{tuple(parameter.shape)}, is not the model's, or no more; build the optimizer from model.parameters()"
                     )
                 if not parameter.requires_grad:
                     continue

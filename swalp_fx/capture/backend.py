@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from ..passes import rewrite
 from ..passes.captured import Scope
 from ..passes.operations import SWITCHES
+from .bare import Bare, give_bare
 from .dynamo import Frame, break_reason
 from .modes import held
 from .prepare import Owner, copied, prepare
@@ -28,7 +29,9 @@ class _Local(threading.local):
     entered: nn.Module | None = None  # the module that was called from outside of the model
     explaining = False  # the model's own code runs, to see what it raises
     watch: Callable[[Rewritten, tuple[Any, ...]], Any] | None = None  # runs graphs in place of their code
-    depth = 0  # graphs that run now
+
+    def __init__(self) -> None:
+        self.bare = Bare()
 
 
 local = _Local()
@@ -61,13 +64,27 @@ def backend(
     keyed = conversion.is_keyed
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
     entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"
+    bare: list[int] = []
+    if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
+        bare = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason)
     conversion.graphs.add(made)
-    if inner is None:
-        return _runner(conversion, made, module.forward, keyed)
-    given = [torch.zeros((), dtype=torch.int64), *inputs] if keyed else inputs
-    return _runner(conversion, made, inner(module, given), keyed)
+    run = module.forward
+    if inner is not None:
+        key = conversion.key() if keyed else None
+        if keyed and key is None:  # a graph that is compiled further is for one mode; entries guard it
+            _without_key(module)
+            keyed = False
+        run = inner(module, [key, *inputs] if keyed else inputs)
+    return _runner(conversion, made, run, keyed, bare)
+
+
+def _without_key(module: GraphModule) -> None:
+    key = next(iter(module.graph.nodes))
+    key.replace_all_uses_with(None)  # type: ignore[arg-type]
+    module.graph.erase_node(key)
+    module.recompile()
 
 
 def chained(
@@ -88,16 +105,18 @@ def _place(frame: Frame) -> str:
     return name.rpartition("_at_")[2] if name.startswith("torch_dynamo_resume_in_") else ""
 
 
-def _runner(conversion: Conversion, made: Rewritten, run: Callable[..., Any], keyed: bool) -> Callable[..., Any]:
+def _runner(
+    conversion: Conversion, made: Rewritten, run: Callable[..., Any], keyed: bool, bare: list[int]
+) -> Callable[..., Any]:
+    """What the front end's code calls. ``bare``: see ``give_bare``."""
     switches = any(node.target in SWITCHES for node in made.graph.nodes)
 
     def runner(*args: Any) -> Any:
         made.calls += 1
         if keyed:
             args = (conversion.key(), *args)
-        if local.watch is not None:
-            return local.watch(made, args)
-        return run(*args)
+        given = run(*args) if local.watch is None else local.watch(made, args)
+        return local.bare.kept(given, bare) if bare else given
 
     if not switches:
         return runner

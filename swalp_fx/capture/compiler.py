@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,18 +26,19 @@ from .dynamo import (
 )
 
 if TYPE_CHECKING:
-    from .conversion import Conversion
     from .entries import Entry
 
-__all__ = ["compile_entry", "explain", "is_rewriting"]
+__all__ = ["ANOTHERS", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewriting"]
 
 FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
-OURS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
+OURS, ANOTHERS = "ours", "another's"
+PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
+REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
 
 
 def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` of the entry's module, whose frames the conversion's backend rewrites."""
-    conversion, module, root, is_rewriting = entry.conversion, entry.module, entry.conversion.root, entry.is_rewriting
+    conversion, module, is_rewriting = entry.conversion, entry.module, entry.is_rewriting
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # The front end takes the first test for true, and it is gone from what it makes. So only the original code can
@@ -46,20 +48,18 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
             return explain(call, module, args, kwargs)
         if not is_rewriting():
             raise NotRewritten(FOREIGN)
-        if root.training:  # read, so that it is a guard: only a training graph has a random key
-            return call(module, *args, **kwargs)
         return call(module, *args, **kwargs)
 
     kind = type(module).__name__
     run.__code__ = run.__code__.replace(co_name=f"{kind}_{name}" if name else kind)  # a code object of its own
-    return compiled(run, conversion.backend, functools.partial(_Tracing, conversion))
+    return compiled(run, conversion.backend, _Tracing)
 
 
 class _Tracing:
     """The tracing of a frame, under our knobs; a hit in the cache does not come here."""
 
-    def __init__(self, conversion: Conversion, callback: Callable[..., Any]) -> None:
-        self._conversion, self._callback = conversion, callback
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        self._callback = callback
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ class _Tracing:
             with knobs():
                 result = self._callback(*args, **kwargs)
         except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, OURS):
+            if isinstance(error.inner_exception, REFUSALS):
                 raise error.inner_exception from None
             raise
         if getattr(result, "guarded_code", None) is None:
@@ -79,7 +79,7 @@ class _Tracing:
         code = frame.f_code
         holds = any(isinstance(value, nn.Module | Tensor) for value in frame.f_locals.values())
         if holds and "/torch/" not in code.co_filename and "/swalp_fx/" not in code.co_filename:
-            self._conversion.python[code] = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+            PYTHON[code] = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_callback"], name)
@@ -110,22 +110,25 @@ def _why() -> str:
     )
 
 
-def is_rewriting(entry: Entry) -> Callable[[], bool]:
-    """Asked while a frame is traced: does our backend get it? Of another's it becomes the front."""
+def is_rewriting(entry: Entry) -> Callable[[], str]:
+    """Asked while a frame is traced: who gets its graph? OURS, ANOTHERS with our backend in front, or "" for nobody
+    that rewrites."""
 
     @assume_constant_result
-    def asked() -> bool:
+    def asked() -> str:
         conversion, frame = entry.conversion, Frame()
         theirs = frame.backend
         inner = innermost_backend(theirs)
         if frame.is_exported:
-            return False
-        if inner is conversion.backend or getattr(inner, "func", None) is chained:
-            return True
+            return ""
+        if inner is conversion.backend:
+            return OURS
+        if getattr(inner, "func", None) is chained:
+            return ANOTHERS
         # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
         if is_functorch_active():
-            return False
+            return ""
         frame.backend = functools.partial(chained, conversion, theirs)
-        return True
+        return ANOTHERS
 
     return asked

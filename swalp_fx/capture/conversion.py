@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from types import CodeType
 from typing import Any
 
 
@@ -124,7 +123,6 @@ class Conversion:
 
     def _begin(self) -> None:
         self.graphs = Graphs(self)
-        self.python: dict[CodeType, str] = {}  # frames of the model's code that run as they are -> where they stand
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None
         # One object for all entries: the graphs of inner frames are looked up by it.
@@ -139,8 +137,8 @@ class Conversion:
 
     @property
     def is_keyed(self) -> bool:
-        """Whether a graph that is made now is given a random key."""
-        return self.root.training and self.recipe.rounding.startswith("stochastic")
+        """Whether graphs are given a random key."""
+        return self.recipe.rounding.startswith("stochastic")
 
     def refuse_unmatched(self) -> None:
         """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
@@ -166,8 +164,8 @@ class Conversion:
             yield from subjects(each.captured)
 
     def key(self) -> Tensor | None:
-        """The key of one run: distinct runs, distinct keys."""
-        return nodes.draw_key(True)
+        """The key of one run: distinct runs, distinct keys. None in eval mode, where stochastic rounds to nearest."""
+        return nodes.draw_key(self.root.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         new = object.__new__(Conversion)

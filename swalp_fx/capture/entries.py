@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import ConvertError, NotRewritten
 from .backend import local
-from .compiler import compile_entry, explain, is_rewriting
+from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import Conversion, Graphs
 from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
 
@@ -79,9 +79,11 @@ class Entry:
             local.entered, self.is_entered = self.module, True
         try:
             result = run(*args, **kwargs)
-            if not self.conversion.is_proved and before is None:
+            if before is not None:
+                return result
+            if not self.conversion.is_proved:
                 self.conversion.prove()
-            return result
+            return local.bare.in_place_of_rounded(result)
         except TorchDynamoException as error:
             self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
             if isinstance(error, FailOnRecompileLimitHit):
@@ -166,8 +168,11 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            if not self._swalp.is_rewriting():
+            by = self._swalp.is_rewriting()
+            if not by:
                 raise NotRewritten(FOREIGN)
+            if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
+                return function(self, *args, **kwargs)
             return function(self, *args, **kwargs)
         if local.explaining:
             return function(self, *args, **kwargs)
@@ -176,9 +181,6 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
         return self._swalp.enter(function.__name__, function, args, kwargs)
 
     return entry
-
-
-FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
 
 
 def methods_of(kind: type) -> list[str]:

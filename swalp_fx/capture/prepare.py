@@ -33,18 +33,19 @@ class Owner:
         first = ("module", *code.co_varnames[: min(1, code.co_argcount)])
         self.path = ""
         self.name: str | None = None  # of the local that holds it
+        self.module: nn.Module | None = None
         self.locals = []
         for name, module in frame.modules():
             if (path := places.path(module)) is not None:
                 self.locals.append(name)
                 if name in first:
-                    self.path, self.name, self._module = path, name, module
+                    self.path, self.name, self.module = path, name, module
 
     def inputs(self) -> Sequence[str]:
         """The names of the positional inputs of the module's forward, where the frame is its entry's."""
-        if self.name != "module":
+        if self.module is None or self.name != "module":
             return ()
-        parameters = inspect.signature(self._module.forward).parameters.values()
+        parameters = inspect.signature(self.module.forward).parameters.values()
         return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
 
 
@@ -125,6 +126,8 @@ def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> No
         (key, *known) for key in node.meta.get("nn_module_stack") or {} if (known := places.module(key)) is not None
     ]
     node.meta[MODULE] = around[-1][1] if around else None if foreign and owner.name is None else owner.path
+    if owner.module is not None and not around:  # a layer that is called by itself
+        around = [("", owner.path, owner.module)]
     layer = next(((key, path, module) for key, path, module in around if is_layer(module)), None)
     if layer is not None:
         key, path, module = layer

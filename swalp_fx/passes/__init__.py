@@ -45,7 +45,7 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
     for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
         part = operand.meta[PART] if isinstance(operand, Node) else "number"
         placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "input"
-        placeholder.meta[NAME] = placeholder.name
+        placeholder.meta[NAME] = operand.meta.get(NAME, operand.name) if isinstance(operand, Node) else placeholder.name
     inner = replace(scope, returns=False, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 

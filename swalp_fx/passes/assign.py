@@ -95,6 +95,8 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         subjects = next((each for key, each in scope.parameters.items() if key.startswith(beginning)), None)
         if subjects is None:
             return None
+    elif node.users and all(map(is_derived, node.users)):
+        return None
     elif (name := node.meta.get(PARAMETER, "")) in scope.parameters:
         subjects = scope.parameters[name]
     else:  # rounded where a checkpoint is called, and read in it

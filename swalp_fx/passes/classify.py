@@ -78,9 +78,11 @@ def _part(node: Node) -> str:
 
 
 def _part_in_layer(node: Node, kind: type) -> str:
-    """The layer's part for what it gives, "inside" for all else of it."""
+    """The layer's part for what it gives, "inside" for all else of it: also for what a hook of the layer keeps."""
     layer = node.meta[LAYER]
-    if all(user.meta.get(LAYER) == layer for user in node.users) or not _is_tensor(node):
+    inner = [user for user in node.users if user.meta.get(LAYER) == layer]
+    outer = [user for user in node.users if user.meta.get(LAYER) != layer and (user.op != "output" or not inner)]
+    if not outer or not _is_tensor(node):
         return "number" if part_of(name_of(node)) == "number" else "inside"
     if is_derived(node):
         return "parameter"

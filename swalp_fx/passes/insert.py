@@ -61,7 +61,7 @@ class _Insertion:
         placeholders = graph.find_nodes(op="placeholder")
         for node in placeholders:
             new = _placeholder(self.new, place(node).replace(".", "_").replace("@", "_"))
-            new.meta, new.type = copy.copy(node.meta), node.type
+            new.meta = copy.copy(node.meta)
             self.raw[node] = self.read[node] = new
         for node in placeholders:
             self._quantize_output(node)
@@ -72,7 +72,7 @@ class _Insertion:
 
     def _visit(self, node: Node) -> None:
         new = self.new.node_copy(node, lambda source: self._source(node, source))
-        if node.meta[PART] in LAYER_PARTS:
+        if node.meta[PART] in ("parameter", *LAYER_PARTS):
             _rename(new, place(node))
         if node.meta[PART] == "nested":
             body, *operands = new.args

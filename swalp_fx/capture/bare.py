@@ -1,0 +1,70 @@
+"""What a model returns stays float, also where its own forward runs as Python.
+
+Then its children's graphs cannot know which of them makes the logits: each gives what it rounds to whoever reads it,
+and beside it the number before rounding. When the outermost call returns, those take the place of the rounded ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from .. import nodes
+
+__all__ = ["Bare", "give_bare"]
+
+
+def give_bare(graph: Graph) -> list[int]:
+    """Makes a rewritten ``graph`` give, behind all that it gives, what it rounded of that; which those are.
+
+    Those are not rounded in place.
+    """
+    output = graph.output_node()
+    (given,) = output.args
+    places = [i for i, each in enumerate(given) if isinstance(each, Node) and each.target is nodes.quantize_output]  # type: ignore
+    rounded = [given[i] for i in places]  # type: ignore[index]
+    for node in rounded:
+        letters = str(node.kwargs.get("in_place", "")).replace("A", "")
+        kwargs = {name: value for name, value in node.kwargs.items() if name != "in_place"}
+        node.kwargs = {**kwargs, "in_place": letters} if letters else kwargs
+    output.args = ((*given, *(node.args[0] for node in rounded)),)  # type: ignore[misc]
+    return places
+
+
+class Bare:
+    """Of this thread's outermost call: rounded tensors that are alive, and what they were before."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def kept(self, given: tuple[Any, ...], places: list[int]) -> tuple[Any, ...]:
+        """``given`` without the bare tensors behind it, which are kept as long as those at ``places`` live."""
+        given, bare = given[: -len(places)], given[-len(places) :]
+        for place, before in zip(places, bare, strict=True):
+            rounded = given[place]
+            if isinstance(rounded, Tensor) and rounded is not before:
+                key, pairs = id(rounded), self._pairs
+                pairs[key] = weakref.ref(rounded, lambda _, key=key, pairs=pairs: pairs.pop(key, None)), before  # type: ignore
+        return given
+
+    def in_place_of_rounded(self, result: Any) -> Any:
+        """``result``, which the model returns, with the bare tensors in it; nothing is kept any more."""
+        pairs, self._pairs = self._pairs, {}
+        if not pairs:
+            return result
+
+        def bare(tensor: Tensor) -> Tensor:
+            rounded, before = pairs.get(id(tensor), (None, tensor))
+            return before if rounded is not None and rounded() is tensor else tensor
+
+        leaves, structure = pytree.tree_flatten(result)
+        found = [bare(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return result if all(map(_is, leaves, found)) else pytree.tree_unflatten(found, structure)
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
