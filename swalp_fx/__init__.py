@@ -1,9 +1,10 @@
 """Low-precision training with weight averaging (SWALP), as a rewrite of torch.fx graphs."""
 
 from .averaging import Average, recalibrate
-from .capture import Graphs, Rewritten, in_float, restore
+from .capture import Graphs, Rewritten
 from .check import Check, check
-from .convert import Converted, convert
+from .convert import Converted, convert, in_float, restore
+
 #DRAW
 from .errors import ConvertError, NotRewritten
 from .formats import (
@@ -18,11 +19,13 @@ from .formats import (
     ScaledInteger,
     parse,
 )
+
 #MEASURE Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
 from .recipe import Recipe, RecipeError, Rule
+
 #REPORT
 
 __all__ = [

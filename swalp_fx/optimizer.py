@@ -108,9 +108,10 @@ class SWALP:
         before = vars(self).get("_parameters", {})
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self._places = [
-            (module._parameters, name, parameter)
+            (held, name, value)
             for module in self.model.modules()
-            for name, parameter in module._parameters.items()
+            for held in (module._modules, module._parameters)
+            for name, value in held.items()
         ]
         for name in before:
             if before[name] is not self._parameters.get(name):
@@ -461,7 +462,7 @@ class SWALP:
 
         Raises ValueError for a parameter that is not the model's, or that is complex.
         """
-        if any(parameters.get(name) is not parameter for parameters, name, parameter in self._places):
+        if any(held.get(name) is not value for held, name, value in self._places):
             self._read_model()
         trained = []
         for number, group in enumerate(optimizer.param_groups):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
 from ..recipe import RecipeError
-from .backend import chained, local
+from .backend import chained
 from .dynamo import (
     BackendCompilerFailed,
     Frame,
@@ -24,6 +24,7 @@ from .dynamo import (
     knobs,
     switched_off,
 )
+from .running import local
 
 if TYPE_CHECKING:
     from .entries import Entry

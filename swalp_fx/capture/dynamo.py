@@ -168,7 +168,9 @@ class Frame:
     def _value(self, source: Any) -> Any:
         cells: Mapping[str, Any] = self._tx.f_locals
         scope = {
-            "L": {name: value.cell_contents if type(value).__name__ == "cell" else value for name, value in cells.items()},
+            "L": {
+                name: value.cell_contents if type(value).__name__ == "cell" else value for name, value in cells.items()
+            },
             "G": self._tx.f_globals,
         }
         try:

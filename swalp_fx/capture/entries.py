@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import ConvertError, NotRewritten
-from .backend import local
+from ..errors import NotRewritten
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
-from .conversion import Conversion, Graphs
+from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
+from .running import local
 
-__all__ = ["ENTRY", "adopt", "conversion_of", "float_copy", "in_float", "install", "restore"]
-
-ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+__all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
 
 
 class Entry:
@@ -224,19 +222,6 @@ def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None)
 register_module_module_registration_hook(_adopt_registered)
 
 
-def conversion_of(module: nn.Module) -> Conversion | None:
-    """The conversion that ``module`` belongs to, if it is converted."""
-    entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
-    return entry.conversion if entry is not None else None
-
-
-def _conversion(module: nn.Module, what: str) -> Conversion:
-    conversion = conversion_of(module)
-    if conversion is None:
-        raise ConvertError(f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first")
-    return conversion
-
-
 def float_copy(module: nn.Module) -> nn.Module:
     """A deep copy of ``module`` that computes in float."""
     if conversion_of(module) is None:
@@ -246,11 +231,7 @@ def float_copy(module: nn.Module) -> nn.Module:
 
 
 def restore(module: nn.Module) -> nn.Module:
-    """``module``, computing in float again for good; returned. Its weights stay as they are.
-
-    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
-    """
-    _conversion(module, "restore")
+    """Takes all entries of ``module`` out; returns it."""
     for each in module.modules():
         if (entry := vars(each).get(ENTRY)) is not None:
             entry.remove()
@@ -259,13 +240,11 @@ def restore(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def in_float(module: nn.Module) -> Iterator[nn.Module]:
-    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
-
-    Raises ConvertError for a module that is not converted.
-    """
-    _conversion(module, "in_float")
+    """While it holds, the entries of ``module`` are out."""
     entries = [(each, vars(each)[ENTRY]) for each in module.modules() if ENTRY in vars(each)]
-    kept = [(each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries]
+    kept = [
+        (each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries
+    ]
     for _, entry in entries:
         entry.remove()
     try:

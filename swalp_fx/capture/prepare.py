@@ -132,4 +132,3 @@ def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> No
     if layer is not None:
         key, path, module = layer
         node.meta[LAYER] = Layer(key, path, type(module))
-

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from .. import nodes
 from .assign import SITE, Output, Site, Weight
