@@ -89,13 +89,8 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
     node.meta[ARGUMENT] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
     if not isinstance(value, Tensor):
         node.meta[HOLDS] = "number"
-<<<<<<< HEAD
     elif (parameter := _parameter(node, value, frame, places)) is not None:
-        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, NAME: parameter}
-=======
-    elif (name := _parameter(node, value, frame, places)) is not None:
-        node.meta |= {HOLDS: "parameter", PARAMETER: name, ARGUMENT: name}
->>>>>>> refs/heads/verify
+        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, ARGUMENT: parameter}
     elif (buffer := places.buffer(value)) is not None:
         node.meta |= {HOLDS: "state", ARGUMENT: buffer}
     else:
