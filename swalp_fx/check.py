@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import Conversion, install, refuse_unfit
+from .capture import Conversion, refuse_unfit
 from .recipe import Recipe
 
 __all__ = ["Check", "check"]
 
 SEED = 0
-IDENTITY = Recipe(rounding="nearest", quantize_logits=True)  # with what it returns, so that gradients add up in one order
+IDENTITY = Recipe(
+    rounding="nearest", quantize_logits=True
+)  # with what it returns, so that gradients add up in one order
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
     deterministic differs from itself; see torch.use_deterministic_algorithms.
     Raises ConvertError if the model cannot be converted.
     """
+    from .capture.entries import install
+
     differences = []
     compared = 0
     refuse_unfit(model, IDENTITY)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 
-from .capture import Conversion, conversion_of, float_copy, install, refuse_unfit, restore
+from .capture import Conversion, conversion_of, refuse_unfit
 from .capture.trial import try_on
 from .errors import UNPACK, ConvertError
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
 from .recipe import Recipe
 
-__all__ = ["Converted", "convert"]
+__all__ = ["Converted", "convert", "in_float", "restore"]
 
 
 class Converted(NamedTuple):
@@ -61,6 +62,8 @@ def convert(
     """
     if isinstance(optimizer, str | Recipe):
         raise TypeError(f"recipe is a keyword: convert(model, optimizer, recipe={str(optimizer)!r})")
+    from .capture.entries import float_copy, install
+
     parsed = Recipe.parse(recipe)
     _refuse_converted(model)
     refuse_unfit(model, parsed)
@@ -86,6 +89,34 @@ def _refuse_converted(model: nn.Module) -> None:
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if conversion_of(module) is not None:
             raise ConvertError(
-                f"{path or 'the model'} is already converted; call swalp_fx.restore on it first, or convert a copy that "
-                "was made before"
+                f"{path or 'the model'} is already converted; call swalp_fx.restore on it first, or convert a copy "
+                "that was made before"
             )
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """``module``, computing in float again for good; returned. Its weights stay as they are.
+
+    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
+    """
+    from .capture import entries
+
+    return entries.restore(_converted(module, "restore"))
+
+
+def in_float(module: nn.Module) -> AbstractContextManager[nn.Module]:
+    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
+
+    Raises ConvertError for a module that is not converted.
+    """
+    from .capture import entries
+
+    return entries.in_float(_converted(module, "in_float"))
+
+
+def _converted(module: nn.Module, what: str) -> nn.Module:
+    if conversion_of(module) is None:
+        raise ConvertError(
+            f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first"
+        )
+    return module

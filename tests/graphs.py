@@ -9,7 +9,9 @@ from swalp_fx.capture import Conversion, Rewritten, install, refuse_unfit
 from swalp_fx.recipe import Recipe
 
 
-def rewritten(model: nn.Module, recipe: str | Recipe, *inputs: Any, identity: bool = False, **keywords: Any) -> Rewritten:
+def rewritten(
+    model: nn.Module, recipe: str | Recipe, *inputs: Any, identity: bool = False, **keywords: Any
+) -> Rewritten:
     """The one graph of a copy of ``model``, in its mode, made by one call with these inputs.
 
     ``.captured`` is the classified and assigned graph of the model's own code, ``.graph`` what runs instead.

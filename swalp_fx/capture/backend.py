@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import nn
 from torch.fx import GraphModule
 
 from ..passes import rewrite
 from ..passes.captured import Scope
 from ..passes.operations import SWITCHES
-from .bare import Bare, give_bare
+from .bare import give_bare
+from .conversion import Conversion, Rewritten
 from .dynamo import Frame, break_reason
 from .modes import held
 from .prepare import Owner, copied, prepare
+from .running import local
 
-if TYPE_CHECKING:
-    from .conversion import Conversion, Rewritten
-
-__all__ = ["backend", "chained", "local"]
-
-
-class _Local(threading.local):
-    entered: nn.Module | None = None  # the module that was called from outside of the model
-    explaining = False  # the model's own code runs, to see what it raises
-    watch: Callable[[Rewritten, tuple[Any, ...]], Any] | None = None  # runs graphs in place of their code
-
-    def __init__(self) -> None:
-        self.bare = Bare()
-
-
-local = _Local()
+__all__ = ["backend", "chained"]
 
 
 def backend(
@@ -45,7 +29,6 @@ def backend(
     inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """What runs in place of ``graph_module``: its rewrite, or what ``inner``, another backend, makes of that."""
-    from .conversion import Rewritten
 
     from .entries import adopt
 
@@ -68,7 +51,7 @@ def backend(
     if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
         bare = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
-    made = Rewritten(entry, graph, module, conversion.root.training, reason)
+    made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
     run = module.forward
     if inner is not None:
@@ -82,7 +65,7 @@ def backend(
 
 def _without_key(module: GraphModule) -> None:
     key = next(iter(module.graph.nodes))
-    key.replace_all_uses_with(None)  # type: ignore[arg-type]
+    key.replace_all_uses_with(None)
     module.graph.erase_node(key)
     module.recompile()
 

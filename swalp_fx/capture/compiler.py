@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
 from ..recipe import RecipeError
-from .backend import chained, local
+from .backend import chained
 from .dynamo import (
     BackendCompilerFailed,
     Frame,
@@ -24,6 +24,7 @@ from .dynamo import (
     knobs,
     switched_off,
 )
+from .running import local
 
 if TYPE_CHECKING:
     from .entries import Entry
@@ -105,8 +106,8 @@ def _why() -> str:
     if torch.jit.is_tracing():
         return "torch.jit.trace runs the original code; use torch.compile"
     return (
-        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a dispatch "
-        "mode; call the model outside of it"
+        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a "
+        "dispatch mode; call the model outside of it"
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
@@ -19,9 +18,17 @@ from ..passes.names import parameter_subjects
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, Subject
 from ..warn import warn
-from .backend import backend
 
-__all__ = ["Conversion", "Graphs", "Places", "Rewritten"]
+__all__ = ["ENTRY", "Conversion", "Graphs", "Places", "Rewritten", "conversion_of"]
+
+
+ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion that ``module`` belongs to, if it is converted."""
+    entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
+    return entry.conversion if entry is not None else None
 
 
 class Places:
@@ -67,6 +74,8 @@ class Rewritten:
     training: bool  # the model's flag
     broke: str | None  # why the code goes on behind it, if it does not return there
     calls: int = 0
+    path: str = ""  # of the module whose code it is
+    place: str = ""  # of code that goes on behind a break: where that was
 
     @property
     def graph(self) -> Graph:
@@ -125,6 +134,8 @@ class Conversion:
         self.graphs = Graphs(self)
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None
+        from .backend import backend  # and with it the front end, a second's import
+
         # One object for all entries: the graphs of inner frames are looked up by it.
         self.backend: Callable[..., Any] = functools.partial(backend, self)
         self.backend.__name__ = "swalp_fx"  # type: ignore[attr-defined]
@@ -186,6 +197,4 @@ class Conversion:
 
     def stray(self) -> Iterator[nn.Module]:
         """Modules of the model that have no entry yet, since they were put there after the conversion."""
-        return (module for module in self.root.modules() if "_swalp" not in vars(module))
-
-
+        return (module for module in self.root.modules() if ENTRY not in vars(module))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,15 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import ConvertError, NotRewritten
-from .backend import local
+from ..errors import NotRewritten
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
-from .conversion import Conversion, Graphs
+from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
+from .running import local
 
-__all__ = ["ENTRY", "adopt", "conversion_of", "float_copy", "in_float", "install", "restore"]
-
-ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+__all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
 
 
 class Entry:
@@ -84,7 +83,7 @@ class Entry:
             if not self.conversion.is_proved:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
             if isinstance(error, FailOnRecompileLimitHit):
                 raise NotRewritten(_limit(self, error)) from error
@@ -114,8 +113,8 @@ class Entry:
 def _limit(entry: Entry, error: Exception) -> str:
     path = entry.conversion.places.path(entry.module) or type(entry.module).__name__
     return (
-        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, or "
-        f"leave it out of the forward ({str(error).splitlines()[0]})"
+        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, "
+        f"or leave it out of the forward ({str(error).splitlines()[0]})"
     )
 
 
@@ -125,7 +124,7 @@ def is_shown(name: str, value: Any) -> bool:
 
 
 class Bound(functools.partial):
-    """A method of an instance; unlike a bound one, it is pickled as it is, and not as what the class has by that name."""
+    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
     def __reduce__(self) -> Any:
         return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
@@ -154,11 +153,23 @@ class Own(Bound):
         return Own, (self.function, self.args[0])
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(self, sys._getframe(2))  # what calls the module
     return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+def _refuse_traced(module: Any, caller: types.FrameType) -> None:
+    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    root = module._swalp.conversion.root
+    if caller.f_code.co_filename.startswith("<eval_with_key>") and module is not root:
+        raise NotRewritten(
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
+            "look at its own graphs, model.graphs, or trace a float copy"
+        )
 
 
 @functools.cache
@@ -224,19 +235,6 @@ def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None)
 register_module_module_registration_hook(_adopt_registered)
 
 
-def conversion_of(module: nn.Module) -> Conversion | None:
-    """The conversion that ``module`` belongs to, if it is converted."""
-    entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
-    return entry.conversion if entry is not None else None
-
-
-def _conversion(module: nn.Module, what: str) -> Conversion:
-    conversion = conversion_of(module)
-    if conversion is None:
-        raise ConvertError(f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first")
-    return conversion
-
-
 def float_copy(module: nn.Module) -> nn.Module:
     """A deep copy of ``module`` that computes in float."""
     if conversion_of(module) is None:
@@ -246,11 +244,7 @@ def float_copy(module: nn.Module) -> nn.Module:
 
 
 def restore(module: nn.Module) -> nn.Module:
-    """``module``, computing in float again for good; returned. Its weights stay as they are.
-
-    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
-    """
-    _conversion(module, "restore")
+    """Takes all entries of ``module`` out; returns it."""
     for each in module.modules():
         if (entry := vars(each).get(ENTRY)) is not None:
             entry.remove()
@@ -259,13 +253,11 @@ def restore(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def in_float(module: nn.Module) -> Iterator[nn.Module]:
-    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
-
-    Raises ConvertError for a module that is not converted.
-    """
-    _conversion(module, "in_float")
+    """While it holds, the entries of ``module`` are out."""
     entries = [(each, vars(each)[ENTRY]) for each in module.modules() if ENTRY in vars(each)]
-    kept = [(each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries]
+    kept = [
+        (each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries
+    ]
     for _, entry in entries:
         entry.remove()
     try:

@@ -76,8 +76,8 @@ def prepare(
     _prepare_nodes(graph_module, owner, places, foreign)
     parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}
     for node in graph.nodes:
-        if (name := written_parameter(node, parameters)) is not None:
-            path, _, own = name.rpartition(".")
+        if (written := written_parameter(node, parameters)) is not None:
+            path, _, own = written.rpartition(".")
             raise ConvertError(WRITTEN.format(path or "the model", own))
     return graph
 
@@ -89,8 +89,8 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
     node.meta[ARGUMENT] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
     if not isinstance(value, Tensor):
         node.meta[HOLDS] = "number"
-    elif (name := _parameter(node, value, frame, places)) is not None:
-        node.meta |= {HOLDS: "parameter", PARAMETER: name, ARGUMENT: name}
+    elif (parameter := _parameter(node, value, frame, places)) is not None:
+        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, ARGUMENT: parameter}
     elif (buffer := places.buffer(value)) is not None:
         node.meta |= {HOLDS: "state", ARGUMENT: buffer}
     else:
@@ -131,4 +131,3 @@ def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> No
     if layer is not None:
         key, path, module = layer
         node.meta[LAYER] = Layer(key, path, type(module))
-
