@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config, optimize
-from torch._dynamo.eval_frame import _stance
+from torch._dynamo import config, eval_frame, optimize
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Node
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 __all__ = [
+    "MAX_GRAPHS",
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "Frame",
@@ -35,6 +36,7 @@ __all__ = [
     "is_functorch_active",
     "knobs",
     "switched_off",
+    "tracer_around",
 ]
 
 MAX_GRAPHS = 64  # of one entry or frame; past it a call raises
@@ -86,12 +88,19 @@ def is_functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def tracer_around() -> str | None:
+    """The older tracer of PyTorch that is around what runs now, if one is."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.fx.symbolic_trace, or make_fx," if is_fx_symbolic_tracing() else None
+
+
 def switched_off() -> str | None:
     """Why frames are not traced now, if a setting of the process says so."""
     if config.disable:
         return "compilation is switched off (TORCH_COMPILE_DISABLE, torch._dynamo.config.disable); switch it on"
-    if _stance.stance != "default":
-        return f"torch.compiler.set_stance({_stance.stance!r}) runs the original code; use the default stance"
+    if (stance := eval_frame._stance.stance) != "default":
+        return f"torch.compiler.set_stance({stance!r}) runs the original code; use the default stance"
     return None
 
 
