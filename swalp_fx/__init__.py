@@ -5,7 +5,7 @@ from .capture import Graphs, Rewritten
 from .check import Check, check
 from .convert import Converted, convert, in_float, restore
 
-#DRAW
+from .draw import draw
 from .errors import ConvertError, NotRewritten
 from .formats import (
     FLOAT,
@@ -20,13 +20,12 @@ from .formats import (
     parse,
 )
 
-#MEASURE Measures, Rounded, measure
+from .measure import Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
 from .recipe import Recipe, RecipeError, Rule
-
-#REPORT
+from .report import report
 
 __all__ = [
     "FLOAT",

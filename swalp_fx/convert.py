@@ -89,8 +89,8 @@ def _refuse_converted(model: nn.Module) -> None:
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if conversion_of(module) is not None:
             raise ConvertError(
-                f"{path or 'the model'} is already converted; call swalp_fx.restore on it first, or convert a copy that "
-                "was made before"
+                f"{path or 'the model'} is already converted; call swalp_fx.restore on it first, or convert a copy "
+                "that was made before"
             )
 
 

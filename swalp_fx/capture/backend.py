@@ -51,7 +51,7 @@ def backend(
     if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
         bare = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
-    made = Rewritten(entry, graph, module, conversion.root.training, reason)
+    made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
     run = module.forward
     if inner is not None:
@@ -65,7 +65,7 @@ def backend(
 
 def _without_key(module: GraphModule) -> None:
     key = next(iter(module.graph.nodes))
-    key.replace_all_uses_with(None)  # type: ignore[arg-type]
+    key.replace_all_uses_with(None)
     module.graph.erase_node(key)
     module.recompile()
 

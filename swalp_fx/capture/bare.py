@@ -6,6 +6,7 @@ and beside it the number before rounding. When the outermost call returns, those
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -24,14 +25,13 @@ def give_bare(graph: Graph) -> list[int]:
     Those are not rounded in place.
     """
     output = graph.output_node()
-    (given,) = output.args
-    places = [i for i, each in enumerate(given) if isinstance(each, Node) and each.target is nodes.quantize_output]  # type: ignore
-    rounded = [given[i] for i in places]  # type: ignore[index]
-    for node in rounded:
-        letters = str(node.kwargs.get("in_place", "")).replace("A", "")
-        kwargs = {name: value for name, value in node.kwargs.items() if name != "in_place"}
-        node.kwargs = {**kwargs, "in_place": letters} if letters else kwargs
-    output.args = ((*given, *(node.args[0] for node in rounded)),)  # type: ignore[misc]
+    given: Any = output.args[0]
+    places = [i for i, each in enumerate(given) if isinstance(each, Node) and each.target is nodes.quantize_output]
+    for i in places:
+        letters = str(given[i].kwargs.get("in_place", "")).replace("A", "")
+        kwargs = {name: value for name, value in given[i].kwargs.items() if name != "in_place"}
+        given[i].kwargs = {**kwargs, "in_place": letters} if letters else kwargs
+    output.args = ((*given, *(given[i].args[0] for i in places)),)
     return places
 
 
@@ -47,8 +47,8 @@ class Bare:
         for place, before in zip(places, bare, strict=True):
             rounded = given[place]
             if isinstance(rounded, Tensor) and rounded is not before:
-                key, pairs = id(rounded), self._pairs
-                pairs[key] = weakref.ref(rounded, lambda _, key=key, pairs=pairs: pairs.pop(key, None)), before  # type: ignore
+                forget = functools.partial(_forget, self._pairs, id(rounded))
+                self._pairs[id(rounded)] = weakref.ref(rounded, forget), before
         return given
 
     def in_place_of_rounded(self, result: Any) -> Any:
@@ -64,6 +64,10 @@ class Bare:
         leaves, structure = pytree.tree_flatten(result)
         found = [bare(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return result if all(map(_is, leaves, found)) else pytree.tree_unflatten(found, structure)
+
+
+def _forget(pairs: dict[int, Any], key: int, _: Any) -> None:
+    pairs.pop(key, None)
 
 
 def _is(one: Any, other: Any) -> bool:

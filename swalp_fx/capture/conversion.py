@@ -74,6 +74,8 @@ class Rewritten:
     training: bool  # the model's flag
     broke: str | None  # why the code goes on behind it, if it does not return there
     calls: int = 0
+    path: str = ""  # of the module whose code it is
+    place: str = ""  # of code that goes on behind a break: where that was
 
     @property
     def graph(self) -> Graph:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config, eval_frame, optimize
+from torch._dynamo import config, optimize
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -71,7 +71,7 @@ def compiled(
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """``function``, whose frames are traced and given to ``backend``; ``around`` wraps the tracing of a frame."""
-    context = optimize(backend)
+    context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
 
@@ -99,7 +99,8 @@ def switched_off() -> str | None:
     """Why frames are not traced now, if a setting of the process says so."""
     if config.disable:
         return "compilation is switched off (TORCH_COMPILE_DISABLE, torch._dynamo.config.disable); switch it on"
-    if (stance := eval_frame._stance.stance) != "default":
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance != "default":
         return f"torch.compiler.set_stance({stance!r}) runs the original code; use the default stance"
     return None
 
@@ -156,10 +157,11 @@ class Frame:
 
     def parameter_slot(self, placeholder: Node) -> tuple[nn.Module, str] | None:
         """(module, name): the parameter in whose place an input stands, as functional_call puts others there."""
-        source = getattr(placeholder.meta.get("grapharg"), "source", None)
+        source: Any = getattr(placeholder.meta.get("grapharg"), "source", None)
         if not isinstance(source, DictGetItemSource) or getattr(source.base, "member", "") != "_parameters":
             return None
-        owner = self._value(source.base.base)
+        base: Any = source.base
+        owner = self._value(base.base)
         return (owner, source.index) if isinstance(owner, nn.Module) else None
 
     def buffers_set(self) -> set[str]:
@@ -189,6 +191,9 @@ class Frame:
 
 
 def break_reason(graph_module: GraphModule) -> str | None:
-    """Why the frame goes on behind this graph, if it does not return there."""
+    """Why the frame goes on behind this graph, with its line, if it does not return there."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return str(reason.reason) if reason is not None and reason.graph_break else None
+    if reason is None or not reason.graph_break:
+        return None
+    text = "a branch on a tensor's value" if reason.reason.startswith("generic_jump") else str(reason.reason)
+    return f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}: {text}" if reason.user_stack else text

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import NotRewritten
@@ -133,7 +133,7 @@ def is_shown(name: str, value: Any) -> bool:
 
 
 class Bound(functools.partial):
-    """A method of an instance; unlike a bound one, it is pickled as it is, and not as what the class has by that name."""
+    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
     def __reduce__(self) -> Any:
         return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
@@ -162,11 +162,23 @@ class Own(Bound):
         return Own, (self.function, self.args[0])
 
 
-def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(self, sys._getframe(2))  # what calls the module
     return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+def _refuse_traced(module: Any, caller: types.FrameType) -> None:
+    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    root = module._swalp.conversion.root
+    if caller.f_code.co_filename.startswith("<eval_with_key>") and module is not root:
+        raise NotRewritten(
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
+            "look at its own graphs, model.graphs, or trace a float copy"
+        )
 
 
 @functools.cache
@@ -222,25 +234,11 @@ def adopt(conversion: Conversion) -> None:
 
 def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     conversion = conversion_of(module)
-    if conversion is None:
-        _refuse_trace(module, submodule)
     if conversion is None or submodule is None:
         return
     for each in submodule.modules():
         if ENTRY not in vars(each):
             vars(each)[ENTRY] = Entry(conversion, each)
-
-
-def _refuse_trace(module: nn.Module, submodule: nn.Module | None) -> None:
-    """Raises NotRewritten where torch.fx builds a module of its own around a layer of a converted model."""
-    if type(module) is not nn.Module and not isinstance(module, GraphModule):
-        return
-    inner = conversion_of(submodule)  # type: ignore[arg-type]
-    if submodule is not None and inner is not None and inner.root is not submodule:
-        raise NotRewritten(
-            f"a torch.fx.GraphModule with {inner.places.path(submodule)} of a converted model would compute all "
-            "else in float; trace or copy the model before it is converted, and convert the result"
-        )
 
 
 register_module_module_registration_hook(_adopt_registered)

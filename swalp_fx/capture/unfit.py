@@ -52,13 +52,12 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         _refuse_hooked(path, module)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            if recipe.at(*subjects[names[id(module.weight)]]).weight != FLOAT:
-                raise ConvertError(
-                    f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its "
-                    "forward, where a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight "
-                    "in float"
-                )
+        is_renormalised = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        if is_renormalised and recipe.at(*subjects[names[id(module.weight)]]).weight != FLOAT:
+            raise ConvertError(
+                f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its forward, "
+                "where a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight in float"
+            )
 
 
 def _refuse_hooked(path: str, module: Any) -> None:
