@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..errors import NotRewritten
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
-from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
+from .dynamo import MAX_GRAPHS, FailOnRecompileLimitHit, TorchDynamoException, call_of_module, tracer_around
 from .running import local
 
 __all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
@@ -50,6 +50,10 @@ class Entry:
             for name, value in self.shown().items():
                 if not hasattr(self.module, name):
                     own[name] = value
+
+    @property
+    def described(self) -> str:
+        return self.conversion.places.path(self.module) or type(self.module).__name__
 
     def shown(self) -> dict[str, Any]:
         """What the model has besides its own attributes: ``model.graphs``, ``model.print_readable()``."""
@@ -83,10 +87,16 @@ class Entry:
             if not self.conversion.is_proved:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except FailOnRecompileLimitHit as error:
+            raise NotRewritten(_limit(self)) from error
+        except RuntimeError as error:
+            if (tracer := tracer_around()) is not None:
+                raise NotRewritten(
+                    f"{tracer} would keep the float code of {self.described}; call it outside"
+                ) from error
+            if not isinstance(error, TorchDynamoException):
+                raise
             self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
-            if isinstance(error, FailOnRecompileLimitHit):
-                raise NotRewritten(_limit(self, error)) from error
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
@@ -110,11 +120,10 @@ class Entry:
         self.install()
 
 
-def _limit(entry: Entry, error: Exception) -> str:
-    path = entry.conversion.places.path(entry.module) or type(entry.module).__name__
+def _limit(entry: Entry) -> str:
     return (
-        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, "
-        f"or leave it out of the forward ({str(error).splitlines()[0]})"
+        f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing; make a "
+        "tensor of what changes, or leave it out of the forward"
     )
 
 
