@@ -4,7 +4,6 @@ from .averaging import Average, recalibrate
 from .capture import Graphs, Rewritten
 from .check import Check, check
 from .convert import Converted, convert, in_float, restore
-
 from .draw import draw
 from .errors import ConvertError, NotRewritten
 from .formats import (
@@ -19,7 +18,6 @@ from .formats import (
     ScaledInteger,
     parse,
 )
-
 from .measure import Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
