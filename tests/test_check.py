@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from swalp_fx.capture import ConvertError
+from swalp_fx import ConvertError
 from swalp_fx.check import check
 
 torch.set_num_threads(2)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from swalp_fx import FormatError, Recipe, RecipeError, check, draw, measure, quantize, report
-from swalp_fx.capture import ConvertError
+from swalp_fx import ConvertError
 from swalp_fx.convert import Converted, convert
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)

@@ -10,10 +10,9 @@ import torch.nn.utils.prune
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from swalp_fx import Recipe, RewrittenModule, Rule, check, convert, quantize, report
-from swalp_fx.capture import ConvertError
+from swalp_fx import Recipe, Rule, check, convert, quantize
+from swalp_fx import ConvertError
 from swalp_fx.passes import recipes_of_parameters
-from swalp_fx.passes.parts import parts_of
 
 named = {"ids": lambda kind: kind.__name__}
 

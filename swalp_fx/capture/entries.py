@@ -75,7 +75,6 @@ class Entry:
         if run is None:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
-            self._refuse_traced()
             local.entered, self.is_entered = self.module, True
         try:
             result = run(*args, **kwargs)
@@ -94,15 +93,6 @@ class Entry:
         finally:
             if before is None:
                 local.entered, self.is_entered = None, False
-
-    def _refuse_traced(self) -> None:
-        """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
-        caller = sys._getframe(4)  # behind _refuse_traced, enter, _call and what calls that for the module
-        if caller.f_code.co_filename.startswith("<eval_with_key>") and self.module is not self.conversion.root:
-            raise NotRewritten(
-                f"torch.fx.symbolic_trace of a converted {type(self.conversion.root).__name__} leaves what is between its "
-                "layers in float; look at its own graphs, model.graphs, or trace a float copy"
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"conversion": self.conversion, "module": self.module}
@@ -167,7 +157,19 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(self, sys._getframe(2))  # what calls the module
     return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+def _refuse_traced(module: Any, caller: types.FrameType) -> None:
+    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    root = module._swalp.conversion.root
+    if caller.f_code.co_filename.startswith("<eval_with_key>") and module is not root:
+        raise NotRewritten(
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
+            "look at its own graphs, model.graphs, or trace a float copy"
+        )
 
 
 @functools.cache

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import ConvertError
-from ..passes.captured import HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
-from ..passes.names import NAME
+from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
 from ..passes.operations import read_after_writes, written_parameter
 from .dynamo import Frame
 
@@ -87,13 +86,13 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
     # l_x_, of a method's frame; l_args_0_, l_kwargs_mask_, of an entry's.
     name = node.name.removeprefix("l_").strip("_").removeprefix("kwargs_")
     match = re.fullmatch(r"args_(\d+)(.*)", name)
-    node.meta[NAME] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
+    node.meta[ARGUMENT] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
     if not isinstance(value, Tensor):
         node.meta[HOLDS] = "number"
     elif (parameter := _parameter(node, value, frame, places)) is not None:
-        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, NAME: parameter}
+        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, ARGUMENT: parameter}
     elif (buffer := places.buffer(value)) is not None:
-        node.meta |= {HOLDS: "state", NAME: buffer}
+        node.meta |= {HOLDS: "state", ARGUMENT: buffer}
     else:
         node.meta[HOLDS] = "state" if "_buffers" in node.name else "input"
 

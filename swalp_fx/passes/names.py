@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..recipe import Subject
-from .captured import LAYER, PARAMETER, around
+from .captured import ARGUMENT, LAYER, PARAMETER, around
 from .operations import name_of
 from .tables import LAYER_PARTS, layer_part
 
@@ -41,9 +41,9 @@ def kinds_of(node: Node) -> list[str]:
     kinds = [node.meta[PART]]
     if node.op == "placeholder":
         return kinds
-    kinds += dict.fromkeys((name_of(node), name_of(node).rstrip("_")))
-    layer = node.meta.get(LAYER)
-    return kinds if layer is None else [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
+    if (layer := node.meta.get(LAYER)) is not None:
+        return [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
+    return [*kinds, *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
 
 
 def subject(node: Node) -> Subject:
@@ -67,7 +67,9 @@ def name_places(graph: Graph) -> None:
             derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
             node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.name
         elif node.meta[PART] in ("input", *LAYER_PARTS):
-            names[node] = node.meta.get(NAME, str(node.target)) if node.op == "placeholder" else base_name(node)
+            names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
+        elif node.op == "placeholder":
+            node.meta[NAME] = node.meta.get(ARGUMENT, node.name)
     calls = Counter(name for node, name in names.items() if node.op != "placeholder")
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
     for node, name in names.items():
