@@ -145,7 +145,7 @@ class _Marks:
             or not isinstance(next(iter(readers), None), Layer)
         ):
             return [node]
-        beside = (source for each in self._inside[readers[0]] for source in each.all_input_nodes)
+        beside = (source for each in self._inside[layer] for source in each.all_input_nodes)
         return [each for each in dict.fromkeys(beside) if parameter_of(each) and self._readers(each) == readers]
 
     def _sources_of(self, node: Node) -> list[Node]:

@@ -196,4 +196,5 @@ def break_reason(graph_module: GraphModule) -> str | None:
     if reason is None or not reason.graph_break:
         return None
     text = "a branch on a tensor's value" if reason.reason.startswith("generic_jump") else str(reason.reason)
-    return f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}: {text}" if reason.user_stack else text
+    lines = [f"{each.filename}:{each.lineno}: " for each in reason.user_stack if "/swalp_fx/" not in each.filename]
+    return f"{lines[-1] if lines else ''}{text}"

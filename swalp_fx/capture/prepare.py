@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import ConvertError
 from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
-from ..passes.operations import read_after_writes, written_parameter
+from ..passes.operations import name_of, read_after_writes, written_parameter
 from .dynamo import Frame
 
 if TYPE_CHECKING:
@@ -84,12 +84,30 @@ def prepare(
         if node.name in updates:
             node.meta[UPDATE] = True
     _prepare_nodes(graph_module, owner, places, foreign)
+    _drop_writes_of_itself(graph)
     parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}
     for node in graph.nodes:
         if (written := written_parameter(node, parameters)) is not None:
             path, _, own = written.rpartition(".")
             raise ConvertError(WRITTEN.format(path or "the model", own))
     return graph
+
+
+def _drop_writes_of_itself(graph: Graph) -> None:
+    """``module.to(dtype)`` in a forward sets each parameter's data to itself, if it has that dtype already."""
+    for node in graph.nodes:
+        if name_of(node) != "shallow_copy_data_":
+            continue
+        written, value = node.args
+        same = value.target == "to" and value.args[0] is written and _kind(value) == _kind(written)
+        if same and not node.users and list(value.users) == [node]:
+            graph.erase_node(node)
+            graph.erase_node(value)
+
+
+def _kind(node: Node) -> tuple[Any, Any]:
+    value = node.meta["example_value"]
+    return value.dtype, value.device
 
 
 def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: Sequence[str]) -> None:

@@ -43,9 +43,10 @@ IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "
 # What gives the same numbers in another form, or some of them: a write into it is a write into its source.
 # fmt: off
 VIEWS = (
-    "getitem", "data", "_get_data_attr", "register_hook", "detach", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "t", "T",
-    "mT", "H", "mH", "numpy_T", "matrix_H", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "permute", "narrow", "select",
-    "diagonal", "chunk", "split", "tensor_split", "unbind", "expand", "expand_as", "broadcast_to", "real", "imag",
+    "getitem", "data", "_get_data_attr", "register_hook", "detach", "view", "view_as", "reshape", "flatten",
+    "unflatten", "squeeze", "unsqueeze", "t", "T", "mT", "H", "mH", "numpy_T", "matrix_H", "transpose", "swapaxes",
+    "swapdims", "movedim", "moveaxis", "permute", "narrow", "select", "diagonal", "chunk", "split", "tensor_split",
+    "unbind", "expand", "expand_as", "broadcast_to", "real", "imag",
     # These too, where there is nothing to do.
     "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "dropout",
 )
