@@ -64,7 +64,7 @@ def test_copies_and_pickles_compute_the_same(kind):
 
 
 def test_a_child_that_is_copied_computes_the_same():
-    module, (x,) = converted(shapes.PreResNet, NEAREST)
+    module, _ = converted(shapes.PreResNet, NEAREST)
     block, y = module.blocks[1], torch.randn(2, 4, 8, 8)
     assert torch.equal(copy.deepcopy(block)(y), copy.deepcopy(module).blocks[1](y))
 

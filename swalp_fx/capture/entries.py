@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
@@ -39,8 +41,7 @@ class Entry:
         self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
         self.is_rewriting = is_rewriting(self)
         own = vars(self.module)
-        call = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
-        own["_compiled_call_impl"] = types.MethodType(call, self.module)
+        own["_compiled_call_impl"] = Call(self.module)
         for name in methods_of(type(self.module)):
             if name not in own:
                 own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
@@ -79,11 +80,13 @@ class Entry:
         if run is None:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
-            local.entered, self.is_entered = self.module, True
+            local.entered, self.is_entered, local.ran = self.module, True, False
         try:
             result = run(*args, **kwargs)
             if before is not None:
                 return result
+            if not local.ran:
+                self._refuse_float(result, (args, kwargs))
             if not self.conversion.is_proved:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
@@ -103,6 +106,19 @@ class Entry:
         finally:
             if before is None:
                 local.entered, self.is_entered = None, False
+
+    def _refuse_float(self, result: Any, inputs: Any) -> None:
+        """Raises NotRewritten if a call in which no graph ran has computed something."""
+        if next(self.module.parameters(), None) is None:
+            return
+        held = [list(vars(each).values()) for each in self.module.modules()]
+        known = {id(leaf) for leaf in pytree.tree_leaves((inputs, held))}
+        if any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in pytree.tree_leaves(result)):
+            code = inspect.unwrap(type(self.module).forward).__code__
+            raise NotRewritten(
+                f"{self.described} computed in float, since no graph holds anything of its forward "
+                f"({code.co_filename}:{code.co_firstlineno}); take torch.compiler.disable or the like away from it"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"conversion": self.conversion, "module": self.module}
@@ -130,6 +146,17 @@ def _limit(entry: Entry) -> str:
 def is_shown(name: str, value: Any) -> bool:
     """Whether an attribute is one of ``Entry.shown``."""
     return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
+
+
+class Call(functools.partial):
+    """The call of a module, as its entry. RNNs pickle it too."""
+
+    def __new__(cls, module: nn.Module) -> Call:
+        own = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
+        return super().__new__(cls, own, module)
+
+    def __reduce__(self) -> Any:
+        return Call, self.args
 
 
 class Bound(functools.partial):

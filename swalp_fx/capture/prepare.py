@@ -6,6 +6,8 @@ import copy
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Owner", "copied", "prepare"]
 
+PACKAGE = str(Path(__file__).parent)
 WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; keep it in a buffer"
 
 
 class Owner:
     """The module whose code a frame is of: entries close over theirs, methods have it as their first argument."""
 
-    def __init__(self, frame: Frame, places: Places) -> None:
+    def __init__(self, frame: Frame, places: Places, *, foreign: bool) -> None:
         code = frame.original_code
-        first = ("module", *code.co_varnames[: min(1, code.co_argcount)])
+        is_entry = code.co_filename.startswith(PACKAGE)
+        first = (*(("module",) if is_entry else ()), *code.co_varnames[: min(1, code.co_argcount)])
         self.path = ""
         self.name: str | None = None  # of the local that holds it
         self.module: nn.Module | None = None
@@ -37,7 +41,8 @@ class Owner:
         for name, module in frame.modules():
             if (path := places.path(module)) is not None:
                 self.locals.append(name)
-                if name in first:
+                # Another compiler's frame may be of what calls the model: def loss(model, x).
+                if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
 
     def inputs(self) -> Sequence[str]:
@@ -46,6 +51,11 @@ class Owner:
             return ()
         parameters = inspect.signature(self.module.forward).parameters.values()
         return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+
+
+def _is_method(code: CodeType, module: nn.Module) -> bool:
+    method = getattr(type(module), code.co_name, None)
+    return getattr(inspect.unwrap(method), "__code__", None) is code if callable(method) else False
 
 
 def copied(graph_module: GraphModule) -> GraphModule:
