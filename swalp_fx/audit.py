@@ -26,7 +26,18 @@ __all__ = ["Audit", "audited"]
 
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 # Operations of aten that make no new numbers, besides those that the table of parts names.
-MOVES = ("alias", "as_strided", "lift", "lift_fresh", "resize", "scalar_tensor", "set", "slice", "to_copy", "unsafe_view")
+MOVES = (
+    "alias",
+    "as_strided",
+    "lift",
+    "lift_fresh",
+    "resize",
+    "scalar_tensor",
+    "set",
+    "slice",
+    "to_copy",
+    "unsafe_view",
+)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
@@ -113,6 +124,4 @@ def _line() -> str:
         frame = frame.f_back
     if frame is None:
         return "code without a line"
-    path = Path(frame.f_code.co_filename)
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{shown}:{frame.f_lineno} {frame.f_code.co_name}"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"

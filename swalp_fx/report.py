@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,7 +50,8 @@ def report(module: nn.Module, /, *inputs: Any, fold: bool = False, **keywords: A
     lines = [table([*header, "parameters"], cells, numbers=2 if audit else 1)]
     lines += ["", *(paragraph(line, 12) for line in _totals(conversion, found, audit))]
     lines += ["", "in float:", *(paragraph(line, 4) for line in _floats(conversion, found))]
-    if outside := list(_outside(conversion, audit)):
+    here = f"{Path.cwd()}{os.sep}"
+    if outside := [line.replace(here, "") for line in _outside(conversion, audit)]:
         lines += ["", "outside of the graphs:", *(paragraph(line, 4) for line in outside)]
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ def backend(
     if not conversion.places.knows(inputs) or any(True for _ in conversion.stray()):
         adopt(conversion)
     frame, reason = Frame(), break_reason(graph_module)
-    owner = Owner(frame, conversion.places)
+    owner = Owner(frame, conversion.places, foreign=inner is not None)
     for name in owner.locals:
         frame.guard_identity(name)
     if owner.name is not None:
@@ -96,6 +96,7 @@ def _runner(
 
     def runner(*args: Any) -> Any:
         made.calls += 1
+        local.ran = True
         if keyed:
             args = (conversion.key(), *args)
         given = run(*args) if local.watch is None else local.watch(made, args)

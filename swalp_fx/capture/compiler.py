@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANOTHERS", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewriting"]
 
-FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
+FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 OURS, ANOTHERS = "ours", "another's"
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
@@ -103,11 +103,11 @@ def _why() -> str:
         return setting
     if is_functorch_active():
         return "a transform of torch.func is around the call; use torch.autograd"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace runs the original code; use torch.compile"
+    if torch.compiler.is_exporting():
+        return "torch.export runs the original code; export the model before it is converted"
     return (
-        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a "
-        "dispatch mode; call the model outside of it"
+        "PyTorch ran the original code, as under a dispatch mode whose ignore_compile_internals() is False; call "
+        "the model outside of it"
     )
 
 

@@ -182,10 +182,11 @@ class Conversion:
         new = object.__new__(Conversion)
         memo[id(self)] = new
         new.recipe, new.identity = self.recipe, self.identity
-        # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
-        root = memo.get(id(self.root))
-        new.root = copy.deepcopy(self.root, memo) if root is None else root
         new._begin()
+        # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
+        new.root = memo.get(id(self.root))
+        if new.root is None:
+            new.root = copy.deepcopy(self.root, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

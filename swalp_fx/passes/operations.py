@@ -11,6 +11,7 @@ import torch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 __all__ = [
     "CHECKPOINT",
@@ -108,7 +109,16 @@ def read_after_writes(graph: Graph) -> None:
 
 def written_parameter(node: Node, parameters: dict[Node, str]) -> str | None:
     """The name of the parameter that ``node`` writes into, or into a part of."""
-    written = node.args[0] if writes(node) and node.args else None
+    written = node.args[0] if writes(node) and node.args else _renormalised(node)
     while isinstance(written, Node) and name_of(written) in VIEWS and written.args:
         written = written.args[0]
     return parameters.get(written) if isinstance(written, Node) else None
+
+
+def _renormalised(node: Node) -> Argument:
+    """The weight of a functional embedding whose max_norm makes it write into that."""
+    if name_of(node) not in ("embedding", "embedding_bag"):
+        return None
+    names = ("input", "weight", "offsets or padding_idx", "max_norm")
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return arguments.get("weight") if arguments.get("max_norm") is not None else None
