@@ -11,12 +11,12 @@ import torch
 from graphs import converted, rewritten
 from torch import nn
 
-from swalp_fx import nodes
+from swalp_fx import Recipe, nodes
 from swalp_fx.passes import insert, rewrite, verify
 from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.captured import MODULE, Scope
 from swalp_fx.passes.elide import elide
-from swalp_fx.passes.names import NAME, PART, parameter_subjects
+from swalp_fx.passes.names import NAME, PART, parameter_subjects, place
 from swalp_fx.passes.reuse import reuse
 from swalp_fx.passes.verify import VerifyError
 
@@ -51,14 +51,25 @@ def captured(cases, size):
 
 def letters_of(model, graph, recipe, kind):
     """For each case the letters of its quantize nodes, in order, where ``recipe`` rewrites this captured graph."""
-    graph = copy.deepcopy(graph)
-    for node in graph.nodes:
-        node.meta = {key: value for key, value in node.meta.items() if key not in (PART, NAME, SITE)}
     found = [[] for _ in model.cases]
-    for node in rewrite(graph, recipe, Scope(parameter_subjects(model))).nodes:
+    for node in rewritten_again(model, graph, recipe).nodes:
         if node.target is nodes.quantize_output:
             found[int(node.meta[MODULE].split(".")[1])].append(node.kwargs.get(kind, ""))
     return found
+
+
+def rewritten_again(model, graph, recipe):
+    """What ``recipe`` makes of a captured graph, without another trace."""
+    graph = copy.deepcopy(graph)
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key not in (PART, NAME, SITE)}
+    return rewrite(graph, recipe, Scope(parameter_subjects(model)))
+
+
+def rewritten_by(kind, recipe):
+    """What ``recipe`` makes of a model of this kind."""
+    model, made = traced(kind, Recipe())
+    return rewritten_again(model, made.captured, recipe)
 
 
 class Traced:
@@ -113,5 +124,5 @@ def assert_names(pattern, table, *others):
 
 
 def rounded(graph):
-    """The names of what is rounded, in order."""
-    return [node.args[0].name for node in graph.find_nodes(op="call_function", target=nodes.quantize_output)]
+    """The places that are rounded, in order."""
+    return [place(node.args[0]) for node in graph.find_nodes(op="call_function", target=nodes.quantize_output)]
