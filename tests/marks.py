@@ -1,17 +1,22 @@
 """What the tests of the passes share: graphs of a model, marks on their quantize nodes, and that wrong graphs are
 refused."""
 
+import copy
 import functools
+import re
 
 import pytest
 import shapes
-from graphs import rewritten
+import torch
+from graphs import converted, rewritten
+from torch import nn
 
 from swalp_fx import Recipe, nodes
-from swalp_fx.passes import insert, verify
-from swalp_fx.passes.captured import Scope
+from swalp_fx.passes import insert, rewrite, verify
+from swalp_fx.passes.assign import SITE
+from swalp_fx.passes.captured import MODULE, Scope
 from swalp_fx.passes.elide import elide
-from swalp_fx.passes.names import parameter_subjects
+from swalp_fx.passes.names import NAME, PART, parameter_subjects, place
 from swalp_fx.passes.reuse import reuse
 from swalp_fx.passes.verify import VerifyError
 
@@ -21,6 +26,50 @@ def traced(kind, recipe):
     """The one graph of a model of this kind; not to be written to."""
     model, inputs = shapes.made(kind)
     return model, rewritten(model, recipe, *inputs)
+
+
+class Branches(nn.Module):
+    """Cases side by side, each on an input of its own: one trace for all."""
+
+    def __init__(self, cases):
+        super().__init__()
+        self.cases = nn.ModuleList(cases)
+
+    def forward(self, *inputs):
+        return [case(x) for case, x in zip(self.cases, inputs, strict=True)]
+
+
+def captured(cases, size):
+    """(model, the captured graph of these cases), as the capture made it."""
+    torch.manual_seed(0)
+    model = Branches(cases).requires_grad_(False)  # which functions with out= want
+    low = converted(model, "float")
+    low(*(torch.randn(size) for _ in cases))
+    (made,) = low.graphs
+    return model, made.captured
+
+
+def letters_of(model, graph, recipe, kind):
+    """For each case the letters of its quantize nodes, in order, where ``recipe`` rewrites this captured graph."""
+    found = [[] for _ in model.cases]
+    for node in rewritten_again(model, graph, recipe).nodes:
+        if node.target is nodes.quantize_output:
+            found[int(node.meta[MODULE].split(".")[1])].append(node.kwargs.get(kind, ""))
+    return found
+
+
+def rewritten_again(model, graph, recipe):
+    """What ``recipe`` makes of a captured graph, without another trace."""
+    graph = copy.deepcopy(graph)
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key not in (PART, NAME, SITE)}
+    return rewrite(graph, recipe, Scope(parameter_subjects(model)))
+
+
+def rewritten_by(kind, recipe):
+    """What ``recipe`` makes of a model of this kind."""
+    model, made = traced(kind, Recipe())
+    return rewritten_again(model, made.captured, recipe)
 
 
 class Traced:
@@ -47,7 +96,8 @@ def assert_refused(kind, recipe, spoil, complaint):
     spoil(made.graph)
     with pytest.raises(VerifyError) as failure:
         made.proved()
-    assert complaint in str(failure.value)
+    found = str(failure.value)
+    assert complaint in found or re.search(complaint, found), found
 
 
 def marks(graph, kind):
@@ -74,9 +124,5 @@ def assert_names(pattern, table, *others):
 
 
 def rounded(graph):
-    """The names of what is rounded, in order."""
-    return [node.args[0].name for node in graph.find_nodes(op="call_function", target=nodes.quantize_output)]
-
-
-def parse(text="bfp8[0]", **fields):
-    return Recipe.parse(text, **fields)
+    """The places that are rounded, in order."""
+    return [place(node.args[0]) for node in graph.find_nodes(op="call_function", target=nodes.quantize_output)]

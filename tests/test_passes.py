@@ -252,7 +252,7 @@ def test_what_a_buffer_is_set_to_is_rounded():
             return self.second(x)
 
     assert rounded(traced(shapes.Carried, RECIPE)[1].graph) == ["first", "second", "add", "tanh"]
-    assert rounded(traced(Carried, RECIPE)[1].graph) == ["first", "second_1", "add", "tanh"]
+    assert rounded(traced(Carried, RECIPE)[1].graph) == ["first", "second@1", "add", "tanh"]
 
 
 # checkpoints
