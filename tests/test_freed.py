@@ -1,4 +1,4 @@
-"""A converted model is freed with its last reference, graphs and all."""
+"""A converted model is freed with its last reference."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import torch, swalp_fx
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 lp, swalp = swalp_fx.convert(model, torch.optim.SGD(model.parameters(), lr=0.1))
 lp(torch.ones(3, 8)).sum().backward()
-held = [weakref.ref(each) for each in (model, model[0].weight, model.graphs[0].graph_module)]
+held = [weakref.ref(each) for each in (model, model[0].weight, swalp)]
 del model, lp, swalp
 gc.collect()
 print([each() is None for each in held])
