@@ -230,7 +230,7 @@ def _quantized(
         return x
     if is_transformed():
         return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
-    if torch.compiler.is_compiling():
+    if (in_place or kept) and torch.compiler.is_compiling():
         in_place = kept = ""
     if "E" in kept and ("A" in kept or "A" in in_place) and not x._is_view():  # nothing for autograd to see
         if "A" not in kept:

@@ -238,11 +238,12 @@ def is_transformed() -> bool:
     Raises NotImplementedError for the former under torch.compile, where tangents would be zeros. Without fullgraph=True
     torch.compile then runs the code as it is.
     """
-    if torch.compiler.is_compiling():
-        if has_tangents():
+    compiles = torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0:  # has_tangents, without a call
+        if compiles:
             raise NotImplementedError("torch.compile drops the tangents of roundings; leave out fullgraph=True")
-        return False
-    return has_tangents() or torch._C._are_functorch_transforms_active()
+        return True
+    return not compiles and torch._C._are_functorch_transforms_active()
 
 
 def quantize(
@@ -294,7 +295,7 @@ def is_plain(x: Tensor) -> bool:
 
 def _is_recorded() -> bool:
     """Whether what runs now is to run again with other numbers, or on other tensors than it seems to."""
-    if torch.compiler.is_compiling() or has_tangents() or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
