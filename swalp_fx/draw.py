@@ -139,11 +139,8 @@ class _Marks:
         if node.meta.get(PART) in LAYER_PARTS and LAYER in node.meta:
             return [each for each in self._inside[node.meta[LAYER]] if each.meta[PART] in LAYER_PARTS]
         readers = self._readers(node)
-        if (
-            not parameter_of(node)
-            or not self._is_drawn_parameter(node)
-            or not isinstance(next(iter(readers), None), Layer)
-        ):
+        layer = readers[0] if self._is_drawn_parameter(node) else node
+        if not isinstance(layer, Layer):
             return [node]
         beside = (source for each in self._inside[layer] for source in each.all_input_nodes)
         return [each for each in dict.fromkeys(beside) if parameter_of(each) and self._readers(each) == readers]

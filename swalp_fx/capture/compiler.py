@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ def is_rewriting(entry: Entry) -> Callable[[], str]:
         # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
         if is_functorch_active():
             return ""
-        frame.backend = functools.partial(chained, conversion, theirs)
+        frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
         return ANOTHERS
 
     return asked

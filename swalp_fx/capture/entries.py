@@ -39,6 +39,7 @@ class Entry:
     def install(self) -> None:
         self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
         self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
+        self.made: set[tuple[str, bool]] = set()  # those that have a graph
         self.is_rewriting = is_rewriting(self)
         own = vars(self.module)
         own["_compiled_call_impl"] = Call(self.module)
@@ -82,7 +83,12 @@ class Entry:
         if before is None:
             local.entered, self.is_entered, local.ran = self.module, True, False
         try:
-            result = run(*args, **kwargs)
+            if (name, outermost) in self.made:
+                result = run(*args, **kwargs)
+            else:
+                with self.conversion.making:
+                    result = run(*args, **kwargs)
+                self.made.add((name, outermost))
             if before is not None:
                 return result
             if not local.ran:
