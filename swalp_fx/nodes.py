@@ -138,7 +138,7 @@ def draw_key(training: bool) -> Tensor | None:
     if training and is_fx_symbolic_tracing():
         raise RuntimeError(
             "torch.fx would freeze the random key of this low-precision module into the trace; "
-            "trace it with swalp_fx.capture, or in eval mode"
+            "trace it in eval mode"
         )
     if not training:
         return None
