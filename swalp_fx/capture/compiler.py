@@ -17,6 +17,7 @@ from ..recipe import RecipeError
 from .backend import chained
 from .dynamo import (
     BackendCompilerFailed,
+    FailOnRecompileLimitHit,
     Frame,
     assume_constant_result,
     compiled,
@@ -72,6 +73,9 @@ class _Tracing:
         try:
             with knobs():
                 result = self._callback(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            error.code = args[0].f_code  # type: ignore[attr-defined]  # whose limit
+            raise
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, REFUSALS):
                 raise error.inner_exception from None

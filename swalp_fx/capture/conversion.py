@@ -98,6 +98,10 @@ class Graphs(Sequence[Rewritten]):
     def add(self, made: Rewritten) -> None:
         self._made.append(made)
 
+    def drop(self, path: str | None) -> None:
+        """Forget those of the module at ``path``."""
+        self._made = [made for made in self._made if made.path != path]
+
     def __len__(self) -> int:
         return len(self._made)
 

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
+from ..warn import warn
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import MAX_GRAPHS, FailOnRecompileLimitHit, TorchDynamoException, call_of_module, tracer_around
@@ -101,7 +102,15 @@ class Entry:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
         except FailOnRecompileLimitHit as error:
-            raise NotRewritten(_limit(self)) from error
+            if getattr(error, "code", None) is not run._torchdynamo_orig_callable.__code__:
+                raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
+            # Nothing of the call has run yet. It begins again, with a cache of its own.
+            warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
+            del self.compiled[name, outermost]
+            self.made.discard((name, outermost))
+            self.conversion.graphs.drop(self.conversion.places.path(self.module))
+            local.entered = before
+            return self.enter(name, function, args, kwargs)
         except RuntimeError as error:
             if (tracer := tracer_around()) is not None:
                 raise NotRewritten(
@@ -147,10 +156,7 @@ class Entry:
 
 
 def _limit(entry: Entry) -> str:
-    return (
-        f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing; make a "
-        "tensor of what changes, or leave it out of the forward"
-    )
+    return f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing"
 
 
 def is_shown(name: str, value: Any) -> bool:
