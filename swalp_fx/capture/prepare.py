@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import ConvertError
-from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
+from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
 from ..passes.operations import read_after_writes, written_parameter
 from .dynamo import Frame
 
@@ -121,13 +121,11 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, fore
 
 
 def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> None:
-    around = [
-        (key, *known) for key in node.meta.get("nn_module_stack") or {} if (known := places.module(key)) is not None
-    ]
+    around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
     node.meta[MODULE] = around[-1][1] if around else None if foreign and owner.name is None else owner.path
     if owner.module is not None and not around:  # a layer that is called by itself
         around = [("", owner.path, owner.module)]
-    layer = next(((key, path, module) for key, path, module in around if is_layer(module)), None)
+    layer = next(((call, path, module) for call, path, module in around if is_layer(module)), None)
     if layer is not None:
-        key, path, module = layer
-        node.meta[LAYER] = Layer(key, path, type(module))
+        call, path, module = layer
+        node.meta[LAYER] = Layer(call, path, type(module))
