@@ -334,17 +334,24 @@ def _layers_drawn(panel, panel_of):
 
 @pytest.fixture(
     scope="module",
-    params=["resnet18", "googlenet", "densenet121", "vgg16", "mobilenet_v3_small", "swin_t", "flat"],
+    params=["resnet18", "googlenet", "densenet", "vgg16", "mobilenet_v3_small", "swin", "flat"],
 )
 def large(request):
     return _large(request.param)
 
 
+LARGE = {  # those whose likes in torchvision take long to trace have fewer blocks
+    "flat": lambda: Flat(200),
+    "googlenet": lambda: torchvision.models.googlenet(init_weights=False),
+    "densenet": lambda: torchvision.models.DenseNet(4, (6, 12), 8),
+    "swin": lambda: torchvision.models.SwinTransformer([4, 4], 12, [2, 4], [2, 2], [7, 7]),
+}
+
+
 @functools.cache
 def _large(name):
     with torch.device("meta"):  # weights are not drawn
-        settings = {"init_weights": False} if name == "googlenet" else {}
-        model = Flat(200) if name == "flat" else torchvision.models.get_model(name, **settings)
+        model = LARGE[name]() if name in LARGE else torchvision.models.get_model(name)
         x = torch.empty(2, 3, 224, 224)
     return convert(model, example_inputs=(x,)).module
 

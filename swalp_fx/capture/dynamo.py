@@ -21,8 +21,10 @@ from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Node
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 __all__ = [
+    "MAX_GRAPHS",
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "Frame",
@@ -34,6 +36,7 @@ __all__ = [
     "is_functorch_active",
     "knobs",
     "switched_off",
+    "tracer_around",
 ]
 
 MAX_GRAPHS = 64  # of one entry or frame; past it a call raises
@@ -83,6 +86,13 @@ def innermost_backend(backend: Any) -> Any:
 def is_functorch_active() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) is around what runs now."""
     return torch._C._are_functorch_transforms_active()
+
+
+def tracer_around() -> str | None:
+    """The older tracer of PyTorch that is around what runs now, if one is."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.fx.symbolic_trace, or make_fx," if is_fx_symbolic_tracing() else None
 
 
 def switched_off() -> str | None:

@@ -44,9 +44,10 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
     leaves = all(user.meta[PART] in OUT for user in call.users)
     body: GraphModule = scope.bodies[str(target.target)]  # type: ignore[union-attr]
     for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
-        part = operand.meta[PART] if isinstance(operand, Node) else "number"
+        given = operand if isinstance(operand, Node) else placeholder
+        part = given.meta.get(PART, "number")
         placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
-        placeholder.meta[ARGUMENT] = operand.meta.get(NAME, operand.name) if isinstance(operand, Node) else placeholder.name
+        placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
     inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 

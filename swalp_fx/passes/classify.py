@@ -106,7 +106,8 @@ def _mark_updates(graph: Graph) -> None:
             updates.add(node)
     for node in graph.nodes:
         reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
-        if node.meta[PART] == "arithmetic" and node in updates and reads_state:
+        is_state = (node in updates and reads_state) or (writes(node) and _part_of_written(node) == "state")
+        if node.meta[PART] == "arithmetic" and is_state:
             node.meta[PART] = "state"
 
 

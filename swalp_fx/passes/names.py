@@ -16,7 +16,18 @@ from .captured import ARGUMENT, LAYER, PARAMETER, around
 from .operations import name_of
 from .tables import LAYER_PARTS, layer_part
 
-__all__ = ["NAME", "PART", "derived_name", "is_derived", "kinds_of", "name_places", "originals", "parameter_subjects", "place", "subject"]
+__all__ = [
+    "NAME",
+    "PART",
+    "derived_name",
+    "is_derived",
+    "kinds_of",
+    "name_places",
+    "originals",
+    "parameter_subjects",
+    "place",
+    "subject",
+]
 
 # The node.meta keys that classify writes: the part that a node plays, and the name that ``place`` reads.
 PART = "swalp_fx.part"

@@ -281,7 +281,7 @@ class _Proof:
         seen: dict[int, Node] = {}
         for node in self._all_nodes(self.graph, self.scope.bodies):
             if node.target in OURS:
-                stream = node.args[2]
+                stream: Any = node.args[2]
                 _require(seen.setdefault(stream, node) is node, node, f"shares stream {stream} with {seen[stream]}")
                 _require(0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
         for node in self.graph.nodes:
@@ -573,7 +573,10 @@ def _runs(node: Node, pattern: re.Pattern[str]) -> bool:
 
 
 def _is_torch(thing: Any) -> bool:
-    return re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", getattr(thing, "__module__", None) or "torch") is not None
+    return (
+        re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", getattr(thing, "__module__", None) or "torch")
+        is not None
+    )
 
 
 def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
