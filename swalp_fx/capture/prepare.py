@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ConvertError
 from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
@@ -156,4 +157,5 @@ def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> No
     layer = next(((call, path, module) for call, path, module in around if is_layer(module)), None)
     if layer is not None:
         call, path, module = layer
-        node.meta[LAYER] = Layer(call, path, type(module))
+        # What derives a weight carries vectors from call to call, as spectral_norm does: they are no weights.
+        node.meta[LAYER] = Layer("" if isinstance(module, ParametrizationList) else call, path, type(module))
