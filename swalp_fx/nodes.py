@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from . import random
-from .ops import is_transformed, keeps, quantize, round_, rounded
+from .ops import has_tangents, is_transformed, keeps, quantize, round_, rounded
 
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
 
@@ -46,10 +46,11 @@ class _QuantizeWeight(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        ctx.materialize_grads = False
         return rounded(x, *how)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradient, None, None, None, None
 
 
@@ -72,6 +73,7 @@ class _QuantizeOutput(Function):
         in_place: str,
         kept: str,
     ) -> Tensor:
+        ctx.materialize_grads = False
         ctx.how = ("float" if "E" in kept else error, rounding, key, stream | ERROR_STREAM)
         ctx.in_place = "E" in in_place
         if "A" in kept:
@@ -82,11 +84,13 @@ class _QuantizeOutput(Function):
         return rounded(x, activation, rounding, key, stream)
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # under create_graph, a gradient of the gradient is wanted
+    def backward(ctx: Any, error: Tensor | None) -> tuple[Tensor | None, ...]:
+        if error is None:
+            return (None,) * 8
+        if torch.is_grad_enabled() or has_tangents():  # a derivative of the gradient is wanted too
             spec, rounding, key, stream = ctx.how
             error = quantize(error, spec, rounding, key=key, stream=stream)
-        elif ctx.in_place:
+        elif ctx.in_place and 0 not in error.stride():  # an expanded signal has fewer places than elements
             error = round_(error, *ctx.how)
         elif ctx.how[0] != "float":
             error = rounded(error, *ctx.how)
@@ -94,7 +98,10 @@ class _QuantizeOutput(Function):
 
 
 class _QuantizeOutputApart(Function):
-    """``_QuantizeOutput`` for the transforms of torch.func; nothing is in place."""
+    """``_QuantizeOutput`` for forward-mode derivatives and the transforms of torch.func; nothing is in place.
+
+    Apart, because torch.compile takes no function that has a ``jvp``.
+    """
 
     generate_vmap_rule = True
 
@@ -105,13 +112,19 @@ class _QuantizeOutputApart(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, key, ctx.stream, _, ctx.error, ctx.rounding = inputs
+        ctx.materialize_grads = False
         ctx.save_for_backward(key)
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        (key,) = ctx.saved_tensors
-        error = quantize(error, ctx.error, ctx.rounding, key=key, stream=ctx.stream | ERROR_STREAM)
+    def backward(ctx: Any, error: Tensor | None) -> tuple[Tensor | None, ...]:
+        if error is not None:
+            (key,) = ctx.saved_tensors
+            error = quantize(error, ctx.error, ctx.rounding, key=key, stream=ctx.stream | ERROR_STREAM)
         return error, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()  # of its own, as the result is
 
 
 @_public
@@ -125,7 +138,7 @@ def draw_key(training: bool) -> Tensor | None:
     if training and is_fx_symbolic_tracing():
         raise RuntimeError(
             "torch.fx would freeze the random key of this low-precision module into the trace; "
-            "trace it with swalp_fx.capture, or in eval mode"
+            "trace it in eval mode"
         )
     if not training:
         return None
@@ -213,7 +226,7 @@ def _quantized(
         return x
     if is_transformed():
         return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
-    if torch.compiler.is_compiling():
+    if (in_place or kept) and torch.compiler.is_compiling():
         in_place = kept = ""
     if "E" in kept and ("A" in kept or "A" in in_place) and not x._is_view():  # nothing for autograd to see
         if "A" not in kept:

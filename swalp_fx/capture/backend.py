@@ -57,6 +57,9 @@ def backend(
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
+    if keyed and not next(iter(rewritten.nodes)).users:  # nothing is rounded stochastically
+        _without_key(module)
+        keyed = False
     run = module.forward
     if inner is not None:
         key = conversion.key() if keyed else None

@@ -65,6 +65,10 @@ class _Tracing:
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from .entries import adopt_strays, conversion_of
+
+        if (conversion := conversion_of(local.entered)) is not None:
+            adopt_strays(conversion)  # before the trace: it guards what they have
         try:
             with knobs():
                 result = self._callback(*args, **kwargs)

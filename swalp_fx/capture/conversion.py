@@ -135,6 +135,7 @@ class Conversion:
     def _begin(self) -> None:
         self.graphs = Graphs(self)
         self.making = threading.RLock()  # threads that call a model for the first time make one graph, not one each
+        self.breaks = False  # whether Python runs between graphs, and calls what it finds
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None
         from .backend import backend  # and with it the front end, a second's import

@@ -20,6 +20,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import VariableTracker
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
@@ -174,6 +175,29 @@ class Frame:
                 items = getattr(variable, "items", {})
                 proxies = (getattr(item, "proxy", None) for item in items.values())
                 names |= {proxy.node.name for proxy in proxies if proxy is not None}
+        return names
+
+    def returned(self) -> set[str] | None:
+        """The names of the nodes in what the frame returns; None if it does not return here."""
+        if self._tx.current_instruction.opname != "RETURN_VALUE" or not self._tx.stack:
+            return None
+        names: set[str] = set()
+        seen: set[int] = set()
+        attributes = self._tx.output.side_effects.store_attr_mutations
+        waiting = [self._tx.stack[-1]]
+
+        def note(variable: Any) -> None:
+            if id(variable) in seen:
+                return
+            seen.add(id(variable))
+            proxy = getattr(variable, "proxy", None)
+            if proxy is not None:
+                names.add(proxy.node.name)
+            if variable in attributes:  # of an object that the frame has made
+                waiting.extend(attributes[variable].values())
+
+        while waiting:
+            VariableTracker.visit(note, waiting.pop())
         return names
 
     def _value(self, source: Any) -> Any:

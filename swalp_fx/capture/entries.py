@@ -82,6 +82,10 @@ class Entry:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
             local.entered, self.is_entered, local.ran = self.module, True, False
+            if self.conversion.breaks:
+                adopt_strays(self.conversion)
+        else:
+            self.conversion.breaks = True
         try:
             if (name, outermost) in self.made:
                 result = run(*args, **kwargs)
@@ -263,6 +267,12 @@ def adopt(conversion: Conversion) -> None:
     """Takes in what was put into the model after its conversion."""
     conversion.places.refresh()
     install(conversion)
+
+
+def adopt_strays(conversion: Conversion) -> None:
+    """Takes in what was put into the model past its ``__setattr__``, as ``Sequential.insert`` does."""
+    if any(True for _ in conversion.stray()):
+        adopt(conversion)
 
 
 def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

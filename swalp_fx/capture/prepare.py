@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ConvertError
-from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
+from ..passes.captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
 from ..passes.operations import name_of, read_after_writes, written_parameter
 from .dynamo import Frame
 
@@ -84,6 +84,9 @@ def prepare(
     for node in graph.nodes:
         if node.name in updates:
             node.meta[UPDATE] = True
+    if (returned := frame.returned()) is not None:
+        for node in graph.output_node().all_input_nodes:
+            node.meta[KEPT] = node.name not in returned
     _prepare_nodes(graph_module, owner, places, foreign)
     _drop_writes_of_itself(graph)
     parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}

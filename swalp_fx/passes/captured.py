@@ -14,7 +14,19 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..recipe import Subject
 from .tables import layer_part
 
-__all__ = ["ARGUMENT", "HOLDS", "LAYER", "MODULE", "PARAMETER", "UPDATE", "Layer", "Scope", "calls_around", "is_layer"]
+__all__ = [
+    "ARGUMENT",
+    "HOLDS",
+    "KEPT",
+    "LAYER",
+    "MODULE",
+    "PARAMETER",
+    "UPDATE",
+    "Layer",
+    "Scope",
+    "calls_around",
+    "is_layer",
+]
 
 # Of what a graph is given or holds: "input", "number", "parameter", "state", "body", or "operand", of a body.
 HOLDS = "swalp_fx.holds"
@@ -22,6 +34,8 @@ ARGUMENT = "swalp_fx.argument"  # the name of what a graph is given
 PARAMETER = "swalp_fx.parameter"  # of a placeholder for a parameter: its first name in the model
 MODULE = "swalp_fx.module"  # the qualified name of the module whose code makes it; None: it is outside of the model
 UPDATE = "swalp_fx.update"  # true of what a buffer is set to
+# True of what leaves the graph though the frame does not return it: an attribute, or a hook, keeps it.
+KEPT = "swalp_fx.kept"
 LAYER = "swalp_fx.layer"  # a Layer, of what is computed inside one
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .captured import HOLDS, LAYER, MODULE, UPDATE
+from .captured import HOLDS, KEPT, LAYER, MODULE, UPDATE
 from .names import PART, is_derived, name_places
 from .operations import CHECKPOINT, is_torch, name_of, writes
 from .tables import layer_part, part_of
@@ -42,7 +42,7 @@ def classify(graph: Graph) -> Graph:
     _mark_updates(graph)
     for node in reversed(graph.nodes):
         leaves = node.users and all(user.meta[PART] in OUT for user in node.users)
-        if leaves and node.meta[PART] in ("movement", "number") and not node.meta.get(UPDATE):
+        if leaves and node.meta[PART] in ("movement", "number") and not _is_kept(node):
             node.meta[PART] = "exit"
     name_places(graph)
     return graph
@@ -114,6 +114,11 @@ def _mark_updates(graph: Graph) -> None:
 def _part_of_written(node: Node) -> str | None:
     written = _written(node)
     return written.meta[PART] if isinstance(written, Node) else None
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether a buffer, an attribute or a hook keeps ``node``, which is then as a layer would read it."""
+    return bool(node.meta.get(UPDATE) or node.meta.get(KEPT))
 
 
 def _written(node: Node) -> Any:

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from .. import nodes
 from .assign import SITE, Output, Site, Weight
-from .captured import LAYER, MODULE
+from .captured import KEPT, LAYER, MODULE
 from .classify import OUT
 from .names import PART, place
 from .tables import LAYER_PARTS
@@ -95,6 +95,8 @@ class _Insertion:
                 return self.raw[source]
             if self.read[source] is self.raw[source]:
                 self.read[source] = self._quantize_weight(self.raw[source], site.weight, source)
+            return self.read[source]
+        if reader.op == "output" and source.meta.get(KEPT):
             return self.read[source]
         returned = site.output is not None and site.output.returned
         return self.raw[source] if part in OUT and not returned else self.read[source]

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .. import nodes
 from ..formats import FLOAT, Format, parse
 from ..recipe import Recipe, Subject
-from .captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Scope
+from .captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
 
 __all__ = ["VerifyError", "verify"]
 
@@ -235,6 +235,8 @@ class _Proof:
 
     def _reads_bare(self, reader: Node, node: Node) -> bool:
         """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
+        if reader.op == "output" and node.meta.get(KEPT, False):  # kept as a layer reads it, if one does
+            return all(user.op == "output" or self._reads_bare(user, node) for user in node.users)
         if reader in self.model.exits:
             is_weight = self.model.kinds[node] == "parameter"
             return is_weight or not (self.returns_rounded or node.meta.get(UPDATE, False))
@@ -583,7 +585,8 @@ def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
     """What the model gives, with movement and sizes that serve nothing else; and what is around the model."""
     exits: set[Node] = set()
     for node in reversed(graph.nodes):
-        leaves = node.users and all(user in exits for user in node.users) and not node.meta.get(UPDATE)
+        kept = node.meta.get(UPDATE) or node.meta.get(KEPT)
+        leaves = node.users and all(user in exits for user in node.users) and not kept
         if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("moves", "number")):
             exits.add(node)
     return exits
