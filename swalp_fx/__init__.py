@@ -4,8 +4,7 @@ from .averaging import Average, recalibrate
 from .capture import Graphs, Rewritten
 from .check import Check, check
 from .convert import Converted, convert, in_float, restore
-
-#DRAW
+from .draw import draw
 from .errors import ConvertError, NotRewritten
 from .formats import (
     FLOAT,
@@ -19,14 +18,12 @@ from .formats import (
     ScaledInteger,
     parse,
 )
-
-#MEASURE Measures, Rounded, measure
+from .measure import Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
 from .recipe import Recipe, RecipeError, Rule
-
-#REPORT
+from .report import report
 
 __all__ = [
     "FLOAT",

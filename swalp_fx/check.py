@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,20 +60,37 @@ def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
     low = copy.deepcopy(model)
     install(Conversion(low, IDENTITY, identity=True))
     plain = copy.deepcopy(model)
+    given = _with_gradients(model, inputs, keywords)
     for mode in ("train", "eval"):
         for again in ("", " again"):
-            expected = _run(plain.train(mode == "train"), inputs, keywords)
-            found = _run(low.train(mode == "train"), inputs, keywords)
-            compared += len(expected)
+            expected = _run(plain.train(mode == "train"), *given())
+            found = _run(low.train(mode == "train"), *given())
+            compared += len(expected) - 1  # the type is no tensor
             for name in dict.fromkeys((*expected, *found)):
                 if complaint := _difference(expected.get(name), found.get(name)):
                     differences.append(f"{mode}{again} {name}: {complaint}")
     return Check(compared, tuple(differences))
 
 
+def _with_gradients(model: nn.Module, *given: Any) -> Callable[[], Any]:
+    """Makes copies of the inputs that ask for gradients; if the model does not take such, copies as they are."""
+
+    def asking() -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), given)
+
+    def as_they_are() -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), given)
+
+    try:
+        for mode in (True, False):
+            _run(copy.deepcopy(model).train(mode), *asking())
+    except RuntimeError:
+        return as_they_are
+    return asking
+
+
 def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """Every tensor that a forward and a backward leave behind, by name, and the types of what the model gives."""
-    inputs, keywords = pytree.tree_map_only(Tensor, _leaf, (inputs, keywords))
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.is_cuda})
     model.zero_grad()
     with torch.random.fork_rng(devices=devices), seeded_elsewhere():
@@ -105,10 +122,6 @@ def seeded_elsewhere() -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_(x.is_floating_point())
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:

@@ -1,44 +1,70 @@
-"""What the tests of marks on quantize nodes share: reading them, setting them, and that a wrong one is refused."""
+"""What the tests of the passes share: graphs of a model, marks on their quantize nodes, and that wrong graphs are
+refused."""
+
+import functools
 
 import pytest
 import shapes
+from graphs import rewritten
 
-from swalp_fx import nodes
-from swalp_fx.passes import rewrite
-from swalp_fx.passes.verify import VerifyError, verify
+from swalp_fx import Recipe, nodes
+from swalp_fx.passes import insert, verify
+from swalp_fx.passes.captured import Scope
+from swalp_fx.passes.elide import elide
+from swalp_fx.passes.names import parameter_subjects
+from swalp_fx.passes.reuse import reuse
+from swalp_fx.passes.verify import VerifyError
 
 
-def marks(module, kind):
+@functools.cache
+def traced(kind, recipe):
+    """The one graph of a model of this kind; not to be written to."""
+    model, inputs = shapes.made(kind)
+    return model, rewritten(model, recipe, *inputs)
+
+
+class Traced:
+    """A graph of its own of a model of this kind, to be spoilt; ``proved`` says whether it is right."""
+
+    def __init__(self, kind, recipe):
+        self.model, made = traced(kind, recipe)
+        self.recipe, self.captured = recipe, made.captured
+        self.bodies = dict(made.graph_module.named_children())
+        self.graph = insert(self.captured, keyed=True)
+        if recipe.in_place:
+            reuse(elide(self.graph))
+
+    def proved(self, recipe=None):
+        """The graph; raises VerifyError if it is wrong."""
+        scope = Scope(parameter_subjects(self.model), bodies=self.bodies)
+        return verify(self.graph, self.captured, recipe or self.recipe, scope)
+
+
+def assert_refused(kind, recipe, spoil, complaint):
+    """The graph of a model of this kind is proved, and spoilt it is not."""
+    made = Traced(kind, recipe)
+    made.proved()
+    spoil(made.graph)
+    with pytest.raises(VerifyError) as failure:
+        made.proved()
+    assert complaint in str(failure.value)
+
+
+def marks(graph, kind):
     """Producer -> the letters of that kind, "in_place" or "kept", of its quantize node."""
-    found = module.graph.find_nodes(op="call_function", target=nodes.quantize_output)
+    found = graph.find_nodes(op="call_function", target=nodes.quantize_output)
     return {node.args[0].name: node.kwargs.get(kind, "") for node in found}
 
 
 def marked(name, **letters):
     """What leaves the quantize node of ``name`` with these marks alone."""
 
-    def spoil(module):
-        (node,) = [each for each in module.graph.nodes if each.name == f"{name}_q"]
+    def spoil(graph):
+        (node,) = [each for each in graph.nodes if each.name == f"{name}_q"]
         node.kwargs = letters
 
     spoil.__name__ = f"{letters} of {name}"
     return spoil
-
-
-def proved(module, recipe):
-    """Whether ``module`` is right; raises VerifyError if not."""
-    return verify(module.graph, module._present.captured.graph, module._root, recipe)
-
-
-def assert_refused(kind, recipe, spoil, complaint):
-    """A rewritten model of this kind is proved, and spoilt it is not."""
-    model, _ = shapes.made(kind)
-    module = rewrite(model, recipe)
-    proved(module, recipe)
-    spoil(module)
-    with pytest.raises(VerifyError) as failure:
-        proved(module, recipe)
-    assert complaint in str(failure.value)
 
 
 def assert_names(pattern, table, *others):
@@ -47,6 +73,10 @@ def assert_names(pattern, table, *others):
         assert bool(pattern.fullmatch(name)) == (name in table), name
 
 
-def hooked(layer, register):
-    getattr(layer, register)(lambda *_: None)
-    return layer
+def rounded(graph):
+    """The names of what is rounded, in order."""
+    return [node.args[0].name for node in graph.find_nodes(op="call_function", target=nodes.quantize_output)]
+
+
+def parse(text="bfp8[0]", **fields):
+    return Recipe.parse(text, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,20 +23,23 @@ __all__ = ["backend", "chained"]
 
 
 def backend(
-    conversion: Conversion,
+    weakly: weakref.ref[Conversion],
     graph_module: GraphModule,
     inputs: Sequence[Any],
     *,
     inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """What runs in place of ``graph_module``: its rewrite, or what ``inner``, another backend, makes of that."""
+    """What runs in place of ``graph_module``: its rewrite, or what ``inner``, another backend, makes of that.
 
+    The front end keeps what it is given out of the garbage collector's sight: nothing of it may hold the model.
+    """
     from .entries import adopt
 
+    conversion = _held(weakly)
     if not conversion.places.knows(inputs) or any(True for _ in conversion.stray()):
         adopt(conversion)
     frame, reason = Frame(), break_reason(graph_module)
-    owner = Owner(frame, conversion.places)
+    owner = Owner(frame, conversion.places, foreign=inner is not None)
     for name in owner.locals:
         frame.guard_identity(name)
     if owner.name is not None:
@@ -51,7 +55,7 @@ def backend(
     if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
         bare = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
-    made = Rewritten(entry, graph, module, conversion.root.training, reason)
+    made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
     run = module.forward
     if inner is not None:
@@ -60,7 +64,13 @@ def backend(
             _without_key(module)
             keyed = False
         run = inner(module, [key, *inputs] if keyed else inputs)
-    return _runner(conversion, made, run, keyed, bare)
+    return _runner(weakly, made, run, keyed, bare)
+
+
+def _held(weakly: weakref.ref[Conversion]) -> Conversion:
+    conversion = weakly()
+    assert conversion is not None, "the model whose forward runs is gone"
+    return conversion
 
 
 def _without_key(module: GraphModule) -> None:
@@ -71,10 +81,14 @@ def _without_key(module: GraphModule) -> None:
 
 
 def chained(
-    conversion: Conversion, theirs: Callable[..., Any], graph_module: GraphModule, inputs: Sequence[Any], **options: Any
+    weakly: weakref.ref[Conversion],
+    theirs: Callable[..., Any],
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    **options: Any,
 ) -> Callable[..., Any]:
     """The backend of another torch.compile around a converted model, our rewrite in front of it."""
-    return backend(conversion, graph_module, inputs, inner=functools.partial(theirs, **options))
+    return backend(weakly, graph_module, inputs, inner=functools.partial(theirs, **options))
 
 
 def _is_of_entered(frame: Frame, owner: Owner, conversion: Conversion) -> bool:
@@ -89,15 +103,16 @@ def _place(frame: Frame) -> str:
 
 
 def _runner(
-    conversion: Conversion, made: Rewritten, run: Callable[..., Any], keyed: bool, bare: list[int]
+    weakly: weakref.ref[Conversion], made: Rewritten, run: Callable[..., Any], keyed: bool, bare: list[int]
 ) -> Callable[..., Any]:
     """What the front end's code calls. ``bare``: see ``give_bare``."""
     switches = any(node.target in SWITCHES for node in made.graph.nodes)
 
     def runner(*args: Any) -> Any:
         made.calls += 1
+        local.ran = True
         if keyed:
-            args = (conversion.key(), *args)
+            args = (_held(weakly).key(), *args)
         given = run(*args) if local.watch is None else local.watch(made, args)
         return local.bare.kept(given, bare) if bare else given
 

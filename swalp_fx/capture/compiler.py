@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANOTHERS", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewriting"]
 
-FOREIGN = "another compiler around the converted model would drop its rewrite; call the model outside of it"
+FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 OURS, ANOTHERS = "ours", "another's"
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
@@ -103,11 +104,11 @@ def _why() -> str:
         return setting
     if is_functorch_active():
         return "a transform of torch.func is around the call; use torch.autograd"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace runs the original code; use torch.compile"
+    if torch.compiler.is_exporting():
+        return "torch.export runs the original code; export the model before it is converted"
     return (
-        "PyTorch ran the original code, as under torch.compiler.disable, torch.fx.symbolic_trace, make_fx or a "
-        "dispatch mode; call the model outside of it"
+        "PyTorch ran the original code, as under a dispatch mode whose ignore_compile_internals() is False; call "
+        "the model outside of it"
     )
 
 
@@ -129,7 +130,7 @@ def is_rewriting(entry: Entry) -> Callable[[], str]:
         # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
         if is_functorch_active():
             return ""
-        frame.backend = functools.partial(chained, conversion, theirs)
+        frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
         return ANOTHERS
 
     return asked

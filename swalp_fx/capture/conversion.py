@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -74,6 +76,8 @@ class Rewritten:
     training: bool  # the model's flag
     broke: str | None  # why the code goes on behind it, if it does not return there
     calls: int = 0
+    path: str = ""  # of the module whose code it is
+    place: str = ""  # of code that goes on behind a break: where that was
 
     @property
     def graph(self) -> Graph:
@@ -130,12 +134,13 @@ class Conversion:
 
     def _begin(self) -> None:
         self.graphs = Graphs(self)
+        self.making = threading.RLock()  # threads that call a model for the first time make one graph, not one each
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None
         from .backend import backend  # and with it the front end, a second's import
 
         # One object for all entries: the graphs of inner frames are looked up by it.
-        self.backend: Callable[..., Any] = functools.partial(backend, self)
+        self.backend: Callable[..., Any] = functools.partial(backend, weakref.ref(self))
         self.backend.__name__ = "swalp_fx"  # type: ignore[attr-defined]
 
     @property
@@ -180,10 +185,11 @@ class Conversion:
         new = object.__new__(Conversion)
         memo[id(self)] = new
         new.recipe, new.identity = self.recipe, self.identity
-        # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
-        root = memo.get(id(self.root))
-        new.root = copy.deepcopy(self.root, memo) if root is None else root
         new._begin()
+        # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
+        new.root = memo.get(id(self.root))
+        if new.root is None:
+            new.root = copy.deepcopy(self.root, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config, optimize
-from torch._dynamo.eval_frame import _stance
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Node
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 __all__ = [
+    "MAX_GRAPHS",
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "Frame",
@@ -35,6 +36,7 @@ __all__ = [
     "is_functorch_active",
     "knobs",
     "switched_off",
+    "tracer_around",
 ]
 
 MAX_GRAPHS = 64  # of one entry or frame; past it a call raises
@@ -86,12 +88,20 @@ def is_functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def tracer_around() -> str | None:
+    """The older tracer of PyTorch that is around what runs now, if one is."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.fx.symbolic_trace, or make_fx," if is_fx_symbolic_tracing() else None
+
+
 def switched_off() -> str | None:
     """Why frames are not traced now, if a setting of the process says so."""
     if config.disable:
         return "compilation is switched off (TORCH_COMPILE_DISABLE, torch._dynamo.config.disable); switch it on"
-    if _stance.stance != "default":
-        return f"torch.compiler.set_stance({_stance.stance!r}) runs the original code; use the default stance"
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance != "default":
+        return f"torch.compiler.set_stance({stance!r}) runs the original code; use the default stance"
     return None
 
 
@@ -181,6 +191,10 @@ class Frame:
 
 
 def break_reason(graph_module: GraphModule) -> str | None:
-    """Why the frame goes on behind this graph, if it does not return there."""
+    """Why the frame goes on behind this graph, with its line, if it does not return there."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return str(reason.reason) if reason is not None and reason.graph_break else None
+    if reason is None or not reason.graph_break:
+        return None
+    text = "a branch on a tensor's value" if reason.reason.startswith("generic_jump") else str(reason.reason)
+    lines = [f"{each.filename}:{each.lineno}: " for each in reason.user_stack if "/swalp_fx/" not in each.filename]
+    return f"{lines[-1] if lines else ''}{text}"

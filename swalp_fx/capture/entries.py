@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
-from .dynamo import FailOnRecompileLimitHit, TorchDynamoException, call_of_module
+from .dynamo import MAX_GRAPHS, FailOnRecompileLimitHit, TorchDynamoException, call_of_module, tracer_around
 from .running import local
 
 __all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
@@ -36,10 +39,10 @@ class Entry:
     def install(self) -> None:
         self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
         self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
+        self.made: set[tuple[str, bool]] = set()  # those that have a graph
         self.is_rewriting = is_rewriting(self)
         own = vars(self.module)
-        call = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
-        own["_compiled_call_impl"] = types.MethodType(call, self.module)
+        own["_compiled_call_impl"] = Call(self.module)
         for name in methods_of(type(self.module)):
             if name not in own:
                 own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
@@ -49,6 +52,10 @@ class Entry:
             for name, value in self.shown().items():
                 if not hasattr(self.module, name):
                     own[name] = value
+
+    @property
+    def described(self) -> str:
+        return self.conversion.places.path(self.module) or type(self.module).__name__
 
     def shown(self) -> dict[str, Any]:
         """What the model has besides its own attributes: ``model.graphs``, ``model.print_readable()``."""
@@ -74,24 +81,50 @@ class Entry:
         if run is None:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
-            local.entered, self.is_entered = self.module, True
+            local.entered, self.is_entered, local.ran = self.module, True, False
         try:
-            result = run(*args, **kwargs)
+            if (name, outermost) in self.made:
+                result = run(*args, **kwargs)
+            else:
+                with self.conversion.making:
+                    result = run(*args, **kwargs)
+                self.made.add((name, outermost))
             if before is not None:
                 return result
+            if not local.ran:
+                self._refuse_float(result, (args, kwargs))
             if not self.conversion.is_proved:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
-        except TorchDynamoException as error:
+        except FailOnRecompileLimitHit as error:
+            raise NotRewritten(_limit(self)) from error
+        except RuntimeError as error:
+            if (tracer := tracer_around()) is not None:
+                raise NotRewritten(
+                    f"{tracer} would keep the float code of {self.described}; call it outside"
+                ) from error
+            if not isinstance(error, TorchDynamoException):
+                raise
             self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
-            if isinstance(error, FailOnRecompileLimitHit):
-                raise NotRewritten(_limit(self, error)) from error
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
         finally:
             if before is None:
                 local.entered, self.is_entered = None, False
+
+    def _refuse_float(self, result: Any, inputs: Any) -> None:
+        """Raises NotRewritten if a call in which no graph ran has computed something."""
+        if next(self.module.parameters(), None) is None:
+            return
+        held = [list(vars(each).values()) for each in self.module.modules()]
+        known = {id(leaf) for leaf in pytree.tree_leaves((inputs, held))}
+        if any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in pytree.tree_leaves(result)):
+            code = inspect.unwrap(type(self.module).forward).__code__
+            raise NotRewritten(
+                f"{self.described} computed in float, since no graph holds anything of its forward "
+                f"({code.co_filename}:{code.co_firstlineno}); take torch.compiler.disable or the like away from it"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"conversion": self.conversion, "module": self.module}
@@ -109,17 +142,27 @@ class Entry:
         self.install()
 
 
-def _limit(entry: Entry, error: Exception) -> str:
-    path = entry.conversion.places.path(entry.module) or type(entry.module).__name__
+def _limit(entry: Entry) -> str:
     return (
-        f"{path} has more than 64 graphs, since what its Python reads keeps changing; make a tensor of what changes, "
-        f"or leave it out of the forward ({str(error).splitlines()[0]})"
+        f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing; make a "
+        "tensor of what changes, or leave it out of the forward"
     )
 
 
 def is_shown(name: str, value: Any) -> bool:
     """Whether an attribute is one of ``Entry.shown``."""
     return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
+
+
+class Call(functools.partial):
+    """The call of a module, as its entry. RNNs pickle it too."""
+
+    def __new__(cls, module: nn.Module) -> Call:
+        own = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
+        return super().__new__(cls, own, module)
+
+    def __reduce__(self) -> Any:
+        return Call, self.args
 
 
 class Bound(functools.partial):
@@ -156,7 +199,19 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(self, sys._getframe(2))  # what calls the module
     return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+def _refuse_traced(module: Any, caller: types.FrameType) -> None:
+    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    root = module._swalp.conversion.root
+    if caller.f_code.co_filename.startswith("<eval_with_key>") and module is not root:
+        raise NotRewritten(
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
+            "look at its own graphs, model.graphs, or trace a float copy"
+        )
 
 
 @functools.cache

@@ -6,15 +6,16 @@ import copy
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import ConvertError
-from ..passes.captured import HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
-from ..passes.names import NAME
-from ..passes.operations import read_after_writes, written_parameter
+from ..passes.captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
+from ..passes.operations import name_of, read_after_writes, written_parameter
 from .dynamo import Frame
 
 if TYPE_CHECKING:
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Owner", "copied", "prepare"]
 
+PACKAGE = str(Path(__file__).parent)
 WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; keep it in a buffer"
 
 
 class Owner:
     """The module whose code a frame is of: entries close over theirs, methods have it as their first argument."""
 
-    def __init__(self, frame: Frame, places: Places) -> None:
+    def __init__(self, frame: Frame, places: Places, *, foreign: bool) -> None:
         code = frame.original_code
-        first = ("module", *code.co_varnames[: min(1, code.co_argcount)])
+        is_entry = code.co_filename.startswith(PACKAGE)
+        first = (*(("module",) if is_entry else ()), *code.co_varnames[: min(1, code.co_argcount)])
         self.path = ""
         self.name: str | None = None  # of the local that holds it
         self.module: nn.Module | None = None
@@ -38,7 +41,8 @@ class Owner:
         for name, module in frame.modules():
             if (path := places.path(module)) is not None:
                 self.locals.append(name)
-                if name in first:
+                # Another compiler's frame may be of what calls the model: def loss(model, x).
+                if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
 
     def inputs(self) -> Sequence[str]:
@@ -47,6 +51,11 @@ class Owner:
             return ()
         parameters = inspect.signature(self.module.forward).parameters.values()
         return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+
+
+def _is_method(code: CodeType, module: nn.Module) -> bool:
+    method = getattr(type(module), code.co_name, None)
+    return getattr(inspect.unwrap(method), "__code__", None) is code if callable(method) else False
 
 
 def copied(graph_module: GraphModule) -> GraphModule:
@@ -75,6 +84,7 @@ def prepare(
         if node.name in updates:
             node.meta[UPDATE] = True
     _prepare_nodes(graph_module, owner, places, foreign)
+    _drop_writes_of_itself(graph)
     parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}
     for node in graph.nodes:
         if (written := written_parameter(node, parameters)) is not None:
@@ -83,17 +93,34 @@ def prepare(
     return graph
 
 
+def _drop_writes_of_itself(graph: Graph) -> None:
+    """``module.to(dtype)`` in a forward sets each parameter's data to itself, if it has that dtype already."""
+    for node in graph.nodes:
+        if name_of(node) != "shallow_copy_data_":
+            continue
+        written, value = node.args
+        same = value.target == "to" and value.args[0] is written and _kind(value) == _kind(written)
+        if same and not node.users and list(value.users) == [node]:
+            graph.erase_node(node)
+            graph.erase_node(value)
+
+
+def _kind(node: Node) -> tuple[Any, Any]:
+    value = node.meta["example_value"]
+    return value.dtype, value.device
+
+
 def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: Sequence[str]) -> None:
     # l_x_, of a method's frame; l_args_0_, l_kwargs_mask_, of an entry's.
     name = node.name.removeprefix("l_").strip("_").removeprefix("kwargs_")
     match = re.fullmatch(r"args_(\d+)(.*)", name)
-    node.meta[NAME] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
+    node.meta[ARGUMENT] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
     if not isinstance(value, Tensor):
         node.meta[HOLDS] = "number"
     elif (parameter := _parameter(node, value, frame, places)) is not None:
-        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, NAME: parameter}
+        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, ARGUMENT: parameter}
     elif (buffer := places.buffer(value)) is not None:
-        node.meta |= {HOLDS: "state", NAME: buffer}
+        node.meta |= {HOLDS: "state", ARGUMENT: buffer}
     else:
         node.meta[HOLDS] = "state" if "_buffers" in node.name else "input"
 

@@ -10,8 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 from ..formats import FLOAT
 from ..recipe import Recipe
 from .assign import assign
-from .captured import HOLDS, Scope
-from .classify import classify
+from .captured import ARGUMENT, HOLDS, Scope
+from .classify import OUT, classify
 from .elide import elide
 from .insert import insert
 from .names import NAME, PART, originals, parameter_subjects
@@ -35,18 +35,20 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     new = insert(graph, keyed=keyed)
     if recipe.in_place:
         reuse(elide(new))
-    return verify(new, graph, recipe, scope, identity=identity)
+    return verify(new, graph, recipe, scope, keyed=keyed, identity=identity)
 
 
 def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> None:
     """The graph that ``call`` runs: it is given the key and what the call is given, and what it gives is read again."""
     target, *operands = call.args
+    leaves = all(user.meta[PART] in OUT for user in call.users)
     body: GraphModule = scope.bodies[str(target.target)]  # type: ignore[union-attr]
     for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
-        part = operand.meta[PART] if isinstance(operand, Node) else "number"
-        placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "input"
-        placeholder.meta[NAME] = operand.meta.get(NAME, operand.name) if isinstance(operand, Node) else placeholder.name
-    inner = replace(scope, returns=False, bodies=dict(body.named_children()))
+        given = operand if isinstance(operand, Node) else placeholder
+        part = given.meta.get(PART, "number")
+        placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
+        placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
+    inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 
 

@@ -10,9 +10,9 @@ from torch.fx import Graph, Node
 from ..formats import FLOAT
 from ..random import stream_of
 from ..recipe import Recipe, Subject
-from .captured import LAYER, PARAMETER, Scope
+from .captured import LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
-from .names import PART, base_name, is_derived, place, subject
+from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
 from .tables import LAYER_PARTS
 
@@ -73,7 +73,8 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
             here = recipe.at(subject(node))
             if identity or here.activation != FLOAT or here.error != FLOAT:
                 formats = str(here.activation), str(here.error), recipe.rounding
-                output = Output(_stream(node, scope), *formats, returned=is_rounded_where_returned(recipe, scope))
+                returned = is_rounded_where_returned(recipe, scope) or _is_kept(node)
+                output = Output(_output_stream(node, scope), *formats, returned=returned)
         if weight or output:
             node.meta[SITE] = Site(weight, output)
     return graph
@@ -95,22 +96,30 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         subjects = next((each for key, each in scope.parameters.items() if key.startswith(beginning)), None)
         if subjects is None:
             return None
-    elif node.users and all(map(is_derived, node.users)):
-        return None
-    elif (name := node.meta.get(PARAMETER, "")) in scope.parameters:
+    elif (name := node.meta.get(PARAMETER, "")) in scope.parameters and not derived_name(name):
         subjects = scope.parameters[name]
-    else:  # rounded where a checkpoint is called, and read in it
+    else:  # rounded where a checkpoint is called, and read in it; or a weight is derived of it, which is rounded
         return None
     format = recipe.at(*subjects).weight
-    return Weight(name, stream_of(name), str(format), recipe.rounding) if identity or format != FLOAT else None
+    return Weight(name, _free(scope, name), str(format), recipe.rounding) if identity or format != FLOAT else None
 
 
-def _stream(node: Node, scope: Scope) -> int:
+def _output_stream(node: Node, scope: Scope) -> int:
     """By place: which module, which operation, how many of those came before, and where the code went on."""
     name, operation = (str(node.target), "input") if node.op == "placeholder" else (base_name(node), name_of(node))
     number = scope.uses[name, operation]
     scope.uses[name, operation] += 1
-    return stream_of(name, operation, str(number), scope.place)
+    return _free(scope, name, operation, str(number), scope.place)
+
+
+def _free(scope: Scope, *place: str) -> int:
+    """The stream of a place; of a second place with the same hash, as two of 100,000 may have, another."""
+    stream = stream_of(*place)
+    while stream in scope.streams:
+        place = (*place, "again")
+        stream = stream_of(*place)
+    scope.streams.add(stream)
+    return stream
 
 
 def subjects(graph: Graph) -> Iterator[Subject]:
@@ -142,8 +151,8 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
             wanted = recipe.quantize_input and any(user.meta[PART] != "number" for user in node.users)
         else:
             wanted = node in ends or part in parts or recipe.includes(name)
-            wanted = wanted and (_is_read(node) or (returned and bool(node.users)))
-        if wanted and not recipe.excludes(name):
+        is_read = _is_read(node) or (returned and bool(node.users))
+        if wanted and is_read and not recipe.excludes(name):
             placed.add(node)
     return placed
 
@@ -171,16 +180,30 @@ def _group_ends(graph: Graph) -> set[Node]:
 
 
 def _goes_on(node: Node) -> Node | None:
-    if len(node.users) != 1:
+    readers = _readers(node)
+    if len(readers) != 1:
         return None
-    (user,) = node.users
+    (user,) = readers
     if user.meta[PART] in ("norm", "activation"):
-        return user if user.all_input_nodes[0] is node else None  # not its weight
-    if user.meta[PART] == "arithmetic" and name_of(user).rstrip("_") in ADDS and len(user.users) == 1:
-        return user if next(iter(user.users)).meta[PART] == "activation" else None
+        is_weight = node in user.all_input_nodes[1:]
+        return None if is_weight else user
+    if user.meta[PART] == "arithmetic" and name_of(user).rstrip("_") in ADDS:
+        behind = [reader.meta[PART] for reader in _readers(user)]
+        return user if behind == ["activation"] else None
     return None
 
 
+def _readers(node: Node) -> set[Node]:
+    """Who reads ``node``: a layer is one reader, its output, whatever it does inside."""
+    readers = ((_readers(user) if user.meta[PART] == "inside" else {user}) for user in node.users)
+    return set().union(*readers)
+
+
 def _is_read(node: Node) -> bool:
-    """Whether a later layer reads it: what the model only returns (its logits) is left as it is."""
-    return any(user.meta[PART] not in OUT for user in node.users)
+    """Whether a later layer reads it, or a later call: what the model only returns (its logits) is left as it is."""
+    return _is_kept(node) or any(user.meta[PART] not in OUT for user in node.users)
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether a buffer is set to it."""
+    return bool(node.meta.get(UPDATE))

@@ -14,9 +14,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..recipe import Subject
 from .tables import layer_part
 
-__all__ = ["HOLDS", "LAYER", "MODULE", "PARAMETER", "UPDATE", "Layer", "Scope", "is_layer"]
+__all__ = ["ARGUMENT", "HOLDS", "LAYER", "MODULE", "PARAMETER", "UPDATE", "Layer", "Scope", "is_layer"]
 
-HOLDS = "swalp_fx.holds"  # of what a graph is given or holds: "input", "number", "parameter", "state" or "body"
+# Of what a graph is given or holds: "input", "number", "parameter", "state", "body", or "operand", of a body.
+HOLDS = "swalp_fx.holds"
+ARGUMENT = "swalp_fx.argument"  # the name of what a graph is given
 PARAMETER = "swalp_fx.parameter"  # of a placeholder for a parameter: its first name in the model
 MODULE = "swalp_fx.module"  # the qualified name of the module whose code makes it; None: it is outside of the model
 UPDATE = "swalp_fx.update"  # true of what a buffer is set to
@@ -40,6 +42,7 @@ class Scope:
     place: str = ""  # what tells it from other graphs of one module: where code goes on behind a graph break
     returns: bool = True  # whether what it gives is what the model gives its caller
     uses: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, operation) -> how many came before
+    streams: set[int] = field(default_factory=set)  # the random streams that are taken
     bodies: Mapping[str, Any] = field(default_factory=dict)  # attribute -> the GraphModule that a node runs
 
 

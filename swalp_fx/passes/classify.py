@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
 from .captured import HOLDS, LAYER, MODULE, UPDATE
@@ -23,8 +22,8 @@ def classify(graph: Graph) -> Graph:
 
     A part is one of PARTS, or one of "input", "output", "parameter" (a Parameter, or what a parametrization derives),
     "state" (a buffer, read, written, or what is computed of buffers alone), "inside" (of a layer, all but its output),
-    "body" (the graph of a checkpoint), "nested" (its call), "exit" (movement whose result the model only returns) and
-    "outside" (around the model, where that is compiled with what calls it).
+    "body" (the graph of a checkpoint), "nested" (its call), "operand" (what it is called with), "exit" (movement whose
+    result the model only returns) and "outside" (around the model, where that is compiled with what calls it).
 
     x = placeholder                         input
     conv = conv2d(x, conv_weight, ...)      compute
@@ -43,7 +42,7 @@ def classify(graph: Graph) -> Graph:
     _mark_updates(graph)
     for node in reversed(graph.nodes):
         leaves = node.users and all(user.meta[PART] in OUT for user in node.users)
-        if leaves and node.meta[PART] in ("movement", "number"):
+        if leaves and node.meta[PART] in ("movement", "number") and not node.meta.get(UPDATE):
             node.meta[PART] = "exit"
     name_places(graph)
     return graph
@@ -60,7 +59,7 @@ def _part(node: Node) -> str:
         return "nested"
     sources = node.all_input_nodes
     parts = [source.meta[PART] for source in sources]
-    if writes(node) and sources and _written(node).meta[PART] == "state":
+    if writes(node) and _part_of_written(node) == "state":
         return "state"
     if sources and all(part in ("number", "body") for part in parts):
         return "number"
@@ -68,12 +67,8 @@ def _part(node: Node) -> str:
         return "state"
     if (layer := node.meta.get(LAYER)) is not None:
         return _part_in_layer(node, layer.kind)
-    if isinstance(node.target, HigherOrderOperator):
-        return "arithmetic"
     if node.op == "call_function" and not is_torch(node.target):
         return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
-    if name_of(node) == "getitem" and isinstance(sources[0].target, HigherOrderOperator):
-        return "movement" if sources[0].meta[PART] == "nested" else "arithmetic"
     return part_of(name_of(node)) or "arithmetic"
 
 
@@ -97,7 +92,8 @@ def _is_tensor(node: Node) -> bool:
 
 def _filled(graph: Graph) -> set[Node]:
     """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
-    return {_written(node) for node in graph.nodes if writes(node) and len(node.all_input_nodes) > 1}
+    filled = (_written(node) for node in graph.nodes if writes(node) and len(node.all_input_nodes) > 1)
+    return {node for node in filled if isinstance(node, Node)}
 
 
 def _mark_updates(graph: Graph) -> None:
@@ -110,8 +106,14 @@ def _mark_updates(graph: Graph) -> None:
             updates.add(node)
     for node in graph.nodes:
         reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
-        if node.meta[PART] == "arithmetic" and node in updates and reads_state:
+        is_state = (node in updates and reads_state) or (writes(node) and _part_of_written(node) == "state")
+        if node.meta[PART] == "arithmetic" and is_state:
             node.meta[PART] = "state"
+
+
+def _part_of_written(node: Node) -> str | None:
+    written = _written(node)
+    return written.meta[PART] if isinstance(written, Node) else None
 
 
 def _written(node: Node) -> Any:
@@ -120,4 +122,3 @@ def _written(node: Node) -> Any:
     while isinstance(written, Node) and name_of(written) == "getitem":
         written = written.args[0]
     return written
-

@@ -35,16 +35,16 @@ def elide(graph: Graph) -> Graph:
 
     Before:
 
-        conv_q = quantize_output(conv, key, 2847310958, "bfp8[0]", "bfp8[0]", "stochastic")
+        conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "nearest")
         relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 3041826051, "bfp8[0]", "bfp8[0]", "stochastic")
+        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest")
         fc = linear(relu_q, fc_weight_q, fc_bias_q)
 
     After:
 
-        conv_q = quantize_output(conv, key, 2847310958, "bfp8[0]", "bfp8[0]", "stochastic", kept="E")    relu_q rounds it
+        conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "nearest", kept="E")    relu_q rounds it
         relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 3041826051, "bfp8[0]", "bfp8[0]", "stochastic", kept="A")    conv_q has rounded it
+        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest", kept="A")    conv_q has rounded it
         fc = linear(relu_q, fc_weight_q, fc_bias_q)
     """
     switches = 0
@@ -102,11 +102,11 @@ def _reads(reader: Node, node: Node) -> bool:
         return False
     if "out" in reader.kwargs and not _is_another((reader.kwargs["out"],), node):
         return False
-    part = reader.meta.get(PART)
-    if part == "movement":
+    part, operation = reader.meta.get(PART), operation_of(reader)
+    known = part_of(operation) if operation is not None else None
+    if part == "movement" or (part == "inside" and known == "movement"):
         return _is_only_read(reader)
-    is_known = operation_of(reader) is not None and part_of(operation_of(reader) or "") is not None
-    return part == "number" or (part in (*LAYER_PARTS, "inside") and is_known)
+    return part == "number" or (part in (*LAYER_PARTS, "inside") and known is not None)
 
 
 def _is_another(written: tuple[Any, ...], node: Node) -> bool:

@@ -24,7 +24,8 @@ INHERITED = ("nn_module_stack", "stack_trace", MODULE, LAYER)
 def insert(graph: Graph, *, keyed: bool) -> Graph:
     """A copy of ``graph`` in which each assigned site is read through a quantize node; the old graph is unchanged.
 
-    Its first placeholder is the random key of one run; without one (``keyed``), stochastic rounds to nearest. A weight is rounded just before its first reader: fewer copies live at a time.
+    keyed: its first placeholder is the random key of one run; without one, stochastic rounds to nearest.
+    A weight is rounded just before its first reader: fewer copies live at a time.
 
     Before:
 
@@ -118,4 +119,3 @@ def _placeholder(graph: Graph, name: str) -> Node:
 def _rename(node: Node, name: str) -> None:
     """``layer1.0.conv1`` is layer1_0_conv1 in the generated code."""
     node._rename(name.replace(".", "_").replace("@", "_"))
-

@@ -12,11 +12,22 @@ from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..recipe import Subject
-from .captured import LAYER, PARAMETER, around
+from .captured import ARGUMENT, LAYER, PARAMETER, around
 from .operations import name_of
 from .tables import LAYER_PARTS, layer_part
 
-__all__ = ["NAME", "PART", "derived_name", "is_derived", "kinds_of", "name_places", "originals", "parameter_subjects", "place", "subject"]
+__all__ = [
+    "NAME",
+    "PART",
+    "derived_name",
+    "is_derived",
+    "kinds_of",
+    "name_places",
+    "originals",
+    "parameter_subjects",
+    "place",
+    "subject",
+]
 
 # The node.meta keys that classify writes: the part that a node plays, and the name that ``place`` reads.
 PART = "swalp_fx.part"
@@ -41,9 +52,9 @@ def kinds_of(node: Node) -> list[str]:
     kinds = [node.meta[PART]]
     if node.op == "placeholder":
         return kinds
-    kinds += dict.fromkeys((name_of(node), name_of(node).rstrip("_")))
-    layer = node.meta.get(LAYER)
-    return kinds if layer is None else [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
+    if (layer := node.meta.get(LAYER)) is not None:
+        return [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
+    return [*kinds, *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
 
 
 def subject(node: Node) -> Subject:
@@ -67,7 +78,9 @@ def name_places(graph: Graph) -> None:
             derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
             node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.name
         elif node.meta[PART] in ("input", *LAYER_PARTS):
-            names[node] = node.meta.get(NAME, str(node.target)) if node.op == "placeholder" else base_name(node)
+            names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
+        elif node.op == "placeholder":
+            node.meta[NAME] = node.meta.get(ARGUMENT, node.name)
     calls = Counter(name for node, name in names.items() if node.op != "placeholder")
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
     for node, name in names.items():

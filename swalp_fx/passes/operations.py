@@ -11,6 +11,7 @@ import torch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 __all__ = [
     "CHECKPOINT",
@@ -42,9 +43,10 @@ IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "
 # What gives the same numbers in another form, or some of them: a write into it is a write into its source.
 # fmt: off
 VIEWS = (
-    "getitem", "data", "detach", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "t", "T",
-    "mT", "H", "mH", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "permute", "narrow", "select",
-    "diagonal", "chunk", "split", "tensor_split", "unbind", "expand", "expand_as", "broadcast_to", "real", "imag",
+    "getitem", "data", "_get_data_attr", "register_hook", "detach", "view", "view_as", "reshape", "flatten",
+    "unflatten", "squeeze", "unsqueeze", "t", "T", "mT", "H", "mH", "numpy_T", "matrix_H", "transpose", "swapaxes",
+    "swapdims", "movedim", "moveaxis", "permute", "narrow", "select", "diagonal", "chunk", "split", "tensor_split",
+    "unbind", "expand", "expand_as", "broadcast_to", "real", "imag",
     # These too, where there is nothing to do.
     "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "dropout",
 )
@@ -107,7 +109,16 @@ def read_after_writes(graph: Graph) -> None:
 
 def written_parameter(node: Node, parameters: dict[Node, str]) -> str | None:
     """The name of the parameter that ``node`` writes into, or into a part of."""
-    written = node.args[0] if writes(node) and node.args else None
+    written = node.args[0] if writes(node) and node.args else _renormalised(node)
     while isinstance(written, Node) and name_of(written) in VIEWS and written.args:
         written = written.args[0]
     return parameters.get(written) if isinstance(written, Node) else None
+
+
+def _renormalised(node: Node) -> Argument:
+    """The weight of a functional embedding whose max_norm makes it write into that."""
+    if name_of(node) not in ("embedding", "embedding_bag"):
+        return None
+    names = ("input", "weight", "offsets or padding_idx", "max_norm")
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return arguments.get("weight") if arguments.get("max_norm") is not None else None

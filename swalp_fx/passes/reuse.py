@@ -39,20 +39,21 @@ def reuse(graph: Graph) -> Graph:
     """Marks the quantize_output nodes of ``graph`` that need no memory of their own; returns ``graph``.
 
     An output is rounded in place if its producer makes it in memory that autograd does not keep, and the quantize node
-    is its only reader; the error signal if the one layer that reads the node makes it in memory of its own. What a fresh tensor costs beside the arithmetic is its page faults.
+    is its only reader; the error signal if the one layer that reads the node makes it in memory of its own. What a
+    fresh tensor costs beside the arithmetic is its page faults. Hooks are nodes of the graph, or have ended it.
 
     Before:
 
-        conv_q = quantize_output(conv, key, 2847310958, "bfp8", "bfp8", "stochastic")
+        conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "nearest")
         relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "stochastic")
+        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest")
         fc = linear(relu_q, fc_weight_q, fc_bias_q)
 
     After:
 
-        conv_q = quantize_output(conv, key, 2847310958, "bfp8", "bfp8", "stochastic", in_place="AE")
+        conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "nearest", in_place="AE")
         relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "stochastic", in_place="E")    autograd keeps relu
+        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest", in_place="E")    autograd keeps relu
         fc = linear(relu_q, fc_weight_q, fc_bias_q)
     """
     for node in graph.find_nodes(op="call_function", target=nodes.quantize_output):

@@ -64,6 +64,7 @@ PARTS: dict[str, str] = {
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
         drop_block2d drop_block3d pixel_shuffle pixel_unshuffle channel_shuffle unfold fold
         topk sort atleast_1d atleast_2d atleast_3d data fill zero scatter masked_scatter index_copy index_fill
+        _get_data_attr numpy_T matrix_H register_hook
     """,
     # Sizes, indices, comparisons and fresh constants: not a layer's output. So is whatever is made of these alone.
     "number": """

@@ -1,7 +1,589 @@
-"""Stub while the capture changes."""
+"""Proof that a rewritten graph is right, by rules and tables that the passes which made it do not share.
+
+Of ``node.meta`` it reads what the capture has written, and nothing that a pass writes.
+"""
+
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
 
-def verify(graph, captured, recipe, scope, *, identity=False):
+import torch
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .. import nodes
+from ..formats import FLOAT, Format, parse
+from ..recipe import Recipe, Subject
+from .captured import ARGUMENT, HOLDS, LAYER, MODULE, PARAMETER, UPDATE, Scope
+
+__all__ = ["VerifyError", "verify"]
+
+
+class VerifyError(AssertionError):
+    """A rewritten graph that is wrong: a defect of the passes, not of the model."""
+
+
+# What makes no new number, by the names of functions, methods, attributes and layer types. All else must be quantized.
+MOVES = re.compile(
+    r"(?:.*flatten|.*squeeze|.*reshape|view|view_as|ravel|permute|Permute|transpose|t|(?:numpy_)?T|mT|(?:matrix_)?H|mH"
+    r"|swap(?:axes|dims)|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split"
+    r"|(?:unsafe_)?chunk|unbind|narrow|Flatten|Unflatten|[sg]etitem|cat|concat|concatenate|[hvd]?stack|select"
+    r"|(?:masked|index)_(?:select|fill)|index_copy|fill|zero|(?:masked_)?scatter|gather|take_along_dim|roll|flip|rot90"
+    r"|pad|_\w+PadNd|(?i:.*dropout.*)|(?i:stochastic_?depth)|(?i:drop_?block[23]d)"
+    r"|(?i:(?:pixel_?(?:un)?|channel_?)shuffle)|[uU]nfold|[fF]old|Identity|contiguous|clone|detach|copy|where|to|type"
+    r"|type_as|float|double|half|bfloat16|cpu|cuda|requires_grad_|register_hook|real|imag|data|_get_data_attr|diagonal"
+    r"|tri[lu]|topk|sort|atleast_[123]d)"
+)
+MEASURES = re.compile(
+    r"(?:size|Size|n?dim|ndimension|numel|nelement|shape|stride|len|item|dtype|device|get_device|layout|requires_grad"
+    r"|is_\w+|is_?|is_not|training|eq|ne|lt|le|gt|ge|not_|and_|or_|xor|invert|logical_\w+|is(?:nan|inf|finite)|any|all"
+    r"|arg(?:max|min|sort)|nonzero|bucketize|searchsorted|one_hot|bincount|long|int|bool|zeros|ones|full|empty|arange"
+    r"|linspace|eye|(?:zeros|ones|full|empty|rand|randn|randint)_like|rand|randn|randint|randperm|bernoulli|normal"
+    r"|uniform|new_\w+|(?:as_)?tensor|_assert|warn|_set_grad_enabled|_(?:enter|exit)_(?:autocast|inference_mode))"
+)
+SWITCHES = re.compile(r"_set_grad_enabled|_(?:enter|exit)_\w+")  # what holds for all that follows
+WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
+
+# The parts that a placement or a rule may name; of what makes numbers, the rest is arithmetic.
+PARTS = {
+    "compute": re.compile(
+        r"Linear|Bilinear|_ConvNd|(?:Deform)?Conv(?:Transpose)?[123]d|Embedding(?:Bag)?|MultiheadAttention|RNN(?:Cell)?Base"
+        r"|Transformer(?:(?:En|De)coder(?:Layer)?)?|(?:bi)?linear|(?:deform_)?conv(?:_transpose)?[123]d|embedding(?:_bag)?"
+        r"|matmul|b?mm|mv|dot|inner|outer|einsum|tensordot|add(?:mm|mv|bmm)|baddbmm|scaled_dot_product_attention"
+        r"|multi_head_attention_forward"
+    ),
+    "norm": re.compile(
+        r"_NormBase|(?:Layer|Group|RMS|LocalResponse)Norm|CrossMapLRN2d|FrozenBatchNorm2d"
+        r"|(?:batch|layer|group|instance|rms|local_response)_norm|normalize"
+    ),
+    "activation": re.compile(
+        r"(?i:r?relu6?|(?:leaky_?|p)relu|[sc]?elu|[gs]e?lu|glu|silu|mish|soft(?:plus|sign|min|shrink)|(?:log_?)?softmax"
+        r"|softmax2d|(?:log_?)?sigmoid|tanh(?:shrink)?|hard(?:tanh|sigmoid|swish|shrink)|threshold)|clamp|clip"
+    ),
+    "pooling": re.compile(
+        r"_(?:Adaptive)?(?:Max|Avg)PoolNd|_LPPoolNd|FractionalMaxPool[23]d|Upsample|(?:PS)?RoI(?:Align|Pool)"
+        r"|MultiScaleRoIAlign|(?:adaptive_)?(?:max|avg)_pool[123]d|lp_pool[12]d|interpolate|upsample|grid_sample"
+        r"|mean|sum|a?max|a?min"
+    ),
+}
+
+# What computes its output in new memory, and needs it no more to differentiate.
+FORGETS = re.compile(
+    r"(?:bi)?linear|conv(?:_transpose)?[123]d|embedding|matmul|b?mm|mv|(?:batch|layer|group)_norm"
+    r"|gelu|silu|mish|hardswish|leaky_relu|add|sub|mul|(?:adaptive_)?avg_pool[123]d"
+)
+ADDS_INTO = re.compile(r"i(?:add|sub)|(?:add|sub)_")
+# What differentiates into new memory, by its first input.
+REMAKES = re.compile(
+    r"linear|conv(?:_transpose)?[123]d|matmul|b?mm|(?:batch|layer|group)_norm"
+    r"|relu[6_]?|gelu|silu|mish|hardswish|leaky_relu|sigmoid|tanh|mul|(?:max|avg)_pool[123]d"
+)
+
+# What passes numbers on, zeros in place of the others, where each was; and what passes on some, each within the index
+# of the first dimension that it had.
+MASKS = re.compile(r"relu_?")
+SELECTS = re.compile(r"(?:adaptive_)?max_pool[12]d")
+ANY = re.compile(r".+")
+
+OURS = (nodes.quantize_weight, nodes.quantize_output)
+DERIVES = re.compile(r"(?:.+\.)?parametrizations\.")  # the names of parameters that weights are derived from
+NO_LAYERS = ("parameter", "input", "operand", "number", "state", "body", "nested", "moves", "inside", "outside")
+
+
+def verify(
+    graph: Graph,
+    captured: Graph,
+    recipe: Recipe,
+    scope: Scope,
+    *,
+    keyed: bool = True,
+    identity: bool = False,
+) -> Graph:
+    """``graph``, proved to be ``captured`` with every number of ``recipe`` quantized exactly once, and nothing else.
+
+    Raises VerifyError, naming the node, unless
+
+    1. without its key and its quantize nodes, the graph is the captured one, node for node, argument for argument;
+    2. every floating parameter is read through one quantize node, the same for each of its readers; where a
+       parametrization derives a weight, the weight is, and not what it is derived from;
+    3. every output that the recipe's placement names is read through one quantize node, and only what the model
+       returns is read bare, unless the recipe rounds that too; what a buffer is set to is rounded;
+    4. nothing else is quantized: no movement, size, buffer or quantized tensor, and no input but by the recipe;
+    5. formats and rounding are the recipe's at that place, its rules applied, and roles in float have no node;
+    6. no two nodes share a stream, in a checkpoint's graph and around it, and all draw from the one key of this run,
+       the first input;
+    7. an output that is rounded in place is in memory of its own that nothing else reads, autograd included, and so is
+       an error signal; and the recipe allows it;
+    8. no mode (autocast, gradients, inference) is switched between an output and its quantize node;
+    9. an activation that is left as it is has all its numbers from a tensor rounded to that format, and nothing writes
+       into it; an error signal, from an error signal rounded to that format; and the recipe allows it.
+    """
     graph.lint()
+    _Proof(graph, captured, recipe, scope, keyed, identity).run()
     return graph
+
+
+class _Model:
+    """What the captured graph computes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.kinds = _kinds(graph)
+        self.exits = _exits(graph, self.kinds)
+        self.places = _places(graph, self.kinds)
+
+    def is_layer(self, node: Node) -> bool:
+        return self.kinds[node] not in NO_LAYERS and node.op != "output"
+
+    def subject(self, node: Node) -> Subject:
+        """The name of an input or output, and all that a rule may call it."""
+        layer, kinds = node.meta.get(LAYER), [self.kinds[node]]
+        if layer is not None:
+            kinds += [base.__name__ for base in layer.kind.__mro__]
+        elif node.op != "placeholder":
+            kinds += [_called(node), _called(node).rstrip("_")]
+        return self.places[node], kinds
+
+    def sources(self, node: Node) -> list[Node]:
+        """What ``node`` reads, or, where it ends a layer, what the layer reads."""
+        inner = [(self.sources(each) if self.kinds[each] == "inside" else [each]) for each in node.all_input_nodes]
+        return list(dict.fromkeys(source for each in inner for source in each))
+
+    def readers(self, node: Node) -> set[Node]:
+        """Who reads ``node``; a layer is one reader, whatever it does inside."""
+        inner = [(self.readers(user) if self.kinds[user] == "inside" else {user}) for user in node.users]
+        return set().union(*inner)
+
+    def group_ends(self) -> set[Node]:
+        """The last node of each group, found reader by reader: each node joins the group that ends in the one node it
+        continues, the earliest-begun of two."""
+        group: dict[Node, int] = {}
+        last: dict[int, Node] = {}
+        for number, node in enumerate(self.graph.nodes):
+            kind, every = self.kinds[node], self.sources(node)
+            sources = [s for s in every if s in group and last[group[s]] is s and len(self.readers(s)) == 1]
+            if kind in ("norm", "activation"):
+                sources = [source for source in sources if source is every[0] or source not in node.all_input_nodes]
+            elif kind == "arithmetic":
+                readers = [self.kinds.get(reader) for reader in self.readers(node)]
+                is_sum = _called(node).rstrip("_") in ("add", "iadd")
+                if not sources or not is_sum or readers != ["activation"]:
+                    continue
+            elif kind == "compute":
+                sources = []
+            else:
+                continue
+            group[node] = min((group[source] for source in sources), default=number)
+            last[group[node]] = node
+        return set(last.values())
+
+
+class _Proof:
+    def __init__(
+        self, graph: Graph, captured: Graph, recipe: Recipe, scope: Scope, keyed: bool, identity: bool
+    ) -> None:
+        self.graph, self.recipe, self.scope, self.identity = graph, recipe, scope, identity
+        self.model = _Model(captured)
+        self.key = next(iter(graph.nodes)) if keyed else None
+        self.old: dict[Node, Node] = {}  # node of the graph -> what it was
+        self.returns_rounded = recipe.quantize_logits or not scope.returns
+
+    def run(self) -> None:
+        self._same_computation()
+        self._weights_and_outputs()
+        self._randomness()
+        self._memory()
+        self._kept()
+        self._modes()
+
+    def _same_computation(self) -> None:
+        before, after = list(_listing(self.model.graph, None)), list(_listing(self.graph, self.key))
+        for (old, was), (new, became) in zip(before, after, strict=False):
+            _require(was == became, new, f"was {was} and became {became}")
+            self.old[new] = old
+        _require(
+            len(before) == len(after), self.graph.output_node(), f"comes after {len(after)} nodes, not {len(before)}"
+        )
+
+    def _weights_and_outputs(self) -> None:
+        ends = self.model.group_ends() if self.recipe.placement == "group" else set()
+        for new, old in self.old.items():
+            weight = self._weight_formats(old)
+            formats = weight or self._output_formats(old, ends)
+            function = nodes.quantize_weight if weight else nodes.quantize_output
+            quantizers = [user for user in new.users if user.target in OURS and user.args[0] is new]
+            bare = [user for user in new.users if user not in quantizers]
+            rounded = [user for each in quantizers for user in each.users]
+            if formats is None or all(self._reads_bare(user, old) for user in old.users):
+                _require(not quantizers, new, f"is quantized by {quantizers}, and should not be")
+                continue
+            _require(len(quantizers) == 1, new, f"is quantized {len(quantizers)} times")
+            wrong = [user for user in bare if user not in self.old or not self._reads_bare(self.old[user], old)]
+            _require(not wrong, new, f"is read bare by {wrong}")
+            wrong = [user for user in rounded if user not in self.old or self._reads_bare(self.old[user], old)]
+            _require(not wrong, new, f"is read rounded by {wrong}")
+            (node,) = quantizers
+            _require(node.target is function, node, f"is no {function.__name__}")
+            _require(node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
+
+    def _reads_bare(self, reader: Node, node: Node) -> bool:
+        """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
+        if reader in self.model.exits:
+            is_weight = self.model.kinds[node] == "parameter"
+            return is_weight or not (self.returns_rounded or node.meta.get(UPDATE, False))
+        return self.model.kinds[node] == "parameter" and self.model.kinds[reader] == "number"
+
+    def _weight_formats(self, node: Node) -> tuple[str, ...] | None:
+        """What the recipe says of a parameter, or of a weight that is derived."""
+        value = node.meta.get("example_value")
+        if self.model.kinds[node] != "parameter" or (value is not None and not value.is_floating_point()):
+            return None
+        name = node.meta.get(PARAMETER, "")
+        if node.op != "placeholder":
+            name = next((each for each in self.scope.parameters if each.startswith(f"{node.meta[LAYER].path}.")), "")
+        elif DERIVES.match(name):
+            return None
+        if name not in self.scope.parameters:
+            return None
+        here = self.recipe.at(*self.scope.parameters[name])
+        return (str(here.weight), here.rounding) if self.identity or here.weight != FLOAT else None
+
+    def _output_formats(self, node: Node, ends: set[Node]) -> tuple[str, ...] | None:
+        """What the recipe says of an input or an output, if it wants that rounded."""
+        kind, placement = self.model.kinds[node], self.recipe.placement
+        if kind == "input":
+            sizes = all(self.model.kinds[user] == "number" for user in node.users)
+            wanted = self.recipe.quantize_input and not sizes
+        elif self.model.is_layer(node):
+            placed = {
+                "every": True,
+                "compute": kind == "compute",
+                "compute+activation": kind in ("compute", "activation"),
+                "group": node in ends,
+            }
+            wanted = placed[placement] or self.recipe.includes(self.model.places[node])
+        else:
+            return None
+        if not wanted or self.recipe.excludes(self.model.places[node]):
+            return None
+        here = self.recipe.at(self.model.subject(node))
+        is_float = here.activation == FLOAT == here.error and not self.identity
+        return None if is_float else (str(here.activation), str(here.error), here.rounding)
+
+    def _randomness(self) -> None:
+        seen: dict[int, Node] = {}
+        for node in self._all_nodes(self.graph, self.scope.bodies):
+            if node.target in OURS:
+                stream: Any = node.args[2]
+                _require(seen.setdefault(stream, node) is node, node, f"shares stream {stream} with {seen[stream]}")
+                _require(0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
+        for node in self.graph.nodes:
+            if node.target in (*OURS, nodes.checkpointed):
+                _require(node.args[1] is self.key, node, f"draws from {node.args[1]}, not from the key of this run")
+            if node.target in OURS:
+                _require(node.args[0] in self.old, node, f"quantizes {node.args[0]}, which is quantized")
+
+    def _all_nodes(self, graph: Graph, bodies: Any) -> Iterator[Node]:
+        """The nodes of ``graph``, and of the checkpoints in it."""
+        for node in graph.nodes:
+            yield node
+            if node.target is nodes.checkpointed:
+                body = bodies[node.args[0].target]
+                yield from self._all_nodes(body.graph, dict(body.named_children()))
+
+    def _memory(self) -> None:
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            letters = node.kwargs.get("in_place", "")
+            _require(not letters or self.recipe.in_place, node, "rounds in place where the recipe says not to")
+            if "A" in letters:
+                _require(self._is_owned(node.args[0]), node, f"overwrites {node.args[0]}, which may be read again")
+            if "E" in letters:
+                readers = list(node.users)
+                owned = len(readers) == 1 and _takes_first(readers[0], node) and _runs(readers[0], REMAKES)
+                _require(owned, node, f"overwrites the gradient of {readers}, which may be read again")
+
+    def _is_owned(self, node: Any) -> bool:
+        """Whether ``node``'s output lies in memory that its one reader alone will read."""
+        while len(node.users) == 1 and _runs(node, ADDS_INTO):
+            node = node.args[0]
+        if len(node.users) != 1 or _written_by(node):
+            return False
+        is_copied = node.target is nodes.quantize_output and "A" not in node.kwargs.get("kept", "")
+        return is_copied or _runs(node, FORGETS)
+
+    def _kept(self) -> None:
+        made_after = self._made_after()
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            letters, source = node.kwargs.get("kept", ""), node.args[0]
+            _require(not letters or self.recipe.in_place, node, "leaves out a rounding where the recipe says not to")
+            both = set(letters) & set(node.kwargs.get("in_place", ""))
+            _require(not both, node, f"is both to round in place and not to round ({letters})")
+            if "A" in letters:
+                format = parse(node.args[3])
+                passes = _runs(source, MASKS) or (_is_of_rows(format) and _selects(source))
+                known = passes and format.keeps_subsets and self._first_is_rounded(source, node.args[3])
+                _require(known, node, f"does not round {source}, which may not be rounded")
+                _require(list(source.users) == [node], node, f"shares the memory of {source}, which others read")
+                found = self._writer(node) or self._writer(source.args[0], source)
+                _require(found is None, node, f"shares the memory of {source} with {found}")
+            if "E" in letters:
+                readers = list(node.users)
+                passes = len(readers) == 1 and (_runs(readers[0], MASKS) or _runs(readers[0], ADDS_INTO))
+                known = passes and parse(node.args[4]).keeps_subsets and _takes_first(readers[0], node)
+                known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], node.args[4])
+                known = known and made_after[node] == made_after[next(iter(readers[0].users))]
+                _require(known, node, f"does not round the gradient of {readers}, which may not be rounded")
+
+    def _first_is_rounded(self, reader: Node, format: str) -> bool:
+        """Whether the first input of ``reader`` is an activation rounded to this format."""
+        source: Any = (*reader.args, None)[0]
+        is_rounded = isinstance(source, Node) and source.target is nodes.quantize_output
+        return is_rounded and source.args[3] == format != str(FLOAT)
+
+    def _all_rounded(self, node: Node, format: str) -> bool:
+        """Whether all of the gradient that ``node``'s output gets is one error signal rounded to this format."""
+        behind = [(user.target, user.args[4:5]) for user in node.users]
+        return behind == [(nodes.quantize_output, (format,))] and format != str(FLOAT)
+
+    def _writer(self, node: Node, but: Node | None = None) -> Node | None:
+        """Who, ``but`` one, may write into ``node``'s output or a view of it: all that are not known not to."""
+        for reader in node.users:
+            if reader is but:
+                continue
+            if any(not isinstance(written, Node) or written is node for written in _written_by(reader)):
+                return reader
+            kind = self.model.kinds.get(self.old.get(reader, reader))
+            if kind == "moves" or (kind == "inside" and MOVES.fullmatch(_called(reader))):
+                if (found := self._writer(reader)) is not None:
+                    return found
+            elif kind != "number" and not (kind in (*PARTS, "arithmetic", "inside") and _runs(reader, ANY)):
+                return reader
+        return None
+
+    def _modes(self) -> None:
+        made_after = self._made_after()
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            source, here = node.args[0], made_after[node]
+            _require(made_after[source] == here, node, f"is in another mode than {source}, which it quantizes")
+
+    def _made_after(self) -> dict[Node, int]:
+        """How many switches of a mode come before each node."""
+        made_after: dict[Node, int] = {}
+        switches = 0
+        for node in self.graph.nodes:
+            switches += SWITCHES.fullmatch(_called(node)) is not None
+            made_after[node] = switches
+        return made_after
+
+
+def _takes_first(reader: Node, node: Node) -> bool:
+    """Whether ``node`` is the first input of ``reader``."""
+    return bool(reader.args) and reader.args[0] is node
+
+
+def _reads_once(reader: Node, node: Node) -> bool:
+    return [*reader.args, *reader.kwargs.values()].count(node) == 1
+
+
+def _selects(node: Node) -> bool:
+    """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
+    gaps = node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4])
+    return _runs(node, SELECTS) and gaps in (1, (1,), (1, 1))
+
+
+def _is_of_rows(format: Format) -> bool:
+    """Whether what shares a scale has the same first index, or is the whole tensor."""
+    return getattr(format, "tile", None) is None and not any(getattr(format, "dims", None) or ())
+
+
+def _require(ok: bool, node: Node | None, complaint: str) -> None:
+    if not ok:
+        raise VerifyError(f"the rewritten graph is wrong at node {node}: it {complaint}; please report this model")
+
+
+def _listing(graph: Graph, key: Node | None) -> Iterator[tuple[Node, str]]:
+    """The graph as text, without its key and its quantize nodes: a read of one is a read of what it quantizes."""
+    names: dict[Node, str] = {key: "<key>"} if key is not None else {}
+    number = 0
+    for node in graph.nodes:
+        if node.target in OURS:
+            names[node] = names[node.args[0]]
+        elif node is not key:
+            names[node] = f"%{number}"
+            number += 1
+            yield node, _line(node, names)
+
+
+def _line(node: Node, names: dict[Node, str]) -> str:
+    target, arguments = node.target, node.args
+    if node.op == "placeholder":
+        target = f"{node.meta[HOLDS]} {node.meta.get(PARAMETER)}"
+    elif target is nodes.checkpointed:
+        target, arguments = torch.ops.higher_order.tag_activation_checkpoint, (arguments[0], *arguments[2:])
+    return f"{node.op} {target} {map_arg((arguments, node.kwargs), lambda source: names[source])}"
+
+
+def _kinds(graph: Graph) -> dict[Node, str]:
+    """Each node's kind: that of PARTS, or "arithmetic", of what makes numbers; one of NO_LAYERS of all else."""
+    kinds: dict[Node, str] = {}
+    updates = _updates(graph)
+    for node in graph.nodes:
+        kinds[node] = _kind(node, kinds)
+        if kinds[node] == "arithmetic" and node in updates and "state" in [kinds[s] for s in node.all_input_nodes]:
+            kinds[node] = "state"
+    return kinds
+
+
+def _kind(node: Node, kinds: dict[Node, str]) -> str:
+    if node.op == "output" or HOLDS in node.meta:
+        return node.meta.get(HOLDS, "output")
+    if node.meta.get(MODULE, "") is None:
+        return "outside"
+    if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+        return "nested"
+    sources = {kinds[source] for source in node.all_input_nodes}
+    if any(kinds.get(_whole(written)) == "state" for written in _written_by(node)):
+        return "state"
+    if sources and sources <= {"number", "body"}:
+        return "moves" if _is_filled(node) else "number"
+    if sources and sources <= {"number", "state"}:
+        return "state"
+    if (layer := node.meta.get(LAYER)) is not None:
+        return _kind_in_layer(node, layer)
+    if isinstance(node.target, type) and not _is_torch(node.target):
+        return "moves"  # a tuple or a record, whose fields have names
+    kind = _kind_of([_called(node), _called(node).rstrip("_")] if _is_torch(node.target) else [])
+    return "moves" if kind == "number" and _is_filled(node) else kind
+
+
+def _kind_in_layer(node: Node, layer: Any) -> str:
+    """What a layer gives is of the layer's kind, all else in it is inside, what its hooks keep of that too."""
+    value = node.meta.get("example_value")
+    inner = {user for user in node.users if user.meta.get(LAYER) == layer}
+    outer = {user for user in node.users if user.op != "output" or not inner} - inner
+    if not outer or not (value is None or isinstance(value, torch.Tensor)):
+        is_number = any(MEASURES.fullmatch(name) for name in (_called(node), _called(node).rstrip("_")))
+        return ("moves" if _is_filled(node) else "number") if is_number else "inside"
+    if issubclass(layer.kind, ParametrizationList):
+        return "parameter"
+    return _kind_of([base.__name__ for base in layer.kind.__mro__ if _is_torch(base)])
+
+
+def _kind_of(names: list[str]) -> str:
+    """The kind of what is called by one of these names, PyTorch's own."""
+    patterns = {"moves": MOVES, "number": MEASURES, **PARTS}
+    found = (kind for kind, pattern in patterns.items() if any(pattern.fullmatch(name) for name in names))
+    return next(found, "arithmetic")
+
+
+def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
+    """The name of each input and layer output."""
+    named: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if kinds[node] in (*PARTS, "arithmetic"):
+            named.setdefault(_unnumbered(node), []).append(node)
+    places: dict[Node, str] = {}
+    for name, nodes_of in named.items():
+        free = (number for number in count(1) if f"{name}@{number}" not in named)
+        places |= {node: name if len(nodes_of) == 1 else f"{name}@{next(free)}" for node in nodes_of}
+    for node in graph.find_nodes(op="placeholder"):
+        name = node.meta.get(ARGUMENT, node.name)
+        places[node] = f"{name}@0" if name in named else name
+    return places
+
+
+def _unnumbered(node: Node) -> str:
+    if (layer := node.meta.get(LAYER)) is not None:
+        return layer.path or layer.kind.__name__.lower()
+    return ".".join(name for name in (node.meta.get(MODULE), _called(node).strip("_")) if name)
+
+
+def _updates(graph: Graph) -> set[Node]:
+    """The arithmetic that serves nothing but what a buffer is set to; and the last of it, whatever else it serves."""
+    updates: set[Node] = set()
+    found = [node for node in graph.nodes if node.meta.get(UPDATE)]
+    while found:
+        node = found.pop()
+        # Movement may stand last, and nowhere else.
+        if node not in updates and (node.meta.get(UPDATE) or _is_arithmetic(node)):
+            updates.add(node)
+            found += [source for source in node.all_input_nodes if updates.issuperset(source.users)]
+    return {node for node in updates if _is_arithmetic(node)}
+
+
+def _is_arithmetic(node: Node) -> bool:
+    is_call = node.op in ("call_function", "call_method") and node.meta.get(LAYER) is None
+    return is_call and _kind_of([_called(node), _called(node).rstrip("_")]) == "arithmetic"
+
+
+def _is_filled(node: Node) -> bool:
+    """Whether another tensor is written into ``node``, or into a part of it."""
+    for user in node.users:
+        is_first = bool(user.args) and user.args[0] is node
+        if is_first and _called(user) == "getitem" and _is_filled(user):
+            return True
+        if _written_by(user) == [node] and len(user.all_input_nodes) > 1:
+            return True
+    return False
+
+
+def _written_by(node: Node) -> list[Any]:
+    """What ``node`` writes into."""
+    if not node.op.startswith("call"):
+        return []
+    parameters: list[str] = []
+    if node.op == "call_function":
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    by_place = dict(zip(parameters, node.args, strict=False))
+    in_place = {**by_place, **node.kwargs}.get("inplace", False)
+    written = [node.kwargs["out"]] if "out" in node.kwargs else []
+    if in_place or _called(node) == "setitem" or WRITES.fullmatch(_called(node)):
+        written.append(node.args[0] if node.args else node.all_input_nodes[0])
+    return written
+
+
+def _whole(node: Any) -> Any:
+    """What ``node`` is an item of."""
+    while isinstance(node, Node) and _called(node) == "getitem":
+        node = node.args[0]
+    return node
+
+
+def _called(node: Node) -> str:
+    """What ``node`` calls, whoever wrote it."""
+    if node.target is getattr:
+        return str(node.args[1])
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _runs(node: Node, pattern: re.Pattern[str]) -> bool:
+    """Whether ``node`` runs code of PyTorch's own of such a name."""
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
+        return False
+    is_registered = re.match(r"torch\._ops\.(?!aten$)", getattr(node.target, "__module__", None) or "")
+    return not is_registered and _is_torch(node.target) and pattern.fullmatch(_called(node)) is not None
+
+
+def _is_torch(thing: Any) -> bool:
+    return (
+        re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", getattr(thing, "__module__", None) or "torch")
+        is not None
+    )
+
+
+def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
+    """What the model gives, with movement and sizes that serve nothing else; and what is around the model."""
+    exits: set[Node] = set()
+    for node in reversed(graph.nodes):
+        leaves = node.users and all(user in exits for user in node.users) and not node.meta.get(UPDATE)
+        if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("moves", "number")):
+            exits.add(node)
+    return exits
