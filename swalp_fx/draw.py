@@ -20,7 +20,7 @@ from .drawing.marks import Call, Mark, seen_from, tree
 from .errors import ConvertError
 from .formats import FLOAT
 from .graphs import conversion_in, inlined, is_quantizer
-from .passes.captured import LAYER, MODULE, Layer
+from .passes.captured import LAYER, MODULE, Layer, calls_around
 from .passes.names import PART, is_derived, place
 from .passes.operations import name_of
 from .passes.tables import LAYER_PARTS
@@ -154,9 +154,12 @@ class _Marks:
         return list(dict.fromkeys(user.meta[LAYER] if _is_in_layer(user) else user for user in node.users))
 
     def _is_drawn_parameter(self, node: Node) -> bool:
-        """Whether ``node`` is what a parameter, or a derived weight, is read as."""
+        """Whether ``node`` is what a parameter, or a derived weight, is read as; a layer stands for its own floats."""
+        if not parameter_of(node) or not node.users or all(map(is_derived, node.users)):
+            return False
         is_rounded = any(user.target is nodes.quantize_weight for user in node.users)
-        return bool(parameter_of(node) and node.users) and not is_rounded and not all(map(is_derived, node.users))
+        is_own = node.op == "placeholder" and all(map(_is_in_layer, node.users))
+        return not is_rounded and not is_own
 
     def _label(self, node: Node, together: list[Node]) -> Callable[[str], str] | None:
         """What stands in the nodes' place, given a name; None for what is not drawn."""
@@ -183,7 +186,7 @@ class _Marks:
         return "W", f"{seen_from(path, parameter_of(node))} {spec}", spec
 
     def _around(self, node: Node) -> tuple[tuple[str, str, str], ...]:
-        """(key, qualified name, type) of the calls around ``node``, outermost first. Keys tell calls of one module."""
+        """(call, qualified name, type) of the calls around ``node``, outermost first."""
         shown = node
         if node.target is nodes.quantize_output:
             shown = node.args[0]  # type: ignore[assignment]
@@ -193,13 +196,13 @@ class _Marks:
             return ()
         layer: Layer | None = shown.meta.get(LAYER)
         found = []
-        for key in shown.meta.get("nn_module_stack") or {}:
+        for call, key in calls_around(shown):
             known = self._places.module(key)
             if known is None or known[0] == self._path:
                 continue
-            if layer is not None and key == layer.call:
+            if layer is not None and call == layer.call:
                 break
-            found.append((key, known[0], type(known[1]).__name__))
+            found.append((call, known[0], type(known[1]).__name__))
         return tuple(found)
 
 

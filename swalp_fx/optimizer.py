@@ -474,7 +474,8 @@ class SWALP:
                 if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
-                        f"{tuple(parameter.shape)}, is not the model's, or no more; build the optimizer from model.parameters()"
+                        f"{tuple(parameter.shape)}, is not the model's, or no more; build the optimizer from "
+                        "model.parameters()"
                     )
                 if not parameter.requires_grad:
                     continue

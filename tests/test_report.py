@@ -82,6 +82,25 @@ def test_shared_parameters_are_counted_once():
     ]  # fmt: skip
 
 
+def test_each_call_of_a_layer_has_a_row_by_whichever_name_it_is_called():
+    tanh = nn.Tanh()
+    model = nn.Sequential(nn.Sequential(tanh), nn.Sequential(tanh), nn.Linear(6, 6))
+    model.append(model[0]).append(model[1])
+    module, _ = convert(model, recipe="bfp8", example_inputs=(torch.ones(2, 6),))
+    assert [(row[0], row[2]) for row in _rows(report(module))] == [
+        ("0.0@1", "AE bfp8"), ("0.0@2", "AE bfp8"), ("2", "WAEGM bfp8"), ("0.0@3", "AE bfp8"), ("0.0@4", "-"),
+    ]  # fmt: skip
+
+
+def test_a_weight_that_is_derived_at_each_call_is_one():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6, bias=False))
+    text = report(convert(nn.Sequential(*[layer] * 4), recipe="bfp8", example_inputs=(torch.ones(2, 6),)).module)
+    assert [row[:3] for row in _rows(text)][:2] == [
+        ["0.weight", "derived weight", "WGM bfp8"], ["0.linear@1", "linear", "AE bfp8"],
+    ]  # fmt: skip
+    assert len(_rows(text)) == 5 and "parametrizations.weight.original: a weight is derived from them, and" in text
+
+
 def test_parameters_read_by_themselves_have_a_row():
     rows = _rows(_report(shapes.Direct, "bfp8"))
     assert ["scale", "parameter", "6", "WGM bfp8", "6"] in rows

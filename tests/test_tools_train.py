@@ -27,6 +27,7 @@ import models
 import swalp_fx
 import train
 from settings import DEFAULTS, EVERYWHERE, Settings, learning_rate
+from swalp_fx.passes.names import NAME
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -445,8 +446,10 @@ class TestDecoder:
         assert found and found.compared > 100, found
 
     def test_one_weight_node_serves_the_embedding_and_the_head(self):
-        graph = swalp_fx.convert(models.build("decoder")).module.graph
-        quantized = graph.find_nodes(op="call_function", target=swalp_fx.quantize_weight)
-        assert len(quantized) == len(list(models.build("decoder").parameters()))
-        (tied,) = (node for node in quantized if node.args[0].target == "tokens.weight")
-        assert [user.args[0].target for user in tied.users] == ["tokens", "head"]
+        example = torch.randint(256, (2, 64))
+        model, _ = swalp_fx.convert(models.build("decoder"), example_inputs=(example,))
+        (made,) = model.graphs
+        quantized = made.graph.find_nodes(op="call_function", target=swalp_fx.quantize_weight)
+        assert len(quantized) == len(list(model.parameters()))
+        (tied,) = (node for node in quantized if node.args[0].meta[NAME] == "tokens.weight")
+        assert [user.meta[NAME] for user in tied.users] == ["tokens", "head"]

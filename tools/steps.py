@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+import overhead
 import swalp_fx
 
 RECIPE = "bfp8[0]"
@@ -63,7 +64,7 @@ def measure(
         images, labels = torch.randn(BATCH, 3, SIZE, SIZE, device=device), torch.randint(10, (BATCH,), device=device)
         if not (found := swalp_fx.check(model, images[:2])):
             raise SystemExit(f"{name}: {found}; so the speed says nothing")
-        contenders = [make(copy.deepcopy(model)) for make in (in_float, in_low_precision, in_qpytorch)]
+        contenders = [make(copy.deepcopy(model)) for make in (in_float, in_identity, in_low_precision, in_qpytorch)]
         by_turns = [contender for contender in contenders if contender is not None]
         run(once, by_turns, images, labels)
         of_float = min(map(sum, by_turns[0].seconds))
@@ -91,9 +92,15 @@ def in_float(model: nn.Module) -> Contender:
     return Contender("float", model, _sgd(model))
 
 
+def in_identity(model: nn.Module) -> Contender:
+    """The graph with all its nodes, none of which rounds, and the step in float."""
+    return Contender("identity formats", overhead.with_identity(model), _sgd(model))
+
+
 def in_low_precision(model: nn.Module) -> Contender:
     optimizer = _sgd(model)
-    return Contender(f"swalp_fx {RECIPE}", swalp_fx.convert(model, optimizer, recipe=RECIPE).module, optimizer)
+    swalp_fx.convert(model, optimizer, recipe=RECIPE)
+    return Contender(f"swalp_fx {RECIPE}", model, optimizer)
 
 
 def in_qpytorch(model: nn.Module) -> Contender | None:

@@ -17,6 +17,7 @@ from ..recipe import RecipeError
 from .backend import chained
 from .dynamo import (
     BackendCompilerFailed,
+    FailOnRecompileLimitHit,
     Frame,
     assume_constant_result,
     compiled,
@@ -65,9 +66,16 @@ class _Tracing:
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from .entries import adopt_strays, conversion_of
+
+        if (conversion := conversion_of(local.entered)) is not None:
+            adopt_strays(conversion)  # before the trace: it guards what they have
         try:
             with knobs():
                 result = self._callback(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            error.code = args[0].f_code  # type: ignore[attr-defined]  # whose limit
+            raise
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, REFUSALS):
                 raise error.inner_exception from None

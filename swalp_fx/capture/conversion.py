@@ -98,6 +98,10 @@ class Graphs(Sequence[Rewritten]):
     def add(self, made: Rewritten) -> None:
         self._made.append(made)
 
+    def drop(self, path: str | None) -> None:
+        """Forget those of the module at ``path``."""
+        self._made = [made for made in self._made if made.path != path]
+
     def __len__(self) -> int:
         return len(self._made)
 
@@ -135,6 +139,7 @@ class Conversion:
     def _begin(self) -> None:
         self.graphs = Graphs(self)
         self.making = threading.RLock()  # threads that call a model for the first time make one graph, not one each
+        self.breaks = False  # whether Python runs between graphs, and calls what it finds
         self.is_proved = True  # whether all patterns of the recipe are known to name something
         self._places: Places | None = None
         from .backend import backend  # and with it the front end, a second's import

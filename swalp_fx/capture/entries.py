@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
+from ..warn import warn
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import MAX_GRAPHS, FailOnRecompileLimitHit, TorchDynamoException, call_of_module, tracer_around
@@ -82,6 +83,10 @@ class Entry:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
             local.entered, self.is_entered, local.ran = self.module, True, False
+            if self.conversion.breaks:
+                adopt_strays(self.conversion)
+        else:
+            self.conversion.breaks = True
         try:
             if (name, outermost) in self.made:
                 result = run(*args, **kwargs)
@@ -97,7 +102,15 @@ class Entry:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
         except FailOnRecompileLimitHit as error:
-            raise NotRewritten(_limit(self)) from error
+            if getattr(error, "code", None) is not run._torchdynamo_orig_callable.__code__:
+                raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
+            # Nothing of the call has run yet. It begins again, with a cache of its own.
+            warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
+            del self.compiled[name, outermost]
+            self.made.discard((name, outermost))
+            self.conversion.graphs.drop(self.conversion.places.path(self.module))
+            local.entered = before
+            return self.enter(name, function, args, kwargs)
         except RuntimeError as error:
             if (tracer := tracer_around()) is not None:
                 raise NotRewritten(
@@ -143,10 +156,7 @@ class Entry:
 
 
 def _limit(entry: Entry) -> str:
-    return (
-        f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing; make a "
-        "tensor of what changes, or leave it out of the forward"
-    )
+    return f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing"
 
 
 def is_shown(name: str, value: Any) -> bool:
@@ -263,6 +273,12 @@ def adopt(conversion: Conversion) -> None:
     """Takes in what was put into the model after its conversion."""
     conversion.places.refresh()
     install(conversion)
+
+
+def adopt_strays(conversion: Conversion) -> None:
+    """Takes in what was put into the model past its ``__setattr__``, as ``Sequential.insert`` does."""
+    if any(True for _ in conversion.stray()):
+        adopt(conversion)
 
 
 def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ConvertError
-from ..passes.captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Layer, is_layer
+from ..passes.captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
 from ..passes.operations import name_of, read_after_writes, written_parameter
 from .dynamo import Frame
 
@@ -152,13 +153,12 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, fore
 
 
 def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> None:
-    around = [
-        (key, *known) for key in node.meta.get("nn_module_stack") or {} if (known := places.module(key)) is not None
-    ]
+    around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
     node.meta[MODULE] = around[-1][1] if around else None if foreign and owner.name is None else owner.path
     if owner.module is not None and not around:  # a layer that is called by itself
         around = [("", owner.path, owner.module)]
-    layer = next(((key, path, module) for key, path, module in around if is_layer(module)), None)
+    layer = next(((call, path, module) for call, path, module in around if is_layer(module)), None)
     if layer is not None:
-        key, path, module = layer
-        node.meta[LAYER] = Layer(key, path, type(module))
+        call, path, module = layer
+        # What derives a weight carries vectors from call to call, as spectral_norm does: they are no weights.
+        node.meta[LAYER] = Layer("" if isinstance(module, ParametrizationList) else call, path, type(module))

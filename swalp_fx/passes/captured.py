@@ -14,7 +14,19 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..recipe import Subject
 from .tables import layer_part
 
-__all__ = ["ARGUMENT", "HOLDS", "KEPT", "LAYER", "MODULE", "PARAMETER", "UPDATE", "Layer", "Scope", "is_layer"]
+__all__ = [
+    "ARGUMENT",
+    "HOLDS",
+    "KEPT",
+    "LAYER",
+    "MODULE",
+    "PARAMETER",
+    "UPDATE",
+    "Layer",
+    "Scope",
+    "calls_around",
+    "is_layer",
+]
 
 # Of what a graph is given or holds: "input", "number", "parameter", "state", "body", or "operand", of a body.
 HOLDS = "swalp_fx.holds"
@@ -57,6 +69,13 @@ def is_layer(module: nn.Module) -> bool:
     if not is_own or layer_part(kind) is None:
         return False
     return isinstance(module, nn.MultiheadAttention) or not any(True for _ in module.children())
+
+
+def calls_around(node: Node) -> list[tuple[str, str]]:
+    """(call, key) of the modules that ``node`` is computed in, outermost first: what tells calls from one another, and
+    the module's key. PyTorch numbers calls of each name; a module that is called by two names has two first calls."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(f"{key} {name}", key) for key, (name, *_) in stack.items()]
 
 
 def around(node: Node) -> str:
