@@ -162,8 +162,9 @@ class Conversion:
     def refuse_unmatched(self) -> None:
         """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
         function may give."""
+        modules = [path for path, _ in self.root.named_modules()]
         for pattern, error in self.recipe.unmatched(list(self._subjects())):
-            if self.graphs or not may_name_function(pattern):
+            if self.graphs or not may_name_function(pattern, modules):
                 raise error
             self.is_proved = False
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterator
+from fnmatch import translate
 from functools import cache
+from itertools import chain
 
 import torch
 
@@ -102,10 +103,18 @@ def _listed(kind: type) -> Iterator[type]:
             yield base
 
 
-def may_name_function(pattern: str) -> bool:
-    """Whether what a function gives may have a name that ``pattern`` matches: ``layer1.0.relu@2``, ``*.iadd``."""
-    last = re.sub(r"@.*$", "", pattern.rpartition(".")[2])
-    return pattern.startswith("re:") or any(fnmatchcase(name, last) for name in _functions())
+def may_name_function(pattern: str, modules: Collection[str]) -> bool:
+    """Whether what a function gives in one of ``modules``, or one call of these, may have a name that ``pattern``
+    matches: ``layer1.0.relu@2``, ``*.iadd``."""
+    if pattern.startswith("re:"):
+        if "@" in pattern:
+            return True
+        expression = re.compile(pattern[3:])
+    else:
+        expression = re.compile(translate(re.sub(r"@.*$", "", pattern)))
+    calls = modules if "@" in pattern else ()
+    names = (f"{path}.{name}" if path else name for path in ("", *modules) for name in _functions())
+    return any(expression.fullmatch(name) for name in chain(calls, names))
 
 
 @cache
