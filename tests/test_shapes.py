@@ -23,7 +23,15 @@ def _layer(row):
     return make(), torch.randn(given) if isinstance(given, tuple) else given, arity
 
 
-@pytest.mark.parametrize("row", shapes.LAYERS, ids=lambda row: type(row[0]()).__name__)
+# Whose layers are others of the table.
+BIG = ("Transformer", "TransformerEncoder", "TransformerDecoder", "TransformerDecoderLayer")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=pytest.mark.slow) if type(row[0]()).__name__ in BIG else row for row in shapes.LAYERS],
+    ids=lambda row: type(row[0]()).__name__,
+)
 def test_every_layer_with_parameters(row):
     layer, x, arity = _layer(row)
     assert check(shapes.Around(layer, arity), x)
@@ -123,10 +131,13 @@ def test_a_weight_takes_its_gradient_wherever_it_is_first_read():
     assert model.first.weight.grad is not None
 
 
-COMPILED = (shapes.AutocastBlock, shapes.NoGradBlock, shapes.Rebound, shapes.UserFunctions, shapes.Normed, shapes.Heads)
+COMPILED = (shapes.NoGradBlock, shapes.Rebound, shapes.UserFunctions)
+COMPILED_SLOWLY = (shapes.AutocastBlock, shapes.Normed, shapes.Heads)
 
 
-@pytest.mark.parametrize("kind", COMPILED, **named)
+@pytest.mark.parametrize(
+    "kind", [*COMPILED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in COMPILED_SLOWLY)], **named
+)
 def test_it_compiles_whole(kind):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe="bfp8 rounding=nearest")
