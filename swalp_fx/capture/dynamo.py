@@ -36,6 +36,7 @@ __all__ = [
     "innermost_backend",
     "is_functorch_active",
     "knobs",
+    "original_code",
     "switched_off",
     "tracer_around",
 ]
@@ -75,6 +76,11 @@ def compiled(
     context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
+
+
+def original_code(function: Any) -> CodeType:
+    """The code of what ``compiled`` has compiled: its graphs are kept by it."""
+    return function._torchdynamo_orig_callable.__code__
 
 
 def innermost_backend(backend: Any) -> Any:

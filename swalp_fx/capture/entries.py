@@ -24,7 +24,14 @@ from ..errors import NotRewritten
 from ..warn import warn
 from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
-from .dynamo import MAX_GRAPHS, FailOnRecompileLimitHit, TorchDynamoException, call_of_module, tracer_around
+from .dynamo import (
+    MAX_GRAPHS,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+    call_of_module,
+    original_code,
+    tracer_around,
+)
 from .running import local
 
 __all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
@@ -102,7 +109,7 @@ class Entry:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result)
         except FailOnRecompileLimitHit as error:
-            if getattr(error, "code", None) is not run._torchdynamo_orig_callable.__code__:
+            if getattr(error, "code", None) is not original_code(run):
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
             # Nothing of the call has run yet. It begins again, with a cache of its own.
             warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
