@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from swalp_fx import convert, nodes, quantize
+from swalp_fx import NotRewritten, convert, nodes, quantize
 
 KEY = torch.tensor(1234)
 SPEC = "bfp4[0]"
@@ -166,13 +166,14 @@ def test_a_tangent_of_an_error_signal_passes_as_it_is(in_place):
         assert torch.equal(forward_ad.unpack_dual(gradient).tangent, tangent)
 
 
-def test_a_model_has_forward_derivatives():
-    """Those that backward gives, where error signals are in float."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    lp, _ = convert(model, recipe="bfp8[0] E=float")
-    lp.eval()
+def test_forward_derivatives_of_a_converted_model_are_refused():
+    """PyTorch's front end runs the original code under a dual level."""
+    lp, _ = convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
     x = torch.randn(2, 4)
-    assert torch.allclose(torch.func.jacfwd(lp)(x), torch.autograd.functional.jacobian(lp, x), atol=1e-6)
+    with forward_ad.dual_level(), pytest.raises(NotRewritten, match=r"torch.autograd.forward_ad runs the original code"):
+        lp(forward_ad.make_dual(x, torch.randn(2, 4)))
+    with pytest.raises(NotRewritten, match=r"a transform of torch.func is around the call"):
+        torch.func.jvp(lp, (x,), (x,))
 
 
 def test_torch_compile_gives_tangents_too(through):

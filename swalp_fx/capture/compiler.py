@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
@@ -112,6 +113,8 @@ def _why() -> str:
         return setting
     if is_functorch_active():
         return "a transform of torch.func is around the call; use torch.autograd"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad runs the original code; take derivatives backward"
     if torch.compiler.is_exporting():
         return "torch.export runs the original code; export the model before it is converted"
     return (
