@@ -1,5 +1,5 @@
-"""What people do with a model of Hugging Face, on a converted one: train it with Trainer, checkpoint its layers, generate,
-save it and read it back. Skipped without transformers and accelerate; `make zoo` installs them."""
+"""What people do with a model of Hugging Face, on a converted one: train it with Trainer, checkpoint its layers,
+generate, save it and read it back. Skipped without transformers and accelerate; `make zoo` installs them."""
 
 import copy
 
@@ -33,8 +33,8 @@ def identity_nodes(model):
 
 
 def texts(number):
-    """Texts that are padded on the left. Without padding the model builds no mask in float, but one where PyTorch's front
-    end reads it, with or without our rewrite, and attention then adds in another order."""
+    """Texts that are padded on the left. Without padding the model builds no mask in float, but one where PyTorch's
+    front end reads it, with or without our rewrite, and attention then adds in another order."""
     mask = torch.ones(9, dtype=torch.long)
     mask[:2] = 0
     return [{"input_ids": ids, "labels": ids, "attention_mask": mask} for ids in torch.randint(3, WORDS, (number, 9))]
