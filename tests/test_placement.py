@@ -150,6 +150,18 @@ def test_input_and_logits():
     assert torch.equal(y, quantize(again(quantize(x, "bfp4[0]")), "bfp4[0]"))
 
 
+def test_what_one_graph_gives_the_next_is_no_input_of_the_model():
+    class Broken(shapes.Two):
+        def forward(self, x):
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y)
+
+    low = converted(Broken(), "bfp8[0] quantize_input=true")
+    low(torch.randn(4, 6))
+    assert [rounded(made.graph) for made in low.graphs] == [["x", "first"], []]
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -46,8 +46,10 @@ def backend(
         frame.guard_attribute(owner.name, "_swalp", "is_entered")
     new = copied(graph_module)
     graph = prepare(new, inputs, frame, owner, conversion.places, foreign=inner is not None)
-    returns = reason is None and (inner is not None or _is_of_entered(frame, owner, conversion))
-    scope = Scope(conversion.places.subjects, _place(frame), returns, bodies=dict(new.named_children()))
+    is_entered, place = inner is not None or _is_of_entered(frame, owner, conversion), _place(frame)
+    returns = reason is None and is_entered
+    bodies = dict(new.named_children())
+    scope = Scope(conversion.places.subjects, place, returns, enters=is_entered and not place, bodies=bodies)
     keyed = conversion.is_keyed
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
     entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"

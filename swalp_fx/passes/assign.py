@@ -106,7 +106,7 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
 
 def _output_stream(node: Node, scope: Scope) -> int:
     """By place: which module, which operation, how many of those came before, and where the code went on."""
-    name, operation = (str(node.target), "input") if node.op == "placeholder" else (base_name(node), name_of(node))
+    name, operation = (place(node), "input") if node.op == "placeholder" else (base_name(node), name_of(node))
     number = scope.uses[name, operation]
     scope.uses[name, operation] += 1
     return _free(scope, name, operation, str(number), scope.place)
@@ -148,7 +148,8 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
             continue
         name = place(node)
         if part == "input":
-            wanted = recipe.quantize_input and any(user.meta[PART] != "number" for user in node.users)
+            is_number = all(user.meta[PART] == "number" for user in node.users)
+            wanted = recipe.quantize_input and scope.enters and not is_number
         else:
             wanted = node in ends or part in parts or recipe.includes(name)
         is_read = _is_read(node) or (returned and bool(node.users))

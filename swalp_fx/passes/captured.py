@@ -55,6 +55,7 @@ class Scope:
     parameters: Mapping[str, tuple[Subject, ...]]
     place: str = ""  # what tells it from other graphs of one module: where code goes on behind a graph break
     returns: bool = True  # whether what it gives is what the model gives its caller
+    enters: bool = True  # whether what it is given is what the caller gives the model, and no graph has rounded
     uses: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, operation) -> how many came before
     streams: set[int] = field(default_factory=set)  # the random streams that are taken
     bodies: Mapping[str, Any] = field(default_factory=dict)  # attribute -> the GraphModule that a node runs

@@ -262,7 +262,7 @@ class _Proof:
         kind, placement = self.model.kinds[node], self.recipe.placement
         if kind == "input":
             sizes = all(self.model.kinds[user] == "number" for user in node.users)
-            wanted = self.recipe.quantize_input and not sizes
+            wanted = self.recipe.quantize_input and self.scope.enters and not sizes
         elif self.model.is_layer(node):
             placed = {
                 "every": True,
