@@ -138,7 +138,7 @@ RAISES = {
     "eager_on_recompile": (stance("eager_on_recompile"), r"set_stance\('eager_on_recompile'\)"),
     "eager_then_compile": (stance("eager_then_compile"), r"set_stance\('eager_then_compile'\)"),
     "jit.trace": (lambda lp: torch.jit.trace(lp, X)(X), "^torch.jit.trace would keep the float code of Net; call it"),
-    "symbolic_trace": (lambda lp: torch.fx.symbolic_trace(lp)(X), "of a converted Net leaves what is between its layers in"),
+    "symbolic_trace": (lambda lp: torch.fx.symbolic_trace(lp)(X), "of a converted Net leaves what is between its"),
     "symbolic_trace around": (
         lambda lp: torch.fx.symbolic_trace(nn.Sequential(lp))(X),
         "^torch.fx.symbolic_trace, or make_fx, would keep the float code of Net",
