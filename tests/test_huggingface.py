@@ -33,8 +33,11 @@ def identity_nodes(model):
 
 
 def texts(number):
-    """Texts that are padded on the left. Without padding the model builds no mask in float, but one where PyTorch's
-    front end reads it, with or without our rewrite, and attention then adds in another order."""
+    """Texts that are padded on the left.
+
+    Without padding the model builds no mask in float, but one where PyTorch's front end reads it, with or without our
+    rewrite, and attention then adds in another order.
+    """
     mask = torch.ones(9, dtype=torch.long)
     mask[:2] = 0
     return [{"input_ids": ids, "labels": ids, "attention_mask": mask} for ids in torch.randint(3, WORDS, (number, 9))]
@@ -125,7 +128,6 @@ def test_what_is_saved_is_read_back_in_float_and_converted_again(llama, tmp_path
     low = lp(ids).logits
     lp.save_pretrained(tmp_path)
     back = type(llama).from_pretrained(tmp_path).eval()
-    assert not swalp_fx.is_converted(back)
     assert_same_parameters(back, llama)
     swalp_fx.restore(llama)
     assert torch.equal(back(ids).logits, llama(ids).logits)
