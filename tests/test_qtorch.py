@@ -59,6 +59,19 @@ def test_the_layer_left_in_float_is_the_classifier():
     assert layers[-1] == train_qtorch.CLASSIFIER
 
 
+def test_each_element_of_a_bias_has_an_exponent_of_its_own():
+    torch.manual_seed(0)
+    model = models.build("convnet")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    module, _ = swalp_fx.convert(model, optimizer, recipe=train_qtorch.recipe_of(5))
+    module(torch.randn(4, 3, 28, 28)).square().mean().backward()
+    optimizer.step()
+    bias, weight = model[0].bias, model[0].weight
+    assert torch.equal(swalp_fx.quantize(bias, "bfp5[-1:1]"), bias)
+    assert not torch.equal(swalp_fx.quantize(bias, "bfp5[0]"), bias)  # which shares one
+    assert torch.equal(swalp_fx.quantize(weight, "bfp5[0]"), weight)
+
+
 def test_qpytorch_rounds_what_it_is_told_to():
     pytest.importorskip("qtorch")
     torch.manual_seed(0)

@@ -1,8 +1,9 @@
 """Trains one network in float, with QPyTorch and with swalp_fx, by turns: python tools/train_qtorch.py
 
 The small convnet. Both round W, A, E, G and M to block floating point with one exponent a row, stochastically; outputs
-behind convolutions and linear layers but the last, as in QPyTorch's SWALP example. Each batch goes to the three in
-turn, so that whatever slows the machine slows all of them. Test errors are those of the weights in the float network.
+behind convolutions and linear layers but the last, as in QPyTorch's SWALP example. Each element of a bias has an
+exponent of its own, as QPyTorch's dim=0 has it. Each batch goes to the three in turn, so that whatever slows the
+machine slows all of them. Test errors are those of the weights in the float network.
 
 Needs qtorch (pip install qtorch ninja setuptools), which compiles itself when it is first imported. No seed reaches
 its random numbers, so its errors are others at each run.
@@ -49,13 +50,19 @@ def contenders(model: nn.Module, settings: Settings, bits: int) -> list[Contende
     exact, theirs, ours = (copy.deepcopy(model) for _ in range(3))
     sgd, of_theirs, of_ours = (OPTIMIZERS["sgd"].make(each.parameters(), settings) for each in (exact, theirs, ours))
     lower = qpytorch.in_low_precision(theirs, of_theirs, bits, (nn.Conv2d, nn.Linear))
-    recipe = f"bfp{bits}[0] placement=compute exclude={CLASSIFIER}"
-    module, _ = swalp_fx.convert(ours, of_ours, recipe=recipe)
+    module, _ = swalp_fx.convert(ours, of_ours, recipe=recipe_of(bits))
     return [
         Contender("float", exact, sgd),
         Contender(f"QPyTorch, {bits} bits, dim 0", theirs, lower),
         Contender(f"swalp_fx, bfp{bits}[0]", module, of_ours),
     ]
+
+
+def recipe_of(bits: int) -> swalp_fx.Recipe:
+    """What QPyTorch's numbers of ``dim=0`` are here: of a bias each element has an exponent of its own."""
+    each = f"bfp{bits}[-1:1]"
+    text = f"bfp{bits}[0] placement=compute exclude={CLASSIFIER}"
+    return swalp_fx.Recipe.parse(text, rules=(swalp_fx.Rule("*.bias", W=each, G=each, M=each),))
 
 
 def train(dataset: data.Dataset, settings: Settings, bits: int, on_step: Callable[[], Any]) -> dict[str, dict]:
