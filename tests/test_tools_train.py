@@ -24,6 +24,7 @@ import checkpoint
 import data
 import decoder
 import models
+import plot
 import swalp_fx
 import train
 from settings import DEFAULTS, EVERYWHERE, Settings, learning_rate
@@ -104,6 +105,18 @@ class TestTrain:
         assert "1 set of weights averaged, one every epoch after epoch 0; the average of one set is that set" in (
             capsys.readouterr().out
         )
+
+    def test_the_last_epoch_scored_alone_gives_the_same_table(self, tmp_path, capsys):
+        words = ["--epochs", 3, "--average-from", 1, "--recipe", "bfp6[0]"]
+        each, alone = run(*words), run(*words, "--score-last", "--out", tmp_path)
+        lines = capsys.readouterr().err.splitlines()[-6:]
+        assert ["test error" in line for line in lines] == [False, False, True] * 2
+        for name, line in alone.items():
+            scores = [(epoch["last"], epoch["average"]) for epoch in line["epochs"]]
+            assert scores[:2] == [(None, None)] * 2 and None not in scores[2]
+            assert [line[key] for key in train.SCORES] == [each[name][key] for key in train.SCORES]
+        plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "a.svg")])
+        assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
 
     def test_help_has_every_default_of_every_data_set(self, capsys):
         with pytest.raises(SystemExit, match="0"):

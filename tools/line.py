@@ -43,8 +43,11 @@ class Line:
         self.epochs: list[dict[str, Any]] = []
         self.saved = 0  # epochs that the checkpoint holds
 
-    def train_epoch(self, on_step: Callable[[], object]) -> None:
-        """One epoch of the training samples, and the scores after it, appended to ``epochs``."""
+    def train_epoch(self, on_step: Callable[[], object], score: bool = True) -> None:
+        """One epoch of the training samples, appended to ``epochs`` with the scores after it.
+
+        score: False leaves them out, but for the score at the end of the warm-up, which no later epoch gives.
+        """
         settings, epoch = self.settings, len(self.epochs)
         # Every epoch's random numbers follow from (seed, epoch): a resumed run draws what an unbroken one would.
         seed = fold_in(settings.seed, epoch)
@@ -71,9 +74,15 @@ class Line:
                 "steps": len(losses),
                 "losses": curve.tolist(),  # waits for the device: the time is the epoch's own
                 "seconds": time.perf_counter() - start,
+<<<<<<< HEAD
                 "last": self.score(self.model),
                 "average": self.score(self._averaged_model()) if self.swalp.n_averaged else None,
                 "warm_up": self._recalibrated(self.model) if epoch + 1 == settings.average_from else None,
+=======
+                "last": self.score(self.module) if score else None,
+                "average": self.score(self._averaged_model()) if score and self.swalp.n_averaged else None,
+                "warm_up": self._recalibrated(self.module) if epoch + 1 == settings.average_from else None,
+>>>>>>> refs/heads/science
             }
         )
 

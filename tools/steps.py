@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+<<<<<<< HEAD
 import overhead
+=======
+import qpytorch
+>>>>>>> refs/heads/science
 import swalp_fx
 
 RECIPE = "bfp8[0]"
@@ -104,23 +108,9 @@ def in_low_precision(model: nn.Module) -> Contender:
 
 
 def in_qpytorch(model: nn.Module) -> Contender | None:
-    """QPyTorch's small-block simulation, if it is there: a Quantizer behind each layer but the last, its optimizer for
-    the rest. What a function adds or flattens, it leaves alone."""
+    """If QPyTorch is there."""
     try:
-        from qtorch import BlockFloatingPoint
-        from qtorch.optim import OptimLP
-        from qtorch.quant import Quantizer, quantizer
+        optimizer = qpytorch.in_low_precision(model, _sgd(model), bits=8)
     except ImportError:
         return None
-    number = BlockFloatingPoint(wl=8, dim=0)
-    both = {"forward_number": number, "backward_number": number}
-    both |= {"forward_rounding": "stochastic", "backward_rounding": "stochastic"}
-    *layers, _ = (module for module in model.modules() if not any(True for _ in module.children()))
-    rounded = Quantizer(**both)
-    for layer in layers:
-        if not isinstance(layer, (nn.Dropout, nn.Identity, nn.Flatten)):
-            layer.register_forward_hook(lambda module, inputs, output: rounded(output))
-    one = quantizer(forward_number=number, forward_rounding="stochastic")
-    return Contender(
-        "QPyTorch bfp8, dim 0", model, OptimLP(_sgd(model), weight_quant=one, grad_quant=one, momentum_quant=one)
-    )
+    return Contender("QPyTorch bfp8, dim 0", model, optimizer)
