@@ -74,15 +74,9 @@ class Line:
                 "steps": len(losses),
                 "losses": curve.tolist(),  # waits for the device: the time is the epoch's own
                 "seconds": time.perf_counter() - start,
-<<<<<<< HEAD
-                "last": self.score(self.model),
-                "average": self.score(self._averaged_model()) if self.swalp.n_averaged else None,
-                "warm_up": self._recalibrated(self.model) if epoch + 1 == settings.average_from else None,
-=======
-                "last": self.score(self.module) if score else None,
+                "last": self.score(self.model) if score else None,
                 "average": self.score(self._averaged_model()) if score and self.swalp.n_averaged else None,
-                "warm_up": self._recalibrated(self.module) if epoch + 1 == settings.average_from else None,
->>>>>>> refs/heads/science
+                "warm_up": self._recalibrated(self.model) if epoch + 1 == settings.average_from else None,
             }
         )
 

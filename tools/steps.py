@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-<<<<<<< HEAD
 import overhead
-=======
 import qpytorch
->>>>>>> refs/heads/science
 import swalp_fx
 
 RECIPE = "bfp8[0]"
