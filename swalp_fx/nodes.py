@@ -137,8 +137,7 @@ def draw_key(training: bool) -> Tensor | None:
         return handle_torch_function(draw_key, (training,), training)
     if training and is_fx_symbolic_tracing():
         raise RuntimeError(
-            "torch.fx would freeze the random key of this low-precision module into the trace; "
-            "trace it in eval mode"
+            "torch.fx would freeze the random key of this low-precision module into the trace; trace it in eval mode"
         )
     if not training:
         return None

@@ -27,7 +27,7 @@ __all__ = ["ENTRY", "Conversion", "Graphs", "Places", "Rewritten", "conversion_o
 ENTRY = "_swalp"  # the attribute of a module that holds its Entry
 
 
-def conversion_of(module: nn.Module) -> Conversion | None:
+def conversion_of(module: nn.Module | None) -> Conversion | None:
     """The conversion that ``module`` belongs to, if it is converted."""
     entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
     return entry.conversion if entry is not None else None
@@ -188,9 +188,8 @@ class Conversion:
         new.recipe, new.identity = self.recipe, self.identity
         new._begin()
         # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
-        new.root = memo.get(id(self.root))
-        if new.root is None:
-            new.root = copy.deepcopy(self.root, memo)
+        root = memo.get(id(self.root))
+        new.root = copy.deepcopy(self.root, memo) if root is None else root
         return new
 
     def __getstate__(self) -> dict[str, Any]:
