@@ -170,7 +170,7 @@ def test_forward_derivatives_of_a_converted_model_are_refused():
     """PyTorch's front end runs the original code under a dual level."""
     lp, _ = convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
     x = torch.randn(2, 4)
-    with forward_ad.dual_level(), pytest.raises(NotRewritten, match="torch.autograd.forward_ad runs the original code"):
+    with forward_ad.dual_level(), pytest.raises(NotRewritten, match=r"forward_ad runs the original code"):
         lp(forward_ad.make_dual(x, torch.randn(2, 4)))
     with pytest.raises(NotRewritten, match="runs the original code"):
         torch.func.jvp(lp, (x,), (x,))

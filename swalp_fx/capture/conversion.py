@@ -193,8 +193,8 @@ class Conversion:
         new.recipe, new.identity = self.recipe, self.identity
         new._begin()
         # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
-        copied: nn.Module | None = memo.get(id(self.root))
-        new.root = copied if copied is not None else copy.deepcopy(self.root, memo)
+        root = memo.get(id(self.root))
+        new.root = copy.deepcopy(self.root, memo) if root is None else root
         return new
 
     def __getstate__(self) -> dict[str, Any]:
