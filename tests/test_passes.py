@@ -557,7 +557,7 @@ def test_a_recipe_in_float_wants_a_graph_without_nodes():
     assert Traced(shapes.Twice, Recipe()).proved()
 
 
-@pytest.mark.parametrize("kind", [*shapes.ALL, *shapes.MORE], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*shapes.ALL, *shapes.MORE, *shapes.PYTHON], ids=lambda kind: kind.__name__)
 def test_pass_and_prover_agree(kind):
     """Each graph that is made is proved, or the call raises."""
     model, inputs = shapes.made(kind)
