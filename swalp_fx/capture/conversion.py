@@ -191,6 +191,7 @@ class Conversion:
         new = object.__new__(Conversion)
         memo[id(self)] = new
         new.recipe, new.identity = self.recipe, self.identity
+        new.root = self.root  # until there is a copy: entries look at it while that is made
         new._begin()
         # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
         root = memo.get(id(self.root))
