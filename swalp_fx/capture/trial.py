@@ -22,6 +22,7 @@ def try_on(conversion: Conversion, inputs: tuple[Any, ...] | list[Any] | Mapping
     Raises RecipeError for a rule, an include or an exclude that matches nothing in them.
     """
     model = conversion.root
+    conversion.is_proved = True  # what the call would warn of is raised below
     with untouched(model):
         if isinstance(inputs, Mapping):
             model(**inputs)
