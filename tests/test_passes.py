@@ -225,11 +225,11 @@ def test_a_parameter_is_quantized_once_however_it_is_read(kind, count):
 @pytest.mark.parametrize(
     ("recipe", "weights", "outputs", "keyed"),
     [
-        ("float", 0, 0, True),
+        ("float", 0, 0, False),
         ("float W=bfp8", 6, 0, True),
         ("float A=bfp8", 0, 4, True),
         ("float E=bfp8", 0, 4, True),
-        ("float G=bfp8 M=bfp8", 0, 0, True),
+        ("float G=bfp8 M=bfp8", 0, 0, False),
         ("bfp8 rounding=nearest", 6, 4, False),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from .. import nodes
 from ..passes import rewrite
 from ..passes.captured import Scope
 from ..passes.operations import SWITCHES
@@ -59,7 +60,7 @@ def backend(
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
-    if keyed and not next(iter(rewritten.nodes)).users:  # nothing is rounded stochastically
+    if keyed and not _is_drawn_from(module):  # nothing is rounded stochastically
         _without_key(module)
         keyed = False
     run = module.forward
@@ -76,6 +77,18 @@ def _held(weakly: weakref.ref[Conversion]) -> Conversion:
     conversion = weakly()
     assert conversion is not None, "the model whose forward runs is gone"
     return conversion
+
+
+def _is_drawn_from(module: GraphModule) -> bool:
+    """Whether anything in a graph, or in the checkpoints that it runs, is rounded by its key."""
+    key = next(iter(module.graph.nodes))
+    for user in key.users:
+        if user.target is not nodes.checkpointed:
+            return True
+        body = getattr(module, str(user.args[0].target))
+        if _is_drawn_from(body):
+            return True
+    return False
 
 
 def _without_key(module: GraphModule) -> None:
