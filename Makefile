@@ -21,8 +21,9 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/report.py convnet --input-size 8 --channels 1 --recipe "bfp4[0]"
 	$(BIN)/python tools/train.py --dataset digits --recipe "bfp4[0]"
 
+# A process a core, four at most, and a file a process at a time.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The packages whose models the tests of the zoo try, 213 MB: without them `make test` skips those tests by name.
 zoo: $(ZOO)
