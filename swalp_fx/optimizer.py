@@ -15,6 +15,7 @@ its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is 
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,8 +69,8 @@ class SWALP:
     model: the float model; its parameters are the ones that attach() accepts and that are averaged.
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
-    local: gives parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``. Asked
-        again when the model has other parameters.
+    local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``. Or a function
+        that gives it, asked again when the model has other parameters.
     float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
@@ -85,13 +86,13 @@ class SWALP:
         self,
         model: nn.Module,
         recipe: str | Recipe,
-        local: Callable[[], Mapping[str, Recipe]] = dict,
+        local: Mapping[str, Recipe] | Callable[[], Mapping[str, Recipe]] = dict,
         float_copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
     ) -> None:
         self.model = model
         self._float_copy = float_copy
         self.recipe = recipe = Recipe.parse(recipe)
-        self._local = local
+        self._local = local if callable(local) else functools.partial(dict, local)
         self._accumulators: dict[str, Tensor] = {}
         self._read_model()
         self._average = Average(recipe.average, recipe.average_rounding)
@@ -474,8 +475,7 @@ class SWALP:
                 if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
-                        f"{tuple(parameter.shape)}, is not the model's, or no more; build the optimizer from "
-                        "model.parameters()"
+                        f"{tuple(parameter.shape)}, is not the model's; build the optimizer from model.parameters()"
                     )
                 if not parameter.requires_grad:
                     continue

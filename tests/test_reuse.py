@@ -225,7 +225,7 @@ class _Two(nn.Module):
 
 
 class _Keeps(nn.Linear):
-    """A user's own forward may keep what it returns."""
+    """What a forward keeps is what the next layer reads: rounded, and read by two."""
 
     def forward(self, x):
         self.kept = super().forward(x)
@@ -248,8 +248,8 @@ CASES = [
     (nn.Linear(4, 4), lambda y: y.flatten(1).exp(), "A"),
     (nn.Linear(4, 4), nn.Dropout(), "A"),
     (nn.Linear(4, 4), nn.Linear(4, 4), "AE"),
-    (_Keeps(4, 4), torch.tanh, "E"),
-    (_keeping(), torch.tanh, "E"),
+    (_Keeps(4, 4), torch.tanh, "A"),
+    (_keeping(), torch.tanh, "A"),
     (nn.SiLU(), torch.tanh, "AE"),
     (nn.SiLU(inplace=True), torch.tanh, "E"),
     (lambda x: F.leaky_relu(x, inplace=True), torch.tanh, "E"),

@@ -362,10 +362,10 @@ class TestStopped:
             epoch = iter(range(5))
             train_epoch = train.Line.train_epoch
 
-            def interrupted(line, on_step):
+            def interrupted(line, on_step, **options):
                 if next(epoch) == 4:  # the second of low
                     raise KeyboardInterrupt
-                train_epoch(line, on_step)
+                train_epoch(line, on_step, **options)
 
             patch.setattr(train.Line, "train_epoch", interrupted)
             with pytest.raises(SystemExit, match="130"):
@@ -378,7 +378,7 @@ class TestStopped:
 
     @pytest.mark.parametrize("out", [True, False])
     def test_ctrl_c_where_nothing_is_kept(self, tmp_path, out, monkeypatch, capsys):
-        def interrupted(*_):
+        def interrupted(*_, **options):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(train.Line, "train_epoch", interrupted)
