@@ -38,12 +38,15 @@ inline void check_range(const char* op, const char* name, int64_t value, int64_t
   require(value >= lo && value <= hi, op, name, " = ", value, " is out of range; use ", lo, " to ", hi);
 }
 
+constexpr auto kNoMemory = "x has no memory, as where its storage was freed; round it while it has some";
+
 inline void check_input(const char* op, const Tensor& x) {
   const ScalarType type = x.scalar_type();
   const bool served = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
                       type == ScalarType::BFloat16;
   require(served, op, "x must be float32, float64, float16 or bfloat16, not scalar type ", static_cast<int>(type),
           "; convert it first");
+  require(x.numel() == 0 || x.const_data_ptr() != nullptr, op, kNoMemory);
 }
 
 // Calls f with a zero of the type that x, which check_input has passed, holds.
@@ -104,6 +107,7 @@ inline Drawing drawing(const char* op, const Tensor& x, int64_t rounding, int64_
   require(key.has_value(), op, "stochastic rounding needs a key; pass one int64 tensor");
   require(key->scalar_type() == ScalarType::Long && key->numel() == 1, op,
           "the key must be a tensor of one int64; pass torch.tensor(key)");
+  require(key->const_data_ptr() != nullptr, op, "the key has no memory; pass torch.tensor(key)");
   require(key->is_cpu() || (x.is_cuda() && key->is_cuda() && key->get_device() == x.get_device()), op,
           "the key must be on the CPU or on x's own device; move it there");
   if (key->is_cpu()) random.key = *static_cast<const uint64_t*>(key->const_data_ptr());
@@ -188,6 +192,7 @@ constexpr Gaps most_gaps() {
 // One tensor's call, checked: nothing has been changed yet.
 template <class Device, class Op, class Format>
 struct Call {
+  static constexpr auto op = Op::name;
   Tensor x;
   Format format;
   Drawing drawing;
@@ -223,6 +228,11 @@ struct Call {
     return y;
   }
 
+  void check_writable() const {
+    require(!is_copied() || !shares_places(x), Op::name,
+            "elements of x share memory, so that they cannot be rounded in place; clone it first");
+  }
+
   void in_place() {
     Tensor& on = is_copied() ? copied : x;
     run(cover, on, on);
@@ -255,13 +265,18 @@ struct Forms {
     return call(std::move(x), {numbers...}, rounding, bits, key, stream).fresh();
   }
   static void in_place(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    call(std::move(x), {numbers...}, rounding, bits, key, stream).in_place();
+    OneCall one = call(std::move(x), {numbers...}, rounding, bits, key, stream);
+    one.check_writable();
+    one.in_place();
   }
   static void foreach(std::vector<Tensor> xs, Numbers... numbers, int64_t rounding, int64_t bits, Key key,
                       std::vector<int64_t> streams) {
     check_list(Op::name, xs, streams);
     std::vector<OneCall> of_each = calls(xs, {numbers...}, rounding, bits, key, streams);
-    Device::in_place(of_each);
+    for (const OneCall& each : of_each) each.check_writable();
+    if (!share_memory(xs)) return Device::in_place(of_each);
+    // One after another, each as the ones before have left it.
+    for (size_t i = 0; i < xs.size(); ++i) call(xs[i], {numbers...}, rounding, bits, key, streams[i]).in_place();
   }
 
   static std::vector<OneCall> calls(const std::vector<Tensor>& xs, const std::tuple<Numbers...>& numbers, int64_t rounding,

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -127,6 +128,40 @@ inline Gaps gaps_in(const torch::stable::Tensor& x) {
 }
 
 inline bool is_dense(const torch::stable::Tensor& x) { return gaps_in(x) == Gaps::None; }
+
+// Whether two elements of x lie in one place, so that neither can be written alone.
+inline bool shares_places(const torch::stable::Tensor& x) {
+  if (x.numel() == 0 || gaps_in(x) != Gaps::Overlaps) return false;
+  std::vector<int64_t> places{0};
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1 && x.stride(d) == 0) return true;
+    const size_t before = places.size();
+    for (int64_t i = 1; i < x.size(d); ++i) {
+      for (size_t j = 0; j < before; ++j) places.push_back(places[j] + i * x.stride(d));
+    }
+  }
+  std::sort(places.begin(), places.end());
+  return std::adjacent_find(places.begin(), places.end()) != places.end();
+}
+
+// The memory from x's first element to its last, in bytes: addresses, the second one beyond it.
+inline std::pair<uintptr_t, uintptr_t> memory_of(const torch::stable::Tensor& x) {
+  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return {begin, begin + (last + 1) * x.element_size()};
+}
+
+// Whether the memory of any two overlaps, elements in turns included.
+inline bool share_memory(const std::vector<torch::stable::Tensor>& xs) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> memory;
+  for (const torch::stable::Tensor& x : xs) {
+    if (x.numel() > 0) memory.push_back(memory_of(x));
+  }
+  std::sort(memory.begin(), memory.end());
+  return std::adjacent_find(memory.begin(), memory.end(), [](const auto& a, const auto& b) { return b.first < a.second; }) !=
+         memory.end();
+}
 
 // The layouts of loops of which each is a dimension, the last one first. False: they are too many.
 inline bool add_layouts(std::vector<Dim> loops, const Blocks& blocks, std::vector<Layout>& layouts) {

@@ -1,10 +1,11 @@
 """Low-precision training with weight averaging (SWALP), as a rewrite of torch.fx graphs."""
 
 from .averaging import Average, recalibrate
-from .capture import ConvertError
+from .capture import Graphs, Rewritten
 from .check import Check, check
-from .convert import Converted, convert
+from .convert import Converted, convert, in_float, restore
 from .draw import draw
+from .errors import ConvertError, NotRewritten
 from .formats import (
     FLOAT,
     BlockFloat,
@@ -18,10 +19,9 @@ from .formats import (
     parse,
 )
 from .measure import Measures, Rounded, measure
-from .nodes import call_layer, draw_key, quantize_output, quantize_weight
+from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
-from .passes import RewrittenModule
 from .recipe import Recipe, RecipeError, Rule
 from .report import report
 
@@ -37,20 +37,23 @@ __all__ = [
     "Float",
     "Format",
     "FormatError",
+    "Graphs",
     "Measures",
     "Microscaling",
+    "NotRewritten",
     "Nvfp4",
     "Recipe",
     "RecipeError",
-    "RewrittenModule",
+    "Rewritten",
     "Rounded",
     "Rule",
     "ScaledInteger",
-    "call_layer",
     "check",
+    "checkpointed",
     "convert",
     "draw",
     "draw_key",
+    "in_float",
     "measure",
     "parse",
     "quantize",
@@ -59,6 +62,7 @@ __all__ = [
     "quantize_weight",
     "recalibrate",
     "report",
+    "restore",
 ]
 
 __version__ = "0.1.0"

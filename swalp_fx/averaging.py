@@ -8,7 +8,7 @@ the parameters' dtype, where a bfloat16 mean soon stops moving.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,8 +58,11 @@ class Average:
 
         key: of stochastic rounding; each mean has its place among ``parameters`` for a stream. Without a key, one is
             drawn from torch's default generator.
+        Raises ValueError, before anything is changed, for a parameter that the average so far does not have.
         """
         n = self.n_averaged + 1
+        if n > 1:
+            self._refuse_other(parameters)
         means, streams = [], []
         for stream, (name, parameter) in enumerate(parameters.items()):
             if (dtype := mean_dtype(parameter)) is None:
@@ -76,6 +79,16 @@ class Average:
             quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
         self.n_averaged = n
 
+    def _refuse_other(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            mean = self.means.get(name)
+            if mean_dtype(parameter) is not None and (mean is None or mean.shape != parameter.shape):
+                averaged = "is not in" if mean is None else f"is of shape {tuple(mean.shape)} in"
+                raise ValueError(
+                    f"parameter {name!r}, of shape {tuple(parameter.shape)}, {averaged} the average of "
+                    f"{self.n_averaged}; begin a new average: convert again, or use an Average of its own"
+                )
+
     @torch.no_grad()
     def mean(self, format: str | Format = FLOAT) -> dict[str, Tensor]:
         """Copies of the means by name, rounded to ``format``, to nearest; the average itself goes on unrounded."""
@@ -83,12 +96,18 @@ class Average:
         return {name: quantize(mean, format) if rounds else mean.clone() for name, mean in self.means.items()}
 
     @torch.no_grad()
-    def applied_to(self, model: nn.Module, format: str | Format = FLOAT) -> nn.Module:
+    def applied_to(
+        self,
+        model: nn.Module,
+        format: str | Format = FLOAT,
+        *,
+        copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    ) -> nn.Module:
         """A deep copy of ``model`` with ``mean(format)`` as its parameters, in the parameters' own dtype.
 
         Tied parameters stay tied; buffers and modes are the model's of this moment.
         """
-        averaged = copy.deepcopy(model)
+        averaged = copied(model)
         parameters = dict(averaged.named_parameters())
         for name, mean in self.mean(format).items():
             parameters[name].copy_(mean)

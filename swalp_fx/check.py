@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .passes.parts import rewrite_what_can_be
+from .capture import Conversion, refuse_unfit
 from .recipe import Recipe
 
 __all__ = ["Check", "check"]
 
 SEED = 0
+IDENTITY = Recipe(
+    rounding="nearest", quantize_logits=True
+)  # with what it returns, so that gradients add up in one order
 
 
 @dataclass(frozen=True)
@@ -38,49 +44,84 @@ class Check:
     __repr__ = __str__
 
 
-def check(model: nn.Module, *inputs: Any, leaves: Sequence[type[nn.Module]] = ()) -> Check:
-    """Whether the rewritten module, with every format ``float``, is bit-equal with ``model``, in train and eval mode.
+def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
+    """Whether the converted model, with every format ``float``, is bit-equal with ``model``, in train and eval mode.
 
-    Outputs, gradients of parameters and inputs, and buffers are compared after one forward and backward from the same
-    random state, on copies: ``assert swalp_fx.check(model, x)``. A model whose own kernels are not deterministic
-    differs from itself; see torch.use_deterministic_algorithms.
-    Raises ConvertError if the model cannot be rewritten.
+    Outputs, gradients of parameters and inputs, and buffers are compared after each of two forwards and backwards from
+    the same random state, on copies: ``assert swalp_fx.check(model, x)``. A model whose own kernels are not
+    deterministic differs from itself; see torch.use_deterministic_algorithms.
+    Raises ConvertError if the model cannot be converted.
     """
+    from .capture.entries import install
+
     differences = []
     compared = 0
-    # One trace serves both modes: that it does is half of the proof.
-    source = copy.deepcopy(model).train()
-    rewritten = rewrite_what_can_be(source, Recipe(rounding="nearest"), leaves=tuple(leaves), identity=True)
+    refuse_unfit(model, IDENTITY)
+    low = copy.deepcopy(model)
+    install(Conversion(low, IDENTITY, identity=True))
+    plain = copy.deepcopy(model)
+    given = _with_gradients(model, inputs, keywords)
     for mode in ("train", "eval"):
-        plain, low = copy.deepcopy(model), copy.deepcopy(rewritten)
-        expected = _run(plain.train(mode == "train"), inputs)
-        found = _run(low.train(mode == "train"), inputs)
-        compared += len(expected)
-        for name in dict.fromkeys((*expected, *found)):
-            if complaint := _difference(expected.get(name), found.get(name)):
-                differences.append(f"{mode} {name}: {complaint}")
+        for again in ("", " again"):
+            expected = _run(plain.train(mode == "train"), *given())
+            found = _run(low.train(mode == "train"), *given())
+            compared += len(expected) - 1  # the type is no tensor
+            for name in dict.fromkeys((*expected, *found)):
+                if complaint := _difference(expected.get(name), found.get(name)):
+                    differences.append(f"{mode}{again} {name}: {complaint}")
     return Check(compared, tuple(differences))
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor | None]:
-    """Every tensor that a forward and a backward leave behind, by name."""
-    inputs = pytree.tree_map_only(Tensor, _leaf, inputs)
+def _with_gradients(model: nn.Module, *given: Any) -> Callable[[], Any]:
+    """Makes copies of the inputs that ask for gradients; if the model does not take such, copies as they are."""
+
+    def asking() -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), given)
+
+    def as_they_are() -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), given)
+
+    try:
+        for mode in (True, False):
+            _run(copy.deepcopy(model).train(mode), *asking())
+    except RuntimeError:
+        return as_they_are
+    return asking
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Every tensor that a forward and a backward leave behind, by name, and the types of what the model gives."""
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    model.zero_grad()
+    with torch.random.fork_rng(devices=devices), seeded_elsewhere():
         torch.manual_seed(SEED)
-        outputs = list(_tensors(model(*inputs)))
+        given = model(*inputs, **keywords)
+        outputs = list(_tensors(given))
         seeds = [(output, torch.randn_like(output)) for output in outputs if output.requires_grad]
         if seeds:
             torch.autograd.backward([output for output, _ in seeds], [seed for _, seed in seeds])
-    found: dict[str, Tensor | None] = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    found |= {f"gradient of input {i}": x.grad for i, x in enumerate(_tensors(inputs))}
+    found: dict[str, Any] = {"type of the output": type(given)}
+    found |= {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    found |= {f"gradient of input {i}": x.grad for i, x in enumerate(_tensors((inputs, keywords)))}
     found |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
-    found |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+    found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     return found
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_(x.is_floating_point())
+@contextlib.contextmanager
+def seeded_elsewhere() -> Iterator[None]:
+    """While it holds, Python's and NumPy's random numbers are those of one seed; then as they were."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    random.seed(SEED)
+    if numpy:
+        numpy.random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:
@@ -91,8 +132,10 @@ def _tensors(nest: Any) -> Iterator[Tensor]:
             yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
-def _difference(expected: Tensor | None, found: Tensor | None) -> str | None:
+def _difference(expected: Any, found: Any) -> str | None:
     """What tells the two apart, or None. NaN equals NaN."""
+    if isinstance(expected, type) and isinstance(found, type):
+        return None if expected is found else f"{found.__name__}, not {expected.__name__}"
     if expected is None or found is None:
         return None if expected is found else f"is {'missing' if found is None else 'there'} after the rewrite"
     if expected.shape != found.shape or expected.dtype != found.dtype:

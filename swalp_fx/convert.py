@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+import functools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 
-from . import nodes
-from .capture import UNPACK
+from .capture import Conversion, conversion_of, refuse_unfit
+from .capture.trial import try_on
+from .errors import UNPACK, ConvertError
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
-from .passes.parts import parts_of, rewrite_what_can_be, rewritten_in
 from .recipe import Recipe
-from .watch import Watch, calls_of
 
-__all__ = ["Converted", "convert"]
+__all__ = ["Converted", "convert", "in_float", "restore"]
 
 
 class Converted(NamedTuple):
     """What ``convert`` returns."""
 
-    module: (
-        nn.Module
-    )  # a RewrittenModule, or a model of the same type with such modules in it; call it where the model was called
+    module: nn.Module  # the model itself
     swalp: SWALP  # the optimizer pass, and the average
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -40,57 +38,85 @@ def convert(
     optimizer: Optimizer | None = None,
     recipe: str | Recipe = "bfp8[0]",
     *,
-    leaves: Iterable[type[nn.Module]] = (),
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Converted:
-    """(module, swalp): ``model`` rewritten to compute in ``recipe``, and ``optimizer`` made to step in it.
+    """(model, swalp): ``model``, which computes in ``recipe`` from now on, and ``optimizer``, made to step in it.
 
-    The module shares the model's parameters, buffers and layers, so the optimizer, its schedulers and the checkpoints
-    stay valid; the model itself computes in float as before. No value is changed: the weights are rounded on their way
-    into each forward, and in place by the first step. Without an optimizer, call ``swalp.attach(optimizer)`` later.
+    The model is converted in place. It keeps its type, attributes, hooks, methods, parameters and buffers; no value is
+    changed. However it is entered (a call, ``generate``, a child, a method), what runs is a rewritten graph: PyTorch's
+    guarded front end makes it at the first call, and again where something changes that the code reads. Weights are
+    rounded on their way into each forward, and in place by the first step. ``with in_float(model)`` computes in float,
+    ``restore(model)`` ends the conversion. Without an optimizer, call ``swalp.attach(optimizer)`` later.
 
-    leaves: module types that torch.fx cannot trace, or should not. They are called whole: their weights are
-        quantized, what happens inside them is not.
-
-    Hooks on the layers run. One that keeps or changes a layer's output or gradient has to be there before: a later one
-    may find the output rounded in place, and what it makes of a ReLU's may not be rounded again (``in_place=false`` in
-    the recipe rounds nothing in place, and leaves no rounding out).
-
-    A model whose own forward cannot be traced is rewritten in parts: its largest submodules that can be, in a copy of
-    its structure. ``report`` lists what stayed float, and why. Call train() and eval() on that copy: what is between
-    its parts has a flag of its own. (A module rewritten whole and its model have one flag.)
+    example_inputs: the positional or the named inputs of one call. With them the graphs of the present mode are made at
+        once, to be looked at: ``model.graphs``. Buffers and random state are left as they were.
 
     In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal
     if all ranks have one ``torch.initial_seed()`` here, or load the ``swalp.state_dict()`` of one; their forwards and
     backwards draw bits of each rank's own all the same.
 
-    Warns of such a model. One that branches on its training flag has a graph for each branch, and follows the flag.
-    Warns at the step of a training loop that calls the model and not the module.
-    Raises ConvertError (no module, nothing to rewrite, already converted, compiled or wrapped), FormatError,
-    RecipeError, TypeError for no optimizer, and ValueError for one with parameters that are not the model's, all before
-    anything is changed.
+    Raises ConvertError (no module, already converted, compiled or wrapped), FormatError, RecipeError (a rule, an
+    include or an exclude that matches nothing, where example_inputs show all that there is), TypeError for no
+    optimizer, and ValueError for one with parameters that are not the model's, all before anything is changed.
+    A call raises NotRewritten where it would compute in float.
     """
     if isinstance(optimizer, str | Recipe):
         raise TypeError(f"recipe is a keyword: convert(model, optimizer, recipe={str(optimizer)!r})")
+    from .capture.entries import float_copy, install
+
     parsed = Recipe.parse(recipe)
-    module = rewrite_what_can_be(model, parsed, leaves=tuple(leaves))
-    if parts := parts_of(module):
-        reason = next(iter(parts.floats.values()))
-        warnings.warn(
-            f"{reason}. Rewritten instead: {len(parts.rewritten)} of its submodules; see report", stacklevel=2
-        )
-    swalp = SWALP(model, parsed, recipes_of_parameters(model, parsed), _watch(model, module))
+    _refuse_converted(model)
+    refuse_unfit(model, parsed)
+    swalp = SWALP(model, parsed, functools.partial(recipes_of_parameters, model, parsed), float_copy)
     if optimizer is not None:
-        swalp.replace(optimizer)
-    return Converted(module, swalp)
+        swalp.refuse(optimizer)
+    conversion = Conversion(model, parsed)
+    conversion.refuse_unmatched()
+    install(conversion)
+    try:
+        if example_inputs is not None:
+            try_on(conversion, example_inputs)
+        if optimizer is not None:
+            swalp.replace(optimizer)
+    except BaseException:
+        restore(model)
+        raise
+    return Converted(model, swalp)
 
 
-def _watch(model: nn.Module, module: nn.Module) -> Watch | None:
-    """What tells steps on the gradients of ``model`` from those of ``module``; None if that one rounds nothing."""
-    calls = calls_of(model)
-    parts = [part for _, part in rewritten_in(module)]
-    for part in parts:
-        vars(part)["_calls"] = calls
-    rounds = any(
-        node.target in (nodes.quantize_weight, nodes.quantize_output) for part in parts for node in part.graph.nodes
-    )
-    return Watch(calls) if rounds else None
+def _refuse_converted(model: nn.Module) -> None:
+    """Raises ConvertError if ``model`` is converted, or a module in it."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if conversion_of(module) is not None:
+            raise ConvertError(
+                f"{path or 'the model'} is already converted; call swalp_fx.restore on it first, or convert a copy "
+                "that was made before"
+            )
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """``module``, computing in float again for good; returned. Its weights stay as they are.
+
+    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
+    """
+    from .capture import entries
+
+    return entries.restore(_converted(module, "restore"))
+
+
+def in_float(module: nn.Module) -> AbstractContextManager[nn.Module]:
+    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
+
+    Raises ConvertError for a module that is not converted.
+    """
+    from .capture import entries
+
+    return entries.in_float(_converted(module, "in_float"))
+
+
+def _converted(module: nn.Module, what: str) -> nn.Module:
+    if conversion_of(module) is None:
+        raise ConvertError(
+            f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first"
+        )
+    return module

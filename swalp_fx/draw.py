@@ -1,4 +1,4 @@
-"""``draw``: a rewritten module's graph as a picture, laid out by Graphviz."""
+"""``draw``: the graphs of a converted model as a picture, laid out by Graphviz."""
 
 from __future__ import annotations
 
@@ -12,43 +12,50 @@ from torch import nn
 from torch.fx import Node
 
 from . import nodes
-from .capture import module_around, name_of
+from .capture import Conversion, Rewritten
 from .drawing.dot import picture
+from .drawing.kinds import signature
 from .drawing.labels import box, chips, moved, port
 from .drawing.marks import Call, Mark, seen_from, tree
+from .errors import ConvertError
 from .formats import FLOAT
-from .passes import RewrittenModule
-from .passes.classify import LAYER_PARTS, PART
-from .passes.parts import refuse_unrewritten, rewritten_in
-from .report import called_module, names_in_report
+from .graphs import conversion_in, inlined, is_quantizer
+from .passes.captured import LAYER, MODULE, Layer, calls_around
+from .passes.names import PART, is_derived, place
+from .passes.operations import name_of
+from .passes.tables import LAYER_PARTS
+from .rows import operation_of, parameter_of
 
 __all__ = ["draw"]
 
-QUANTIZERS = (nodes.quantize_weight, nodes.quantize_output)  # whose fourth argument is the forward's format
 GATHERS = ("cat", "concat", "concatenate", "stack")
 
 TEXT, PICTURES = (".dot", ".gv"), (".svg", ".png", ".pdf")
 
 
 def draw(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the graph of a rewritten ``module`` to ``path``: .svg, .png or .pdf, or .dot for its Graphviz source.
+    """Writes the graphs of a converted ``module`` to ``path``: .svg, .png or .pdf, or .dot for their Graphviz source.
 
     Every layer, and beside it what rounds: its parameters (W), its output (A) and its error signal (E), by colour,
     each with its format. What travels on a full line is rounded, on a dashed line it is in float. Modules are frames.
-    Sizes and the random key are left out. A model rewritten in parts is drawn part by part.
+    Sizes and the random key are left out. Where the code goes on behind a graph break, or calls modules from Python,
+    there is a graph for each piece. Graphs that look alike are drawn once. Where both modes have graphs of their own,
+    those of the present mode are drawn.
 
     A model of more than 16 layers is drawn in panels. Blocks that are alike but for sizes are drawn once, in a panel
     with a number. Where they are called they are boxes with that number: ``layer3.1 … 35`` is one box. A panel shows
     the frames of its outermost modules only.
 
-    Raises ConvertError for a module that is not rewritten, ValueError for another ending, and RuntimeError if a
-    picture is wanted and Graphviz is not installed.
+    Raises ConvertError for a module that is not converted or has no graph yet, ValueError for another ending, and
+    RuntimeError if a picture is wanted and Graphviz is not installed.
     """
     path = Path(path)
     if path.suffix not in TEXT + PICTURES:
         raise ValueError(f"cannot draw to {path}: its name must end in one of {', '.join(PICTURES + TEXT)}")
-    refuse_unrewritten(module, "draw")
-    source = _dot(module)
+    conversion = conversion_in(module, "draw")
+    if not conversion.graphs:
+        raise ConvertError("draw finds no graph yet; call the module once, or give example_inputs to convert")
+    source = picture(type(conversion.root).__name__, str(conversion.recipe), _roots(conversion))
     if path.suffix in TEXT:
         path.write_text(source, encoding="utf-8")
         return
@@ -66,119 +73,142 @@ def draw(module: nn.Module, path: str | os.PathLike[str]) -> None:
         raise RuntimeError(f"Graphviz could not draw {path}: {done.stderr.decode(errors='replace').strip()}")
 
 
-def _dot(module: nn.Module) -> str:
-    recipe = next(part.recipe for _, part in rewritten_in(module))
-    return picture(type(module).__name__, str(recipe), _roots(module))
+def _roots(conversion: Conversion) -> list[Call]:
+    """What is drawn of each graph."""
+    graphs = [made for made in conversion.graphs if made.training == conversion.root.training]
+    found: dict[object, Call] = {}
+    for made in graphs or conversion.graphs:
+        root = tree(_Marks(conversion, made, f"p{len(found)}_").drawn(), made.path, _type(conversion, made.path))
+        if root.marks:
+            found.setdefault((made.path, signature(root)), root)
+    return list(found.values())
 
 
-def _roots(module: nn.Module) -> list[Call]:
-    """What is drawn of each graph in ``module``."""
-    return [
-        tree(_marks(part, path, f"p{number}_"), path, type(part._root).__name__)
-        for number, (path, part) in enumerate(rewritten_in(module))
-    ]
+def _type(conversion: Conversion, path: str) -> str:
+    return type(conversion.root.get_submodule(path)).__name__
 
 
-def _names(node: Node, module: RewrittenModule, path: str) -> tuple[str, str]:
-    """(qualified name, operation) of a layer in the graph of the part at ``path``."""
-    return names_in_report(node, module, path)
+class _Marks:
+    """What is drawn of one graph."""
 
+    def __init__(self, conversion: Conversion, made: Rewritten, prefix: str) -> None:
+        self._places, self._path, self._prefix = conversion.places, made.path, prefix
+        self._graph = inlined(made.graph_module).graph
+        self._inside: dict[Layer, list[Node]] = {}  # the nodes of a layer's call, but for weights that it derives
+        for node in self._graph.nodes:
+            if LAYER in node.meta and not is_derived(node) and not is_quantizer(node):
+                self._inside.setdefault(node.meta[LAYER], []).append(node)
+        self._drawn: dict[Node, Mark] = {}
 
-def _marks(module: RewrittenModule, path: str, prefix: str) -> Iterator[Mark]:
-    """What is drawn of one graph, in its order. ``path`` is where the module stands in the model."""
-    drawn: dict[Node, Mark] = {}
-    for node in module.graph.nodes:
+    def drawn(self) -> Iterator[Mark]:
+        """In the order of the graph."""
+        for node in self._graph.nodes:
+            mark = self._mark(node) if node not in self._drawn else None
+            if mark is not None:
+                self._drawn |= dict.fromkeys(self._together(node), mark)
+                yield mark
+
+    def _mark(self, node: Node) -> Mark | None:
         part = node.meta.get(PART)
-        moves = part in ("movement", "exit")
-        together = _together(node)
-        sources = list(dict.fromkeys(drawn[source] for source in node.all_input_nodes if source in drawn))
-        label = _label(together, module)
-        if label is None or (moves and not (sources and node.users)) or node in drawn:
-            continue
-        rounds = node.target in QUANTIZERS and node.args[3] != str(FLOAT)
-        name, operation = _names(node, module, path) if part in LAYER_PARTS else ("", "")
-        mark = Mark(
-            f"{prefix}{node.name}",
+        is_layer, moves = part in LAYER_PARTS, part in ("movement", "exit")
+        together = self._together(node)
+        read = [source for each in self._sources_of(node) for source in each.all_input_nodes if source not in together]
+        sources = list(dict.fromkeys(self._drawn[source] for source in read if source in self._drawn))
+        if LAYER in node.meta:
+            sources.sort(key=lambda source: not source.parameter)  # whatever the order in which its function takes them
+        label = self._label(node, together)
+        if label is None or (moves and not (sources and node.users)):
+            return None
+        rounds = is_quantizer(node) and str(node.args[3]) != str(FLOAT)
+        return Mark(
+            f"{self._prefix}{node.name}",
             label,
             rounded=rounds or (moves and all(source.rounded for source in sources)),
             sources=sources,
-            around=_around(node, path),
-            name=name,
-            operation=operation,
-            parameter=_join(path, parameter) if (parameter := _parameter(node)) else "",
+            around=self._around(node),
+            name=", ".join(dict.fromkeys(map(place, together))) if is_layer else "",
+            operation=operation_of(node) if is_layer else "",
+            parameter=parameter_of(node),
             rounds=node.target is nodes.quantize_output,
             gathers=moves and name_of(node) in GATHERS,
         )
-        drawn |= dict.fromkeys(together, mark)
-        yield mark
+
+    def _together(self, node: Node) -> list[Node]:
+        """The nodes that one mark stands for: the outputs of one call of a layer; the parameters of one layer that have
+        the same readers; else ``node``."""
+        if node.meta.get(PART) in LAYER_PARTS and LAYER in node.meta:
+            return [each for each in self._inside[node.meta[LAYER]] if each.meta[PART] in LAYER_PARTS]
+        readers = self._readers(node)
+        layer = readers[0] if self._is_drawn_parameter(node) else node
+        if not isinstance(layer, Layer):
+            return [node]
+        beside = (source for each in self._inside[layer] for source in each.all_input_nodes)
+        return [each for each in dict.fromkeys(beside) if parameter_of(each) and self._readers(each) == readers]
+
+    def _sources_of(self, node: Node) -> list[Node]:
+        """The nodes whose sources are those of the mark of ``node``."""
+        is_layer = node.meta.get(PART) in LAYER_PARTS and LAYER in node.meta
+        return self._inside[node.meta[LAYER]] if is_layer else [node]
+
+    def _readers(self, node: Node) -> list[Layer | Node]:
+        return list(dict.fromkeys(user.meta[LAYER] if _is_in_layer(user) else user for user in node.users))
+
+    def _is_drawn_parameter(self, node: Node) -> bool:
+        """Whether ``node`` is what a parameter, or a derived weight, is read as; a layer stands for its own floats."""
+        if not parameter_of(node) or not node.users or all(map(is_derived, node.users)):
+            return False
+        is_rounded = any(user.target is nodes.quantize_weight for user in node.users)
+        is_own = node.op == "placeholder" and all(map(_is_in_layer, node.users))
+        return not is_rounded and not is_own
+
+    def _label(self, node: Node, together: list[Node]) -> Callable[[str], str] | None:
+        """What stands in the nodes' place, given a name; None for what is not drawn."""
+        part = node.meta.get(PART)
+        if parameter_of(node):
+            weights = [self._weight(each) for each in together]
+            return _same(chips(weights)) if self._is_drawn_parameter(node) else None
+        if node.target is nodes.quantize_output:
+            activation, error = map(str, node.args[3:5])
+            return _same(chips([("A", f"A ↓ {activation}", activation), ("E", f"E ↑ {error}", error)]))
+        if part in ("input", "output"):
+            return _same(port(node.name))
+        if part in LAYER_PARTS:
+            return lambda name: box(operation_of(node), name)
+        if part in ("movement", "exit") and node.op != "get_attr":
+            return _same(moved(operation_of(node)))
+        return None
+
+    def _weight(self, node: Node) -> tuple[str, str, str]:
+        """(role, text, spec) of a parameter, named as its first reader names it."""
+        spec = str(node.args[3] if node.target is nodes.quantize_weight else FLOAT)
+        reader = self._readers(node)[0]
+        path = reader.path if isinstance(reader, Layer) else reader.meta.get(MODULE) or ""
+        return "W", f"{seen_from(path, parameter_of(node))} {spec}", spec
+
+    def _around(self, node: Node) -> tuple[tuple[str, str, str], ...]:
+        """(call, qualified name, type) of the calls around ``node``, outermost first."""
+        shown = node
+        if node.target is nodes.quantize_output:
+            shown = node.args[0]  # type: ignore[assignment]
+        elif parameter_of(node):
+            shown = next(iter(node.users), node)
+        if shown.op == "placeholder":
+            return ()
+        layer: Layer | None = shown.meta.get(LAYER)
+        found = []
+        for call, key in calls_around(shown):
+            known = self._places.module(key)
+            if known is None or known[0] == self._path:
+                continue
+            if layer is not None and call == layer.call:
+                break
+            found.append((call, known[0], type(known[1]).__name__))
+        return tuple(found)
 
 
-def _together(node: Node) -> list[Node]:
-    """The nodes that one mark stands for: the parameters of a layer that have the same readers; else ``node``."""
-    layer = next(iter(node.users), None)
-    if node.target is not nodes.quantize_weight or layer is None or layer.target is not nodes.call_layer:
-        return [node]
-    weights: dict[str, Node] = layer.args[1]  # type: ignore[assignment]
-    return [weight for weight in dict.fromkeys(weights.values()) if weight.users.keys() == node.users.keys()]
-
-
-def _label(together: list[Node], module: RewrittenModule) -> Callable[[str], str] | None:
-    """What stands in the nodes' place, given a name; None for what is not drawn."""
-    node = together[0]
-    part = node.meta.get(PART)
-    if _parameter(node):
-        return _same(chips([_weight(each) for each in together]))
-    if node.target is nodes.quantize_output:
-        activation, error = map(str, node.args[3:5])
-        return _same(chips([("A", f"A ↓ {activation}", activation), ("E", f"E ↑ {error}", error)]))
-    if part in ("input", "output"):
-        return _same(port(node.name))
-    if part in LAYER_PARTS:
-        operation = _names(node, module, "")[1]
-        return lambda name: box(operation, name)
-    if part in ("movement", "exit") and node.op != "get_attr":
-        return _same(moved(_names(node, module, "")[1]))
-    return None
-
-
-def _weight(node: Node) -> tuple[str, str, str]:
-    """(role, text, spec) of a parameter."""
-    spec = str(node.args[3] if node.target is nodes.quantize_weight else FLOAT)
-    return "W", f"{seen_from(_reader(node), _parameter(node))} {spec}", spec
+def _is_in_layer(node: Node) -> bool:
+    return LAYER in node.meta and not is_derived(node)
 
 
 def _same(label: str) -> Callable[[str], str]:
     return lambda name: label
-
-
-def _parameter(node: Node) -> str:
-    """The qualified name of the parameter that ``node`` is, or rounds; "" if it is none."""
-    source = node.args[0] if node.target is nodes.quantize_weight else node
-    assert isinstance(source, Node)
-    if source is node and node.meta.get(PART) != "parameter":
-        return ""
-    return str(source.target).replace("parametrizations.", "")  # where a parametrization derives a weight
-
-
-def _reader(parameter: Node) -> str:
-    """The qualified name of the module that reads ``parameter`` first."""
-    layer = next(iter(parameter.users), parameter)
-    called = called_module(layer)
-    return module_around(layer) if called is None else called
-
-
-def _around(node: Node, path: str) -> tuple[tuple[str, str, str], ...]:
-    """(key, qualified name, type) of the calls around ``node``, the outermost first. Keys tell calls of one module."""
-    layer = node
-    if node.target is nodes.quantize_output:
-        layer = node.args[0]  # type: ignore[assignment]
-    elif node.target is nodes.quantize_weight:
-        layer = next(iter(node.users), node)
-    stack = [(key, *call) for key, call in layer.meta.get("nn_module_stack", {}).items() if call[0]]
-    if called_module(layer) is not None:
-        stack = stack[:-1]
-    return tuple((key, _join(path, name), getattr(type, "__name__", str(type))) for key, name, type in stack)
-
-
-def _join(*names: str) -> str:
-    return ".".join(filter(None, names))

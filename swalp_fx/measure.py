@@ -1,37 +1,36 @@
-"""``measure``: what rounding did to the numbers of a rewritten module, site by site."""
+"""``measure``: what rounding did to the numbers of a converted model, site by site."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import csv
 import difflib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from . import nodes
+from .capture import Rewritten, local
+from .capture.trial import untouched
 from .formats import FLOAT
+from .graphs import conversion_in, inlined, is_quantizer
 from .ops import quantize
-from .passes import RewrittenModule
-from .passes.classify import place
-from .passes.parts import refuse_unrewritten, rewritten_in
+from .passes.names import place
 from .recipe import LETTERS
 from .table import table
 
 __all__ = ["Measures", "Rounded", "measure"]
-
-QUANTIZERS = (nodes.quantize_weight, nodes.quantize_output)
 
 
 @dataclass
@@ -185,69 +184,81 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
     batches: inputs, or tuples or lists with the input first; on the module's device.
     loss: of (outputs, targets), a scalar, where batches are pairs of input and targets.
 
-    A copy of the module runs, in the module's mode, with the random bits that a forward would draw now; neither the
-    module nor the random state is changed.
-    Raises ConvertError for a module that is not rewritten, ValueError where there is no batch, and TypeError for a
+    The module runs in its mode, with the random bits that a forward would draw now. Then its buffers, gradients and
+    plain attributes, and the random state, are as before. Hooks run as ever. What backward computes again, under
+    activation checkpointing, counts once.
+    Raises ConvertError for a module that is not converted, ValueError where there is no batch, and TypeError for a
     tensor or a dataset in place of batches, or for a batch that is no pair where a loss needs targets.
     """
-    refuse_unrewritten(module, "measure")
+    conversion = conversion_in(module, "measure")
     if isinstance(batches, Tensor):
         raise TypeError("measure takes batches, and would take the rows of a tensor for them; put it in a list: [x]")
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise TypeError(f"measure takes batches, and a {type(batches).__name__} gives samples; put it in a DataLoader")
-    measures = Measures()
-    copied = copy.deepcopy(module)
-    for path, part in rewritten_in(copied):
-        vars(part)["forward"] = _Watch(part, path, measures).forward
-    devices = sorted({parameter.device.index for parameter in copied.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(loss is not None):
+    watch = _Watch()
+    is_empty = True
+    with untouched(conversion.root), watch.held(), torch.enable_grad() if loss else contextlib.nullcontext():
         for batch in batches:
+            is_empty = False
             is_pair = isinstance(batch, tuple | list) and len(batch) == 2
             if loss is not None and not is_pair:
                 raise TypeError(f"a loss needs batches of (inputs, targets), not a {type(batch).__name__}")
-            outputs = copied(batch[0] if isinstance(batch, tuple | list) else batch)
+            outputs = module(batch[0] if isinstance(batch, tuple | list) else batch)
             if loss is not None:
+                watch.is_backward = True
                 loss(outputs, batch[1]).backward()
-    found = Measures({key: each for key, each in measures.items() if each.values})
-    if measures and not found:
+                watch.is_backward = False
+    if is_empty:
         raise ValueError("measure got no batch; pass a list or a DataLoader, not an iterator that has been read")
-    return found
+    return Measures({key: each for key, each in watch.measures.items() if each.values})
 
 
 class _Watch:
-    """Runs one part, and counts what its nodes round."""
+    """Runs graphs in place of their code, and counts what their nodes round."""
 
-    def __init__(self, part: RewrittenModule, path: str, measures: Measures) -> None:
-        self.part, self.measures = part, measures
-        self.sites: dict[str, str] = {}  # by the names of the quantize nodes
-        for node in part.graph.nodes:
-            if node.target not in QUANTIZERS:
-                continue
-            self.sites[node.name] = name = place(node.args[0], path)
+    def __init__(self) -> None:
+        self.measures = Measures()
+        self.is_backward = False  # what runs forward now has been counted before
+        self._graphs: dict[int, tuple[Rewritten, GraphModule]] = {}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While it holds, the graphs of this thread run here."""
+        before, local.watch = local.watch, self.run
+        try:
+            yield
+        finally:
+            local.watch = before
+
+    def run(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
+        if id(made) not in self._graphs:
+            self._graphs[id(made)] = made, inlined(made.graph_module)
+            self._begin(self._graphs[id(made)][1].graph)
+        return _Run(self, self._graphs[id(made)][1]).run(*args)
+
+    def _begin(self, graph: Graph) -> None:
+        """Lists the sites of a graph, in its order."""
+        for node in filter(is_quantizer, graph.nodes):
             roles = "W" if node.target is nodes.quantize_weight else "AE"
             for role, spec in zip(roles, node.args[3:], strict=False):  # behind the formats stands how to round
                 if spec != str(FLOAT):
-                    measures.setdefault((name, role), Rounded(str(spec)))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = [node.target for node in self.part.graph.find_nodes(op="placeholder")]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return _Run(self).run(*(given[name] for name in names if name in given))
+                    self.measures.setdefault((place(node.args[0]), role), Rounded(str(spec)))
 
     def count(self, node: Node, role: str, x: Tensor, q: Tensor) -> None:
-        if (rounded := self.measures.get((self.sites[node.name], role))) is not None:
+        rounded = self.measures.get((place(node.args[0]), role))  # type: ignore[arg-type]
+        if rounded is not None and (role == "E" or not self.is_backward):
             rounded.add(x.detach(), q.detach())
 
 
 class _Run(Interpreter):
-    """One forward of a part."""
+    """One run of a graph."""
 
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__(watch.part)
+    def __init__(self, watch: _Watch, module: GraphModule) -> None:
+        super().__init__(module)
         self.watch = watch
 
     def run_node(self, n: Node) -> Any:
-        if n.target not in QUANTIZERS:
+        if not is_quantizer(n):
             return super().run_node(n)
         x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]
         before = pytree.tree_map_only(Tensor, torch.clone, x)  # rounding may be in place

@@ -1,4 +1,4 @@
-"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, call a layer.
+"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, run a checkpoint.
 
 Their arguments are tensors, integers and specs, so that the generated code reads as it runs. Each function notices a
 torch.fx proxy and records itself instead of running, so a rewritten module can be traced again.
@@ -6,30 +6,26 @@ torch.fx proxy and records itself instead of running, so a rewritten module can 
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.autograd import Function
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from . import random
-from .ops import is_transformed, keeps, quantize, round_, rounded
+from .ops import has_tangents, is_transformed, keeps, quantize, round_, rounded
 
-__all__ = ["call_layer", "draw_key", "quantize_output", "quantize_weight"]
+__all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
 
 # The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), and which tensor of an output
 # that holds several (from bit 40). Distinct sites, signals and tensors therefore never share a random word.
 ERROR_STREAM = 1 << 32
 TENSOR_STREAM = 1 << 40
-
-# A layer's parameters are replaced while it runs, and it may be running in another thread.
-_REPLACING = threading.RLock()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -50,10 +46,11 @@ class _QuantizeWeight(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        ctx.materialize_grads = False
         return rounded(x, *how)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradient, None, None, None, None
 
 
@@ -76,6 +73,7 @@ class _QuantizeOutput(Function):
         in_place: str,
         kept: str,
     ) -> Tensor:
+        ctx.materialize_grads = False
         ctx.how = ("float" if "E" in kept else error, rounding, key, stream | ERROR_STREAM)
         ctx.in_place = "E" in in_place
         if "A" in kept:
@@ -86,11 +84,13 @@ class _QuantizeOutput(Function):
         return rounded(x, activation, rounding, key, stream)
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # under create_graph, a gradient of the gradient is wanted
+    def backward(ctx: Any, error: Tensor | None) -> tuple[Tensor | None, ...]:
+        if error is None:
+            return (None,) * 8
+        if torch.is_grad_enabled() or has_tangents():  # a derivative of the gradient is wanted too
             spec, rounding, key, stream = ctx.how
             error = quantize(error, spec, rounding, key=key, stream=stream)
-        elif ctx.in_place:
+        elif ctx.in_place and 0 not in error.stride():  # an expanded signal has fewer places than elements
             error = round_(error, *ctx.how)
         elif ctx.how[0] != "float":
             error = rounded(error, *ctx.how)
@@ -98,7 +98,10 @@ class _QuantizeOutput(Function):
 
 
 class _QuantizeOutputApart(Function):
-    """``_QuantizeOutput`` for the transforms of torch.func; nothing is in place."""
+    """``_QuantizeOutput`` for forward-mode derivatives and the transforms of torch.func; nothing is in place.
+
+    Apart, because torch.compile takes no function that has a ``jvp``.
+    """
 
     generate_vmap_rule = True
 
@@ -109,13 +112,19 @@ class _QuantizeOutputApart(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, key, ctx.stream, _, ctx.error, ctx.rounding = inputs
+        ctx.materialize_grads = False
         ctx.save_for_backward(key)
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        (key,) = ctx.saved_tensors
-        error = quantize(error, ctx.error, ctx.rounding, key=key, stream=ctx.stream | ERROR_STREAM)
+    def backward(ctx: Any, error: Tensor | None) -> tuple[Tensor | None, ...]:
+        if error is not None:
+            (key,) = ctx.saved_tensors
+            error = quantize(error, ctx.error, ctx.rounding, key=key, stream=ctx.stream | ERROR_STREAM)
         return error, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()  # of its own, as the result is
 
 
 @_public
@@ -128,8 +137,7 @@ def draw_key(training: bool) -> Tensor | None:
         return handle_torch_function(draw_key, (training,), training)
     if training and is_fx_symbolic_tracing():
         raise RuntimeError(
-            "torch.fx would freeze the random key of this low-precision module into the trace; "
-            "trace it with swalp_fx.capture, or in eval mode"
+            "torch.fx would freeze the random key of this low-precision module into the trace; trace it in eval mode"
         )
     if not training:
         return None
@@ -217,7 +225,7 @@ def _quantized(
         return x
     if is_transformed():
         return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
-    if torch.compiler.is_compiling():
+    if (in_place or kept) and torch.compiler.is_compiling():
         in_place = kept = ""
     if "E" in kept and ("A" in kept or "A" in in_place) and not x._is_view():  # nothing for autograd to see
         if "A" not in kept:
@@ -227,25 +235,9 @@ def _quantized(
 
 
 @_public
-def call_layer(module: nn.Module, weights: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-    """``module(*args, **kwargs)`` with ``weights``, by their names in it, in place of its own parameters.
+def checkpointed(body: Callable[..., Any], key: Tensor | None, /, *operands: Any, **how: Any) -> Any:
+    """``body(key, *operands)``, computed again by backward: torch.utils.checkpoint, with ``how`` as its options.
 
-    Hooks run, buffers are updated and the training flag is followed as in a plain call; the module keeps its own
-    parameters. One thread at a time.
+    The key is an operand, so that the second time draws the bits of the first.
     """
-    tensors = tuple(weights.values())
-    if has_torch_function(tensors):
-        return handle_torch_function(call_layer, tensors, module, weights, *args, **kwargs)
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else _REPLACING:
-        # What torch.func.functional_call does with parameters, in a third of its time.
-        own: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for path, tensor in weights.items():
-                prefix, _, name = path.rpartition(".")
-                parameters = (module.get_submodule(prefix) if prefix else module)._parameters
-                own.append((parameters, name, parameters[name]))
-                parameters[name] = tensor  # type: ignore[assignment]
-            return module(*args, **kwargs)
-        finally:
-            for parameters, name, parameter in reversed(own):
-                parameters[name] = parameter
+    return checkpoint(body, key, *operands, **{"use_reentrant": False, **how})

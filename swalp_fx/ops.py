@@ -8,13 +8,14 @@ is the identity (the straight-through estimator).
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import random
@@ -93,10 +94,11 @@ def _form(op: Any, form: str) -> Any:
 def _register(name: str) -> None:
     """Shape functions for ``name`` and its other forms, and the straight-through gradient."""
 
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (grad, *[None] * (ctx.inputs - 1))
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.materialize_grads = False
         ctx.inputs = len(inputs)
 
     torch.library.register_fake(f"swalp_fx::{name}", lambda x, *rest: torch.empty_like(x))
@@ -104,6 +106,37 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_sgd_", lambda weights, *rest: None)
     torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
+    _register_for_unusual_memory(name)
+
+
+# Its registrations last as long as it does.
+_LIBRARY = torch.library.Library("swalp_fx", "IMPL")
+
+
+def _register_for_unusual_memory(name: str) -> None:
+    """The forms in place, where memory holds the negatives of the numbers, and for zeros without memory."""
+    space = torch.ops.swalp_fx
+
+    def foreach_(xs: list[Tensor], *rest: Any) -> None:
+        *numbers, key, streams = rest
+        # Every rounding keeps zeros. Negatives are rounded in one copy of each tensor, which may come again.
+        given = [(x, stream) for x, stream in zip(xs, streams, strict=True) if not x._is_zerotensor()]
+        if not given:
+            return
+        copies = {id(x): x.resolve_neg() for x, _ in given}
+        key = None if key is None else key.clone().resolve_neg()
+        of_each = [copies[id(x)] for x, _ in given]
+        getattr(space, f"{name}_foreach_").default(of_each, *numbers, key, [stream for _, stream in given])
+        for x, _ in given:
+            if x.is_neg():
+                x.copy_(copies[id(x)])
+
+    def in_place(x: Tensor, *rest: Any) -> None:
+        foreach_([x], *rest[:-1], [rest[-1]])
+
+    for dispatch_key in ("ZeroTensor", "Negative"):
+        _LIBRARY.impl(f"{name}_", in_place, dispatch_key)
+        _LIBRARY.impl(f"{name}_foreach_", foreach_, dispatch_key)
 
 
 for _name in OPS:
@@ -146,6 +179,14 @@ def _require_floating(x: Tensor) -> None:
         raise TypeError(f"quantize takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
     if not x.is_floating_point():
         raise TypeError(f"quantize takes a floating-point tensor, not {x.dtype}; convert it with .float() first")
+    _require_strided(x)
+
+
+def _require_strided(x: Tensor) -> None:
+    if x.is_nested:
+        raise TypeError("quantize takes one tensor, not a nested one; round each of x.unbind()")
+    if x.layout is not torch.strided:
+        raise TypeError(f"quantize takes a dense tensor, not one in {x.layout}; convert it with .to_dense() first")
 
 
 def _require_no_gradient(x: Tensor, name: str) -> None:
@@ -170,21 +211,39 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, key: Tensor | None, op: Any, numbers: tuple, code: int, bits: int, stream: int) -> Tensor:
-        return op(x, *numbers, code, bits, key, stream)
+    def forward(x: Tensor, key: Tensor | None, round: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        return round(x, key)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.materialize_grads = False
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, None, None, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradient, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()  # of its own, as the result is
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode derivatives are being computed, by torch.func.jvp or torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether derivatives go another way than backward from a result: forward, or by a transform of torch.func.
+
+    Raises NotImplementedError for the former under torch.compile, where tangents would be zeros. Without fullgraph=True
+    torch.compile then runs the code as it is.
+    """
+    compiles = torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0:  # has_tangents, without a call
+        if compiles:
+            raise NotImplementedError("torch.compile drops the tangents of roundings; leave out fullgraph=True")
+        return True
+    return not compiles and torch._C._are_functorch_transforms_active()
 
 
 def quantize(
@@ -200,7 +259,7 @@ def quantize(
 
     Each result is one of the two neighbours of x in the format, or its largest value where x lies
     beyond. NaN stays NaN, and infinities saturate where the format has none. The gradient is that
-    of the identity.
+    of the identity, backward and forward (torch.func.jvp).
 
     x: float32, float64, bfloat16 or float16, any shape and layout. Half types are computed in
     float32 and stored by rounding to nearest even.
@@ -209,7 +268,8 @@ def quantize(
     key, stream: what stochastic rounding draws from, see ``random``; an element draws by its row-major
     index, wherever it lies in memory. Without a key, one is drawn from ``generator`` or torch's default.
 
-    Raises FormatError, RecipeError (unknown rounding) and TypeError (x is not floating).
+    Raises FormatError, RecipeError (unknown rounding), TypeError (x is not floating, or not dense) and RuntimeError (x
+    has no memory, or no such block dimension).
     """
     op, _, numbers, code, bits = _find(format, rounding)
     _require_floating(x)
@@ -217,7 +277,7 @@ def quantize(
     if op is None:
         return x.clone()
     if is_transformed():
-        return _StraightThrough.apply(x, key, op, numbers, code, bits, stream)
+        return _StraightThrough.apply(x, key, lambda x, key: op(x, *numbers, code, bits, key, stream))
     return op(x, *numbers, code, bits, _beside(x, key), stream)
 
 
@@ -228,12 +288,16 @@ MOST_PLANS = 4096
 
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is memory on the CPU that holds its numbers as they are; a subclass's memory is its own affair."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.layout is torch.strided and not x.is_neg()
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu or x.layout is not torch.strided:
+        return False
+    return not (x.is_neg() or x._is_zerotensor() or x.is_nested)
 
 
 def _is_recorded() -> bool:
     """Whether what runs now is to run again with other numbers, or on other tensors than it seems to."""
-    return torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
+    if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
 
 def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
@@ -274,6 +338,7 @@ def rounded(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int
         return y
     if torch.compiler.is_compiling():
         return op(x, *numbers, code, bits, _beside(x, key), stream)
+    _require_strided(x)
     # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
     with torch._C._AutoDispatchBelowAutograd():
         return op(x, *numbers, code, bits, key, stream)
@@ -286,6 +351,7 @@ def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int)
         if (plan := _plan(x, spec, rounding, key)) is not None:
             _run(plan, x, x, key, stream)
         else:
+            _require_strided(x)
             op(x, *numbers, code, bits, _beside(x, key), stream)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
@@ -301,7 +367,10 @@ def quantize_(
     stream: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``quantize`` in place; returns ``x``. Not differentiable: call it under ``torch.no_grad()``."""
+    """``quantize`` in place; returns ``x``. Not differentiable: call it under ``torch.no_grad()``.
+
+    Raises what ``quantize`` does, and RuntimeError if elements of ``x`` share memory, as in an expanded tensor.
+    """
     _, op, numbers, code, bits = _find(format, rounding)
     _require_floating(x)
     _require_no_gradient(x, "quantize_")
@@ -323,8 +392,8 @@ def quantize_foreach_(
 ) -> None:
     """``quantize_`` of each tensor with its own stream, under one key, in one call for each device: the same bits.
 
-    A tensor that is given twice is rounded twice, in the order of the list; other tensors must not overlap. Raises what
-    ``quantize_`` does, and ValueError if there is not one stream a tensor, before any tensor is changed.
+    Tensors that share memory, or are given twice, are rounded in the order of the list. Raises what ``quantize_`` does,
+    and ValueError if there is not one stream a tensor, before any tensor on that device is changed.
     """
     op, _, numbers, code, bits = _find(format, rounding)
     if len(xs) != len(streams):
@@ -335,12 +404,9 @@ def quantize_foreach_(
     key = _draws(code, key, generator)
     if op is None:
         return
-    calls: defaultdict[tuple, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
-    times: Counter[int] = Counter()
+    calls: defaultdict[torch.device, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
     for x, stream in zip(xs, streams, strict=True):
-        # One call rounds its tensors side by side, so memory that comes again waits for the next.
-        tensors, of_each = calls[x.device, times[x.data_ptr()]]
-        times[x.data_ptr()] += x.numel() > 0
+        tensors, of_each = calls[x.device]
         tensors.append(x)
         of_each.append(stream)
     for tensors, of_each in calls.values():

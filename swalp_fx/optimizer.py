@@ -14,6 +14,8 @@ its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is 
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +35,7 @@ from .ops import quantize_foreach_
 from .random import fold_in, is_captured
 from .recipe import Recipe
 from .sgd import in_one_pass
-from .watch import Watch, warn
+from .warn import warn
 
 __all__ = ["SWALP"]
 
@@ -67,8 +69,9 @@ class SWALP:
     model: the float model; its parameters are the ones that attach() accepts and that are averaged.
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
-    local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``.
-    watch: tells a step on gradients of the float model, which a converted module should have computed.
+    local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``. Or a function
+        that gives it, asked again when the model has other parameters.
+    float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
     The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
@@ -83,27 +86,50 @@ class SWALP:
         self,
         model: nn.Module,
         recipe: str | Recipe,
-        local: Mapping[str, Recipe] | None = None,
-        watch: Watch | None = None,
+        local: Mapping[str, Recipe] | Callable[[], Mapping[str, Recipe]] = dict,
+        float_copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
     ) -> None:
         self.model = model
+        self._float_copy = float_copy
         self.recipe = recipe = Recipe.parse(recipe)
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._names = list(self._parameters)
-        recipes = [(local or {}).get(name, recipe) for name in self._names]
-        # One object for all that are equal, as in_one_pass needs.
-        self._recipes = [recipes[recipes.index(each)] for each in recipes]
-        self._streams = [_streams(index) for index in range(len(self._names))]
-        self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
-        self._average = Average(recipe.average, recipe.average_rounding)
+        self._local = local if callable(local) else functools.partial(dict, local)
         self._accumulators: dict[str, Tensor] = {}
+        self._read_model()
+        self._average = Average(recipe.average, recipe.average_rounding)
         self._seed = torch.initial_seed()
         self._steps = 0
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
-        self._watch = watch  # until it has warned
         self._may_average_float = False  # what update_average() warned of
+
+    def _read_model(self) -> None:
+        """Take over the model's parameters of this moment. An accumulator of another parameter than before starts again
+        from that."""
+        before = vars(self).get("_parameters", {})
+        self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self._places = [
+            (held, name, value)
+            for module in self.model.modules()
+            for held in (module._modules, module._parameters)
+            for name, value in held.items()
+        ]
+        for name in before:
+            if before[name] is not self._parameters.get(name):
+                self._accumulators.pop(name, None)
+        self._names = list(self._parameters)
+        local = self._local()
+        recipes = [local.get(name, self.recipe) for name in self._names]
+        # One object for all that are equal, as in_one_pass needs.
+        self._recipes = [recipes[recipes.index(each)] for each in recipes]
+        self._streams = [_streams(index) for index in range(len(self._names))]
+        self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
+
+    def _follow_model(self) -> None:
+        """``_read_model``, if the model has other parameters than it had: a new head, weights that were assigned."""
+        now = dict(self.model.named_parameters())
+        if now.keys() != self._parameters.keys() or any(now[name] is not p for name, p in self._parameters.items()):
+            self._read_model()
 
     def __repr__(self) -> str:
         optimizer = "no optimizer" if self._optimizer is None else type(self._optimizer).__name__
@@ -122,7 +148,7 @@ class SWALP:
         Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step.
         """
-        self._refuse(optimizer)
+        self.refuse(optimizer)
         if _attached_to(optimizer) is not None:
             raise ValueError(
                 f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first, "
@@ -136,7 +162,7 @@ class SWALP:
 
         Warns if that one had another recipe, or has taken a step or an average.
         """
-        self._refuse(optimizer)
+        self.refuse(optimizer)
         earlier = _attached_to(optimizer)
         if earlier is None or earlier.model is not self.model:
             return self.attach(optimizer)
@@ -147,7 +173,8 @@ class SWALP:
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
-    def _refuse(self, optimizer: Optimizer) -> None:
+    def refuse(self, optimizer: Optimizer) -> None:
+        """Raises what ``attach`` would raise, and changes nothing."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
@@ -191,8 +218,6 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if self._watch is not None:
-            self._watch.forget()
         self._optimizer, self._handles = None, []
         self._accumulators.clear()
 
@@ -223,6 +248,7 @@ class SWALP:
             self._may_average_float = True
             remedy = "call it after optimizer.step()" if self._optimizer else "call attach(optimizer) before training"
             warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
+        self._follow_model()
         self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
 
     def averaged_model(self, loader: Iterable[Any] | None = None, format: str | Format = FLOAT) -> nn.Module:
@@ -234,7 +260,7 @@ class SWALP:
         """
         if self.n_averaged == 0:
             raise ValueError("there is no average yet; call update_average() at least once before averaged_model()")
-        averaged = self._average.applied_to(self.model, format)
+        averaged = self._average.applied_to(self.model, format, copied=self._float_copy)
         if loader is not None:
             recalibrate(averaged, loader)
         return averaged
@@ -385,19 +411,12 @@ class SWALP:
             )
         for parameter, gradient in step.gradients.items():
             parameter.grad = gradient
-        trained = step.parameters
-        step.parameters = [each for each in trained if each[1] not in step.gradients]
+        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
             self._round_momentum(step, optimizer)
         self._step = None
         self._steps += 1
-        if self._watch is not None and self._watch.steps_on_float(parameter for _, parameter in trained):
-            self._watch = None
-            warn(
-                f"the gradients of {type(optimizer).__name__} come from {type(self.model).__name__} itself, in float; "
-                "call the module that convert returned in its place: lp(x), not model(x)"
-            )
 
     def _round_weights(self, step: _Step) -> None:
         if self.recipe.accumulator is not None:
@@ -444,10 +463,15 @@ class SWALP:
 
         Raises ValueError for a parameter that is not the model's, or that is complex.
         """
+        if any(held.get(name) is not value for held, name, value in self._places):
+            self._read_model()
         trained = []
         for number, group in enumerate(optimizer.param_groups):
             for position, parameter in enumerate(group["params"]):
                 index = self._index.get(parameter)
+                if index is None:
+                    self._follow_model()
+                    index = self._index.get(parameter)
                 if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "

@@ -7,9 +7,11 @@ csrc/philox.h computes the same words.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
-__all__ = ["draw", "draw_key", "draws_per_word", "fold_in", "is_captured", "philox"]
+__all__ = ["draw", "draw_key", "draws_per_word", "fold_in", "is_captured", "philox", "stream_of"]
 
 MASK = 0xFFFFFFFF
 # SC'11, section 3.3: the two multipliers, and the Weyl increments of the key (the golden
@@ -57,6 +59,11 @@ def fold_in(key: int, data: int) -> int:
     # The highest stream is kept for keys, so that no element's bits are ever one.
     words = philox(key, (data & MASK, (data >> 32) & MASK, MASK, MASK))
     return words[0] | words[1] << 32
+
+
+def stream_of(*place: str) -> int:
+    """The 32 bits of a site's stream: a hash of the words that say which place it is."""
+    return int.from_bytes(hashlib.blake2b("|".join(place).encode(), digest_size=4).digest(), "little")
 
 
 def draw_key(generator: torch.Generator | None = None) -> torch.Tensor:

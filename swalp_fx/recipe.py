@@ -228,20 +228,24 @@ class Recipe:
     def includes(self, name: str) -> bool:
         return any(matches(pattern, name) for pattern in self.include)
 
-    def refuse_unmatched(self, subjects: Collection[Subject]) -> None:
-        """Raises RecipeError for a rule, an include or an exclude that matches none of ``subjects``."""
+    def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
+        """(pattern, what to raise) of each rule, include and exclude that matches none of ``subjects``.
+
+        Raises RecipeError for a rule that means single calls of a layer, and sets what all its calls share.
+        """
         names = {each: None for name, _ in subjects for each in _around(name)}
         for rule in self.rules:
             if not rule.matches(subjects):
                 kinds = sorted({kind for _, each in subjects for kind in each})
                 by_name = any(matches(rule.match, name) for name, _ in subjects)
                 what = f"kind={rule.kind!r} of rule {rule.match!r}" if by_name else f"rule {rule.match!r}"
-                raise _unmatched(what, rule.kind or "" if by_name else rule.match, kinds if by_name else names)
+                error = _unmatched(what, rule.kind or "" if by_name else rule.match, kinds if by_name else names)
+                yield rule.kind or "" if by_name else rule.match, error
             _refuse_shared(rule, subjects)
         for field in ("include", "exclude"):
             for pattern in getattr(self, field):
                 if not any(matches(pattern, name) for name, _ in subjects):
-                    raise _unmatched(f"{field} {pattern!r}", pattern, names)
+                    yield pattern, _unmatched(f"{field} {pattern!r}", pattern, names)
 
     def __str__(self) -> str:
         rules = [f"rules=[{'; '.join(map(str, self.rules))}]"] if self.rules else []

@@ -636,7 +636,7 @@ class Encoder(nn.Module):
         return self.out(self.decoder(target, self.encoder(source)))
 
 
-# What no graph can hold: rewritten in parts
+# What the symbolic trace of torch.fx cannot hold
 
 
 class Checkpointed(nn.Module):
@@ -683,7 +683,7 @@ MORE = (
     Packed, Mixed, Nothing, Whole, Lists, Functional, LanguageModel, Normed, Derived, Positions, Loop, Nested,
     UserFunctions, Heads, Encoder,
 )  # fmt: skip
-PARTIAL = (Checkpointed, CheckpointedReentrant, Counted, ByValue)
+PYTHON = (Checkpointed, CheckpointedReentrant, Counted, ByValue)
 
 
 class Around(nn.Module):

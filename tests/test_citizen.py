@@ -1,21 +1,21 @@
-"""The rewritten module as a citizen of PyTorch: copied, stored, moved, compiled, transformed as the model is."""
+"""The converted model as a citizen of PyTorch: copied, stored, moved, compiled, checkpointed as the model was."""
 
 import copy
 import io
 import pickle
 import threading
-import time
 
 import pytest
 import shapes
 import torch
 import torch.nn.functional as F
 from shapes import equal, run
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import RewrittenModule, check, convert, quantize
-from swalp_fx.capture import capture
+from swalp_fx import check, convert, in_float, quantize
+from swalp_fx.capture import conversion_of
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
 NEAREST = "bfp6[0] rounding=nearest"
@@ -42,7 +42,7 @@ def test_keys_and_tensors_are_the_models(kind):
     assert [name for name, _ in module.named_modules()] == [name for name, _ in model.named_modules()]
 
 
-@kinds
+@pytest.mark.parametrize("kind", [shapes.Convnet, shapes.Tied, shapes.Recurrent], ids=lambda kind: kind.__name__)
 def test_copies_and_pickles_compute_the_same(kind):
     module, _ = convert(shapes.made(kind)[0], recipe="bfp6[0]")
     _, inputs = shapes.made(kind)
@@ -55,18 +55,26 @@ def test_copies_and_pickles_compute_the_same(kind):
             each.train(training)
         before = [copy.deepcopy(each) for each in others]
         expected = run(copy.deepcopy(module), inputs)
+        with in_float(module):
+            assert not equal(run(copy.deepcopy(module), inputs), expected)
         for other in before:
-            assert isinstance(other, RewrittenModule)
+            assert type(other) is kind and conversion_of(other).root is other
             assert list(other.state_dict()) == list(module.state_dict())
             assert equal(run(other, inputs), expected)
 
 
-def test_a_copy_shares_nothing_and_a_shallow_copy_all():
+def test_a_child_that_is_copied_computes_the_same():
+    module, _ = converted(shapes.PreResNet, NEAREST)
+    block, y = module.blocks[1], torch.randn(2, 4, 8, 8)
+    assert torch.equal(copy.deepcopy(block)(y), copy.deepcopy(module).blocks[1](y))
+
+
+def test_a_copy_shares_nothing():
     module, _ = convert(shapes.Tied())
-    deep, shallow = copy.deepcopy(module), copy.copy(module)
+    deep = copy.deepcopy(module)
     assert {*map(id, deep.parameters())}.isdisjoint(map(id, module.parameters()))
     assert deep.first.weight is deep.second.weight
-    assert [*map(id, shallow.parameters())] == [*map(id, module.parameters())]
+    assert conversion_of(deep) is not conversion_of(module)
 
 
 def test_state_round_trips_with_the_float_model():
@@ -83,45 +91,38 @@ def test_state_round_trips_with_the_float_model():
 
 
 def test_the_training_flag_is_the_models():
-    model = shapes.Droops()
-    module, _ = convert(model)
-    for switched, mode in ((module, False), (model, True), (model, False), (module, True)):
-        switched.train(mode)
-        assert all(each.training == mode for each in (*model.modules(), *module.modules()))
+    module, _ = convert(shapes.Droops())
+    for mode in (False, True, False):
+        module.train(mode)
+        assert all(each.training == mode for each in module.modules())
 
 
-def test_another_trace_keeps_the_flag_live():
-    module, _ = converted(shapes.PreResNet)
-    graph = capture(module).graph
-    assert {"training", "draw_key"} <= {node.name for node in graph.nodes}
-    assert "training" not in vars(module)
-
-
-def test_a_hook_on_the_module_is_not_the_models():
+def test_a_hook_on_the_module_runs_in_each_call():
     model, inputs = shapes.made(shapes.Convnet)
     module, _ = convert(model)
     seen = []
     module.register_forward_hook(lambda *_: seen.append(1))
-    model(*inputs)
-    assert seen == []
     module(*inputs)
-    assert seen == [1]
+    module(*inputs)
+    assert seen == [1, 1]
 
 
-def test_constants_of_the_trace_move_with_the_module_and_add_no_key():
-    module, _ = convert(shapes.Branchy())
-    assert module._tensor_constant0.device.type == "cpu"
-    assert module.to("meta")._tensor_constant0.device.type == "meta"
-    assert "_tensor_constant0" not in module.state_dict()
+def test_conversion_adds_no_key():
+    model, inputs = shapes.made(shapes.Branchy)
+    before = list(model.state_dict())
+    module, _ = convert(model, example_inputs=tuple(inputs))
+    assert list(module.state_dict()) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_model_of_any_dtype_may_be_converted_and_a_module_moved_to_it(dtype):
-    model, (x,) = shapes.made(shapes.PreResNet)
-    moved = convert(model).module.to(dtype)
-    assert model.conv1.weight.dtype == dtype
-    model, _ = shapes.made(shapes.PreResNet)
-    assert check(model.to(dtype), x.to(dtype))
+    model, (x,) = shapes.made(shapes.Tied)
+    moved = convert(copy.deepcopy(model)).module
+    moved(x)
+    moved.to(dtype)
+    assert moved.first.weight.dtype == dtype
+    model.to(dtype)
+    assert check(model, x.to(dtype))
     y = run(moved, [x.to(dtype)])
     assert y.dtype == dtype
     assert torch.equal(y, run(convert(model).module, [x.to(dtype)]))
@@ -150,7 +151,7 @@ def test_autocast_casts_the_rounded_weights():
 
 
 def test_autocast_around_the_call_keeps_the_bits():
-    model, inputs = shapes.made(shapes.PreResNet)
+    model, inputs = shapes.made(shapes.Convnet)
     with torch.autocast("cpu", torch.bfloat16):
         assert check(model, *inputs)
 
@@ -211,8 +212,9 @@ def test_micro_batches_do_not_share_their_random_bits():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_redraws_the_same_bits(reentrant):
-    module, (x,) = converted(shapes.Tied, "bfp4[0]")
+@pytest.mark.parametrize("kind", [shapes.Tied, shapes.Droops], ids=lambda kind: kind.__name__)
+def test_checkpointing_redraws_the_same_bits(kind, reentrant):
+    module, (x,) = converted(kind, "bfp4[0]")
     x.requires_grad_()
     found = []
     for call in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
@@ -238,39 +240,35 @@ def test_functional_call_computes_with_the_parameters_given(kind):
     assert equal({name: parameter.grad for name, parameter in given.items()}, gradients(module))
 
 
-@pytest.mark.parametrize("recipe", ["bfp6[0]", NEAREST])
-def test_func_grad_is_backward(recipe):
-    module, inputs = converted(shapes.Direct, recipe)
-
-    def loss(parameters):
-        return torch.func.functional_call(module, parameters, tuple(inputs)).square().sum()
-
-    torch.manual_seed(0)
-    found = torch.func.grad(loss)({name: parameter.detach() for name, parameter in module.named_parameters()})
-    run(module, inputs).square().sum().backward()
-    assert equal(found, gradients(module))
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_rounds_each_sample_by_itself():
-    module, _ = converted(shapes.Tied, NEAREST)
-    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    x = torch.randn(3, 6)
-
-    def loss(parameters, x):
-        return torch.func.functional_call(module, parameters, (x,)).square().sum()
-
-    assert torch.equal(torch.func.vmap(module.eval())(x), torch.stack([module(each) for each in x]))
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    alone = [torch.func.grad(loss)(parameters, each) for each in x]
-    assert equal(found, {name: torch.stack([each[name] for each in alone]) for name in found})
-
-
 def test_a_gradient_of_the_gradient_goes_through():
     module, (x,) = converted(shapes.Tied, NEAREST)
     (gradient,) = torch.autograd.grad(module(x.requires_grad_()).square().sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert all(grad is not None for name, grad in gradients(module).items() if name != "second.bias")
+
+
+class Checkpointing(shapes.Droops):
+    reentrant = False
+
+    def block(self, layer, x):
+        return F.dropout(F.gelu(layer(x)), 0.5, self.training)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(self.block, layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_that_checkpoints_has_the_gradients_of_one_that_does_not(reentrant, monkeypatch):
+    monkeypatch.setattr(Checkpointing, "reentrant", reentrant)
+    found = []
+    for kind in (shapes.Droops, Checkpointing):
+        module, (x,) = converted(kind, "float")
+        y = run(module, [x.requires_grad_()], seed=3)
+        y.square().sum().backward()
+        found.append([y, x.grad, *gradients(module).values()])
+    assert equal(*found)
 
 
 @pytest.mark.parametrize("kind", [shapes.Convnet, shapes.Tied, shapes.Direct], ids=lambda kind: kind.__name__)
@@ -283,6 +281,37 @@ def test_it_compiles_whole(kind):
         y = call(*inputs)
         y.sum().backward()
         found.append([y, *gradients(module).values()])
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_trains_with_the_same_bits(backend):
+    found = []
+    for compiled in (False, True):
+        module, inputs = converted(shapes.Tied, "bfp4[0]")
+        call = torch.compile(module, fullgraph=True, backend=backend) if compiled else module
+        outputs = []
+        for seed in (1, 2):
+            y = run(call, inputs, seed)
+            y.sum().backward()
+            outputs.append(y)
+        assert not torch.equal(*outputs)
+        found.append([*outputs, *gradients(module).values()])
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_loss_around_it_compiles_with_the_same_bits(backend):
+    found = []
+    for compiled in (False, True):
+        module, (x,) = converted(shapes.Tied, "bfp4[0]")
+
+        def loss(x, module=module):
+            return F.mse_loss(module(x) * 2, x)
+
+        value = run(torch.compile(loss, fullgraph=True, backend=backend) if compiled else loss, [x])
+        value.backward()
+        found.append([value, *gradients(module).values()])
     assert equal(*found)
 
 
@@ -314,27 +343,11 @@ def test_compiled_it_draws_anew_in_each_forward():
     assert torch.equal(compiled.eval()(*inputs), compiled(*inputs))
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights")
-@pytest.mark.parametrize("kind", [shapes.PreResNet, shapes.Tied, shapes.Recurrent], ids=lambda kind: kind.__name__)
-def test_it_is_exported_in_eval_mode(kind):
-    module, inputs = converted(kind)
+def test_threads_share_it():
+    module, inputs = converted(shapes.Tied)
     expected = module.eval()(*inputs)
-    program = torch.export.export(module, tuple(inputs))
-    stored = io.BytesIO()
-    torch.export.save(program, stored)
-    stored.seek(0)
-    for each in (program, torch.export.load(stored)):
-        assert torch.equal(each.module()(*inputs), expected)
-        assert set(each.state_dict) == set(module.state_dict())
-    assert torch.equal(module(*inputs), expected)
-
-
-def test_threads_share_it_in_eval_mode():
-    module, inputs = converted(shapes.PreResNet)
-    expected = module.eval()(*inputs)
-    own, wrong = [*module.parameters()], []
-    # Threads change over while the layer holds its rounded weights.
-    module.fc.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    module, wrong = copy.deepcopy(module), []  # which has no graph yet
+    own = [*module.parameters()]
 
     def forwards():
         for _ in range(5):
@@ -345,5 +358,25 @@ def test_threads_share_it_in_eval_mode():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong and module.graphs
     assert [*map(id, module.parameters())] == [*map(id, own)]
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrap", [lambda module: DistributedDataParallel(module, bucket_cap_mb=1e-4), nn.DataParallel])
+def test_wrapped_for_several_devices_it_has_the_same_bits_and_one_graph(wrap):
+    found = []
+    for wrapped in (False, True):
+        module, inputs = converted(shapes.Tied, "bfp4[0]")
+        y = run(wrap(module) if wrapped else module, inputs)
+        y.square().sum().backward()
+        found.append([y, *gradients(module).values()])
+        assert len(module.graphs) == 1
+    assert equal(*found)

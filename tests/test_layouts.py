@@ -1,6 +1,7 @@
 """An element's result is a function of its value, its block and its row-major index, wherever it lies in memory."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -110,3 +111,21 @@ def test_an_overlap_is_copied_first():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).unfold(0, 100, 50)
     due = quantize(x.contiguous(), "bfp8[0]", "stochastic", key=KEY)
     assert_same_bits(quantize(x, "bfp8[0]", "stochastic", key=KEY), due)
+
+
+def test_a_thread_with_a_small_stack_rounds_what_any_other_does(one_thread):
+    """256 KB, less than two boxes of random bits and one of float64 take."""
+    x = torch.randn(4, 64, 20, 20)
+    given = [x.contiguous(memory_format=torch.channels_last), x.double().transpose(0, 1), x[..., ::2], x.bfloat16().mT]
+    calls = [(each, spec, rounding) for each in given for spec in SPECS for rounding in ROUNDINGS[:3]]
+    due = [quantize(*call, key=KEY) for call in calls]
+    found = []
+    before = threading.stack_size(256 << 10)
+    try:
+        thread = threading.Thread(target=lambda: found.extend(quantize(*call, key=KEY) for call in calls))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    for result, expected in zip(found, due, strict=True):
+        assert_same_bits(result, expected)

@@ -80,7 +80,7 @@ def test_what_counts_is_what_the_optimizer_trains_in_which_group():
     def attached(groups, kind):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            SWALP(model, Recipe(), local).attach(kind(groups))
+            SWALP(model, Recipe(), lambda: local).attach(kind(groups))
         return [str(each.message) for each in found]
 
     (warning,) = attached(model.parameters(), optim.Adam)

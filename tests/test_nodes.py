@@ -1,7 +1,5 @@
 """The functions that a rewritten graph calls."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import swalp_fx
 from swalp_fx import nodes, quantize
-from swalp_fx.capture import capture
 
 KEY = torch.tensor(1234)
 
@@ -98,63 +95,19 @@ def test_tensors_of_a_nest_have_streams_of_their_own_and_the_rest_passes():
     assert torch.equal(second, quantize(x, "bfp4", "stochastic", key=KEY, stream=nodes.TENSOR_STREAM))
 
 
-def test_a_layer_is_called_with_the_weights_given_and_keeps_its_own():
-    layer = nn.BatchNorm1d(3)
-    x = torch.randn(8, 3)
-    weights = {"weight": torch.full((3,), 2.0), "bias": torch.ones(3)}
-    y = nodes.call_layer(layer, weights, x)
-    assert torch.allclose(y.mean(0), torch.ones(3), atol=1e-6)
-    assert layer.num_batches_tracked == 1
-    assert torch.equal(layer.weight, torch.ones(3)) and set(weights) == {"weight", "bias"}
-
-
-def test_a_layer_that_raises_has_its_own_weights_back():
-    layer = nn.Linear(3, 3)
-    own = dict(layer.named_parameters())
-    with pytest.raises(RuntimeError, match="shapes"):
-        nodes.call_layer(layer, {"weight": torch.ones(3, 3)}, torch.ones(2, 4))
-    with pytest.raises(KeyError, match="wait"):
-        nodes.call_layer(layer, {"weight": torch.ones(3, 3), "wait": torch.ones(3)}, torch.ones(2, 3))
-    assert all(getattr(layer, name) is parameter for name, parameter in own.items())
-
-
-def _attention():
-    return nn.MultiheadAttention(4, 2, batch_first=True), [torch.randn(2, 3, 4)] * 3
-
-
-def _shared():
-    shared = nn.Linear(4, 4)
-    return nn.Sequential(shared, nn.Tanh(), shared), [torch.randn(2, 4)]
-
-
-def _parametrized():
-    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), [torch.randn(2, 4)]
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        _attention,
-        _shared,
-        _parametrized,
-        lambda: (nn.LSTM(4, 4, 2), [torch.randn(3, 2, 4)]),
-        lambda: (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), [torch.randn(2, 3, 4)]),
-    ],
-)
-def test_a_layer_computes_as_by_functional_call_and_runs_its_hooks_once(made):
-    layer, inputs = made()
-    weights = {name: p.detach() * 2 for name, p in layer.named_parameters(remove_duplicate=False)}
-    own = dict(layer.named_parameters())
-    # On a copy: it does not give a module that has two names its own weights back.
-    due = torch.func.functional_call(copy.deepcopy(layer), dict(weights), tuple(inputs), tie_weights=False)
+@pytest.mark.parametrize("how", [{}, {"use_reentrant": True}, {"preserve_rng_state": False}])
+def test_a_checkpoint_is_given_its_key_again_when_backward_computes_it_again(how):
     calls = []
-    layer.register_forward_hook(lambda *_: calls.append("after"))
-    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
-    found = nodes.call_layer(layer, weights, *inputs)
-    leaves = [torch.utils._pytree.tree_leaves(each) for each in (found, due)]
-    assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
-    assert calls == ["before", "after"]
-    assert all(parameter is own[name] for name, parameter in layer.named_parameters())
+
+    def body(key, x):
+        calls.append(key)
+        return quantize(torch.tanh(x), "bfp4", "stochastic", key=key, stream=3)
+
+    x = torch.randn(4, 6, requires_grad=True)
+    nodes.checkpointed(body, KEY, x, **how).square().sum().backward()
+    found, x.grad = x.grad, None
+    body(KEY, x).square().sum().backward()
+    assert torch.equal(x.grad, found) and len(calls) == 3 and all(torch.equal(key, KEY) for key in calls)
 
 
 @pytest.mark.parametrize("in_place", ["", "AE"])
@@ -175,14 +128,8 @@ class _Body(nn.Module):
     def forward(self, x):
         key = nodes.draw_key(self.training)
         weight = nodes.quantize_weight(self.layer.weight, key, 0, "bfp8", "stochastic")
-        y = nodes.call_layer(self.layer, {"weight": weight}, x)
+        y = nn.functional.linear(x, weight, self.layer.bias)
         return nodes.quantize_output(y, key, 1, "bfp8", "bfp8", "stochastic")
-
-
-def test_another_trace_records_them():
-    graph = capture(_Body()).graph
-    called = [node.target for node in graph.nodes if node.op == "call_function"]
-    assert called == [nodes.draw_key, nodes.quantize_weight, nodes.call_layer, nodes.quantize_output]
 
 
 def test_generated_code_and_pickles_find_them_in_the_package():

@@ -1,6 +1,8 @@
 """The report of a rewritten module."""
 
+import functools
 import re
+from pathlib import Path
 
 import pytest
 import shapes
@@ -9,33 +11,35 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from swalp_fx import Recipe, Rule, table
-from swalp_fx.capture import ConvertError
+from swalp_fx import ConvertError, Recipe, Rule, table
 from swalp_fx.convert import convert
-from swalp_fx.passes.classify import LAYER_PARTS, PART, place
+from swalp_fx.passes.names import PART, place
+from swalp_fx.passes.tables import LAYER_PARTS
 from swalp_fx.report import report
 
 
 def _report(kind, recipe, shown=True):
     model, inputs = shapes.made(kind)
-    return report(convert(model, recipe=recipe).module, *(inputs if shown else ()))
+    module, _ = convert(model, recipe=recipe, example_inputs=inputs)
+    return report(module, *(inputs if shown else ()))
 
 
 def test_a_convnet():
     expected = """\
-layer    operation    output    formats                       parameters
--------  -----------  --------  --------------------------  ------------
-0        Conv2d       2x4x8x8   WA bfp8[0], E e5m2, G bfp4           112
-1        BatchNorm2d  2x4x8x8   WA bfp8[0], E e5m2, G bfp4             8
+layer    operation    output    formats                       multiply-adds    parameters
+-------  -----------  --------  --------------------------  ---------------  ------------
+0        Conv2d       2x4x8x8   WA bfp8[0], E e5m2, G bfp4           13,824           112
+1        BatchNorm2d  2x4x8x8   WA bfp8[0], E e5m2, G bfp4                              8
 2        ReLU         2x4x8x8   A bfp8[0], E e5m2
 3        MaxPool2d    2x4x4x4   A bfp8[0], E e5m2
-6        Linear       2x10      W bfp8[0], G bfp4                    650
+6        Linear       2x10      W bfp8[0], G bfp4                     1,280           650
 
 roles       W weight, A activation, E error, G gradient, M momentum; one not named is in float
 parameters  770 values in 6 tensors: 6 in bfp8[0]
 bits        6,160, 25.0% of 24,640 in float32 (shared exponents not counted)
 outputs     4 of 5 rounded
 rounding    stochastic
+inside      100.0% of 15,104 multiply-adds ran in rewritten graphs
 
 in float:
   momentum: the recipe says so
@@ -43,6 +47,22 @@ in float:
   6: the model's output
   Dropout, Flatten: no new numbers"""
     assert _report(shapes.Convnet, "W=bfp8[0] A=bfp8[0] E=e5m2 G=bfp4") == expected
+
+
+def test_before_the_first_call_it_has_the_parameters_and_their_formats():
+    model, inputs = shapes.made(shapes.Convnet)
+    module, _ = convert(model, recipe=Recipe.parse("bfp8", rules=(Rule("6", weight="bfp4"),)))
+    text = report(module)
+    assert _rows(text)[-2:] == [
+        ["6.weight", "parameter", "W bfp4, GM bfp8", "640"],
+        ["6.bias", "parameter", "W bfp4, GM bfp8", "10"],
+    ]
+    assert "parameters  770 values in 6 tensors: 4 in bfp8, 2 in bfp4\n" in text
+    assert _lines_of("outputs", text) == (
+        "outputs layers are known after the first call: call the model once, or pass an input: report(lp, x)"
+    )
+    module(*inputs)
+    assert [row[0] for row in _rows(report(module))] == ["0", "1", "2", "3", "6"]
 
 
 def test_without_inputs_there_are_no_shapes():
@@ -57,9 +77,28 @@ def _rows(text):
 
 def test_shared_parameters_are_counted_once():
     assert [row[-1] for row in _rows(_report(shapes.Tied, "bfp8"))] == ["42", "AE bfp8", "6"]
-    assert [row[3:] for row in _rows(_report(shapes.Twice, "bfp8"))] == [
+    assert [row[2:] for row in _rows(_report(shapes.Twice, "bfp8", shown=False))] == [
         ["WAEGM bfp8", "42"], ["AE bfp8"], ["WAEGM bfp8", "12"], ["WAEGM bfp8"], ["WGM bfp8"],
     ]  # fmt: skip
+
+
+def test_each_call_of_a_layer_has_a_row_by_whichever_name_it_is_called():
+    tanh = nn.Tanh()
+    model = nn.Sequential(nn.Sequential(tanh), nn.Sequential(tanh), nn.Linear(6, 6))
+    model.append(model[0]).append(model[1])
+    module, _ = convert(model, recipe="bfp8", example_inputs=(torch.ones(2, 6),))
+    assert [(row[0], row[2]) for row in _rows(report(module))] == [
+        ("0.0@1", "AE bfp8"), ("0.0@2", "AE bfp8"), ("2", "WAEGM bfp8"), ("0.0@3", "AE bfp8"), ("0.0@4", "-"),
+    ]  # fmt: skip
+
+
+def test_a_weight_that_is_derived_at_each_call_is_one():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6, bias=False))
+    text = report(convert(nn.Sequential(*[layer] * 4), recipe="bfp8", example_inputs=(torch.ones(2, 6),)).module)
+    assert [row[:3] for row in _rows(text)][:2] == [
+        ["0.weight", "derived weight", "WGM bfp8"], ["0.linear@1", "linear", "AE bfp8"],
+    ]  # fmt: skip
+    assert len(_rows(text)) == 5 and "parametrizations.weight.original: a weight is derived from them, and" in text
 
 
 def test_parameters_read_by_themselves_have_a_row():
@@ -75,39 +114,34 @@ def test_what_stayed_in_float_and_why():
     assert "parameters  90 values in 6 tensors: 4 in bfp8\nbits        864, 30.0% of 2,880" in text
 
 
-class Opaque(nn.Module):
-    def forward(self, x):
-        return x.exp() / x.exp().sum()
-
-
 class Attentive(nn.Module):
-    """What computes much inside: PyTorch's attention as a layer and as a function, and a user's layer called whole."""
+    """What computes much inside: PyTorch's attention as a layer and as a function, and recurrent layers."""
 
     inputs = (torch.Size([2, 5, 6]),)
 
     def __init__(self):
         super().__init__()
-        self.attention, self.opaque = nn.MultiheadAttention(6, 2, batch_first=True), Opaque()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.rows = nn.ModuleList([nn.LSTM(6, 6) for _ in range(3)])
         self.out = nn.Linear(6, 6)
 
     def forward(self, x):
         for row in self.rows:
             x, _ = row(x)
-        x, _ = self.attention(x, x, x)
-        return self.out(self.opaque(F.scaled_dot_product_attention(x, x, x)))
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.out(F.scaled_dot_product_attention(x, x, x))
 
 
 def test_what_is_called_whole_is_told_and_its_inside_is_not_counted():
-    model, inputs = shapes.made(Attentive)
-    text = report(convert(model, recipe="bfp8", leaves=[Opaque]).module, *inputs)
+    text = _report(Attentive, "bfp8")
     assert _lines_of("outputs", text) == (
-        "outputs 6 of 7 rounded; inside LSTM x 3, MultiheadAttention, scaled_dot_product_attention, Opaque, "
+        "outputs 5 of 6 rounded; inside LSTM x 3, MultiheadAttention, scaled_dot_product_attention, "
         "called whole, none (not counted)"
     )
-    assert _lines_of("inside", text) == (
-        "inside rows.* (3), attention, scaled_dot_product_attention, opaque: called whole, only weights are rounded"
+    assert (
+        "  inside rows.* (3), attention, scaled_dot_product_attention: called whole, only weights are rounded" in text
     )
+    assert "ran in rewritten graphs (those of rows.0, rows.1, rows.2 not counted)" in " ".join(text.split())
 
 
 def _lines_of(word, text):
@@ -116,26 +150,61 @@ def _lines_of(word, text):
     return " ".join(found.split())
 
 
-def test_what_is_outside_of_the_parts_is_not_counted():
-    class Loop(shapes.Two):
-        def forward(self, x):
-            return self.second(self.first(x) * 2) if x.sum() > 0 else x
+class Broken(nn.Module):
+    """One that runs in pieces: a part of it as Python, with a product."""
 
-    with pytest.warns(UserWarning, match="cannot trace Loop"):
-        module, _ = convert(Loop())
-    assert "\noutputs     2 of 2 rounded; outside of the rewritten modules none (not counted)\n" in report(module)
+    inputs = (torch.Size([4, 6]),)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.weight = nn.Linear(6, 6), shapes.Tied(), nn.Parameter(torch.randn(6, 6))
+
+    @torch.compiler.disable
+    def gap(self, x):
+        return torch.relu(x @ self.weight).view(-1, 6)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.gap(x))
+        return self.second(x)
 
 
-def test_what_has_one_reason_has_one_line():
-    class Chooser(shapes.Two):
-        def forward(self, x):
-            return F.linear(self.first(x), self.second.weight, self.second.bias) if x.sum() < 1e9 else x
+def test_what_runs_outside_of_the_graphs_is_told_with_its_line():
+    model, (x,) = shapes.made(Broken)
+    module, _ = convert(model, recipe="bfp8")
+    text = report(module, x)
+    gap, call = (f"{Path(__file__).name}:{_line_of(code)}" for code in ("x @ self.weight", "self.gap(x)"))
+    assert _lines_of("inside", text) == "inside 75.0% of 576 multiply-adds ran in rewritten graphs"
+    *_, broke, outside = text.split("outside of the graphs:")[1].replace("\n    ", "").split("\n")
+    assert "Broken: forward goes on in Python: " in broke and call in broke
+    assert outside.endswith(f"{gap} gap: mm (144 multiply-adds), relu")
+    assert "  weight: never read by a graph\n" in text and "\n  x: the model's input\n" in text
+    assert [row[0] for row in _rows(text)] == ["first", "relu", "second.first", "second.tanh", "second.second"]
 
-    with pytest.warns(UserWarning, match="Rewritten instead: 6"):
-        module, _ = convert(nn.Sequential(Chooser(), Chooser(), Chooser()))
-    text = report(module, torch.ones(2, 6))
-    assert _lines_of("0, 1, 2, outside", text).startswith("0, 1, 2, outside of their rewritten modules: cannot trace")
-    assert "  *.second.weight (3), *.second.bias (3), where linear reads them outside of the rewritten modules" in text
+
+def _line_of(code):
+    return next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if f"{code})" in line)
+
+
+def test_what_runs_in_graphs_only_has_nothing_outside():
+    assert "outside" not in _report(shapes.Convnet, "bfp8")
+
+
+def test_a_place_has_one_row_whichever_graphs_it_is_in():
+    model, (x,) = shapes.made(shapes.Heads)
+    module, _ = convert(model, recipe="bfp8")
+    module(x), module.eval()(x)
+    text = report(module)
+    assert [row[0] for row in _rows(text)] == ["first", "relu", "sum", "second"]
+    assert "\noutputs     2 of 4 rounded\n" in text
+
+
+def test_what_one_graph_rounds_and_another_returns_is_told():
+    module, _ = convert(shapes.Tied(), recipe="bfp8")
+    module(torch.ones(2, 6)), module.first(torch.ones(2, 6))
+    text = report(module)
+    assert ["first", "Linear", "WAEGM bfp8", "42"] in _rows(text)
+    assert "\n  first, in first: Linear: the model's output" in text
 
 
 def test_error_signals_are_counted_where_they_differ():
@@ -156,19 +225,33 @@ class LongNames(nn.Module):
 MIXED = "W=bfp8[-1:16] A=mxfp8_e5m2 E=mxfp6_e3m2 G=bfp4[0] M=fixed16.8"
 
 
-def _on_meta(name):
+@functools.cache
+def _converted(name, recipe="bfp8[0]"):
+    """A network on the meta device, converted, and an input. Reports leave it as it was."""
+    if name == "long names":
+        return convert(LongNames(), recipe=recipe).module, torch.ones(1, 6)
     with torch.device("meta"):
-        return torchvision.models.get_model(name), torch.empty(1, 3, 224, 224)
+        return convert(torchvision.models.get_model(name), recipe=recipe).module, torch.empty(1, 3, 224, 224)
 
 
-@pytest.mark.parametrize("recipe", ["bfp8[0]", MIXED, "A=bfp8[0] rounding=nearest"])
-@pytest.mark.parametrize("name", ["resnet18", "vgg16", "vit_b_16", "long names"])
+FLOAT_WEIGHTS = "A=bfp8[0] rounding=nearest"
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        *(("long names", recipe) for recipe in ("bfp8[0]", MIXED, FLOAT_WEIGHTS)),
+        *(("resnet18", recipe) for recipe in ("bfp8[0]", MIXED)),
+        ("vgg16", FLOAT_WEIGHTS),
+        ("vit_b_16", "bfp8[0]"),
+    ],
+)
 def test_it_fits_a_hundred_columns(name, recipe):
-    model, x = (LongNames(), torch.ones(1, 6)) if name == "long names" else _on_meta(name)
-    module, _ = convert(model, recipe=recipe)
-    for text in (report(module), report(module, x)):
+    module, x = _converted(name, recipe)
+    for text in (report(module, x), report(module)):
         assert max(map(len, text.splitlines())) <= 100
-        outputs = [place(node) for node in module.graph.nodes if node.meta.get(PART) in LAYER_PARTS]
+        (made,) = module.graphs
+        outputs = [place(node) for node in made.graph.nodes if node.meta.get(PART) in LAYER_PARTS]
         assert [name for name in _names(text) if name not in module.state_dict()] == outputs
 
 
@@ -180,14 +263,13 @@ def _names(text):
 
 
 def test_a_resnet_has_a_row_a_layer():
-    model, x = _on_meta("resnet18")
-    rows = report(convert(model).module, x).split("\n\n")[0].splitlines()[2:]
+    rows = report(*_converted("resnet18")).split("\n\n")[0].splitlines()[2:]
     assert len(rows) == 68 and rows[3].split() == ["maxpool", "MaxPool2d", "1x64x56x56", "AE", "bfp8[0]"]
+    assert rows[0].split()[5:] == ["118,013,952", "9,408"]
 
 
 def test_equal_blocks_are_folded_where_one_asks_for_it():
-    model, x = _on_meta("vit_b_16")
-    module, _ = convert(model)
+    module, x = _converted("vit_b_16")
     text = report(module, x, fold=True)
     block = ["ln_1", "self_attention", "add@1", "ln_2", "mlp.0", "mlp.1", "mlp.3", "add@2"]
     assert _names(text.replace(" (12)", "")) == [
@@ -218,22 +300,28 @@ def test_names_that_differ_in_numbers_are_folded(names, folded):
     assert table.folded(names, {*names, "layer1.2.relu@1", "layer2.0.relu@2"}) == folded
 
 
-def test_branches_on_a_flag_are_reported():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x * 2 if self.training else x
-
-    module, _ = convert(nn.Sequential(Branching()))
-    assert report(module).splitlines()[-1].startswith("branches: 0 on the training flag; each branch has a graph")
-
-
 def test_it_leaves_the_module_as_it_was():
-    model, inputs = shapes.made(shapes.Convnet)
-    module, _ = convert(model)
+    model, inputs = shapes.made(shapes.Counted)
+    module, _ = convert(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(), model))
+    module(*inputs).sum().backward()
     before = {name: value.clone() for name, value in module.state_dict().items()}
+    gradients, state = [parameter.grad for parameter in module.parameters()], torch.get_rng_state()
     report(module, *inputs)
-    assert module.training
+    assert module.training and model.calls == 1 and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(each.grad is gradient for each, gradient in zip(module.parameters(), gradients, strict=True))
+
+
+def test_an_input_may_be_named():
+    model, (x,) = shapes.made(shapes.OptionalInput)
+    module, _ = convert(model, recipe="bfp8")
+    assert [row[0] for row in _rows(report(module, x, mask=x.gt(0), invert=True))] == [
+        "first",
+        "mul@1",
+        "mul@2",
+        "neg",
+        "second",
+    ]
 
 
 def test_a_float_model_has_no_report():

@@ -76,10 +76,10 @@ def test_a_stack_of_runs_is_those_runs_bit_for_bit(text, monkeypatch):
 
     def steps(model, recipe, x, y):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
-        module, _ = swalp_fx.convert(model, optimizer, recipe=recipe)
+        swalp_fx.convert(model, optimizer, recipe=recipe)
         for _ in range(3):
             optimizer.zero_grad()
-            (F.cross_entropy(module(x).flatten(0, -2), y.flatten(), reduction="sum") / samples).backward()
+            (F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum") / samples).backward()
             optimizer.step()
 
     steps(stack, stacked.recipe(text), inputs, targets)
@@ -94,7 +94,7 @@ def test_each_seed_has_weights_and_an_order_of_its_own(digits):
     start = runs.model[0].weight.detach().clone()
     assert len({row.sum().item() for row in start}) == SEEDS
     seen = []
-    runs.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    runs.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     runs.train_epoch(lambda: None)
     assert len(seen) == 32 and not torch.equal(seen[0][0], seen[0][1])
     epoch = torch.cat(seen, 1)

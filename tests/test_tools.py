@@ -14,6 +14,7 @@ import torchvision
 from refusal import refusal
 
 import benchmark
+import captures
 import data
 import models
 import overhead
@@ -456,7 +457,8 @@ def test_benchmark_refuses_bad_input_before_it_measures(words, complaint, monkey
 
 
 def test_benchmark_prints_what_a_full_disk_does_not_take(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "measure", lambda *_: [{"what": "e4m3", "ms": 1.5}])
+    for name in ("measure", "measure_layouts"):
+        monkeypatch.setattr(benchmark, name, lambda *_: [{"what": "e4m3", "ms": 1.5}])
     (tmp_path / "b.json").write_text("earlier")
     (tmp_path / "b.json.partial").symlink_to("/dev/full")
     with pytest.raises(SystemExit, match="2"):
@@ -470,18 +472,15 @@ def test_benchmark_of_the_graph_times_each_node_forward_and_backward(tmp_path, m
     monkeypatch.setattr(overhead, "SECONDS", 0.001)
     monkeypatch.setattr(overhead, "CHAIN", 3)
     monkeypatch.setattr(overhead, "WHOLE", ["preresnet20"])
-    monkeypatch.setattr(overhead, "CONVERTED", ["preresnet20"])
     benchmark.main(["graph", "--json", str(tmp_path / "b.json")])
     result = json.loads((tmp_path / "b.json").read_text())
-    assert result.keys() == {"command", "machine", "threads", "torch", "date", "nodes", "convert"}
+    assert result.keys() == {"command", "machine", "threads", "torch", "date", "nodes"}
     *chains, whole = result["nodes"]
     assert {"torch.clone", "quantize_weight", "quantize_output", "quantize_output, in place"} < {
         row["what"] for row in chains
     }
     assert all(row["nodes"] == 3 and row["forward us"] > 0 and row["backward us"] > 0 for row in chains)
     assert whole["what"] == "preresnet20, less the float model" and whole["nodes"] == 130
-    (converted,) = result["convert"]
-    assert converted["convert"] == "preresnet20" and converted["nodes"] > 0 and converted["seconds"] > 0
     assert "backward us" in capsys.readouterr().out
 
 
@@ -491,11 +490,34 @@ def test_benchmark_of_the_graph_times_no_wrong_node(monkeypatch):
         benchmark.main(["graph"])
 
 
+def test_benchmark_of_the_capture_stands_beside_torch_compile(tmp_path, monkeypatch, capsys):
+    changes = {"MODELS": ["convnet"], "FIRST": 1, "LATER": 1, "SIZES": 4, "LENGTHS": 4, "GENERATED": 4}
+    for name, value in changes.items():
+        monkeypatch.setattr(captures, name, value)
+    benchmark.main(["capture", "--json", str(tmp_path / "b.json")])
+    result = json.loads((tmp_path / "b.json").read_text())
+    (calls,) = result["calls"]
+    assert calls["ratio"] == pytest.approx(calls["first call s"] / calls["of torch.compile s"])
+    assert 0 < calls["later call us"] < 1e6 * calls["first call s"]
+    # One size, then any other; a text of one byte; and of a cache, the prompt, one byte, and any other.
+    assert [(row["calls"], row["graphs"]) for row in result["graphs"]] == [(4, 2), (4, 3), (4, 3)]
+    assert swalp_fx.capture.local.watch is None
+    assert "first call s" in capsys.readouterr().out
+
+
+def test_what_generates_with_a_cache_gives_what_it_gives_without():
+    model = captures.Caching(8)
+    text = captures.generate(model, "cpu")
+    assert text.shape == (1, 4 + captures.GENERATED)
+    assert torch.equal(model(text[:, 3:4], model(text[:, :3])[1])[0][0, -1].argmax(), text[0, 4])
+    assert torch.equal(model(text[:, :4])[0][0, -1].argmax(), text[0, 4])
+
+
 def test_benchmark_of_a_step_stands_beside_the_float_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "SECONDS", 0.0)
     benchmark.main(["step", "--models", "preresnet20", "--json", str(tmp_path / "b.json")])
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert [row["step"] for row in rows][:2] == ["float", "swalp_fx bfp8[0]"]
+    assert [row["step"] for row in rows][:3] == ["float", "identity formats", "swalp_fx bfp8[0]"]
     for row in rows:
         assert row["ms"] == pytest.approx(row["forward ms"] + row["backward ms"] + row["update ms"])
         assert row["ratio to float"] == pytest.approx(row["ms"] / rows[0]["ms"])
@@ -524,6 +546,7 @@ def test_benchmark_of_a_step_times_no_wrong_graph(monkeypatch):
     ("words", "complaint"),
     [
         (["graph", "--elements", "1M"], "--elements is an option of op, not of graph"),
+        (["capture", "--models", "vgg16"], "--models is an option of step, not of capture"),
         (["op", "--models", "vgg16"], "--models is an option of step, not of op"),
         (["step", "--models", "vgg61"], "unknown model 'vgg61'; use vgg19 or vgg16"),
         (["step", "--models", "decoder"], "decoder takes text, not images; use one of convnet"),
@@ -531,6 +554,6 @@ def test_benchmark_of_a_step_times_no_wrong_graph(monkeypatch):
     ],
 )
 def test_benchmark_refuses_what_it_cannot_measure(words, complaint, monkeypatch, capsys):
-    for module in (benchmark, overhead, steps):
+    for module in (benchmark, captures, overhead, steps):
         monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("it measured"))
     assert refusal(capsys, benchmark.main, words).startswith(f"benchmark.py: error: {complaint}")

@@ -24,9 +24,11 @@ import checkpoint
 import data
 import decoder
 import models
+import plot
 import swalp_fx
 import train
 from settings import DEFAULTS, EVERYWHERE, Settings, learning_rate
+from swalp_fx.passes.names import NAME
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -103,6 +105,18 @@ class TestTrain:
         assert "1 set of weights averaged, one every epoch after epoch 0; the average of one set is that set" in (
             capsys.readouterr().out
         )
+
+    def test_the_last_epoch_scored_alone_gives_the_same_table(self, tmp_path, capsys):
+        words = ["--epochs", 3, "--average-from", 1, "--recipe", "bfp6[0]"]
+        each, alone = run(*words), run(*words, "--score-last", "--out", tmp_path)
+        lines = capsys.readouterr().err.splitlines()[-6:]
+        assert ["test error" in line for line in lines] == [False, False, True] * 2
+        for name, line in alone.items():
+            scores = [(epoch["last"], epoch["average"]) for epoch in line["epochs"]]
+            assert scores[:2] == [(None, None)] * 2 and None not in scores[2]
+            assert [line[key] for key in train.SCORES] == [each[name][key] for key in train.SCORES]
+        plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "a.svg")])
+        assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
 
     def test_help_has_every_default_of_every_data_set(self, capsys):
         with pytest.raises(SystemExit, match="0"):
@@ -348,10 +362,10 @@ class TestStopped:
             epoch = iter(range(5))
             train_epoch = train.Line.train_epoch
 
-            def interrupted(line, on_step):
+            def interrupted(line, on_step, **options):
                 if next(epoch) == 4:  # the second of low
                     raise KeyboardInterrupt
-                train_epoch(line, on_step)
+                train_epoch(line, on_step, **options)
 
             patch.setattr(train.Line, "train_epoch", interrupted)
             with pytest.raises(SystemExit, match="130"):
@@ -364,7 +378,7 @@ class TestStopped:
 
     @pytest.mark.parametrize("out", [True, False])
     def test_ctrl_c_where_nothing_is_kept(self, tmp_path, out, monkeypatch, capsys):
-        def interrupted(*_):
+        def interrupted(*_, **options):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(train.Line, "train_epoch", interrupted)
@@ -445,8 +459,10 @@ class TestDecoder:
         assert found and found.compared > 100, found
 
     def test_one_weight_node_serves_the_embedding_and_the_head(self):
-        graph = swalp_fx.convert(models.build("decoder")).module.graph
-        quantized = graph.find_nodes(op="call_function", target=swalp_fx.quantize_weight)
-        assert len(quantized) == len(list(models.build("decoder").parameters()))
-        (tied,) = (node for node in quantized if node.args[0].target == "tokens.weight")
-        assert [user.args[0].target for user in tied.users] == ["tokens", "head"]
+        example = torch.randint(256, (2, 64))
+        model, _ = swalp_fx.convert(models.build("decoder"), example_inputs=(example,))
+        (made,) = model.graphs
+        quantized = made.graph.find_nodes(op="call_function", target=swalp_fx.quantize_weight)
+        assert len(quantized) == len(list(model.parameters()))
+        (tied,) = (node for node in quantized if node.args[0].meta[NAME] == "tokens.weight")
+        assert [user.meta[NAME] for user in tied.users] == ["tokens", "head"]

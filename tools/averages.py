@@ -140,7 +140,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
         for _ in range(settings.epochs):
             runs.train_epoch(after_step)
-            history.append(runs.errors(runs.module))
+            history.append(runs.errors(runs.model))
     low = torch.stack(history[settings.average_from :]).mean(0)
     record: dict[str, Any] = {
         "SGD-LP": {"mean": low.mean().item(), "standard error": standard_error(low)},
@@ -150,10 +150,11 @@ def run(settings: Settings) -> dict[str, Any]:
         "distance": averages.distance,
         "epoch": settings.steps(dataset),
     }
-    found = {
-        (mode, every, bits): runs.errors(average.applied_to(runs.model, format))
-        for mode, every, bits, average, format in averages.read()
-    }
+    with swalp_fx.in_float(runs.model):  # copies made here are float models
+        found = {
+            (mode, every, bits): runs.errors(average.applied_to(runs.model, format))
+            for mode, every, bits, average, format in averages.read()
+        }
     for mode in MODES:
         for every in settings.every:
             for bits in record["bits"]:

@@ -1,8 +1,9 @@
-"""How fast the op, the nodes of a graph and a training step are, each against its like, in one run.
+"""How fast the op, the nodes of a graph, its capture and a training step are, each against its like, in one run.
 
     python tools/benchmark.py op                  # the op, against a copy of the same tensor and against its peers
     python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
-    python tools/benchmark.py graph               # what a node costs beside its arithmetic, and how long convert takes
+    python tools/benchmark.py graph               # what a node costs beside its arithmetic
+    python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
 
 Each first checks that the results agree, the op with the oracle, the graph with the model, and times nothing wrong.
@@ -23,6 +24,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import captures
 import files
 import models
 import overhead
@@ -204,7 +206,7 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    add("what", choices=["op", "graph", "step"], help="op: quantize_ in place, on float32")
+    add("what", choices=["op", "graph", "capture", "step"], help="op: quantize_ in place, on float32")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
         "--elements",
@@ -234,7 +236,7 @@ def refuse_unmeasurable(args: argparse.Namespace, parser: CommandLine) -> None:
     try:
         if args.json:
             files.refuse_unwritable(args.json)
-        if args.what == "graph":
+        if args.what in ("graph", "capture"):
             models.names()  # torchvision's among them
         for name in (args.models or steps.MODELS) if args.what == "step" else ():
             shape = (3, steps.SIZE)
@@ -264,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = {"rows": rows, "layouts": measure_layouts(args.device)}
     elif args.what == "graph":
         tables = overhead.measure(clock.once, args.device)
+    elif args.what == "capture":
+        tables = captures.measure(clock.once, args.device)
     else:
         tables = steps.measure(clock.once, args.models or steps.MODELS, args.device)
     show("\n".join(f"{name}: {value}" for name, value in about.items()))

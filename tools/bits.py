@@ -1,7 +1,8 @@
 """Draws error against bits: python tools/bits.py runs/fashion-mnist/results.json --out fashion-mnist.svg
 
 Of a run of train.py whose lines are called MODEL-float and MODEL-BITS-LAYOUT, as in tools/configs/fashion-mnist.toml.
-A panel a model: SGD-LP at the end of the warm-up and SWALP for each layout, the mean over seeds and its deviation.
+A panel a model, on one axis of error: SGD-LP at the end of the warm-up and SWALP for each layout, the mean over seeds
+and its deviation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 import drawing
 import files
@@ -25,6 +27,7 @@ NAME = re.compile(r"(\w+)-(?:float|(\d+)-(\w+))")
 SCORES = {"warm_up": ("SGD-LP, end of warm-up", VERMILION), "average": ("SWALP", BLUE)}
 LEVELS = {"warm_up": ("SGD-FP", GREY), "average": ("SWA-FP", BLACK)}
 STYLES = ("-", "--", ":")
+ERRORS = (1, 2, 3, 5, 10, 15, 20, 30, 50, 90)  # marked on the axis that the panels share
 
 
 def by_model(record: dict[str, Any]) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
@@ -42,12 +45,16 @@ def by_model(record: dict[str, Any]) -> dict[str, dict[tuple[str, str], list[dic
 
 def figure(record: dict[str, Any]) -> Figure:
     models = by_model(record)
-    drawn, panels = drawing.subplots(len(models), 3.4 * len(models), 3.4)
+    drawn, panels = drawing.subplots(len(models), 2.6 * len(models) + 2.4, 3.4, sharey=True)
     for axes, (model, runs) in zip(panels, models.items(), strict=True):
         _panel(axes, runs)
         axes.set_title(model, loc="left")
     panels[0].set_ylabel(record["metric"])
-    panels[-1].legend()
+    panels[0].set_yscale("log")  # a point where a network trains, and what is left of it where it does not
+    panels[0].yaxis.set(
+        major_locator=FixedLocator(ERRORS), major_formatter=ScalarFormatter(), minor_locator=NullLocator()
+    )
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return drawn
 
 

@@ -6,19 +6,17 @@ under the reason for it; one without a reason is printed, and the exit status is
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from types import ModuleType
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import qpytorch
 import swalp_fx
-from command import CommandLine, run, sentence, show
+from command import CommandLine, run, show
 from swalp_fx import BlockFloat, FixedPoint, Float, Format
 
 ROWS, COLUMNS = 512, 1024
@@ -233,11 +231,10 @@ def _table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandLine(prog="compare_qtorch.py", description=__doc__)
     parser.parse_args(argv)
-    try:
-        from qtorch import quant
-    except (ImportError, RuntimeError, subprocess.CalledProcessError) as error:  # the last two: it did not compile
-        parser.refuse(f"qtorch cannot be imported ({sentence(error)}); pip install qtorch ninja setuptools")
-    show(f"qtorch {version('qtorch')}, torch {torch.__version__}, Python {platform.python_version()}\n")
+    qpytorch.refuse_missing(parser)
+    from qtorch import quant
+
+    show(f"{qpytorch.versions()}\n")
     text, unexplained = table(quant)
     show("\n\n".join([text, special_values(quant), f"Stochastic, {DRAWS:,} draws:", stochastic(quant)]))
     if unexplained:

@@ -39,19 +39,22 @@ class Line:
         torch.manual_seed(settings.seed)  # every line starts from the same weights
         self.model = models.build(settings.model, dataset.classes, *dataset.shape).to(device)
         self.optimizer = OPTIMIZERS[settings.optimizer].make(self.model.parameters(), settings)
-        self.module, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=self.recipe)
+        _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=self.recipe)
         self.epochs: list[dict[str, Any]] = []
         self.saved = 0  # epochs that the checkpoint holds
 
-    def train_epoch(self, on_step: Callable[[], object]) -> None:
-        """One epoch of the training samples, and the scores after it, appended to ``epochs``."""
+    def train_epoch(self, on_step: Callable[[], object], score: bool = True) -> None:
+        """One epoch of the training samples, appended to ``epochs`` with the scores after it.
+
+        score: False leaves them out, but for the score at the end of the warm-up, which no later epoch gives.
+        """
         settings, epoch = self.settings, len(self.epochs)
         # Every epoch's random numbers follow from (seed, epoch): a resumed run draws what an unbroken one would.
         seed = fold_in(settings.seed, epoch)
         torch.manual_seed(fold_in(seed, DRAWS))
         batches = self.dataset.train(settings.batch_size, fold_in(seed, ORDER))
         losses = []
-        self.module.train()
+        self.model.train()
         start = time.perf_counter()
         for step, (inputs, targets) in enumerate(batches):
             at = epoch + step / len(batches) if settings.lr_changes == "step" else epoch
@@ -71,14 +74,14 @@ class Line:
                 "steps": len(losses),
                 "losses": curve.tolist(),  # waits for the device: the time is the epoch's own
                 "seconds": time.perf_counter() - start,
-                "last": self.score(self.module),
-                "average": self.score(self._averaged_model()) if self.swalp.n_averaged else None,
-                "warm_up": self._recalibrated(self.module) if epoch + 1 == settings.average_from else None,
+                "last": self.score(self.model) if score else None,
+                "average": self.score(self._averaged_model()) if score and self.swalp.n_averaged else None,
+                "warm_up": self._recalibrated(self.model) if epoch + 1 == settings.average_from else None,
             }
         )
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.module(inputs).flatten(0, -2), targets.flatten())
+        return F.cross_entropy(self.model(inputs).flatten(0, -2), targets.flatten())
 
     def _averages_after(self, epoch: int, step: int, steps: int) -> bool:
         if epoch < self.settings.average_from:
@@ -89,27 +92,27 @@ class Line:
     def _averaged_model(self) -> nn.Module:
         return self.swalp.averaged_model(self.dataset.train(self.settings.batch_size))
 
-    def _recalibrated(self, module: nn.Module) -> float:
-        """The score of ``module`` with batch-norm statistics over the training samples, as the SWALP authors have it.
+    def _recalibrated(self, model: nn.Module) -> float:
+        """The score of ``model`` with batch-norm statistics over the training samples, as the SWALP authors have it.
 
         A copy is scored: training goes on with the statistics it had.
         """
-        judged = copy.deepcopy(module)
+        judged = copy.deepcopy(model)
         swalp_fx.recalibrate(judged, self.dataset.train(self.settings.batch_size))
         return self.score(judged)
 
     def _rounded_average(self) -> float | None:
-        """The score of the average in the rewritten graph, which rounds it, and the activations, to nearest."""
+        """The score of the average in a converted copy, which rounds it, and the activations, to nearest."""
         if not self.swalp.n_averaged or swalp_fx.Recipe.parse(self.recipe) == swalp_fx.Recipe.parse("float"):
             return None
-        return self._recalibrated(self.swalp.average.applied_to(self.module))
+        return self._recalibrated(self.swalp.average.applied_to(self.model))
 
     @torch.no_grad()
-    def score(self, module: nn.Module) -> float:
-        """The data set's metric of ``module`` in evaluation mode, over the test samples."""
-        module.eval()
+    def score(self, model: nn.Module) -> float:
+        """The data set's metric of ``model`` in evaluation mode, over the test samples."""
+        model.eval()
         metric = data.METRICS[self.dataset.metric]
-        total = sum(metric(module(inputs), targets).item() for inputs, targets in self.dataset.test())
+        total = sum(metric(model(inputs), targets).item() for inputs, targets in self.dataset.test())
         return total / self.dataset.tested
 
     def result(self) -> dict[str, Any]:
@@ -139,7 +142,8 @@ class Line:
         """
         size, samples = self.settings.batch_size, self.dataset.samples
         few = 1 if min(size, samples) == 1 or samples % size == 1 else 2
-        trial.of_model(self.settings.model, self.model, *self.dataset.shape, batch=few)
+        with swalp_fx.in_float(self.model):
+            trial.of_model(self.settings.model, self.model, *self.dataset.shape, batch=few)
         with trial.of_recipe(self.recipe):
             inputs, targets = next(iter(self.dataset.train(few)))
             self._loss(inputs, targets).backward()

@@ -152,13 +152,13 @@ def run(settings: Settings) -> dict[str, Any]:
     model = Regressions(names, settings.chains, *given.optimum.shape)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, weight_decay=settings.l2)
     rules = tuple(swalp_fx.Rule(name, weight=format) for name, format in widths.items())
-    module, swalp = swalp_fx.convert(model, optimizer, recipe=swalp_fx.Recipe.parse("float", rules=rules))
+    _, swalp = swalp_fx.convert(model, optimizer, recipe=swalp_fx.Recipe.parse("float", rules=rules))
 
     last, averages = [], {}
     fractions = {settings.steps // part: f"T/{part}" if part > 1 else "T" for part in (4, 2, 1)}
     for step, (inputs, labels) in enumerate(_batches(given, settings), start=1 - settings.warmup):
         optimizer.zero_grad()
-        logits = module(inputs)
+        logits = model(inputs)
         labels = labels.unsqueeze(1).expand(-1, len(names), -1)
         # A sum over chains and widths: each has the gradient that it would have alone.
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1), reduction="sum")

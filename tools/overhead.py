@@ -1,7 +1,8 @@
-"""What the nodes of a rewritten graph cost beside their arithmetic, and how long ``convert`` takes."""
+"""What the nodes of a rewritten graph cost beside their arithmetic."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,36 +13,30 @@ from torch import Tensor, nn
 
 import models
 import swalp_fx
-from swalp_fx.passes import rewrite
+from swalp_fx.capture import Conversion, install
 
 FORMATS = [("float", "nearest"), ("bfp8[0]", "nearest"), ("bfp8[0]", "stochastic")]
 CHAIN = 100  # nodes, each of which reads the one before
 SHAPE = (8, 8)  # so small that rounding it is next to nothing
 KEY = 20190516
 WHOLE = ["preresnet20", "preresnet164"]  # whose tensors are small too
-CONVERTED = ["torchvision:resnet152"]
 SECONDS = 1.0  # of repetitions for a row
 
 Run = Callable[[Tensor], Tensor]
 
 
 def measure(once: Callable[[Callable[[], Any]], float], device: str) -> dict[str, list[dict[str, Any]]]:
-    """The tables: nodes in a chain, nodes in whole models, and convert. ``once`` times one call, in seconds."""
+    """The table: nodes in a chain, and nodes in whole models. ``once`` times one call, in seconds."""
     chains = [row(what, formats, CHAIN, *passes(once, [run], device)[0]) for what, formats, run in chained(device)]
-    return {
-        "nodes": chains + [whole(once, name, device) for name in WHOLE],
-        "convert": [converted(once, name) for name in CONVERTED],
-    }
+    return {"nodes": chains + [whole(once, name, device) for name in WHOLE]}
 
 
 def chained(device: str) -> list[tuple[str, str, Run]]:
     """(what, formats, a chain of such nodes); before them, what PyTorch's own cost."""
     key, layer = torch.tensor(KEY), nn.Linear(*SHAPE).to(device)
-    weights = dict(layer.named_parameters())
     nodes: list[tuple[str, str, Callable[[Tensor, int], Tensor]]] = [
         ("torch.clone", "", lambda x, i: x.clone()),
         ("a linear layer", "", lambda x, i: layer(x)),
-        ("call_layer of it", "", lambda x, i: swalp_fx.call_layer(layer, weights, x)),
     ]
     for spec, rounding in FORMATS:
         formats = f"{spec}, {rounding}"
@@ -93,11 +88,18 @@ def whole(once: Callable[[Callable[[], Any]], float], name: str, device: str) ->
     x = torch.randn(2, 3, 8, 8, device=device)
     if not (found := swalp_fx.check(model, x)):
         raise SystemExit(f"{name}: {found}; so the speed says nothing")
-    rewritten = rewrite(model, swalp_fx.Recipe(rounding="nearest"), identity=True)
+    low = with_identity(copy.deepcopy(model))
+    of_plain, of_low = passes(once, [model, low], device, x)
+    (made,) = low.graphs
     quantizers = (swalp_fx.quantize_weight, swalp_fx.quantize_output)
-    nodes = sum(node.target in quantizers for node in rewritten.graph.nodes)
-    plain, low = passes(once, [model, rewritten], device, x)
-    return row(f"{name}, less the float model", "float", nodes, *(b - a for a, b in zip(plain, low, strict=True)))
+    nodes = sum(node.target in quantizers for node in made.graph.nodes)
+    return row(f"{name}, less the float model", "float", nodes, *(b - a for a, b in zip(of_plain, of_low, strict=True)))
+
+
+def with_identity(model: nn.Module) -> Any:
+    """``model``, converted as ``swalp_fx.check`` converts it: a node in every place, none of which rounds."""
+    install(Conversion(model, swalp_fx.Recipe(rounding="nearest"), identity=True))
+    return model
 
 
 def passes(
@@ -115,15 +117,6 @@ def passes(
             backward = once(lambda made=made, error=error: made[0].backward(error))
             least[i] = min(least[i][0], forward), min(least[i][1], backward)
     return least
-
-
-def converted(once: Callable[[Callable[[], Any]], float], name: str) -> dict[str, Any]:
-    with torch.device("meta"):  # nothing reads the weights
-        model = models.build(name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    made: list[swalp_fx.Converted] = []
-    seconds = once(lambda: made.append(swalp_fx.convert(model, optimizer)))
-    return {"convert": name, "nodes": len(made[0].module.graph.nodes), "seconds": seconds}
 
 
 def row(what: str, formats: str, nodes: int, forward: float, backward: float) -> dict[str, Any]:

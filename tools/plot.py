@@ -92,11 +92,9 @@ def _losses(axes: Axes, line: dict[str, Any], color: str) -> None:
 
 def _scores(axes: Axes, line: dict[str, Any], color: str) -> None:
     steps = list(itertools.accumulate(epoch["steps"] for epoch in line["epochs"]))
-    last = [epoch["last"] for epoch in line["epochs"]]
-    axes.plot(steps, last, **LAST, color=color)
-    scored = [each["average"] is not None for each in line["epochs"]]
-    averages = [each["average"] for each in line["epochs"]]
-    axes.plot(*(list(itertools.compress(values, scored)) for values in (steps, averages)), **AVERAGE, color=color)
+    for score, style in (("last", LAST), ("average", AVERAGE)):
+        there = [(step, e[score]) for step, e in zip(steps, line["epochs"], strict=True) if e[score] is not None]
+        axes.plot([step for step, _ in there], [value for _, value in there], **style, color=color)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -127,10 +125,11 @@ def _is_whole(line: dict[str, Any]) -> bool:
         and settings["batch_size"] > 0
         and all(
             len(epoch["losses"]) == math.ceil(epoch["steps"] / LOSSES_EVERY) > 0
-            and all(isinstance(number, float | int) for number in (epoch["last"], *epoch["losses"]))
-            and isinstance(epoch["average"], float | int | None)
+            and all(isinstance(number, float | int) for number in epoch["losses"])
+            and all(isinstance(epoch[score], float | int | None) for score in ("last", "average"))
             for epoch in line["epochs"]
         )
+        and line["epochs"][-1]["last"] is not None
     )
 
 

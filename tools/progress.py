@@ -56,15 +56,15 @@ class Progress:
     def end_epoch(self, scores: dict[str, Any]) -> None:
         """``scores``: as Line.train_epoch notes them."""
         self.epoch += 1
-        loss = f"loss {scores['losses'][-1]:.3f}"
+        news = f"loss {scores['losses'][-1]:.3f}"
+        if scores["last"] is not None:
+            news += f"  {scored(self.metric, scores['last'], unit=self.bar is None)}"
         if self.bar is not None:
-            news = f"  {loss}  {scored(self.metric, scores['last'], unit=False)}"
-            self.bar.bar_format = _layout(self._head(), news)
+            self.bar.bar_format = _layout(self._head(), f"  {news}")
             self.bar.refresh()
             return
         at = f"{self.name}  epoch {self.epoch} of {self.epochs}"
-        score = scored(self.metric, scores["last"])
-        print(f"{at}  {loss}  {score}  {scores['seconds']:.1f} s", file=sys.stderr, flush=True)
+        print(f"{at}  {news}  {scores['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
 def scored(metric: str, value: float, unit: bool = True) -> str:

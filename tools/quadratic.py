@@ -79,14 +79,14 @@ def run(settings: Settings) -> dict[str, Any]:
     model = Regressions(settings.copies, settings.dimensions)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     recipe = swalp_fx.Recipe.parse("float", rules=(swalp_fx.Rule("low", weight=settings.format),))
-    module, swalp = swalp_fx.convert(model, optimizer, recipe=recipe)
+    _, swalp = swalp_fx.convert(model, optimizer, recipe=recipe)
 
     points = _marks(settings.steps)
     lines: dict[str, list[float]] = {line: [] for line in ("SGD-FP", "SWA-FP", "SGD-LP", "SWALP")}
     for step, (x, y) in enumerate(_batches(inputs.float(), targets.float(), settings), start=1 - settings.warmup):
         optimizer.zero_grad()
         # A sum over copies and lines: each has the gradient that it would have alone.
-        (0.5 * (module(x) - y.unsqueeze(-1)).square().mean(1)).sum().backward()
+        (0.5 * (model(x) - y.unsqueeze(-1)).square().mean(1)).sum().backward()
         optimizer.step()
         if step > 0:
             swalp.update_average()

@@ -46,12 +46,12 @@ def reported(args: argparse.Namespace) -> str:
     recipe = swalp_fx.Recipe.parse(args.recipe)
     model = models.build(args.model, args.num_classes, *shape)
     trial.of_model(args.model, model, *shape)
-    module, _ = swalp_fx.convert(model, recipe=recipe)
+    module, _ = swalp_fx.convert(model.eval(), recipe=recipe)  # train mode may want more than one sample
     with trial.of_recipe(args.recipe):
         text = swalp_fx.report(module, models.example(*shape))
     if args.draw:
         draw(module, args.draw)
-    return f"{module.print_readable(print_output=False)}\n{text}" if args.graph else text
+    return f"{module.graphs}\n{text}" if args.graph else text
 
 
 def draw(module: nn.Module, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Runs the commands behind the figures of the pages again, and writes their tables and pictures into the pages.
 
-    python tools/results.py              all of them: some hours of two cores; what is there in runs/ is not run again
+    python tools/results.py              all of them: some hours of one core; what is there in runs/ is not run again
     python tools/results.py ordering     one of them
 
 A page has a table between two comments, "results: NAME" and "end of NAME". Prose that quotes figures is not changed.
@@ -36,7 +36,6 @@ class Figure:
     page: str
     pictures: tuple[str, ...] = ()  # in the run's folder
     drawn: str = ""  # {results} and {out} in it are replaced; the picture is NAME.svg
-    threads: int = 1  # of the command: with more, sums depend on their number
     caption: str = ""  # puts the picture above the table; without it, the page has it already
 
     def words(self, folder: Path) -> list[str]:
@@ -61,10 +60,9 @@ FIGURES = {
         "README.md",
     ),
     "fashion-mnist": Figure(
-        "tools/train.py --config tools/configs/fashion-mnist.toml --seeds 3",
+        "tools/train.py --config tools/configs/fashion-mnist.toml --seeds 3 --score-last",
         "docs/results.md",
         drawn="tools/bits.py {results} --out {out}",
-        threads=2,
         caption="Test error against the bits of every role, for three networks: SGD-LP and SWALP",
     ),
 }
@@ -74,7 +72,7 @@ def refresh(name: str, root: Path, runs: Path) -> None:
     """Runs what is not run yet, and writes the page and the pictures below ``root``."""
     figure, folder = FIGURES[name], runs / name
     if not is_done(folder, figure):
-        _call(figure.words(folder), root, figure.threads)
+        _call(figure.words(folder), root)
     record = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     page = root / figure.page
     files.write(page, placed(page.read_text(encoding="utf-8"), name, section(name, record, figure)).encode())
@@ -96,10 +94,10 @@ def is_done(folder: Path, figure: Figure) -> bool:
     return words[:out] + words[out + 2 :] == shlex.split(figure.command)
 
 
-def _call(words: Sequence[str], root: Path, threads: int = 1) -> None:
-    """Ends with the status of what failed. A fixed number of threads gives the same sums on any machine."""
+def _call(words: Sequence[str], root: Path) -> None:
+    """Ends with the status of what failed. One thread: with more, sums depend on their number."""
     show("python " + shlex.join(words))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     status = subprocess.run([sys.executable, *words], cwd=root, env=environment).returncode
     if status:
         raise SystemExit(status)

@@ -99,7 +99,7 @@ class Runs:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        self.module, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe(text))
+        _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe(text))
 
     @property
     def averaging(self) -> bool:
@@ -110,27 +110,27 @@ class Runs:
         settings, steps = self.settings, self.settings.steps(self.dataset)
         generator = torch.Generator().manual_seed(fold_in(settings.seed, self.epoch) >> 1)
         order = torch.rand(settings.seeds, len(self.dataset.train_targets), generator=generator).argsort(1)
-        self.module.train()
+        self.model.train()
         for step, index in enumerate(order.split(settings.batch_size, 1)):
             self.optimizer.param_groups[0]["lr"] = learning_rate(self.epoch + step / steps, settings)
             inputs, targets = self.dataset.train_inputs[index].flatten(2), self.dataset.train_targets[index]
             self.optimizer.zero_grad()
             # A sum over seeds: each has the gradient that it would have alone.
-            loss = F.cross_entropy(self.module(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
             (loss / index.shape[1]).backward()
             self.optimizer.step()
             after_step()
         self.epoch += 1
 
-    def errors(self, module: nn.Module) -> Tensor:
-        return errors(module, self.dataset, self.settings.seeds)
+    def errors(self, model: nn.Module) -> Tensor:
+        return errors(model, self.dataset, self.settings.seeds)
 
 
 @torch.no_grad()
-def errors(module: nn.Module, dataset: Dataset, seeds: int) -> Tensor:
+def errors(model: nn.Module, dataset: Dataset, seeds: int) -> Tensor:
     """Test error in % of each seed [S], float64."""
     inputs = dataset.test_inputs.flatten(1).expand(seeds, -1, -1)
-    wrong = module.eval()(inputs).argmax(-1) != dataset.test_targets
+    wrong = model.eval()(inputs).argmax(-1) != dataset.test_targets
     return 100 * wrong.double().mean(1)
 
 
@@ -150,7 +150,7 @@ def scores(text: str, settings: Training, dataset: Dataset, on_step: Callable[[]
     history = []
     for _ in range(settings.epochs):
         runs.train_epoch(after_step)
-        history.append(runs.errors(runs.module))
+        history.append(runs.errors(runs.model))
     return {
         "warm-up": history[settings.average_from - 1],
         "last": history[-1],

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+import overhead
+import qpytorch
 import swalp_fx
 
 RECIPE = "bfp8[0]"
@@ -63,7 +65,7 @@ def measure(
         images, labels = torch.randn(BATCH, 3, SIZE, SIZE, device=device), torch.randint(10, (BATCH,), device=device)
         if not (found := swalp_fx.check(model, images[:2])):
             raise SystemExit(f"{name}: {found}; so the speed says nothing")
-        contenders = [make(copy.deepcopy(model)) for make in (in_float, in_low_precision, in_qpytorch)]
+        contenders = [make(copy.deepcopy(model)) for make in (in_float, in_identity, in_low_precision, in_qpytorch)]
         by_turns = [contender for contender in contenders if contender is not None]
         run(once, by_turns, images, labels)
         of_float = min(map(sum, by_turns[0].seconds))
@@ -91,29 +93,21 @@ def in_float(model: nn.Module) -> Contender:
     return Contender("float", model, _sgd(model))
 
 
+def in_identity(model: nn.Module) -> Contender:
+    """The graph with all its nodes, none of which rounds, and the step in float."""
+    return Contender("identity formats", overhead.with_identity(model), _sgd(model))
+
+
 def in_low_precision(model: nn.Module) -> Contender:
     optimizer = _sgd(model)
-    return Contender(f"swalp_fx {RECIPE}", swalp_fx.convert(model, optimizer, recipe=RECIPE).module, optimizer)
+    swalp_fx.convert(model, optimizer, recipe=RECIPE)
+    return Contender(f"swalp_fx {RECIPE}", model, optimizer)
 
 
 def in_qpytorch(model: nn.Module) -> Contender | None:
-    """QPyTorch's small-block simulation, if it is there: a Quantizer behind each layer but the last, its optimizer for
-    the rest. What a function adds or flattens, it leaves alone."""
+    """If QPyTorch is there."""
     try:
-        from qtorch import BlockFloatingPoint
-        from qtorch.optim import OptimLP
-        from qtorch.quant import Quantizer, quantizer
+        optimizer = qpytorch.in_low_precision(model, _sgd(model), bits=8)
     except ImportError:
         return None
-    number = BlockFloatingPoint(wl=8, dim=0)
-    both = {"forward_number": number, "backward_number": number}
-    both |= {"forward_rounding": "stochastic", "backward_rounding": "stochastic"}
-    *layers, _ = (module for module in model.modules() if not any(True for _ in module.children()))
-    rounded = Quantizer(**both)
-    for layer in layers:
-        if not isinstance(layer, (nn.Dropout, nn.Identity, nn.Flatten)):
-            layer.register_forward_hook(lambda module, inputs, output: rounded(output))
-    one = quantizer(forward_number=number, forward_rounding="stochastic")
-    return Contender(
-        "QPyTorch bfp8, dim 0", model, OptimLP(_sgd(model), weight_quant=one, grad_quant=one, momentum_quant=one)
-    )
+    return Contender("QPyTorch bfp8, dim 0", model, optimizer)

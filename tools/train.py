@@ -41,19 +41,22 @@ INPUT_ERRORS = (data.DataError, ConfigError, *trial.INPUT_ERRORS)
 RESULTS = "results.json"
 
 
-def train(name: str, line: Line, folder: Path | None) -> dict[str, Any]:
-    """The line's result after the epochs it still lacks, with a checkpoint in ``folder`` after each."""
+def train(name: str, line: Line, folder: Path | None, score_last: bool) -> dict[str, Any]:
+    """The line's result after the epochs it still lacks, with a checkpoint in ``folder`` after each.
+
+    score_last: of the epochs the last one alone is scored.
+    """
     epochs, steps, done = line.settings.epochs, len(line.dataset.train(line.settings.batch_size)), len(line.epochs)
     with Progress(name, line.dataset.metric, epochs, steps, done) as progress:
-        for _ in range(done, epochs):
-            line.train_epoch(progress.step)
+        for epoch in range(done, epochs):
+            line.train_epoch(progress.step, score=not score_last or epoch + 1 == epochs)
             if folder:
                 line.save(checkpoint.path_of(folder, name))
             progress.end_epoch(line.epochs[-1])
     return line.result()
 
 
-def train_all(plans: dict[str, Plan], workshop: Workshop, command: str) -> dict[str, dict[str, Any]]:
+def train_all(plans: dict[str, Plan], workshop: Workshop, command: str, score_last: bool) -> dict[str, dict[str, Any]]:
     """Each run's result. Ctrl-C says how to go on, and exits."""
     results: dict[str, dict[str, Any]] = {}
     name, line = "", None
@@ -61,7 +64,7 @@ def train_all(plans: dict[str, Plan], workshop: Workshop, command: str) -> dict[
         for name in plans:
             line = None  # one at a time: there may be more of them than memory holds
             line = workshop.line(name)
-            results[name] = train(name, line, workshop.folder)
+            results[name] = train(name, line, workshop.folder, score_last)
     except KeyboardInterrupt:
         done = 0 if line is None else line.saved if workshop.folder else len(line.epochs)
         way = way_on(workshop.folder, command)
@@ -171,6 +174,7 @@ def command_line() -> CommandLine:
         default=1,
         help="of each line, from --seed on (default: 1)",
     )
+    add("--score-last", action="store_true", help="score no epoch but the last: quicker, and all that the table needs")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", metavar="DIR", type=Path, help="write results.json, and a checkpoint of each line after each epoch")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -322,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     except INPUT_ERRORS as error:
         parser.refuse(error)
     try:
-        results = train_all(plans, workshop, command)
+        results = train_all(plans, workshop, command, args.score_last)
         printed = f"{describe([*results.values()])}\n\n{table([*results.values()], dataset.metric)}"
         show(printed)
         if folder:

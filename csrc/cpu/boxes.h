@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <memory>
 
 #include "../layout.h"
 
@@ -88,6 +90,25 @@ class Boxes {
       f(box);
       for (int d = layout.rank - 1; d >= 0 && ++at[d] == boxes_along(d); --d) at[d] = 0;
     }
+  }
+};
+
+// What a thread brings boxes together in. It keeps it from call to call: the stacks of some threads are smaller, and fresh
+// memory would cost page faults.
+struct Room {
+  alignas(64) uint32_t made[Boxes::kMost];       // the draws of a box, in row-major order
+  alignas(64) uint32_t in_memory[Boxes::kMost];  // and in the order of memory
+  alignas(64) std::byte elements[Boxes::kMost * sizeof(double)];
+
+  template <class S>
+  S* of() {
+    static_assert(sizeof(S) <= sizeof(double));
+    return reinterpret_cast<S*>(elements);
+  }
+
+  static Room& of_thread() {
+    thread_local const std::unique_ptr<Room> room(new Room);
+    return *room;
   }
 };
 

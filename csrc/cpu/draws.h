@@ -151,7 +151,7 @@ struct Runs {
 // The draws of a box of elements, which may lie in any order.
 class DrawsOfBox {
  public:
-  explicit DrawsOfBox(const Random& random) : draws(random) {}
+  DrawsOfBox(const Random& random, Room& room) : draws(random), made(room.made), in_memory(room.in_memory) {}
 
   // In the order of the box's loops.
   const uint32_t* of(const Layout& box, const Runs& elements) {
@@ -183,8 +183,8 @@ class DrawsOfBox {
  private:
   static constexpr int64_t kPiece = 256;
   Draws draws;
-  alignas(64) uint32_t made[Boxes::kMost];
-  alignas(64) uint32_t in_memory[Boxes::kMost];
+  uint32_t* const made;
+  uint32_t* const in_memory;
 
   // In row-major order, as `rows` goes through them.
   void make(const Layout& rows, const Runs& elements) {

@@ -142,10 +142,10 @@ template <class S>
 __attribute__((noinline)) void maxima_of_blocks(const Layout& layout, const S* x, typename Ieee<Compute<S>>::Bits* maxima) {
   const Layout in_memory = in_memory_order(layout);
   Boxes::of_memory(in_memory, false, is_scattered(in_memory) ? Boxes::kFew : Boxes::kMost).for_each([&](auto each) {
-    alignas(64) S room[Boxes::kMost];
     each([&](const Layout& part) {
       const Layout box = in_memory_order(part);
       if (!is_scattered(box)) return maxima_of_box(box, x, maxima);
+      S* const room = Room::of_thread().of<S>();
       gather(box, x, room);
       maxima_of_box(together(box), room, maxima);
     });
@@ -413,8 +413,9 @@ __attribute__((noinline)) void quantize_boxes(const Rounder<S, Format, Round>& r
   });
   const Boxes boxes = ordered ? Boxes::of_memory(layout, false, Boxes::kFew) : Boxes::of_both(layout);
   boxes.for_each([&](auto each) {
-    DrawsOfBox draws(random);
-    alignas(64) S room[Boxes::kMost];
+    Room& of_thread = Room::of_thread();
+    DrawsOfBox draws(random, of_thread);
+    S* const room = of_thread.of<S>();
     each([&](const Layout& part) {
       const Layout box = in_memory_order(part);
       // The elements are on their way while the draws are made.

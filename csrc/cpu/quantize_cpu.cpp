@@ -246,6 +246,10 @@ struct Cpu {
         return Of::calls(xs, {numbers...}, rounding, bits, key, streams.empty() ? none : streams);
       };
       auto of_weights = calls(weights, weight_streams), of_gradients = calls(gradients, gradient_streams);
+      std::vector<Tensor> all = weights;
+      all.insert(all.end(), gradients.begin(), gradients.end());
+      all.insert(all.end(), momenta.begin(), momenta.end());
+      require(!share_memory(all), Op::name, "weights, gradients or momenta share memory; use the optimizer's own step");
       auto of_momenta = calls(momenta.empty() ? gradients : momenta, momentum_streams);
       for_each_piece(of_weights.data(), of_weights.size(), [&](size_t i, const Cover& piece) {
         if (!gradient_streams.empty()) of_gradients[i].in_place(piece);
@@ -292,6 +296,7 @@ struct Cpu {
 
   template <class Format>
   struct PlanOf final : Plan {
+    const char* op;
     Format format;
     Cover cover;
     ScalarType type;
@@ -300,7 +305,7 @@ struct Cpu {
 
     template <class OneCall>
     explicit PlanOf(const OneCall& call)
-        : format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
+        : op(OneCall::op), format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
       drawing.key.reset();
     }
 
@@ -308,12 +313,14 @@ struct Cpu {
       Drawing drawn = drawing;
       drawn.random.key = key;
       drawn.random.stream = stream;
+      check_memory(from);
       if (!cover.layouts.empty()) run_at(format, cover, type, from, to, drawn);
     }
 
     // Where rounding to nearest keeps a number, every rounding does, as long as scales are powers of two.
     bool keeps(const void* from) const override {
       if constexpr (Format::exact) {
+        check_memory(from);
         std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
         if (!kept) return false;
         for_each_piece(this, 1, [&](size_t, const Cover& piece) {
@@ -325,6 +332,11 @@ struct Cpu {
     }
 
    private:
+    // Sizes and strides are the plan's, but whoever has them may have no memory.
+    void check_memory(const void* x) const {
+      require(cover.layouts.empty() || x != nullptr, op, kNoMemory);
+    }
+
     bool keeps_piece(const Cover& piece, const void* from) const {
       bool changed = false;
       with_scalar(type, [&](auto zero) {

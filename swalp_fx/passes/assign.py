@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 
-from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..capture import ConvertError, name_of
 from ..formats import FLOAT
+from ..random import stream_of
 from ..recipe import Recipe, Subject
-from .classify import LAYER_PARTS, PART, attribute, is_derived, kinds_of, parameter_subjects, place
+from .captured import LAYER, PARAMETER, UPDATE, Scope
+from .classify import OUT
+from .names import PART, base_name, derived_name, is_derived, place, subject
+from .operations import name_of
+from .tables import LAYER_PARTS
 
-__all__ = ["SITE", "Output", "Scope", "Site", "Weight", "assign", "parameters_read", "subjects"]
+__all__ = ["SITE", "Output", "Site", "Weight", "assign", "subjects"]
 
 ADDS = ("add", "iadd")
 
@@ -43,80 +45,89 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Scope:
-    """Where a graph's root stands in the model whose names the recipe uses: ``Scope.of(root)`` is the model itself."""
-
-    path: str = ""
-    parameters: dict[str, tuple[Subject, ...]] = field(default_factory=dict)  # by their names in the root
-
-    @classmethod
-    def of(cls, root: nn.Module) -> Scope:
-        return cls("", parameter_subjects(root))
-
-    def subject(self, node: Node, root: nn.Module) -> Subject:
-        """What the recipe sees of a classified node."""
-        return place(node, self.path), kinds_of(node, root)
-
-
-@dataclass(frozen=True)
 class Site:
-    """What is quantized around one node."""
+    """What is quantized of one node: a parameter, or a layer's output."""
 
-    weights: tuple[tuple[str, Weight], ...] = ()  # the parameters it reads, by their names in the module it calls
+    weight: Weight | None = None
     output: Output | None = None
 
 
-def assign(
-    graph: Graph, root: nn.Module, recipe: Recipe, *, scope: Scope | None = None, identity: bool = False
-) -> Graph:
+def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False) -> Graph:
     """Writes ``node.meta[SITE]`` on every node with something to quantize; returns the classified ``graph``.
 
-    Streams are numbered in the order of the graph. A role in ``float`` has no site; with ``identity`` it has, so that
-    a graph full of nodes can be shown to compute what the model computes.
+    A stream is a hash of the place: it is the same whatever graph was made first. A role in ``float`` has no site; with
+    ``identity`` it has, so that a graph full of nodes can be shown to compute what the model computes.
 
-        conv = self.conv(x)         Site(weights=(("weight", Weight("conv.weight", 0, "bfp8[0]", "stochastic")),),
-                                         output=Output(1, "bfp8[0]", "bfp8[0]", "stochastic"))
-        relu = torch.relu(conv)     Site(output=Output(2, "bfp8[0]", "bfp8[0]", "stochastic"))
-        fc = self.fc(relu)          Site(weights=(("weight", Weight("fc.weight", 3, ...)),))    the logits: no output
+        conv_weight = placeholder                Site(weight=Weight("conv.weight", 2750919342, "bfp8[0]", "stochastic"))
+        conv = conv2d(x, conv_weight, ...)       Site(output=Output(1325632447, "bfp8[0]", "bfp8[0]", "stochastic"))
+        relu = relu(conv)                        Site(output=Output(3041826051, "bfp8[0]", "bfp8[0]", "stochastic"))
+        fc = linear(relu, fc_weight, fc_bias)    the logits: no output
         return fc
     """
-    scope = scope or Scope.of(root)
-    names = {id(parameter): name for name, parameter in root.named_parameters()}
-    local = {name: recipe.at(*subjects) for name, subjects in scope.parameters.items()}
-    placed = _placed(graph, root, recipe, scope)
-    streams = count()
-    weights: dict[str, Weight] = {}
+    placed = _placed(graph, recipe, scope)
     for node in graph.nodes:
-        site_weights = []
-        for alias, parameter in parameters_read(node, root):
-            name = names[id(parameter)]
-            if local[name].weight == FLOAT and not identity:
-                continue
-            if local[name].weight != FLOAT:
-                _refuse_renormalised(node, alias, root)
-            if is_derived(node, root):
-                site_weights = [("", Weight(str(node.target), next(streams), str(local[name].weight), recipe.rounding))]
-                break
-            if name not in weights:
-                weights[name] = Weight(name, next(streams), str(local[name].weight), recipe.rounding)
-            site_weights.append((alias, weights[name]))
-        output = None
-        if node in placed:
-            here = recipe.at(scope.subject(node, root))
+        weight = output = None
+        if node.meta[PART] == "parameter":
+            weight = _weight(node, recipe, scope, identity)
+        elif node in placed:
+            here = recipe.at(subject(node))
             if identity or here.activation != FLOAT or here.error != FLOAT:
                 formats = str(here.activation), str(here.error), recipe.rounding
-                output = Output(next(streams), *formats, returned=recipe.quantize_logits)
-        if site_weights or output:
-            node.meta[SITE] = Site(tuple(site_weights), output)
+                returned = is_rounded_where_returned(recipe, scope) or _is_kept(node)
+                output = Output(_output_stream(node, scope), *formats, returned=returned)
+        if weight or output:
+            node.meta[SITE] = Site(weight, output)
     return graph
 
 
-def subjects(graph: Graph, root: nn.Module, scope: Scope) -> Iterator[Subject]:
+def is_rounded_where_returned(recipe: Recipe, scope: Scope) -> bool:
+    """Whether what a graph gives is rounded too: the recipe may want logits rounded, and what one graph gives to the
+    next is read there."""
+    return recipe.quantize_logits or not scope.returns
+
+
+def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight | None:
+    value = node.meta.get("example_value")
+    if value is not None and not value.is_floating_point():
+        return None
+    name = place(node)
+    if is_derived(node):  # what derives it may derive it from several; the first says how it is rounded
+        beginning = f"{node.meta[LAYER].path}."
+        subjects = next((each for key, each in scope.parameters.items() if key.startswith(beginning)), None)
+        if subjects is None:
+            return None
+    elif (name := node.meta.get(PARAMETER, "")) in scope.parameters and not derived_name(name):
+        subjects = scope.parameters[name]
+    else:  # rounded where a checkpoint is called, and read in it; or a weight is derived of it, which is rounded
+        return None
+    format = recipe.at(*subjects).weight
+    return Weight(name, _free(scope, name), str(format), recipe.rounding) if identity or format != FLOAT else None
+
+
+def _output_stream(node: Node, scope: Scope) -> int:
+    """By place: which module, which operation, how many of those came before, and where the code went on."""
+    name, operation = (place(node), "input") if node.op == "placeholder" else (base_name(node), name_of(node))
+    number = scope.uses[name, operation]
+    scope.uses[name, operation] += 1
+    return _free(scope, name, operation, str(number), scope.place)
+
+
+def _free(scope: Scope, *place: str) -> int:
+    """The stream of a place; of a second place with the same hash, as two of 100,000 may have, another."""
+    stream = stream_of(*place)
+    while stream in scope.streams:
+        place = (*place, "again")
+        stream = stream_of(*place)
+    scope.streams.add(stream)
+    return stream
+
+
+def subjects(graph: Graph) -> Iterator[Subject]:
     """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
-    return (scope.subject(node, root) for node in graph.nodes if node.meta[PART] in ("input", *LAYER_PARTS))
+    return (subject(node) for node in graph.nodes if node.meta[PART] in ("input", *LAYER_PARTS))
 
 
-def _placed(graph: Graph, root: nn.Module, recipe: Recipe, scope: Scope) -> set[Node]:
+def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
     """The nodes whose output is rounded.
 
     every               each layer output
@@ -129,18 +140,20 @@ def _placed(graph: Graph, root: nn.Module, recipe: Recipe, scope: Scope) -> set[
     """
     ends = _group_ends(graph) if recipe.placement == "group" else set()
     parts = LAYER_PARTS if recipe.placement == "every" else recipe.placement.split("+")
+    returned = is_rounded_where_returned(recipe, scope)
     placed = set()
     for node in graph.nodes:
         part = node.meta[PART]
         if part not in ("input", *LAYER_PARTS):
             continue
-        name = place(node, scope.path)
+        name = place(node)
         if part == "input":
-            wanted = recipe.quantize_input and any(user.meta[PART] != "number" for user in node.users)
+            is_number = all(user.meta[PART] == "number" for user in node.users)
+            wanted = recipe.quantize_input and scope.enters and not is_number
         else:
             wanted = node in ends or part in parts or recipe.includes(name)
-            wanted = wanted and (_is_read(node) or (recipe.quantize_logits and bool(node.users)))
-        if wanted and not recipe.excludes(name):
+        is_read = _is_read(node) or (returned and bool(node.users))
+        if wanted and is_read and not recipe.excludes(name):
             placed.add(node)
     return placed
 
@@ -168,40 +181,30 @@ def _group_ends(graph: Graph) -> set[Node]:
 
 
 def _goes_on(node: Node) -> Node | None:
-    if len(node.users) != 1:
+    readers = _readers(node)
+    if len(readers) != 1:
         return None
-    (user,) = node.users
+    (user,) = readers
     if user.meta[PART] in ("norm", "activation"):
-        return user if user.all_input_nodes[0] is node else None  # not its weight
-    if user.meta[PART] == "arithmetic" and name_of(user).rstrip("_") in ADDS and len(user.users) == 1:
-        return user if next(iter(user.users)).meta[PART] == "activation" else None
+        is_weight = node in user.all_input_nodes[1:]
+        return None if is_weight else user
+    if user.meta[PART] == "arithmetic" and name_of(user).rstrip("_") in ADDS:
+        behind = [reader.meta[PART] for reader in _readers(user)]
+        return user if behind == ["activation"] else None
     return None
 
 
-def parameters_read(node: Node, root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The floating parameters that ``node`` reads, by their names in the module it calls ("" for an attribute)."""
-    if node.op == "get_attr" and node.meta[PART] == "parameter":
-        named = iter([("", attribute(root, str(node.target)))])
-    elif node.op == "call_module":
-        named = root.get_submodule(str(node.target)).named_parameters(remove_duplicate=False)
-    else:
-        return
-    yield from ((name, parameter) for name, parameter in named if parameter.is_floating_point())
-
-
-def _refuse_renormalised(node: Node, alias: str, root: nn.Module) -> None:
-    """Raises ConvertError if the layer whose weight is ``alias`` in ``node``'s module writes into it in its forward."""
-    if node.op != "call_module":
-        return
-    path = ".".join(filter(None, [str(node.target), alias.rpartition(".")[0]]))
-    layer = root.get_submodule(path)
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
-        raise ConvertError(
-            f"{path or 'the model'}: max_norm makes {type(layer).__name__} write into its weight in its forward, where "
-            "a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight in float"
-        )
+def _readers(node: Node) -> set[Node]:
+    """Who reads ``node``: a layer is one reader, its output, whatever it does inside."""
+    readers = ((_readers(user) if user.meta[PART] == "inside" else {user}) for user in node.users)
+    return set().union(*readers)
 
 
 def _is_read(node: Node) -> bool:
-    """Whether a later layer reads it: what the model only returns (its logits) is left as it is."""
-    return any(user.meta[PART] not in ("exit", "output") for user in node.users)
+    """Whether a later layer reads it, or a later call: what the model only returns (its logits) is left as it is."""
+    return _is_kept(node) or any(user.meta[PART] not in OUT for user in node.users)
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether a buffer is set to it."""
+    return bool(node.meta.get(UPDATE))

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.fx import Graph, Node
 
 from .. import nodes
-from ..capture import writes
 from ..formats import FLOAT, parse
-from ..modes import SWITCHES
-from .classify import LAYER_PARTS, PART, is_listed
-from .reuse import OVERWRITES, layer_of, operation_of, sole_reader
+from .names import PART
+from .operations import SWITCHES, writes
+from .reuse import OVERWRITES, operation_of, sole_reader
+from .tables import LAYER_PARTS, part_of
 
 __all__ = ["MASKS", "POOLS", "elide"]
 
 ACTIVATION, ERROR = 3, 4  # places of quantize_output's arguments
 
-# Functions and methods by name, layers by the class whose forward they run.
-
 # What leaves some numbers of its first input as they are and makes zeros of the others; backwards, of the gradient.
-MASKS = "ReLU relu relu_"
+MASKS = "relu relu_"
 # What passes some numbers of its input on, each within the index of the first dimension that it had, in the same dtype.
 # (In three dimensions autocast casts them on the CPU.)
 POOLS = """
-    MaxPool1d MaxPool2d AdaptiveMaxPool1d AdaptiveMaxPool2d
     max_pool1d max_pool2d adaptive_max_pool1d adaptive_max_pool2d
 """
 
 
-def elide(graph: Graph, root: nn.Module) -> Graph:
+def elide(graph: Graph) -> Graph:
     """Marks the quantize_output nodes of ``graph`` that would keep the very numbers they get; returns ``graph``.
 
     An activation is kept if it is some of the numbers of a tensor rounded to its format, and nobody writes into the
@@ -39,17 +35,17 @@ def elide(graph: Graph, root: nn.Module) -> Graph:
 
     Before:
 
-        conv_q = quantize_output(conv, key, 1, "bfp8[0]", "bfp8[0]", "stochastic")
+        conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "nearest")
         relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 2, "bfp8[0]", "bfp8[0]", "stochastic")
-        fc = call_layer(fc_module, {"weight": fc_weight_q}, relu_q)
+        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest")
+        fc = linear(relu_q, fc_weight_q, fc_bias_q)
 
     After:
 
-        conv_q = quantize_output(conv, key, 1, "bfp8[0]", "bfp8[0]", "stochastic", kept="E")    relu_q rounds it
+        conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "nearest", kept="E")    relu_q rounds it
         relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 2, "bfp8[0]", "bfp8[0]", "stochastic", kept="A")    conv_q has rounded it
-        fc = call_layer(fc_module, {"weight": fc_weight_q}, relu_q)
+        relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest", kept="A")    conv_q has rounded it
+        fc = linear(relu_q, fc_weight_q, fc_bias_q)
     """
     switches = 0
     mode: dict[Node, int] = {}
@@ -57,24 +53,24 @@ def elide(graph: Graph, root: nn.Module) -> Graph:
         switches += node.target in SWITCHES
         mode[node] = switches
     for node in graph.find_nodes(op="call_function", target=nodes.quantize_output):
-        letters = "A" if _keeps_activation(node, root) else ""
-        behind = _rounds_its_error(node, root)
+        letters = "A" if _keeps_activation(node) else ""
+        behind = _rounds_its_error(node)
         letters += "E" if behind is not None and mode[behind] == mode[node] else ""
         if letters:
             node.kwargs = {**node.kwargs, "kept": letters}
     return graph
 
 
-def _keeps_activation(node: Node, root: nn.Module) -> bool:
+def _keeps_activation(node: Node) -> bool:
     made: Any = node.args[0]
     activation = node.args[ACTIVATION]
-    module, inputs = layer_of(made, root)
+    inputs = made.args
     if len(made.users) != 1 or not inputs or not _rounds(inputs[0], ACTIVATION, activation):
         return False
-    operation = operation_of(made, root)
-    is_pool = operation in POOLS.split() and _is_within_rows(activation) and not _is_dilated(made, module)
+    operation = operation_of(made)
+    is_pool = operation in POOLS.split() and _is_within_rows(activation) and not _is_dilated(made)
     fits = operation in MASKS.split() or is_pool
-    return fits and _is_only_read(node, root) and _is_only_read(inputs[0], root, but=made)
+    return fits and _is_only_read(node) and _is_only_read(inputs[0], but=made)
 
 
 def _rounds(node: Any, role: int, format: Any) -> bool:
@@ -89,39 +85,38 @@ def _is_within_rows(format: Any) -> bool:
     return getattr(blocks, "tile", None) is None and getattr(blocks, "dims", None) in (None, (0,))
 
 
-def _is_dilated(node: Node, module: nn.Module | None) -> bool:
+def _is_dilated(node: Node) -> bool:
     """Whether a window may miss the input, between padding and padding: its maximum is -infinity."""
     by_place = node.args[4] if len(node.args) > 4 else 1  # behind the input, kernel size, stride and padding
-    dilation = node.kwargs.get("dilation", by_place) if module is None else getattr(module, "dilation", 1)
-    return dilation not in (1, (1,), (1, 1))
+    return node.kwargs.get("dilation", by_place) not in (1, (1,), (1, 1))
 
 
-def _is_only_read(node: Node, root: nn.Module, but: Node | None = None) -> bool:
+def _is_only_read(node: Node, but: Node | None = None) -> bool:
     """Whether nothing, ``but`` one reader, may write into the memory of ``node``'s output, or hand it on."""
-    return all(_reads(reader, node, root) for reader in node.users if reader is not but)
+    return all(_reads(reader, node) for reader in node.users if reader is not but)
 
 
-def _reads(reader: Node, node: Node, root: nn.Module) -> bool:
+def _reads(reader: Node, node: Node) -> bool:
     """Whether ``reader`` is known to do no more: neither it, nor who reads a view that it may be."""
-    if writes(reader, root) and not _is_another(reader.args[:1], node):
+    if writes(reader) and not _is_another(reader.args[:1], node):
         return False
     if "out" in reader.kwargs and not _is_another((reader.kwargs["out"],), node):
         return False
-    part = reader.meta.get(PART)
-    if part == "movement":
-        return _is_only_read(reader, root)
-    is_known = operation_of(reader, root) is not None and is_listed(reader, layer_of(reader, root)[0])
-    return part == "number" or (part in LAYER_PARTS and is_known)
+    part, operation = reader.meta.get(PART), operation_of(reader)
+    known = part_of(operation) if operation is not None else None
+    if part == "movement" or (part == "inside" and known == "movement"):
+        return _is_only_read(reader)
+    return part == "number" or (part in (*LAYER_PARTS, "inside") and known is not None)
 
 
 def _is_another(written: tuple[Any, ...], node: Node) -> bool:
     return len(written) == 1 and isinstance(written[0], Node) and written[0] is not node
 
 
-def _rounds_its_error(node: Node, root: nn.Module) -> Node | None:
+def _rounds_its_error(node: Node) -> Node | None:
     """The node that rounds what all of ``node``'s error signal is some numbers of, to the same format."""
-    reader = sole_reader(node, root)
-    if reader is None or len(reader.users) != 1 or operation_of(reader, root) not in (*MASKS.split(), *OVERWRITES):
+    reader = sole_reader(node)
+    if reader is None or len(reader.users) != 1 or operation_of(reader) not in (*MASKS.split(), *OVERWRITES):
         return None
     if [*reader.args, *reader.kwargs.values()].count(node) != 1:  # its gradient is a sum
         return None

@@ -6,145 +6,118 @@ import copy
 from typing import Any
 
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from .. import nodes
-from ..capture import ROOT
-from .assign import SITE, Site, Weight
-from .classify import PART
+from .assign import SITE, Output, Site, Weight
+from .captured import KEPT, LAYER, MODULE
+from .classify import OUT
+from .names import PART, place
+from .tables import LAYER_PARTS
 
-__all__ = ["insert"]
+__all__ = ["KEY", "insert"]
 
-INHERITED = ("nn_module_stack", "stack_trace")  # what an inserted node keeps of the node it serves
+KEY = "key"  # the placeholder of a rewritten graph, its first, that the random key is given by
+# What an inserted node has of the node that it rounds: where it stands, for reports, drawings and error messages.
+INHERITED = ("nn_module_stack", "stack_trace", MODULE, LAYER)
 
 
-def insert(graph: Graph) -> Graph:
-    """A new graph that quantizes at every site of ``graph``, which stays as it is.
+def insert(graph: Graph, *, keyed: bool) -> Graph:
+    """A copy of ``graph`` in which each assigned site is read through a quantize node; the old graph is unchanged.
 
-    A parameter is quantized where it is first read, and once; whoever reads a layer's output reads it quantized,
-    except the model's own output. A key is drawn only if something rounds stochastically.
+    keyed: its first placeholder is the random key of one run; without one, stochastic rounds to nearest.
+    A weight is rounded just before its first reader: fewer copies live at a time.
 
     Before:
 
-        conv = self.conv(x)
-        relu = torch.relu(conv)
-        fc = self.fc(relu)
-        return fc
+        def forward(self, x, conv_weight, fc_weight):
+            conv = conv2d(x, conv_weight)
+            relu = relu(conv)
+            fc = linear(relu, fc_weight)
+            return fc
 
     After:
 
-        training = self.training
-        key = draw_key(training)
-        conv_module = self.conv
-        conv_weight = self.conv.weight
-        conv_weight_q = quantize_weight(conv_weight, key, 0, "bfp8", "stochastic")
-        conv = call_layer(conv_module, {"weight": conv_weight_q}, x)
-        conv_q = quantize_output(conv, key, 1, "bfp8", "bfp8", "stochastic")
-        relu = torch.relu(conv_q)
-        relu_q = quantize_output(relu, key, 2, "bfp8", "bfp8", "stochastic")
-        fc_module = self.fc
-        fc_weight = self.fc.weight
-        fc_weight_q = quantize_weight(fc_weight, key, 3, "bfp8", "stochastic")
-        fc = call_layer(fc_module, {"weight": fc_weight_q}, relu_q)
-        return fc
+        def forward(self, key, x, conv_weight, fc_weight):
+            conv_weight_q = quantize_weight(conv_weight, key, 2750919342, "bfp8", "stochastic")
+            conv = conv2d(x, conv_weight_q)
+            conv_q = quantize_output(conv, key, 1325632447, "bfp8", "bfp8", "stochastic")
+            relu = relu(conv_q)
+            relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "stochastic")
+            fc_weight_q = quantize_weight(fc_weight, key, 1748266309, "bfp8", "stochastic")
+            fc = linear(relu_q, fc_weight_q)
+            return fc
     """
-    return _Insertion(graph).new
+    return _Insertion(graph, keyed).new
 
 
 class _Insertion:
     """One run of the pass. For each node of the old graph it keeps the node of the new one, and what readers read."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, keyed: bool) -> None:
         self.new = Graph(tracer_cls=graph._tracer_cls)
-        self.new.set_codegen(copy.deepcopy(graph._codegen))
         self.raw: dict[Node, Node] = {}
         self.read: dict[Node, Node] = {}
-        self.weights: dict[str, Node] = {}
-        self.modules: dict[str, Node] = {}
-        self.key: Node | None = None
-        wants_key = any(_is_stochastic(node.meta.get(SITE, Site())) for node in graph.nodes)
-        begun = False
+        self.key: Node | None = _placeholder(self.new, KEY) if keyed else None
+        placeholders = graph.find_nodes(op="placeholder")
+        for node in placeholders:
+            new = _placeholder(self.new, place(node).replace(".", "_").replace("@", "_"))
+            new.meta = copy.copy(node.meta)
+            self.raw[node] = self.read[node] = new
+        for node in placeholders:
+            self._quantize_output(node)
         for node in graph.nodes:
-            if not begun and node.op != "placeholder" and node.target != "training":
-                begun = True
-                self.key = self._draw_key() if wants_key else None
-                for placeholder in self.raw:  # behind the key, and all placeholders
-                    self._quantize_output(placeholder)
-            self._visit(node)
-            if begun:
+            if node.op != "placeholder":
+                self._visit(node)
                 self._quantize_output(node)
 
     def _visit(self, node: Node) -> None:
-        site: Site = node.meta.get(SITE, Site())
-        if node.meta[PART] == "parameter" and site.weights:
-            ((_, weight),) = site.weights
-            if node.op == "call_module":  # derived anew by each call, and so rounded anew
-                derived = self.new.node_copy(node, lambda source: self._source(node, source))
-                self.raw[node] = self.read[node] = self._quantize_weight(derived, weight, node)
-            else:
-                self.raw[node] = self.read[node] = self._weight(weight, node)
-            return
-        if site.weights or node.target == "":  # a bare layer is called by name, even with nothing to bind
-            new = self._call_layer(node, site)
-        else:
-            new = self.new.node_copy(node, lambda source: self._source(node, source))
+        new = self.new.node_copy(node, lambda source: self._source(node, source))
+        if node.meta[PART] in ("parameter", *LAYER_PARTS):
+            _rename(new, place(node))
+        if node.meta[PART] == "nested":
+            body, *operands = new.args
+            new.args = (body, self.key, *operands)
+            new.target = nodes.checkpointed
         self.raw[node] = self.read[node] = new
 
     def _quantize_output(self, node: Node) -> None:
-        output = node.meta.get(SITE, Site()).output
+        output: Output | None = node.meta.get(SITE, Site()).output
         if output is not None:
             new = self.raw[node]
             arguments = (new, self.key, output.stream, output.activation, output.error, output.rounding)
             self.read[node] = self._call(nodes.quantize_output, arguments, f"{new.name}_q", node)
 
     def _source(self, reader: Node, source: Node) -> Node:
-        output = source.meta.get(SITE, Site()).output
-        returned = output is not None and output.returned
-        return self.raw[source] if reader.meta[PART] in ("exit", "output") and not returned else self.read[source]
-
-    def _draw_key(self) -> Node:
-        # The flag of the root, which the captured graph reads behind its placeholders if anything uses it.
-        training = next(iter(self.new.find_nodes(op="get_attr", target="training")), None)
-        if training is None:
-            training = self.new.create_node("get_attr", "training")
-        return self.new.create_node("call_function", nodes.draw_key, (training,), name="key")
-
-    def _weight(self, weight: Weight, node: Node) -> Node:
-        if weight.parameter not in self.weights:
-            parameter = self._attribute(weight.parameter, weight.parameter, node)
-            self.weights[weight.parameter] = self._quantize_weight(parameter, weight, node)
-        return self.weights[weight.parameter]
+        site: Site = source.meta.get(SITE, Site())
+        part = reader.meta[PART]
+        if site.weight is not None:
+            if part in ("number", *OUT):
+                return self.raw[source]
+            if self.read[source] is self.raw[source]:
+                self.read[source] = self._quantize_weight(self.raw[source], site.weight, source)
+            return self.read[source]
+        if reader.op == "output" and source.meta.get(KEPT):
+            return self.read[source]
+        returned = site.output is not None and site.output.returned
+        return self.raw[source] if part in OUT and not returned else self.read[source]
 
     def _quantize_weight(self, source: Node, weight: Weight, node: Node) -> Node:
         arguments = (source, self.key, weight.stream, weight.format, weight.rounding)
         return self._call(nodes.quantize_weight, arguments, f"{source.name}_q", node)
 
-    def _call_layer(self, node: Node, site: Site) -> Node:
-        path = str(node.target)
-        if path not in self.modules:
-            self.modules[path] = self._attribute(path or ROOT, f"{path or 'layer'}_module", node)
-        weights = {name: self._weight(weight, node) for name, weight in site.weights}
-        arguments, keywords = map_arg((node.args, node.kwargs), lambda source: self._source(node, source))
-        arguments = (self.modules[path], weights, *arguments)
-        new = self.new.create_node("call_function", nodes.call_layer, arguments, keywords, name=node.name)
-        new.meta = copy.copy(node.meta)
+    def _call(self, function: Any, arguments: tuple, name: str, node: Node) -> Node:
+        new = self.new.create_node("call_function", function, arguments, name=name)
+        new.meta = {key: node.meta[key] for key in INHERITED if key in node.meta}
         return new
 
-    def _attribute(self, target: str, name: str, node: Node) -> Node:
-        new = self.new.create_node("get_attr", target, name=name.replace(".", "_"))
-        return _inherit(new, node)
 
-    def _call(self, function: Any, arguments: tuple, name: str, node: Node) -> Node:
-        return _inherit(self.new.create_node("call_function", function, arguments, name=name), node)
-
-
-def _inherit(new: Node, node: Node) -> Node:
-    new.meta = {name: node.meta[name] for name in INHERITED if name in node.meta}
-    return new
+def _placeholder(graph: Graph, name: str) -> Node:
+    """A placeholder whose argument in the generated code has its node's name."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
 
 
-def _is_stochastic(site: Site) -> bool:
-    roundings = [weight.rounding for _, weight in site.weights]
-    if site.output is not None:
-        roundings.append(site.output.rounding)
-    return any(rounding.startswith("stochastic") for rounding in roundings)
+def _rename(node: Node, name: str) -> None:
+    """``layer1.0.conv1`` is layer1_0_conv1 in the generated code."""
+    node._rename(name.replace(".", "_").replace("@", "_"))

@@ -1,22 +1,27 @@
-"""Proof that a rewritten graph is right, by rules and tables that the passes which made it do not share."""
+"""Proof that a rewritten graph is right, by rules and tables that the passes which made it do not share.
+
+Of ``node.meta`` it reads what the capture has written, and nothing that a pass writes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import torch
-from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import nodes
-from ..capture import ROOT, place_of_inplace
 from ..formats import FLOAT, Format, parse
-from ..recipe import Recipe
-from .assign import Scope
+from ..recipe import Recipe, Subject
+from .captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
 
 __all__ = ["VerifyError", "verify"]
 
@@ -25,15 +30,16 @@ class VerifyError(AssertionError):
     """A rewritten graph that is wrong: a defect of the passes, not of the model."""
 
 
-# What makes no new number, by the names of functions, methods, attributes and module types. All else must be quantized.
+# What makes no new number, by the names of functions, methods, attributes and layer types. All else must be quantized.
 MOVES = re.compile(
-    r"(?:.*flatten|.*squeeze|.*reshape|view|view_as|ravel|permute|Permute|transpose|t|T|mT|H|mH|swap(?:axes|dims)"
-    r"|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split|(?:unsafe_)?chunk|unbind|narrow"
-    r"|Flatten|Unflatten|[sg]etitem|cat|concat|concatenate|[hvd]?stack|select|(?:masked|index)_(?:select|fill)"
-    r"|index_copy|fill|zero|(?:masked_)?scatter|gather|take_along_dim|roll|flip|rot90|pad|_\w+PadNd"
-    r"|(?i:.*dropout.*)|(?i:stochastic_?depth)|(?i:drop_?block[23]d)|(?i:(?:pixel_?(?:un)?|channel_?)shuffle)|[uU]nfold|[fF]old"
-    r"|Identity|contiguous|clone|detach|copy|where|to|type|type_as|float|double|half|bfloat16|cpu|cuda|requires_grad_"
-    r"|real|imag|data|diagonal|tri[lu]|topk|sort|atleast_[123]d)"
+    r"(?:.*flatten|.*squeeze|.*reshape|view|view_as|ravel|permute|Permute|transpose|t|(?:numpy_)?T|mT|(?:matrix_)?H|mH"
+    r"|swap(?:axes|dims)|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split"
+    r"|(?:unsafe_)?chunk|unbind|narrow|Flatten|Unflatten|[sg]etitem|cat|concat|concatenate|[hvd]?stack|select"
+    r"|(?:masked|index)_(?:select|fill)|index_copy|fill|zero|(?:masked_)?scatter|gather|take_along_dim|roll|flip|rot90"
+    r"|pad|_\w+PadNd|(?i:.*dropout.*)|(?i:stochastic_?depth)|(?i:drop_?block[23]d)"
+    r"|(?i:(?:pixel_?(?:un)?|channel_?)shuffle)|[uU]nfold|[fF]old|Identity|contiguous|clone|detach|copy|where|to|type"
+    r"|type_as|float|double|half|bfloat16|cpu|cuda|requires_grad_|register_hook|real|imag|data|_get_data_attr|diagonal"
+    r"|tri[lu]|topk|sort|atleast_[123]d)"
 )
 MEASURES = re.compile(
     r"(?:size|Size|n?dim|ndimension|numel|nelement|shape|stride|len|item|dtype|device|get_device|layout|requires_grad"
@@ -70,217 +76,229 @@ PARTS = {
 
 # What computes its output in new memory, and needs it no more to differentiate.
 FORGETS = re.compile(
-    r"[lL]inear|[bB]ilinear|[cC]onv(?:_?[tT]ranspose)?[123]d|[eE]mbedding|matmul|b?mm|mv|_BatchNorm|(?:Layer|Group)Norm"
-    r"|(?:batch|layer|group)_norm|GELU|gelu|SiLU|Mish|Hardswish|LeakyReLU|add|sub|mul"
-    r"|(?:Adaptive)?AvgPool[123]d|(?:adaptive_)?avg_pool[123]d"
+    r"(?:bi)?linear|conv(?:_transpose)?[123]d|embedding|matmul|b?mm|mv|(?:batch|layer|group)_norm"
+    r"|gelu|silu|mish|hardswish|leaky_relu|add|sub|mul|(?:adaptive_)?avg_pool[123]d"
 )
 ADDS_INTO = re.compile(r"i(?:add|sub)|(?:add|sub)_")
 # What differentiates into new memory, by its first input.
 REMAKES = re.compile(
-    r"[lL]inear|[cC]onv(?:_?[tT]ranspose)?[123]d|matmul|b?mm|_BatchNorm|(?:Layer|Group)Norm|(?:batch|layer|group)_norm"
-    r"|ReLU6?|relu_?|GELU|gelu|SiLU|silu|Mish|Hardswish|LeakyReLU|[sS]igmoid|[tT]anh|mul|(?:Max|Avg)Pool[123]d"
-    r"|(?:max|avg)_pool[123]d"
+    r"linear|conv(?:_transpose)?[123]d|matmul|b?mm|(?:batch|layer|group)_norm"
+    r"|relu[6_]?|gelu|silu|mish|hardswish|leaky_relu|sigmoid|tanh|mul|(?:max|avg)_pool[123]d"
 )
 
 # What passes numbers on, zeros in place of the others, where each was; and what passes on some, each within the index
 # of the first dimension that it had.
-MASKS = re.compile(r"ReLU|relu_?")
-SELECTS = re.compile(r"(?:Adaptive)?MaxPool[12]d|(?:adaptive_)?max_pool[12]d")
+MASKS = re.compile(r"relu_?")
+SELECTS = re.compile(r"(?:adaptive_)?max_pool[12]d")
 ANY = re.compile(r".+")
-GLOBAL_HOOKS = [f"_global_{way}{before}_hooks" for way in ("forward", "backward") for before in ("", "_pre")]
 
-_OURS = (nodes.draw_key, nodes.quantize_weight, nodes.quantize_output)
+OURS = (nodes.quantize_weight, nodes.quantize_output)
+DERIVES = re.compile(r"(?:.+\.)?parametrizations\.")  # the names of parameters that weights are derived from
+NO_LAYERS = ("parameter", "input", "operand", "number", "state", "body", "nested", "moves", "inside", "outside")
 
 
 def verify(
     graph: Graph,
     captured: Graph,
-    root: nn.Module,
     recipe: Recipe,
+    scope: Scope,
     *,
-    scope: Scope | None = None,
+    keyed: bool = True,
     identity: bool = False,
 ) -> Graph:
     """``graph``, proved to be ``captured`` with every number of ``recipe`` quantized exactly once, and nothing else.
 
     Raises VerifyError, naming the node, unless
 
-    1. without its quantize nodes, the graph is the captured one, node for node and argument for argument;
-    2. every floating parameter that is read is read through one quantize node, the same for each of its readers; where
-       a parametrization derives a weight, the weight is, and not what it is derived from;
-    3. every output that the recipe's placement names is read through one quantize node, and only the model's own
-       output reads it bare, unless the recipe rounds that too;
+    1. without its key and its quantize nodes, the graph is the captured one, node for node, argument for argument;
+    2. every floating parameter is read through one quantize node, the same for each of its readers; where a
+       parametrization derives a weight, the weight is, and not what it is derived from;
+    3. every output that the recipe's placement names is read through one quantize node, and only what the model
+       returns is read bare, unless the recipe rounds that too; what a buffer is set to is rounded;
     4. nothing else is quantized: no movement, size, buffer or quantized tensor, and no input but by the recipe;
     5. formats and rounding are the recipe's at that place, its rules applied, and roles in float have no node;
-    6. no two nodes share a stream, and all draw from the one key of this forward;
+    6. no two nodes share a stream, in a checkpoint's graph and around it, and all draw from the one key of this run,
+       the first input;
     7. an output that is rounded in place is in memory of its own that nothing else reads, autograd included, and so is
        an error signal; and the recipe allows it;
     8. no mode (autocast, gradients, inference) is switched between an output and its quantize node;
     9. an activation that is left as it is has all its numbers from a tensor rounded to that format, and nothing writes
        into it; an error signal, from an error signal rounded to that format; and the recipe allows it.
     """
-    _Proof(graph, captured, root, recipe, scope or Scope.of(root), identity).run()
+    graph.lint()
+    _Proof(graph, captured, recipe, scope, keyed, identity).run()
     return graph
+
+
+class _Model:
+    """What the captured graph computes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.kinds = _kinds(graph)
+        self.exits = _exits(graph, self.kinds)
+        self.places = _places(graph, self.kinds)
+
+    def is_layer(self, node: Node) -> bool:
+        return self.kinds[node] not in NO_LAYERS and node.op != "output"
+
+    def subject(self, node: Node) -> Subject:
+        """The name of an input or output, and all that a rule may call it."""
+        layer, kinds = node.meta.get(LAYER), [self.kinds[node]]
+        if layer is not None:
+            kinds += [base.__name__ for base in layer.kind.__mro__]
+        elif node.op != "placeholder":
+            kinds += [_called(node), _called(node).rstrip("_")]
+        return self.places[node], kinds
+
+    def sources(self, node: Node) -> list[Node]:
+        """What ``node`` reads, or, where it ends a layer, what the layer reads."""
+        inner = [(self.sources(each) if self.kinds[each] == "inside" else [each]) for each in node.all_input_nodes]
+        return list(dict.fromkeys(source for each in inner for source in each))
+
+    def readers(self, node: Node) -> set[Node]:
+        """Who reads ``node``; a layer is one reader, whatever it does inside."""
+        inner = [(self.readers(user) if self.kinds[user] == "inside" else {user}) for user in node.users]
+        return set().union(*inner)
+
+    def group_ends(self) -> set[Node]:
+        """The last node of each group, found reader by reader: each node joins the group that ends in the one node it
+        continues, the earliest-begun of two."""
+        group: dict[Node, int] = {}
+        last: dict[int, Node] = {}
+        for number, node in enumerate(self.graph.nodes):
+            kind, every = self.kinds[node], self.sources(node)
+            sources = [s for s in every if s in group and last[group[s]] is s and len(self.readers(s)) == 1]
+            if kind in ("norm", "activation"):
+                sources = [source for source in sources if source is every[0] or source not in node.all_input_nodes]
+            elif kind == "arithmetic":
+                readers = [self.kinds.get(reader) for reader in self.readers(node)]
+                is_sum = _called(node).rstrip("_") in ("add", "iadd")
+                if not sources or not is_sum or readers != ["activation"]:
+                    continue
+            elif kind == "compute":
+                sources = []
+            else:
+                continue
+            group[node] = min((group[source] for source in sources), default=number)
+            last[group[node]] = node
+        return set(last.values())
 
 
 class _Proof:
     def __init__(
-        self, graph: Graph, captured: Graph, root: nn.Module, recipe: Recipe, scope: Scope, identity: bool
+        self, graph: Graph, captured: Graph, recipe: Recipe, scope: Scope, keyed: bool, identity: bool
     ) -> None:
-        self.graph, self.captured, self.root, self.recipe = graph, captured, root, recipe
-        self.scope, self.identity = scope, identity
-        self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
-        self.kinds = _kinds(graph, root)
-        self.places = _places(graph, self.kinds, scope.path)
+        self.graph, self.recipe, self.scope, self.identity = graph, recipe, scope, identity
+        self.model = _Model(captured)
+        self.key = next(iter(graph.nodes)) if keyed else None
+        self.old: dict[Node, Node] = {}  # node of the graph -> what it was
+        self.returns_rounded = recipe.quantize_logits or not scope.returns
 
     def run(self) -> None:
         self._same_computation()
-        self._weights_once()
-        self._outputs_once()
-        self._formats()
+        self._weights_and_outputs()
         self._randomness()
         self._memory()
         self._kept()
         self._modes()
 
     def _same_computation(self) -> None:
-        before = _listing(self.captured, self.root)
-        after = _listing(self.graph, self.root)
-        for (node, old), (_, new) in zip(before, after, strict=False):
-            _require(old == new, node, f"was {old} and became {new}")
+        before, after = list(_listing(self.model.graph, None)), list(_listing(self.graph, self.key))
+        for (old, was), (new, became) in zip(before, after, strict=False):
+            _require(was == became, new, f"was {was} and became {became}")
+            self.old[new] = old
         _require(
             len(before) == len(after), self.graph.output_node(), f"comes after {len(after)} nodes, not {len(before)}"
         )
 
-    def _weights_once(self) -> None:
-        quantized: dict[int, Node] = {}
-        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_weight):
-            if _derivation(node.args[0], self.root) is not None:
+    def _weights_and_outputs(self) -> None:
+        ends = self.model.group_ends() if self.recipe.placement == "group" else set()
+        for new, old in self.old.items():
+            weight = self._weight_formats(old)
+            formats = weight or self._output_formats(old, ends)
+            function = nodes.quantize_weight if weight else nodes.quantize_output
+            quantizers = [user for user in new.users if user.target in OURS and user.args[0] is new]
+            bare = [user for user in new.users if user not in quantizers]
+            rounded = [user for each in quantizers for user in each.users]
+            if formats is None or all(self._reads_bare(user, old) for user in old.users):
+                _require(not quantizers, new, f"is quantized by {quantizers}, and should not be")
                 continue
-            parameter = _value(node.args[0], self.root)
-            _require(id(parameter) in self.parameters, node, "quantizes what is no parameter")
-            _require(quantized.setdefault(id(parameter), node) is node, node, "quantizes a parameter a second time")
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and self._is_quantizable(_value(node, self.root)):
-                for reader in node.users:
-                    _require(reader.target is nodes.quantize_weight, reader, f"reads parameter {node.target} bare")
-            if (derivation := _derivation(node, self.root)) is not None:
-                is_rounded = any(self._is_quantizable(p) for p in derivation.parameters())
-                readers = [user.target for user in node.users]
-                _require(not is_rounded or readers == [nodes.quantize_weight], node, f"is a weight read by {readers}")
-            elif node.op == "call_module":
-                layer = self.root.get_submodule(node.target)
-                bare = [name for name, p in layer.named_parameters() if self._is_quantizable(p)]
-                _require(not bare, node, f"reads its parameters {bare} bare")
-            if node.target is nodes.call_layer:
-                module, bound = _value(node.args[0], self.root), node.args[1]
-                own = module.named_parameters(remove_duplicate=False)
-                wanted = {name: quantized.get(id(p)) for name, p in own if self._is_quantizable(p)}
-                _require(bound == wanted, node, f"binds {bound}, where its parameters are {wanted}")
-
-    def _is_quantizable(self, value: Any) -> bool:
-        if id(value) not in self.parameters or not value.is_floating_point():
-            return False
-        return self.identity or self._recipe_of(value).weight != FLOAT
-
-    def _recipe_of(self, parameter: Any) -> Recipe:
-        return self.recipe.at(*self.scope.parameters[self.parameters[id(parameter)]])
-
-    def _recipe_at(self, node: Node) -> Recipe:
-        return self.recipe.at((self.places[node], _spoken_kinds(node, self.root, self.kinds)))
-
-    def _outputs_once(self) -> None:
-        exits = _exits(self.graph, self.kinds)
-        ends = self._group_ends()
-        for node in self.graph.nodes:
-            quantizers = [u for u in node.users if u.target is nodes.quantize_output and u.args[0] is node]
-            readers = [u for u in node.users if u not in quantizers]
-            inner = [u for u in readers if u not in exits and u.op != "output"]
-            bare = readers if self.recipe.quantize_logits else inner
-            if (quantizers or bare) and self._is_eligible(node, ends, bool(quantizers or inner)):
-                _require(len(quantizers) == 1, node, f"is quantized {len(quantizers)} times")
-                _require(not bare, node, f"is read bare by {bare}")
-            else:
-                _require(not quantizers, node, f"is quantized by {quantizers}, and should not be")
-
-    def _is_eligible(self, node: Node, ends: set[Node], is_read: bool) -> bool:
-        """Whether the recipe wants ``node``'s output rounded."""
-        part, placement = _part(node, self.root, self.kinds), self.recipe.placement
-        if node.op == "placeholder":
-            sizes = all(self.kinds[user] == "number" for user in node.users)
-            wanted = self.recipe.quantize_input and not sizes
-        elif self.kinds[node] == "layer":
-            placed = {
-                "every": True,
-                "compute": part == "compute",
-                "compute+activation": part in ("compute", "activation"),
-                "group": node in ends,
-            }
-            wanted = placed[placement] or self.recipe.includes(self.places[node])
-        else:
-            return False
-        if not wanted or self.recipe.excludes(self.places[node]):
-            return False
-        here = self._recipe_at(node)
-        return self.identity or here.activation != FLOAT or here.error != FLOAT
-
-    def _group_ends(self) -> set[Node]:
-        """The last node of each group, found in the captured graph reader by reader: each node joins the group that
-        ends in the one node it continues, the earliest-begun of two."""
-        if self.recipe.placement != "group":
-            return set()
-        kinds = _kinds(self.captured, self.root)
-        group: dict[Node, int] = {}
-        last: dict[int, Node] = {}
-        for number, node in enumerate(self.captured.nodes):
-            part = _part(node, self.root, kinds)
-            sources = [s for s in node.all_input_nodes if s in group and last[group[s]] is s and len(s.users) == 1]
-            if part in ("norm", "activation"):
-                sources = [source for source in sources if source is node.all_input_nodes[0]]
-            elif part == "arithmetic":
-                readers = [_part(reader, self.root, kinds) for reader in node.users]
-                is_sum = any(name.rstrip("_") in ("add", "iadd") for name in _names(node, self.root))
-                if not sources or not is_sum or readers != ["activation"]:
-                    continue
-            elif part == "compute":
-                sources = []
-            else:
-                continue
-            group[node] = min((group[source] for source in sources), default=number)
-            last[group[node]] = node
-        ends = set(last.values())
-        pairs = zip(_listing(self.captured, self.root), _listing(self.graph, self.root), strict=True)
-        return {new for (old, _), (new, _) in pairs if old in ends}
-
-    def _formats(self) -> None:
-        for node in self.graph.nodes:
-            formats: tuple[str, ...]
-            if node.target is nodes.quantize_weight:
-                derivation = _derivation(node.args[0], self.root)
-                parameter = _value(node.args[0], self.root) if derivation is None else next(derivation.parameters())
-                here = self._recipe_of(parameter)
-                formats = str(here.weight), here.rounding
-            elif node.target is nodes.quantize_output:
-                here = self._recipe_at(node.args[0])
-                formats = str(here.activation), str(here.error), here.rounding
-            else:
-                continue
+            _require(len(quantizers) == 1, new, f"is quantized {len(quantizers)} times")
+            wrong = [user for user in bare if user not in self.old or not self._reads_bare(self.old[user], old)]
+            _require(not wrong, new, f"is read bare by {wrong}")
+            wrong = [user for user in rounded if user not in self.old or self._reads_bare(self.old[user], old)]
+            _require(not wrong, new, f"is read rounded by {wrong}")
+            (node,) = quantizers
+            _require(node.target is function, node, f"is no {function.__name__}")
             _require(node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
 
+    def _reads_bare(self, reader: Node, node: Node) -> bool:
+        """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
+        if reader.op == "output" and node.meta.get(KEPT, False):  # kept as a layer reads it, if one does
+            return all(user.op == "output" or self._reads_bare(user, node) for user in node.users)
+        if reader in self.model.exits:
+            is_weight = self.model.kinds[node] == "parameter"
+            return is_weight or not (self.returns_rounded or node.meta.get(UPDATE, False))
+        return self.model.kinds[node] == "parameter" and self.model.kinds[reader] == "number"
+
+    def _weight_formats(self, node: Node) -> tuple[str, ...] | None:
+        """What the recipe says of a parameter, or of a weight that is derived."""
+        value = node.meta.get("example_value")
+        if self.model.kinds[node] != "parameter" or (value is not None and not value.is_floating_point()):
+            return None
+        name = node.meta.get(PARAMETER, "")
+        if node.op != "placeholder":
+            name = next((each for each in self.scope.parameters if each.startswith(f"{node.meta[LAYER].path}.")), "")
+        elif DERIVES.match(name):
+            return None
+        if name not in self.scope.parameters:
+            return None
+        here = self.recipe.at(*self.scope.parameters[name])
+        return (str(here.weight), here.rounding) if self.identity or here.weight != FLOAT else None
+
+    def _output_formats(self, node: Node, ends: set[Node]) -> tuple[str, ...] | None:
+        """What the recipe says of an input or an output, if it wants that rounded."""
+        kind, placement = self.model.kinds[node], self.recipe.placement
+        if kind == "input":
+            sizes = all(self.model.kinds[user] == "number" for user in node.users)
+            wanted = self.recipe.quantize_input and self.scope.enters and not sizes
+        elif self.model.is_layer(node):
+            placed = {
+                "every": True,
+                "compute": kind == "compute",
+                "compute+activation": kind in ("compute", "activation"),
+                "group": node in ends,
+            }
+            wanted = placed[placement] or self.recipe.includes(self.model.places[node])
+        else:
+            return None
+        if not wanted or self.recipe.excludes(self.model.places[node]):
+            return None
+        here = self.recipe.at(self.model.subject(node))
+        is_float = here.activation == FLOAT == here.error and not self.identity
+        return None if is_float else (str(here.activation), str(here.error), here.rounding)
+
     def _randomness(self) -> None:
-        keys = self.graph.find_nodes(op="call_function", target=nodes.draw_key)
-        _require(len(keys) <= 1, keys[-1] if keys else None, "draws a second key")
-        key = keys[0] if keys else None
-        if key is not None:
-            _require(_is_flag(key.args[0]), key, "is not drawn by the model's training flag")
         seen: dict[int, Node] = {}
-        for node in self.graph.nodes:
-            if node.target in (nodes.quantize_weight, nodes.quantize_output):
-                _, drawn_from, stream, *_, rounding = node.args
+        for node in self._all_nodes(self.graph, self.scope.bodies):
+            if node.target in OURS:
+                stream: Any = node.args[2]
                 _require(seen.setdefault(stream, node) is node, node, f"shares stream {stream} with {seen[stream]}")
                 _require(0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
-                _require(drawn_from is key, node, f"draws from {drawn_from}, not from the key of this forward")
-                _require(key is not None or "stochastic" not in rounding, node, "rounds stochastically without a key")
+        for node in self.graph.nodes:
+            if node.target in (*OURS, nodes.checkpointed):
+                _require(node.args[1] is self.key, node, f"draws from {node.args[1]}, not from the key of this run")
+            if node.target in OURS:
+                _require(node.args[0] in self.old, node, f"quantizes {node.args[0]}, which is quantized")
+
+    def _all_nodes(self, graph: Graph, bodies: Any) -> Iterator[Node]:
+        """The nodes of ``graph``, and of the checkpoints in it."""
+        for node in graph.nodes:
+            yield node
+            if node.target is nodes.checkpointed:
+                body = bodies[node.args[0].target]
+                yield from self._all_nodes(body.graph, dict(body.named_children()))
 
     def _memory(self) -> None:
         for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
@@ -290,17 +308,17 @@ class _Proof:
                 _require(self._is_owned(node.args[0]), node, f"overwrites {node.args[0]}, which may be read again")
             if "E" in letters:
                 readers = list(node.users)
-                owned = len(readers) == 1 and _takes_first(readers[0], node) and self._runs(readers[0], REMAKES)
+                owned = len(readers) == 1 and _takes_first(readers[0], node) and _runs(readers[0], REMAKES)
                 _require(owned, node, f"overwrites the gradient of {readers}, which may be read again")
 
     def _is_owned(self, node: Any) -> bool:
         """Whether ``node``'s output lies in memory that its one reader alone will read."""
-        while len(node.users) == 1 and self._runs(node, ADDS_INTO):
+        while len(node.users) == 1 and _runs(node, ADDS_INTO):
             node = node.args[0]
-        if len(node.users) != 1 or "out" in node.kwargs:
+        if len(node.users) != 1 or _written_by(node):
             return False
         is_copied = node.target is nodes.quantize_output and "A" not in node.kwargs.get("kept", "")
-        return is_copied or self._runs(node, FORGETS)
+        return is_copied or _runs(node, FORGETS)
 
     def _kept(self) -> None:
         made_after = self._made_after()
@@ -311,15 +329,15 @@ class _Proof:
             _require(not both, node, f"is both to round in place and not to round ({letters})")
             if "A" in letters:
                 format = parse(node.args[3])
-                passes = self._runs(source, MASKS) or (_is_of_rows(format) and self._selects(source))
+                passes = _runs(source, MASKS) or (_is_of_rows(format) and _selects(source))
                 known = passes and format.keeps_subsets and self._first_is_rounded(source, node.args[3])
                 _require(known, node, f"does not round {source}, which may not be rounded")
                 _require(list(source.users) == [node], node, f"shares the memory of {source}, which others read")
-                found = self._writer(node) or self._writer(_inputs(source)[0], source)
+                found = self._writer(node) or self._writer(source.args[0], source)
                 _require(found is None, node, f"shares the memory of {source} with {found}")
             if "E" in letters:
                 readers = list(node.users)
-                passes = len(readers) == 1 and (self._runs(readers[0], MASKS) or self._runs(readers[0], ADDS_INTO))
+                passes = len(readers) == 1 and (_runs(readers[0], MASKS) or _runs(readers[0], ADDS_INTO))
                 known = passes and parse(node.args[4]).keeps_subsets and _takes_first(readers[0], node)
                 known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], node.args[4])
                 known = known and made_after[node] == made_after[next(iter(readers[0].users))]
@@ -327,7 +345,7 @@ class _Proof:
 
     def _first_is_rounded(self, reader: Node, format: str) -> bool:
         """Whether the first input of ``reader`` is an activation rounded to this format."""
-        source: Any = (*_inputs(reader), None)[0]
+        source: Any = (*reader.args, None)[0]
         is_rounded = isinstance(source, Node) and source.target is nodes.quantize_output
         return is_rounded and source.args[3] == format != str(FLOAT)
 
@@ -336,47 +354,20 @@ class _Proof:
         behind = [(user.target, user.args[4:5]) for user in node.users]
         return behind == [(nodes.quantize_output, (format,))] and format != str(FLOAT)
 
-    def _selects(self, node: Node) -> bool:
-        """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
-        gaps = getattr(_module(node, self.root), "dilation", node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4]))
-        return self._runs(node, SELECTS) and gaps in (1, (1,), (1, 1))
-
     def _writer(self, node: Node, but: Node | None = None) -> Node | None:
         """Who, ``but`` one, may write into ``node``'s output or a view of it: all that are not known not to."""
         for reader in node.users:
             if reader is but:
                 continue
-            place = place_of_inplace(reader.target) if reader.op == "call_function" else None
-            in_place = reader.args[place] if place is not None and place < len(reader.args) else False
-            in_place = in_place or reader.kwargs.get("inplace") or getattr(_module(reader, self.root), "inplace", False)
-            names = _names(reader, self.root)
-            into = [reader.kwargs["out"]] if "out" in reader.kwargs else []
-            if in_place or any(name == "setitem" or WRITES.fullmatch(name) is not None for name in names):
-                into.append(reader.args[0])
-            if any(not isinstance(written, Node) or written is node for written in into):
+            if any(not isinstance(written, Node) or written is node for written in _written_by(reader)):
                 return reader
-            kind = self.kinds[reader]
-            if kind not in ("moves", "number", "layer") or (kind == "layer" and not self._runs(reader, ANY)):
+            kind = self.model.kinds.get(self.old.get(reader, reader))
+            if kind == "moves" or (kind == "inside" and MOVES.fullmatch(_called(reader))):
+                if (found := self._writer(reader)) is not None:
+                    return found
+            elif kind != "number" and not (kind in (*PARTS, "arithmetic", "inside") and _runs(reader, ANY)):
                 return reader
-            if kind == "moves" and (found := self._writer(reader)) is not None:
-                return found
         return None
-
-    def _runs(self, node: Node, pattern: re.Pattern[str]) -> bool:
-        """Whether ``node`` runs code of PyTorch's own of such a name, that nobody watches."""
-        module = _module(node, self.root)
-        if module is None:
-            is_call = node.op in ("call_function", "call_method")
-            by_others = re.match(r"torch\._ops\.(?!aten$)", getattr(node.target, "__module__", None) or "")
-            return is_call and not by_others and any(pattern.fullmatch(name) for name in _names(node, self.root))
-        hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks") and value}
-        watchers = [name for name in hooks if name.startswith(("_forward", "_backward"))]
-        overwrites = pattern is FORGETS and getattr(module, "inplace", False)
-        of_all = any(getattr(nn.modules.module, name) for name in GLOBAL_HOOKS)
-        if watchers or of_all or overwrites or "forward" in vars(module):
-            return False
-        own = next(base for base in type(module).__mro__ if "forward" in vars(base))
-        return own.__module__.startswith("torch.nn.") and pattern.fullmatch(own.__name__) is not None
 
     def _modes(self) -> None:
         made_after = self._made_after()
@@ -389,24 +380,24 @@ class _Proof:
         made_after: dict[Node, int] = {}
         switches = 0
         for node in self.graph.nodes:
-            switches += any(SWITCHES.fullmatch(name) for name in _names(node, self.root))
+            switches += SWITCHES.fullmatch(_called(node)) is not None
             made_after[node] = switches
         return made_after
 
 
 def _takes_first(reader: Node, node: Node) -> bool:
     """Whether ``node`` is the first input of ``reader``."""
-    inputs = _inputs(reader)
-    return bool(inputs) and inputs[0] is node
+    return bool(reader.args) and reader.args[0] is node
 
 
 def _reads_once(reader: Node, node: Node) -> bool:
-    return [*_inputs(reader), *reader.kwargs.values()].count(node) == 1
+    return [*reader.args, *reader.kwargs.values()].count(node) == 1
 
 
-def _inputs(node: Node) -> tuple[Any, ...]:
-    """What ``node`` calls its function or layer with, by place."""
-    return node.args[2:] if node.target is nodes.call_layer else node.args
+def _selects(node: Node) -> bool:
+    """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
+    gaps = node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4])
+    return _runs(node, SELECTS) and gaps in (1, (1,), (1, 1))
 
 
 def _is_of_rows(format: Format) -> bool:
@@ -419,175 +410,153 @@ def _require(ok: bool, node: Node | None, complaint: str) -> None:
         raise VerifyError(f"the rewritten graph is wrong at node {node}: it {complaint}; please report this model")
 
 
-def _listing(graph: Graph, root: nn.Module) -> list[tuple[Node, str]]:
-    """The graph as text, without quantize nodes: a read of one is a read of what it quantizes."""
-    names: dict[Node, str] = {}
-    lines: list[tuple[Node, str]] = []
+def _listing(graph: Graph, key: Node | None) -> Iterator[tuple[Node, str]]:
+    """The graph as text, without its key and its quantize nodes: a read of one is a read of what it quantizes."""
+    names: dict[Node, str] = {key: "<key>"} if key is not None else {}
+    number = 0
     for node in graph.nodes:
-        if node.target in (nodes.quantize_weight, nodes.quantize_output):
+        if node.target in OURS:
             names[node] = names[node.args[0]]
-            continue
-        if node.target is nodes.draw_key:
-            continue
-        value = _value(node, root)
-        if node.op == "get_attr" and (isinstance(value, (nn.Parameter, nn.Module)) or _is_flag(node)):
-            # Where these are read is the insertion's affair; what reads them is compared by what they are.
-            names[node] = f"<{'training' if _is_flag(node) else id(value)}>"
-            continue
-        names[node] = f"%{len(lines)}"
-        lines.append((node, _line(node, names)))
-    return lines
+        elif node is not key:
+            names[node] = f"%{number}"
+            number += 1
+            yield node, _line(node, names)
 
 
 def _line(node: Node, names: dict[Node, str]) -> str:
-    op, target, arguments = node.op, node.target, node.args
-    if target is nodes.call_layer:
-        module, _, *rest = arguments
-        assert isinstance(module, Node)
-        op, target, arguments = "call_module", str(_path(node)), tuple(rest)
-    return f"{op} {target} {map_arg((arguments, node.kwargs), lambda source: names[source])}"
+    target, arguments = node.target, node.args
+    if node.op == "placeholder":
+        target = f"{node.meta[HOLDS]} {node.meta.get(PARAMETER)}"
+    elif target is nodes.checkpointed:
+        target, arguments = torch.ops.higher_order.tag_activation_checkpoint, (arguments[0], *arguments[2:])
+    return f"{node.op} {target} {map_arg((arguments, node.kwargs), lambda source: names[source])}"
 
 
-def _value(node: Any, root: nn.Module) -> Any:
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    if node.target == ROOT:
-        return root
-    value: Any = root
-    for name in str(node.target).split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _derivation(node: Any, root: nn.Module) -> parametrize.ParametrizationList | None:
-    """What derives the weight that ``node`` is, if it is one."""
-    if not isinstance(node, Node) or node.op != "call_module":
-        return None
-    module = root.get_submodule(str(node.target))
-    is_weight = isinstance(module, parametrize.ParametrizationList) and any(True for _ in module.parameters())
-    return module if is_weight else None  # type: ignore[return-value]
-
-
-def _is_flag(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr" and node.target == "training"
-
-
-def _kinds(graph: Graph, root: nn.Module) -> dict[Node, str]:
-    """Each node's kind: "layer", "moves", "number", "buffer", or "other" (inputs, parameters, the output, our own)."""
+def _kinds(graph: Graph) -> dict[Node, str]:
+    """Each node's kind: that of PARTS, or "arithmetic", of what makes numbers; one of NO_LAYERS of all else."""
     kinds: dict[Node, str] = {}
-    updates = _updates(graph, root)
+    updates = _updates(graph)
     for node in graph.nodes:
-        kinds[node] = _kind(node, root, kinds)
-        if kinds[node] == "layer" and node in updates and "buffer" in [kinds[s] for s in node.all_input_nodes]:
-            kinds[node] = "buffer"
+        kinds[node] = _kind(node, kinds)
+        if kinds[node] == "arithmetic" and node in updates and "state" in [kinds[s] for s in node.all_input_nodes]:
+            kinds[node] = "state"
     return kinds
 
 
-def _places(graph: Graph, kinds: dict[Node, str], path: str) -> dict[Node, str]:
-    """The name of each input and layer output in the model in which the graph's root stands at ``path``."""
+def _kind(node: Node, kinds: dict[Node, str]) -> str:
+    if node.op == "output" or HOLDS in node.meta:
+        return node.meta.get(HOLDS, "output")
+    if node.meta.get(MODULE, "") is None:
+        return "outside"
+    if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+        return "nested"
+    sources = {kinds[source] for source in node.all_input_nodes}
+    if any(kinds.get(_whole(written)) == "state" for written in _written_by(node)):
+        return "state"
+    if sources and sources <= {"number", "body"}:
+        return "moves" if _is_filled(node) else "number"
+    if sources and sources <= {"number", "state"}:
+        return "state"
+    if (layer := node.meta.get(LAYER)) is not None:
+        return _kind_in_layer(node, layer)
+    if isinstance(node.target, type) and not _is_torch(node.target):
+        return "moves"  # a tuple or a record, whose fields have names
+    kind = _kind_of([_called(node), _called(node).rstrip("_")] if _is_torch(node.target) else [])
+    return "moves" if kind == "number" and _is_filled(node) else kind
+
+
+def _kind_in_layer(node: Node, layer: Any) -> str:
+    """What a layer gives is of the layer's kind, all else in it is inside, what its hooks keep of that too."""
+    value = node.meta.get("example_value")
+    inner = {user for user in node.users if user.meta.get(LAYER) == layer}
+    outer = {user for user in node.users if user.op != "output" or not inner} - inner
+    if not outer or not (value is None or isinstance(value, torch.Tensor)):
+        is_number = any(MEASURES.fullmatch(name) for name in (_called(node), _called(node).rstrip("_")))
+        return ("moves" if _is_filled(node) else "number") if is_number else "inside"
+    if issubclass(layer.kind, ParametrizationList):
+        return "parameter"
+    return _kind_of([base.__name__ for base in layer.kind.__mro__ if _is_torch(base)])
+
+
+def _kind_of(names: list[str]) -> str:
+    """The kind of what is called by one of these names, PyTorch's own."""
+    patterns = {"moves": MOVES, "number": MEASURES, **PARTS}
+    found = (kind for kind, pattern in patterns.items() if any(pattern.fullmatch(name) for name in names))
+    return next(found, "arithmetic")
+
+
+def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
+    """The name of each input and layer output."""
     named: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if kinds[node] == "layer":
-            named.setdefault(_unnumbered(node, path), []).append(node)
+        if kinds[node] in (*PARTS, "arithmetic"):
+            named.setdefault(_unnumbered(node), []).append(node)
     places: dict[Node, str] = {}
     for name, nodes_of in named.items():
         free = (number for number in count(1) if f"{name}@{number}" not in named)
         places |= {node: name if len(nodes_of) == 1 else f"{name}@{next(free)}" for node in nodes_of}
     for node in graph.find_nodes(op="placeholder"):
-        name = _unnumbered(node, path)
+        name = node.meta.get(ARGUMENT, node.name)
         places[node] = f"{name}@0" if name in named else name
     return places
 
 
-def _unnumbered(node: Node, path: str) -> str:
-    if (called := _path(node)) is not None:
-        names = [called]
-    elif node.op == "placeholder":
-        names = [str(node.target)]
-    else:
-        stack = [around for around, _ in node.meta.get("nn_module_stack", {}).values()]
-        names = [*stack[-1:], _called(node)]
-    return ".".join(name for name in (path, *names) if name) or node.name
+def _unnumbered(node: Node) -> str:
+    if (layer := node.meta.get(LAYER)) is not None:
+        return layer.path or layer.kind.__name__.lower()
+    return ".".join(name for name in (node.meta.get(MODULE), _called(node).strip("_")) if name)
 
 
-def _updates(graph: Graph, root: nn.Module) -> set[Node]:
+def _updates(graph: Graph) -> set[Node]:
     """The arithmetic that serves nothing but what a buffer is set to; and the last of it, whatever else it serves."""
     updates: set[Node] = set()
-    found = [node.args[2] for node in graph.nodes if node.target is setattr]
+    found = [node for node in graph.nodes if node.meta.get(UPDATE)]
     while found:
         node = found.pop()
-        if isinstance(node, Node) and node not in updates:
-            # Movement may stand last, and nowhere else. A quantize node, which is no arithmetic of PyTorch's, may stand
-            # anywhere: whether it should is what this is to find out.
-            is_last = any(user.target is setattr for user in node.users)
-            if is_last or _is_arithmetic(node, root):
-                updates.add(node)
-                found += [source for source in node.all_input_nodes if updates.issuperset(source.users)]
-    return {node for node in updates if _is_arithmetic(node, root)}
+        # Movement may stand last, and nowhere else.
+        if node not in updates and (node.meta.get(UPDATE) or _is_arithmetic(node)):
+            updates.add(node)
+            found += [source for source in node.all_input_nodes if updates.issuperset(source.users)]
+    return {node for node in updates if _is_arithmetic(node)}
 
 
-def _is_arithmetic(node: Node, root: nn.Module) -> bool:
-    patterns = (MOVES, MEASURES, *PARTS.values())
-    names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
-    is_call = node.op in ("call_function", "call_method") and _module(node, root) is None
-    return is_call and not any(pattern.fullmatch(name) for pattern in patterns for name in names)
+def _is_arithmetic(node: Node) -> bool:
+    is_call = node.op in ("call_function", "call_method") and node.meta.get(LAYER) is None
+    return is_call and _kind_of([_called(node), _called(node).rstrip("_")]) == "arithmetic"
 
 
-def _kind(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
-    if node.op == "get_attr":
-        value = _value(node, root)
-        if isinstance(value, (nn.Parameter, nn.Module)):
-            return "other"
-        return "buffer" if isinstance(value, torch.Tensor) else "number"
-    if node.op in ("placeholder", "output") or node.target in _OURS or _derivation(node, root) is not None:
-        return "other"
-    if node.target is setattr or _writes_buffer(node, root, kinds):
-        return "buffer"
-    inputs, module = node.all_input_nodes, _module(node, root)
-    has_parameters = module is not None and any(True for _ in module.parameters())
-    if inputs and not has_parameters and all(kinds[source] == "number" for source in inputs):
-        return "moves" if _is_filled(node, root) else "number"
-    if isinstance(node.target, type) and not _is_torch(node.target):
-        return "moves"  # a tuple or a record, whose fields have names
-    names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
-    if any(MOVES.fullmatch(name) for name in names):
-        return "moves"
-    if any(MEASURES.fullmatch(name) for name in names):
-        return "moves" if _is_filled(node, root) else "number"
-    return "layer"
-
-
-def _is_filled(node: Node, root: nn.Module) -> bool:
+def _is_filled(node: Node) -> bool:
     """Whether another tensor is written into ``node``, or into a part of it."""
     for user in node.users:
-        names = _names(user, root)
         is_first = bool(user.args) and user.args[0] is node
-        if is_first and names == ["getitem"] and _is_filled(user, root):
+        if is_first and _called(user) == "getitem" and _is_filled(user):
             return True
-        is_write = any(name == "setitem" or WRITES.fullmatch(name) for name in names)
-        if is_first and is_write and len(user.all_input_nodes) > 1:
+        if _written_by(user) == [node] and len(user.all_input_nodes) > 1:
             return True
     return False
 
 
-def _part(node: Node, root: nn.Module, kinds: dict[Node, str]) -> str:
-    """The finer part of a layer output; of anything else, its kind."""
-    if kinds[node] != "layer":
-        return "input" if node.op == "placeholder" else kinds[node]
-    names = {name for full in _names(node, root) for name in (full, full.rstrip("_"))}
-    for part, pattern in PARTS.items():
-        if any(pattern.fullmatch(name) for name in names):
-            return part
-    module = _module(node, root)
-    return "compute" if module is not None and any(True for _ in module.parameters()) else "arithmetic"
+def _written_by(node: Node) -> list[Any]:
+    """What ``node`` writes into."""
+    if not node.op.startswith("call"):
+        return []
+    parameters: list[str] = []
+    if node.op == "call_function":
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    by_place = dict(zip(parameters, node.args, strict=False))
+    in_place = {**by_place, **node.kwargs}.get("inplace", False)
+    written = [node.kwargs["out"]] if "out" in node.kwargs else []
+    if in_place or _called(node) == "setitem" or WRITES.fullmatch(_called(node)):
+        written.append(node.args[0] if node.args else node.all_input_nodes[0])
+    return written
 
 
-def _spoken_kinds(node: Node, root: nn.Module, kinds: dict[Node, str]) -> list[str]:
-    """All that a rule may call ``node``."""
-    part = _part(node, root, kinds)
-    if (module := _module(node, root)) is not None:
-        return [part, *(base.__name__ for base in type(module).__mro__)]
-    return [part] if node.op == "placeholder" else [part, _called(node), _called(node).rstrip("_")]
+def _whole(node: Any) -> Any:
+    """What ``node`` is an item of."""
+    while isinstance(node, Node) and _called(node) == "getitem":
+        node = node.args[0]
+    return node
 
 
 def _called(node: Node) -> str:
@@ -597,53 +566,27 @@ def _called(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _path(node: Node) -> str | None:
-    """The qualified name of the module that ``node`` calls, by either kind of call."""
-    if node.op == "call_module":
-        return str(node.target)
-    if node.target is nodes.call_layer:
-        assert isinstance(node.args[0], Node)
-        return "" if node.args[0].target == ROOT else str(node.args[0].target)
-    return None
-
-
-def _module(node: Node, root: nn.Module) -> nn.Module | None:
-    """The layer that ``node`` calls, by either kind of call."""
-    if node.op == "call_module":
-        return root.get_submodule(str(node.target))
-    return _value(node.args[0], root) if node.target is nodes.call_layer else None
-
-
-def _names(node: Node, root: nn.Module) -> list[str]:
-    """What PyTorch calls the operation: one name, or the names of a layer's type and its bases."""
-    if (module := _module(node, root)) is not None:
-        return [base.__name__ for base in type(module).__mro__ if _is_torch(base)]
-    if node.target is getattr:
-        return [str(node.args[1])]
-    if isinstance(node.target, str):
-        return [node.target]
-    return [getattr(node.target, "__name__", "")] if _is_torch(node.target) else []
+def _runs(node: Node, pattern: re.Pattern[str]) -> bool:
+    """Whether ``node`` runs code of PyTorch's own of such a name."""
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
+        return False
+    is_registered = re.match(r"torch\._ops\.(?!aten$)", getattr(node.target, "__module__", None) or "")
+    return not is_registered and _is_torch(node.target) and pattern.fullmatch(_called(node)) is not None
 
 
 def _is_torch(thing: Any) -> bool:
-    return re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", thing.__module__ or "torch") is not None
-
-
-def _writes_buffer(node: Node, root: nn.Module, kinds: dict[Node, str]) -> bool:
-    """``buffer.add_(x)``, ``buffer += x``, ``buffer[i].add_(x)``."""
-    if not node.args or not any(WRITES.fullmatch(name) for name in _names(node, root)):
-        return False
-    written = node.args[0]
-    while isinstance(written, Node) and _names(written, root) == ["getitem"]:
-        written = written.args[0]
-    return isinstance(written, Node) and kinds[written] == "buffer"
+    return (
+        re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", getattr(thing, "__module__", None) or "torch")
+        is not None
+    )
 
 
 def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
-    """Movement and sizes that nothing but the model's output reads."""
+    """What the model gives, with movement and sizes that serve nothing else; and what is around the model."""
     exits: set[Node] = set()
     for node in reversed(graph.nodes):
-        leaves = node.users and all(user.op == "output" or user in exits for user in node.users)
-        if leaves and kinds[node] in ("moves", "number"):
+        kept = node.meta.get(UPDATE) or node.meta.get(KEPT)
+        leaves = node.users and all(user in exits for user in node.users) and not kept
+        if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("moves", "number")):
             exits.add(node)
     return exits

@@ -1,0 +1,127 @@
+"""One forward of a converted model, watched: output shapes, and what ran inside and outside of its graphs."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .capture import Conversion, Rewritten, local
+from .capture.trial import untouched
+from .graphs import inlined
+from .passes.captured import LAYER
+from .passes.names import NAME
+from .passes.tables import part_of
+
+__all__ = ["Audit", "audited"]
+
+HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+# Operations of aten that make no new numbers, besides those that the table of parts names.
+MOVES = (
+    "alias",
+    "as_strided",
+    "lift",
+    "lift_fresh",
+    "resize",
+    "scalar_tensor",
+    "set",
+    "slice",
+    "to_copy",
+    "unsafe_view",
+)
+
+
+def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
+    """What a call of ``module``, in its mode, does; the model and the random state are as before."""
+    audit = Audit()
+    with untouched(conversion.root):
+        module(*inputs, **keywords)  # makes the graphs: tracing has operations of its own
+    before, local.watch = local.watch, audit.watch
+    try:
+        with untouched(conversion.root), audit:
+            module(*inputs, **keywords)
+    finally:
+        local.watch = before
+    return audit
+
+
+class Audit(TorchDispatchMode):
+    """Sees each operation of PyTorch that runs while it holds."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else PyTorch's front end leaves all code alone while a mode holds
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, str] = {}  # place -> "2x4x8x8"
+        self.inside: Counter[str] = Counter()  # place -> multiply-adds
+        self.outside: dict[str, Counter[str]] = {}  # "model.py:12 forward" -> operation -> multiply-adds
+        self._running: list[str] = []  # the places in graphs that run now
+
+    def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
+        return _Watched(self, made).run(*args)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = function(*args, **kwargs)
+        packet = function._overloadpacket
+        count = 0
+        if packet in flop_registry:  # two a multiply-add
+            count = int(flop_registry[packet](*args, **kwargs, out_val=given)) // 2
+        if self._running:
+            self.inside[self._running[-1]] += count
+        elif count or _is_layer(packet.__name__, given):
+            self.outside.setdefault(_line(), Counter())[packet.__name__] += count
+        return given
+
+
+class _Watched(Interpreter):
+    """A run of one graph, which notes where it is."""
+
+    def __init__(self, audit: Audit, made: Rewritten) -> None:
+        super().__init__(inlined(made.graph_module))
+        self.audit = audit
+        # A layer's name is that of what it gives; its other nodes run before that.
+        named = [node for node in self.graph.nodes if NAME in node.meta]
+        names = {node.meta[LAYER]: node.meta[NAME] for node in named if LAYER in node.meta}
+        self.places = {
+            node: node.meta.get(NAME) or names.get(node.meta.get(LAYER), node.name) for node in self.graph.nodes
+        }
+
+    def run_node(self, n: Node) -> Any:
+        self.audit._running.append(self.places[n])
+        try:
+            result = super().run_node(n)
+        finally:
+            self.audit._running.pop()
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if NAME in n.meta:
+            self.audit.shapes[n.meta[NAME]] = ", ".join("x".join(map(str, each.shape)) or "1" for each in tensors)
+        return result
+
+
+def _is_layer(name: str, given: Any) -> bool:
+    """Whether an operation of aten makes new numbers, so that a graph could have rounded them."""
+    name = name.strip("_")
+    makes = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(given))
+    return makes and name not in MOVES and part_of(name) not in ("movement", "number")
+
+
+def _line() -> str:
+    """The user's line that runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((HERE, TORCH)):
+        frame = frame.f_back
+    if frame is None:
+        return "code without a line"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -1,0 +1,144 @@
+"""The compiler backend: a graph of PyTorch's front end in, a function that runs its rewrite out."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from .. import nodes
+from ..passes import rewrite
+from ..passes.captured import Scope
+from ..passes.operations import SWITCHES
+from .bare import give_bare
+from .conversion import Conversion, Rewritten
+from .dynamo import Frame, break_reason
+from .modes import held
+from .prepare import Owner, copied, prepare
+from .running import local
+
+__all__ = ["backend", "chained"]
+
+
+def backend(
+    weakly: weakref.ref[Conversion],
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    inner: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """What runs in place of ``graph_module``: its rewrite, or what ``inner``, another backend, makes of that.
+
+    The front end keeps what it is given out of the garbage collector's sight: nothing of it may hold the model.
+    """
+    from .entries import adopt
+
+    conversion = _held(weakly)
+    if not conversion.places.knows(inputs) or any(True for _ in conversion.stray()):
+        adopt(conversion)
+    frame, reason = Frame(), break_reason(graph_module)
+    owner = Owner(frame, conversion.places, foreign=inner is not None)
+    for name in owner.locals:
+        frame.guard_identity(name)
+    if owner.name is not None:
+        frame.guard_attribute(owner.name, "_swalp", "is_entered")
+    new = copied(graph_module)
+    graph = prepare(new, inputs, frame, owner, conversion.places, foreign=inner is not None)
+    is_entered, place = inner is not None or _is_of_entered(frame, owner, conversion), _place(frame)
+    returns = reason is None and is_entered
+    bodies = dict(new.named_children())
+    scope = Scope(conversion.places.subjects, place, returns, enters=is_entered and not place, bodies=bodies)
+    keyed = conversion.is_keyed
+    rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
+    entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"
+    bare: list[int] = []
+    if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
+        bare = give_bare(rewritten)
+    module = GraphModule(new, rewritten, "Rewritten")
+    made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
+    conversion.graphs.add(made)
+    if keyed and not _is_drawn_from(module):  # nothing is rounded stochastically
+        _without_key(module)
+        keyed = False
+    run = module.forward
+    if inner is not None:
+        key = conversion.key() if keyed else None
+        if keyed and key is None:  # a graph that is compiled further is for one mode; entries guard it
+            _without_key(module)
+            keyed = False
+        run = inner(module, [key, *inputs] if keyed else inputs)
+    return _runner(weakly, made, run, keyed, bare)
+
+
+def _held(weakly: weakref.ref[Conversion]) -> Conversion:
+    conversion = weakly()
+    assert conversion is not None, "the model whose forward runs is gone"
+    return conversion
+
+
+def _is_drawn_from(module: GraphModule) -> bool:
+    """Whether anything in a graph, or in the checkpoints that it runs, is rounded by its key."""
+    key = next(iter(module.graph.nodes))
+    for user in key.users:
+        if user.target is not nodes.checkpointed:
+            return True
+        body = getattr(module, str(user.args[0].target))
+        if _is_drawn_from(body):
+            return True
+    return False
+
+
+def _without_key(module: GraphModule) -> None:
+    key = next(iter(module.graph.nodes))
+    key.replace_all_uses_with(None)
+    module.graph.erase_node(key)
+    module.recompile()
+
+
+def chained(
+    weakly: weakref.ref[Conversion],
+    theirs: Callable[..., Any],
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    **options: Any,
+) -> Callable[..., Any]:
+    """The backend of another torch.compile around a converted model, our rewrite in front of it."""
+    return backend(weakly, graph_module, inputs, inner=functools.partial(theirs, **options))
+
+
+def _is_of_entered(frame: Frame, owner: Owner, conversion: Conversion) -> bool:
+    """Whether what the frame returns, the caller of the model gets."""
+    return local.entered is not None and owner.name is not None and owner.path == conversion.places.path(local.entered)
+
+
+def _place(frame: Frame) -> str:
+    """What tells frames of one module from each other: the code behind a break, and where that was."""
+    name = frame.code.co_name
+    return name.rpartition("_at_")[2] if name.startswith("torch_dynamo_resume_in_") else ""
+
+
+def _runner(
+    weakly: weakref.ref[Conversion], made: Rewritten, run: Callable[..., Any], keyed: bool, bare: list[int]
+) -> Callable[..., Any]:
+    """What the front end's code calls. ``bare``: see ``give_bare``."""
+    switches = any(node.target in SWITCHES for node in made.graph.nodes)
+
+    def runner(*args: Any) -> Any:
+        made.calls += 1
+        local.ran = True
+        if keyed:
+            args = (_held(weakly).key(), *args)
+        given = run(*args) if local.watch is None else local.watch(made, args)
+        return local.bare.kept(given, bare) if bare else given
+
+    if not switches:
+        return runner
+
+    def switching(*args: Any) -> Any:
+        with held():
+            return runner(*args)
+
+    return switching

@@ -1,0 +1,230 @@
+"""Every private name of torch that the capture uses, in one place; tests/test_dynamo.py has a test for each.
+
+PyTorch's front end (torch._dynamo) traces a frame of Python into a torch.fx graph, guards what it read, and hands the
+graph to a backend. It is public as torch.compile, but a backend that needs to know whose parameter an input is, or in
+which module a frame stands, has to look behind that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config, optimize
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.resume_execution import ContinueExecutionCache
+from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import VariableTracker
+from torch.fx import GraphModule, Node
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+__all__ = [
+    "MAX_GRAPHS",
+    "BackendCompilerFailed",
+    "FailOnRecompileLimitHit",
+    "Frame",
+    "TorchDynamoException",
+    "assume_constant_result",
+    "call_of_module",
+    "compiled",
+    "innermost_backend",
+    "is_functorch_active",
+    "knobs",
+    "original_code",
+    "switched_off",
+    "tracer_around",
+]
+
+MAX_GRAPHS = 64  # of one entry or frame; past it a call raises
+
+# How a frame is traced, whatever the user has set for their own torch.compile. Hits in the cache do not read these.
+KNOBS: dict[str, Any] = {
+    "recompile_limit": MAX_GRAPHS,
+    "accumulated_recompile_limit": 1 << 20,
+    "fail_on_recompile_limit_hit": True,  # else: float, with a line in the log
+    "suppress_errors": False,
+    "optimize_ddp": False,  # else the graph is cut at DDP's buckets before a backend sees it
+    "allow_rnn": True,
+    "skip_nnmodule_hook_guards": False,  # else a hook registered later is ignored
+    "skip_no_tensor_aliasing_guards_on_parameters": False,  # else tying after the first call is ignored
+    "allow_unspec_int_on_nn_module": True,  # an integer attribute that counts becomes symbolic
+    "specialize_float": False,
+    "error_on_nested_fx_trace": True,
+}
+
+assume_constant_result: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._dynamo.assume_constant_result
+call_of_module: Callable[..., Any] = nn.Module._call_impl
+
+
+def knobs() -> AbstractContextManager[None]:
+    """The knobs that this torch has, while it holds."""
+    return config.patch(**{name: value for name, value in KNOBS.items() if hasattr(config, name)})
+
+
+def compiled(
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    around: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """``function``, whose frames are traced and given to ``backend``; ``around`` wraps the tracing of a frame."""
+    context: Any = optimize(backend)
+    context.callback = around(context.callback)
+    return context(function)
+
+
+def original_code(function: Any) -> CodeType:
+    """The code of what ``compiled`` has compiled: its graphs are kept by it."""
+    return function._torchdynamo_orig_callable.__code__
+
+
+def innermost_backend(backend: Any) -> Any:
+    """What the wrappers that torch.compile puts around a backend call."""
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return backend
+
+
+def is_functorch_active() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) is around what runs now."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def tracer_around() -> str | None:
+    """The older tracer of PyTorch that is around what runs now, if one is."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.fx.symbolic_trace, or make_fx," if is_fx_symbolic_tracing() else None
+
+
+def switched_off() -> str | None:
+    """Why frames are not traced now, if a setting of the process says so."""
+    if config.disable:
+        return "compilation is switched off (TORCH_COMPILE_DISABLE, torch._dynamo.config.disable); switch it on"
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance != "default":
+        return f"torch.compiler.set_stance({stance!r}) runs the original code; use the default stance"
+    return None
+
+
+class Frame:
+    """The frame that is being traced: its code, its locals, the backend it will be given to."""
+
+    def __init__(self) -> None:
+        self._tx = InstructionTranslator.current_tx()
+
+    @property
+    def code(self) -> CodeType:
+        return self._tx.f_code
+
+    @property
+    def original_code(self) -> CodeType:
+        """The user's code: of a frame that goes on behind a graph break, the code that was broken."""
+        meta = ContinueExecutionCache.generated_code_metadata.get(self.code)
+        return self.code if meta is None else meta.code
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of the locals that are modules, those of closures included."""
+        for name, value in self._tx.f_locals.items():
+            module = value.cell_contents if type(value).__name__ == "cell" else value
+            if isinstance(module, nn.Module):
+                yield name, module
+
+    def guard_identity(self, local: str) -> None:
+        """What is made of this frame is for the object that ``local`` names alone: it is a graph for each module."""
+        names = self.code.co_varnames
+        if local in names:
+            source = LocalSource(local, is_input=local in names[: self.code.co_argcount])
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+    def guard_attribute(self, local: str, *attributes: str) -> None:
+        """What is made of this frame holds while this attribute of the object that ``local`` names is what it is."""
+        if local in self.code.co_varnames:
+            source: Any = LocalSource(local, is_input=local in self.code.co_varnames[: self.code.co_argcount])
+            for name in attributes:
+                source = AttrSource(source, name)
+            install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+
+    @property
+    def backend(self) -> Any:
+        return self._tx.output.compiler_fn
+
+    @backend.setter
+    def backend(self, backend: Callable[..., Any]) -> None:
+        self._tx.output.compiler_fn = backend
+
+    @property
+    def is_exported(self) -> bool:
+        return self._tx.output.export or torch.compiler.is_exporting()
+
+    def parameter_slot(self, placeholder: Node) -> tuple[nn.Module, str] | None:
+        """(module, name): the parameter in whose place an input stands, as functional_call puts others there."""
+        source: Any = getattr(placeholder.meta.get("grapharg"), "source", None)
+        if not isinstance(source, DictGetItemSource) or getattr(source.base, "member", "") != "_parameters":
+            return None
+        base: Any = source.base
+        owner = self._value(base.base)
+        return (owner, source.index) if isinstance(owner, nn.Module) else None
+
+    def buffers_set(self) -> set[str]:
+        """The names of the nodes that buffers are set to: ``self.mean = self.mean * 0.9 + new * 0.1``."""
+        names = set()
+        effects = self._tx.output.side_effects
+        for variable in effects.id_to_variable.values():
+            source = getattr(variable, "source", None)
+            if getattr(source, "member", "") == "_buffers" and effects.is_modified(variable):
+                items = getattr(variable, "items", {})
+                proxies = (getattr(item, "proxy", None) for item in items.values())
+                names |= {proxy.node.name for proxy in proxies if proxy is not None}
+        return names
+
+    def returned(self) -> set[str] | None:
+        """The names of the nodes in what the frame returns; None if it does not return here."""
+        if self._tx.current_instruction.opname != "RETURN_VALUE" or not self._tx.stack:
+            return None
+        names: set[str] = set()
+        seen: set[int] = set()
+        attributes = self._tx.output.side_effects.store_attr_mutations
+        waiting = [self._tx.stack[-1]]
+
+        def note(variable: Any) -> None:
+            if id(variable) in seen:
+                return
+            seen.add(id(variable))
+            proxy = getattr(variable, "proxy", None)
+            if proxy is not None:
+                names.add(proxy.node.name)
+            if variable in attributes:  # of an object that the frame has made
+                waiting.extend(attributes[variable].values())
+
+        while waiting:
+            VariableTracker.visit(note, waiting.pop())
+        return names
+
+    def _value(self, source: Any) -> Any:
+        cells: Mapping[str, Any] = self._tx.f_locals
+        scope = {
+            "L": {
+                name: value.cell_contents if type(value).__name__ == "cell" else value for name, value in cells.items()
+            },
+            "G": self._tx.f_globals,
+        }
+        try:
+            return eval(source.name if isinstance(source.name, str) else source.name(), scope)
+        except Exception:  # an expression of the guards, which may need more than locals and globals
+            return None
+
+
+def break_reason(graph_module: GraphModule) -> str | None:
+    """Why the frame goes on behind this graph, with its line, if it does not return there."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    text = "a branch on a tensor's value" if reason.reason.startswith("generic_jump") else str(reason.reason)
+    lines = [f"{each.filename}:{each.lineno}: " for each in reason.user_stack if "/swalp_fx/" not in each.filename]
+    return f"{lines[-1] if lines else ''}{text}"

@@ -1,0 +1,336 @@
+"""Every way into a converted model: the call of each of its modules, and their methods.
+
+The outermost call makes one graph of all that it can; what PyTorch's front end cannot trace runs as Python, and the
+modules that it calls are entries of their own. Entries live in the ``__dict__`` of the modules, which keep their types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils import _pytree as pytree
+
+from ..errors import NotRewritten
+from ..warn import warn
+from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
+from .conversion import ENTRY, Conversion, Graphs, conversion_of
+from .dynamo import (
+    MAX_GRAPHS,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+    call_of_module,
+    original_code,
+    tracer_around,
+)
+from .running import local
+
+__all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
+
+
+class Entry:
+    """A module's ways in. It lives in the module's ``__dict__``: copies and pickles of the module make their own."""
+
+    def __init__(self, conversion: Conversion, module: nn.Module) -> None:
+        self.conversion, self.module = conversion, module
+        self.install()
+
+    def install(self) -> None:
+        self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
+        self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
+        self.made: set[tuple[str, bool]] = set()  # those that have a graph
+        self.is_rewriting = is_rewriting(self)
+        own = vars(self.module)
+        own["_compiled_call_impl"] = Call(self.module)
+        for name in methods_of(type(self.module)):
+            if name not in own:
+                own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
+        if "forward" in own and not isinstance(own["forward"], Bound):
+            own["forward"] = Own(own["forward"], self.module)
+        if self.module is self.conversion.root:
+            for name, value in self.shown().items():
+                if not hasattr(self.module, name):
+                    own[name] = value
+
+    @property
+    def described(self) -> str:
+        return self.conversion.places.path(self.module) or type(self.module).__name__
+
+    def shown(self) -> dict[str, Any]:
+        """What the model has besides its own attributes: ``model.graphs``, ``model.print_readable()``."""
+        graphs = self.conversion.graphs
+        return {"graphs": graphs, "print_readable": graphs.print_readable}
+
+    def remove(self) -> None:
+        own = vars(self.module)
+        own.pop("_compiled_call_impl", None)
+        own.pop(ENTRY, None)
+        for name, value in list(own.items()):
+            if is_shown(name, value):
+                del own[name]
+            elif isinstance(value, Own):
+                own[name] = value.function
+            elif isinstance(value, Bound):
+                del own[name]
+
+    def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before = local.entered
+        outermost = before is None or before is self.module
+        run = self.compiled.get((name, outermost))
+        if run is None:
+            run = self.compiled[name, outermost] = compile_entry(self, name, function)
+        if before is None:
+            local.entered, self.is_entered, local.ran = self.module, True, False
+            if self.conversion.breaks:
+                adopt_strays(self.conversion)
+        else:
+            self.conversion.breaks = True
+        try:
+            if (name, outermost) in self.made:
+                result = run(*args, **kwargs)
+            else:
+                with self.conversion.making:
+                    result = run(*args, **kwargs)
+                self.made.add((name, outermost))
+            if before is not None:
+                return result
+            if not local.ran:
+                self._refuse_float(result, (args, kwargs))
+            if not self.conversion.is_proved:
+                self.conversion.prove()
+            return local.bare.in_place_of_rounded(result)
+        except FailOnRecompileLimitHit as error:
+            if getattr(error, "code", None) is not original_code(run):
+                raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
+            # Nothing of the call has run yet. It begins again, with a cache of its own.
+            warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
+            del self.compiled[name, outermost]
+            self.made.discard((name, outermost))
+            self.conversion.graphs.drop(self.conversion.places.path(self.module))
+            local.entered = before
+            return self.enter(name, function, args, kwargs)
+        except RuntimeError as error:
+            if (tracer := tracer_around()) is not None:
+                raise NotRewritten(
+                    f"{tracer} would keep the float code of {self.described}; call it outside"
+                ) from error
+            if not isinstance(error, TorchDynamoException):
+                raise
+            self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
+            with contextlib.suppress(NotRewritten):
+                explain(function, self.module, args, kwargs)
+            raise
+        finally:
+            if before is None:
+                local.entered, self.is_entered = None, False
+
+    def _refuse_float(self, result: Any, inputs: Any) -> None:
+        """Raises NotRewritten if a call in which no graph ran has computed something."""
+        if next(self.module.parameters(), None) is None:
+            return
+        held = [list(vars(each).values()) for each in self.module.modules()]
+        known = {id(leaf) for leaf in pytree.tree_leaves((inputs, held))}
+        if any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in pytree.tree_leaves(result)):
+            code = inspect.unwrap(type(self.module).forward).__code__
+            raise NotRewritten(
+                f"{self.described} computed in float, since no graph holds anything of its forward "
+                f"({code.co_filename}:{code.co_firstlineno}); take torch.compiler.disable or the like away from it"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"conversion": self.conversion, "module": self.module}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        new = object.__new__(Entry)
+        memo[id(self)] = new
+        new.conversion = copy.deepcopy(self.conversion, memo)
+        new.module = memo[id(self.module)]  # empty as yet; what fills it only adds to its __dict__
+        new.install()
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.install()
+
+
+def _limit(entry: Entry) -> str:
+    return f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing"
+
+
+def is_shown(name: str, value: Any) -> bool:
+    """Whether an attribute is one of ``Entry.shown``."""
+    return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
+
+
+class Call(functools.partial):
+    """The call of a module, as its entry. RNNs pickle it too."""
+
+    def __new__(cls, module: nn.Module) -> Call:
+        own = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
+        return super().__new__(cls, own, module)
+
+    def __reduce__(self) -> Any:
+        return Call, self.args
+
+
+class Bound(functools.partial):
+    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
+
+    def __reduce__(self) -> Any:
+        return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
+
+
+def _bound(kind: type, name: str, module: nn.Module) -> Bound:
+    return Bound(_method(getattr(kind, name)), module)
+
+
+class Own(Bound):
+    """A forward that was set on the instance, behind an entry."""
+
+    function: Callable[..., Any]
+
+    def __new__(cls, function: Callable[..., Any], module: nn.Module) -> Own:
+        @functools.wraps(function)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        forward.__name__ = "forward"
+        new = super().__new__(cls, _method(forward), module)
+        new.function = function
+        return new
+
+    def __reduce__(self) -> Any:
+        return Own, (self.function, self.args[0])
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
+    if torch.compiler.is_dynamo_compiling() or local.explaining:
+        return call_of_module(self, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(self, sys._getframe(2))  # what calls the module
+    return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+def _refuse_traced(module: Any, caller: types.FrameType) -> None:
+    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    root = module._swalp.conversion.root
+    if caller.f_code.co_filename.startswith("<eval_with_key>") and module is not root:
+        raise NotRewritten(
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
+            "look at its own graphs, model.graphs, or trace a float copy"
+        )
+
+
+@functools.cache
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a module's class as an entry. Its signature stays: models look at that of their own methods."""
+
+    @functools.wraps(function)
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            by = self._swalp.is_rewriting()
+            if not by:
+                raise NotRewritten(FOREIGN)
+            if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
+                return function(self, *args, **kwargs)
+            return function(self, *args, **kwargs)
+        if local.explaining:
+            return function(self, *args, **kwargs)
+        if function.__name__ != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
+            return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
+        return self._swalp.enter(function.__name__, function, args, kwargs)
+
+    return entry
+
+
+def methods_of(kind: type) -> list[str]:
+    """forward, and the public functions beside it of the class that defines it and of what derives from that: decode,
+    forward_features. What a framework's base offers (generate, save_pretrained) is left to Python."""
+    bases = kind.__mro__
+    last = max((i for i, base in enumerate(bases) if "forward" in vars(base) and base is not nn.Module), default=-1)
+    # An own forward turns off a short cut of the front end, past the module's call: another's trace would miss it.
+    names = {"forward": None} if last >= 0 else {}
+    for base in bases[: last + 1]:
+        if base.__module__.startswith("torch."):
+            break
+        for name, value in vars(base).items():
+            if isinstance(value, types.FunctionType) and not name.startswith("_") and name not in vars(nn.Module):
+                names[name] = None
+    return list(names)
+
+
+def install(conversion: Conversion) -> None:
+    """Makes entries of all modules of the conversion's model."""
+    for module in conversion.root.modules():
+        if ENTRY not in vars(module):
+            vars(module)[ENTRY] = Entry(conversion, module)
+
+
+def adopt(conversion: Conversion) -> None:
+    """Takes in what was put into the model after its conversion."""
+    conversion.places.refresh()
+    install(conversion)
+
+
+def adopt_strays(conversion: Conversion) -> None:
+    """Takes in what was put into the model past its ``__setattr__``, as ``Sequential.insert`` does."""
+    if any(True for _ in conversion.stray()):
+        adopt(conversion)
+
+
+def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    conversion = conversion_of(module)
+    if conversion is None or submodule is None:
+        return
+    for each in submodule.modules():
+        if ENTRY not in vars(each):
+            vars(each)[ENTRY] = Entry(conversion, each)
+
+
+register_module_module_registration_hook(_adopt_registered)
+
+
+def float_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of ``module`` that computes in float."""
+    if conversion_of(module) is None:
+        return copy.deepcopy(module)
+    with in_float(module):
+        return copy.deepcopy(module)
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Takes all entries of ``module`` out; returns it."""
+    for each in module.modules():
+        if (entry := vars(each).get(ENTRY)) is not None:
+            entry.remove()
+    return module
+
+
+@contextlib.contextmanager
+def in_float(module: nn.Module) -> Iterator[nn.Module]:
+    """While it holds, the entries of ``module`` are out."""
+    entries = [(each, vars(each)[ENTRY]) for each in module.modules() if ENTRY in vars(each)]
+    kept = [
+        (each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries
+    ]
+    for _, entry in entries:
+        entry.remove()
+    try:
+        yield module
+    finally:
+        for each, attributes in kept:
+            vars(each).update(attributes)
+
+
+def _is_entry(name: str, value: Any) -> bool:
+    return name in (ENTRY, "_compiled_call_impl") or isinstance(value, Bound) or is_shown(name, value)

@@ -1,0 +1,164 @@
+"""What PyTorch's front end gives, as a graph that the passes read: a copy, each node with its place in the model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..errors import ConvertError
+from ..passes.captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
+from ..passes.operations import name_of, read_after_writes, written_parameter
+from .dynamo import Frame
+
+if TYPE_CHECKING:
+    from .conversion import Places
+
+__all__ = ["Owner", "copied", "prepare"]
+
+PACKAGE = str(Path(__file__).parent)
+WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; keep it in a buffer"
+
+
+class Owner:
+    """The module whose code a frame is of: entries close over theirs, methods have it as their first argument."""
+
+    def __init__(self, frame: Frame, places: Places, *, foreign: bool) -> None:
+        code = frame.original_code
+        is_entry = code.co_filename.startswith(PACKAGE)
+        first = (*(("module",) if is_entry else ()), *code.co_varnames[: min(1, code.co_argcount)])
+        self.path = ""
+        self.name: str | None = None  # of the local that holds it
+        self.module: nn.Module | None = None
+        self.locals = []
+        for name, module in frame.modules():
+            if (path := places.path(module)) is not None:
+                self.locals.append(name)
+                # Another compiler's frame may be of what calls the model: def loss(model, x).
+                if name in first and (is_entry or not foreign or _is_method(code, module)):
+                    self.path, self.name, self.module = path, name, module
+
+    def inputs(self) -> Sequence[str]:
+        """The names of the positional inputs of the module's forward, where the frame is its entry's."""
+        if self.module is None or self.name != "module":
+            return ()
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+
+
+def _is_method(code: CodeType, module: nn.Module) -> bool:
+    method = getattr(type(module), code.co_name, None)
+    return getattr(inspect.unwrap(method), "__code__", None) is code if callable(method) else False
+
+
+def copied(graph_module: GraphModule) -> GraphModule:
+    """A copy, bodies included: the front end goes on reading its own."""
+    new = GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+    new.meta = dict(graph_module.meta)
+    for name, body in graph_module.named_children():
+        if isinstance(body, GraphModule):
+            setattr(new, name, copied(body))
+    return new
+
+
+def prepare(
+    graph_module: GraphModule, inputs: Sequence[Any], frame: Frame, owner: Owner, places: Places, *, foreign: bool
+) -> Graph:
+    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE and LAYER on its nodes.
+
+    foreign: it is compiled by another torch.compile, with what is around the model.
+    """
+    graph = graph_module.graph
+    given = owner.inputs()
+    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        _prepare_input(node, value, frame, places, given)
+    updates = frame.buffers_set()
+    for node in graph.nodes:
+        if node.name in updates:
+            node.meta[UPDATE] = True
+    if (returned := frame.returned()) is not None:
+        for node in graph.output_node().all_input_nodes:
+            node.meta[KEPT] = node.name not in returned
+    _prepare_nodes(graph_module, owner, places, foreign)
+    _drop_writes_of_itself(graph)
+    parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}
+    for node in graph.nodes:
+        if (written := written_parameter(node, parameters)) is not None:
+            path, _, own = written.rpartition(".")
+            raise ConvertError(WRITTEN.format(path or "the model", own))
+    return graph
+
+
+def _drop_writes_of_itself(graph: Graph) -> None:
+    """``module.to(dtype)`` in a forward sets each parameter's data to itself, if it has that dtype already."""
+    for node in graph.nodes:
+        if name_of(node) != "shallow_copy_data_":
+            continue
+        written, value = node.args
+        same = value.target == "to" and value.args[0] is written and _kind(value) == _kind(written)
+        if same and not node.users and list(value.users) == [node]:
+            graph.erase_node(node)
+            graph.erase_node(value)
+
+
+def _kind(node: Node) -> tuple[Any, Any]:
+    value = node.meta["example_value"]
+    return value.dtype, value.device
+
+
+def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: Sequence[str]) -> None:
+    # l_x_, of a method's frame; l_args_0_, l_kwargs_mask_, of an entry's.
+    name = node.name.removeprefix("l_").strip("_").removeprefix("kwargs_")
+    match = re.fullmatch(r"args_(\d+)(.*)", name)
+    node.meta[ARGUMENT] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
+    if not isinstance(value, Tensor):
+        node.meta[HOLDS] = "number"
+    elif (parameter := _parameter(node, value, frame, places)) is not None:
+        node.meta |= {HOLDS: "parameter", PARAMETER: parameter, ARGUMENT: parameter}
+    elif (buffer := places.buffer(value)) is not None:
+        node.meta |= {HOLDS: "state", ARGUMENT: buffer}
+    else:
+        node.meta[HOLDS] = "state" if "_buffers" in node.name else "input"
+
+
+def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str | None:
+    """Its first name. functional_call and the like put other tensors in the place of parameters."""
+    if (name := places.parameter(value)) is not None:
+        return name
+    slot = frame.parameter_slot(node)
+    if slot is None or (path := places.path(slot[0])) is None:
+        return None
+    own = slot[0]._parameters.get(slot[1])
+    return (places.parameter(own) if own is not None else None) or ".".join(filter(None, (path, slot[1])))
+
+
+def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, foreign: bool) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(graph_module, str(node.target), None)
+            node.meta[HOLDS] = "body" if isinstance(value, GraphModule) else "state"
+            if isinstance(value, GraphModule):
+                _prepare_nodes(value, owner, places, foreign)
+        elif node.op.startswith("call"):
+            _prepare_call(node, owner, places, foreign)
+    read_after_writes(graph_module.graph)
+
+
+def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> None:
+    around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
+    node.meta[MODULE] = around[-1][1] if around else None if foreign and owner.name is None else owner.path
+    if owner.module is not None and not around:  # a layer that is called by itself
+        around = [("", owner.path, owner.module)]
+    layer = next(((call, path, module) for call, path, module in around if is_layer(module)), None)
+    if layer is not None:
+        call, path, module = layer
+        # What derives a weight carries vectors from call to call, as spectral_norm does: they are no weights.
+        node.meta[LAYER] = Layer("" if isinstance(module, ParametrizationList) else call, path, type(module))

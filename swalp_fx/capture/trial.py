@@ -1,0 +1,60 @@
+"""A call of a model that leaves it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .conversion import Conversion
+
+__all__ = ["try_on", "untouched"]
+
+
+def try_on(conversion: Conversion, inputs: tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> None:
+    """Makes the graphs of a call with ``inputs``; the model and the random state are as before.
+
+    Raises RecipeError for a rule, an include or an exclude that matches nothing in them.
+    """
+    model = conversion.root
+    conversion.is_proved = True  # what the call would warn of is raised below
+    with untouched(model):
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        else:
+            model(*inputs)
+    conversion.refuse_unmatched()
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """While it holds, parameters have no gradient; then gradients, buffers, plain attributes (numbers, strings and
+    tensors that were set anew) and the random state of Python, NumPy and PyTorch are as before."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    attributes = [(each, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
+    devices = sorted({parameter.device.index for parameter in gradients if parameter.is_cuda})
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for buffer, before in buffers.items():
+            buffer.detach().copy_(before)
+        for each, own, of_buffers in attributes:
+            vars(each).update(own)
+            each._buffers.clear()
+            each._buffers.update(of_buffers)

@@ -1,0 +1,69 @@
+"""What cannot be converted, found before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ..errors import UNPACK, ConvertError
+from ..formats import FLOAT
+from ..passes.names import parameter_subjects
+from ..recipe import Recipe
+
+__all__ = ["refuse_unfit"]
+
+# Classes of torch that a model must not be or hold, by name, since torch loads some of them late -> what to do instead.
+UNFIT = {
+    "DataParallel": "convert the module inside it, then wrap the result",
+    "DistributedDataParallel": "convert the module inside it, then wrap the result",
+    "FullyShardedDataParallel": "formats round whole parameters: wrap the converted module in DistributedDataParallel",
+    "FSDPModule": "formats round whole parameters: wrap the converted module in DistributedDataParallel",
+    "OptimizedModule": "convert first, then torch.compile the result",
+    "ScriptModule": "convert the Python module it was made from",
+}
+HOOKED = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
+
+
+def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
+    """Raises ConvertError for what is no float model that ``recipe`` can be applied to."""
+    if not isinstance(model, nn.Module):
+        remedy = UNPACK if isinstance(model, tuple) else "pass a torch.nn.Module"
+        raise ConvertError(f"cannot convert a {type(model).__name__}; {remedy}")
+    for path, module in model.named_modules():
+        which = path or "the model"
+        for kind in type(module).__mro__:
+            if kind.__name__ in UNFIT and kind.__module__.startswith("torch."):
+                raise ConvertError(f"cannot convert {which}, which is {kind.__name__}; {UNFIT[kind.__name__]}")
+        if module._compiled_call_impl is not None:
+            raise ConvertError(f"cannot convert {which}, which is compiled; convert first, then compile the result")
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise ConvertError(
+            f"cannot convert a bare {type(model).__name__}, which has no forward; "
+            "convert the module that calls its layers"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")
+    subjects = parameter_subjects(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        _refuse_hooked(path, module)
+        is_renormalised = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        if is_renormalised and recipe.at(*subjects[names[id(module.weight)]]).weight != FLOAT:
+            raise ConvertError(
+                f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its forward, "
+                "where a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight in float"
+            )
+
+
+def _refuse_hooked(path: str, module: Any) -> None:
+    for hook in module._forward_pre_hooks.values():
+        if norm := next((name for kind, name in HOOKED.items() if isinstance(hook, kind)), None):
+            raise ConvertError(
+                f"{path or type(module).__name__}: torch.nn.utils.{norm} derives its weight in a hook, out of sight; "
+                f"use torch.nn.utils.parametrizations.{norm}, or torch.nn.utils.remove_{norm} first"
+            )

@@ -1,0 +1,80 @@
+"""What report, measure and draw read of a converted model: its conversion, and graphs with no graph inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from . import nodes
+from .capture import Conversion, conversion_of
+from .errors import UNPACK, ConvertError
+from .passes.operations import name_of
+
+__all__ = ["conversion_in", "inlined", "is_quantizer"]
+
+
+def conversion_in(module: object, who: str) -> Conversion:
+    """The conversion of ``module``, or of the one converted model that it wraps.
+
+    Raises ConvertError, on behalf of ``who``, where there is none, or more than one.
+    """
+    if isinstance(module, tuple):
+        raise ConvertError(f"{who} takes a module, not a {type(module).__name__}; {UNPACK}")
+    inner = module.modules() if isinstance(module, nn.Module) else ()
+    found = {id(each): each for each in map(conversion_of, inner) if each is not None}
+    if not found:
+        raise ConvertError(f"{who} takes the module that convert returns, not a {type(module).__name__}")
+    if len(found) > 1:
+        raise ConvertError(f"{who} takes one converted model, and this {type(module).__name__} holds {len(found)}")
+    return next(iter(found.values()))
+
+
+def is_quantizer(node: Node) -> bool:
+    return node.target in (nodes.quantize_weight, nodes.quantize_output)
+
+
+def inlined(module: GraphModule) -> GraphModule:
+    """The same computation without checkpoints: the graphs that they run stand in the one that calls them.
+
+    Before:
+
+        x_0 = checkpointed(body_0, key, x, weight_q)
+        getitem = x_0[0]
+
+    After:
+
+        linear = linear(x, weight_q)
+        linear_q = quantize_output(linear, key, ...)
+    """
+    graph = Graph()
+    graph.output(_inline(module, graph, "", None)).meta = dict(module.graph.output_node().meta)
+    return GraphModule(module, graph)
+
+
+def _inline(module: GraphModule, graph: Graph, prefix: str, given: list[Any] | None) -> Any:
+    """Copies the nodes of ``module`` into ``graph``, ``given`` in the place of its inputs; returns what it gives."""
+    read: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return map_arg(node.args[0], read.__getitem__)
+        if node.op == "placeholder" and given is not None:
+            read[node] = given.pop(0)
+        elif node.target is nodes.checkpointed:
+            body, *operands = node.args
+            inner = getattr(module, body.target)
+            read[node] = _inline(inner, graph, f"{prefix}{body.target}.", list(map_arg(operands, read.__getitem__)))
+        elif name_of(node) == "getitem" and not isinstance(read[node.args[0]], Node):
+            read[node] = read[node.args[0]][node.args[1]]
+        elif not _is_body(node):
+            read[node] = copy = graph.node_copy(node, read.__getitem__)
+            if node.op == "get_attr":
+                copy.target = f"{prefix}{node.target}"
+    raise AssertionError("a graph without an output")
+
+
+def _is_body(node: Node) -> bool:
+    """Whether ``node`` is a graph that only checkpoints run."""
+    return node.op == "get_attr" and bool(node.users) and all(user.target is nodes.checkpointed for user in node.users)

@@ -1,0 +1,128 @@
+"""The names of places: of parameters, inputs and layer outputs, in recipes, reports, measures and drawings."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import count
+
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..recipe import Subject
+from .captured import ARGUMENT, LAYER, PARAMETER, around
+from .operations import name_of
+from .tables import LAYER_PARTS, layer_part
+
+__all__ = [
+    "NAME",
+    "PART",
+    "derived_name",
+    "is_derived",
+    "kinds_of",
+    "name_places",
+    "originals",
+    "parameter_subjects",
+    "place",
+    "subject",
+]
+
+# The node.meta keys that classify writes: the part that a node plays, and the name that ``place`` reads.
+PART = "swalp_fx.part"
+NAME = "swalp_fx.name"
+
+
+def place(node: Node) -> str:
+    """The one name of the place that ``node`` is, in recipes, reports, measures and drawings.
+
+    node: an input, a parameter or a layer output, of a classified graph or of the graph that is made of it.
+
+    A layer's output has the layer's name: ``layer1.0.conv1``. A function's output is named by the module that calls
+    it and by the function: ``layer1.0.iadd``. Where several places of a graph have one name, each has its number behind
+    it, in the order of the graph: ``layer1.0.relu@1``, ``layer1.0.relu@2``. An input that is named as a layer is has
+    the number 0: ``tokens@0``. A bare layer that is its graph's root is named by its type: ``linear``.
+    """
+    return node.meta.get(NAME) or node.name
+
+
+def kinds_of(node: Node) -> list[str]:
+    """What a rule may call a classified ``node``: its part, and the names of its operation."""
+    kinds = [node.meta[PART]]
+    if node.op == "placeholder":
+        return kinds
+    if (layer := node.meta.get(LAYER)) is not None:
+        return [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
+    return [*kinds, *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
+
+
+def subject(node: Node) -> Subject:
+    """What the recipe sees of a classified node."""
+    return place(node), kinds_of(node)
+
+
+def base_name(node: Node) -> str:
+    """The name of a layer output, without a number."""
+    layer = node.meta.get(LAYER)
+    if layer is not None:
+        return layer.path or layer.kind.__name__.lower()
+    return ".".join(filter(None, (around(node), name_of(node).strip("_"))))
+
+
+def name_places(graph: Graph) -> None:
+    """Writes ``node.meta[NAME]``: see ``place``. A parameter is one place, however often it is read."""
+    names: dict[Node, str] = {}
+    for node in graph.nodes:
+        if node.meta[PART] == "parameter":
+            derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
+            node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.name
+        elif node.meta[PART] in ("input", *LAYER_PARTS):
+            names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
+        elif node.op == "placeholder":
+            node.meta[NAME] = node.meta.get(ARGUMENT, node.name)
+    calls = Counter(name for node, name in names.items() if node.op != "placeholder")
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
+    for node, name in names.items():
+        if node.op == "placeholder":
+            node.meta[NAME] = f"{name}@0" if name in calls else name
+        else:
+            # A module may itself be named relu@1.
+            numbered = (f"{name}@{number}" for number in numbers[name])
+            node.meta[NAME] = name if calls[name] == 1 else next(each for each in numbered if each not in calls)
+
+
+def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
+    """First name -> what a recipe's patterns see of each parameter: all its names, with the kinds of their layers."""
+    names: dict[int, str] = {id(parameter): name for name, parameter in root.named_parameters()}
+    subjects: dict[str, list[Subject]] = {name: [] for name in names.values()}
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            full = f"{path}.{name}" if path else name
+            aliases = [full]
+            if derived := derived_name(full):  # ``fc.weight`` is made of it: what names that, names it
+                module = root.get_submodule(derived.rpartition(".")[0])
+                aliases.append(derived)
+            kinds = [layer_part(type(module)) or "parameter", *(base.__name__ for base in type(module).__mro__)]
+            subjects[names[id(parameter)]] += [(alias, kinds) for alias in aliases]
+    return {name: tuple(each) for name, each in subjects.items()}
+
+
+# ``fc.parametrizations.weight.original0``: the layer, a dot behind its name, and the tensor derived from the parameter.
+_DERIVED = re.compile(r"((?:.+\.)?)parametrizations\.([^.]+)\.")
+
+
+def derived_name(parameter: str) -> str | None:
+    """``fc.weight``, of ``fc.parametrizations.weight.original0``; None if nothing is derived from ``parameter``."""
+    return derived[1] + derived[2] if (derived := _DERIVED.match(parameter)) else None
+
+
+def originals(root: nn.Module) -> tuple[str, ...]:
+    """First names of the parameters that a parametrization derives weights from."""
+    return tuple(name for name, _ in root.named_parameters() if _DERIVED.match(name))
+
+
+def is_derived(node: Node) -> bool:
+    """Whether ``node`` is computed by what derives a weight from parameters."""
+    layer = node.meta.get(LAYER)
+    return layer is not None and issubclass(layer.kind, ParametrizationList)

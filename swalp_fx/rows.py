@@ -1,0 +1,202 @@
+"""The rows of ``report``: each place of a converted model once, whichever of its graphs it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+from torch._ops import HigherOrderOperator
+from torch.fx import Node
+
+from . import nodes
+from .capture import Conversion, Rewritten
+from .formats import FLOAT
+from .graphs import inlined
+from .passes import recipes_of_parameters
+from .passes.captured import LAYER, PARAMETER
+from .passes.classify import OUT
+from .passes.names import PART, is_derived, place
+from .passes.operations import is_torch, name_of
+from .passes.tables import LAYER_PARTS
+from .recipe import Recipe
+
+__all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows"]
+
+# Operations of rows that are no layer's output.
+PARAMETER_ROW, DERIVED = "parameter", "derived weight"
+# Layers and functions that compute much on their own, out of the graph's sight.
+WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+WHOLE_FUNCTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    name: str  # of its place
+    operation: str
+    formats: tuple[str, str, str, str, str]  # specs of W A E G M; "" for a role that it has not
+    weights: dict[str, str]  # qualified name -> spec, of every parameter that it reads
+    size: int = 0  # values in the parameters that no earlier row has read
+    unrounded: str = ""  # why its output is in float, if it is
+    whole: str = ""  # the name of the layer or function, if what that computes inside is out of the graph's sight
+    # Where its output is in float though another graph rounds it: graph -> why.
+    exceptions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_output(self) -> bool:
+        return self.operation not in (PARAMETER_ROW, DERIVED)
+
+
+def rows(conversion: Conversion) -> list[Row]:
+    """A row for each layer's output, and for each parameter that something else than a layer reads, in the order of the
+    graphs; before the first call, a row for each parameter."""
+    parameters = _Parameters(conversion)
+    found: dict[tuple[str, bool], Row] = {}
+    for made in conversion.graphs:
+        for row in _rows_of(made, conversion.recipe, parameters):
+            key = row.name, row.has_output
+            found[key] = _merged(found[key], row, made) if key in found else row
+    if not conversion.graphs:
+        found = {(name, False): parameters.row(name, {name: spec}) for name, spec in parameters.specs().items()}
+    return list(parameters.counted(found.values()))
+
+
+class _Parameters:
+    """The parameters of a model, by their first names: how many values they have, and their formats."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._parameters = dict(conversion.root.named_parameters())
+        self._recipes = recipes_of_parameters(conversion.root, conversion.recipe)
+        self._floating = {name for name, parameter in self._parameters.items() if parameter.is_floating_point()}
+
+    def specs(self) -> dict[str, str]:
+        """Name -> the format of W."""
+        return {name: str(recipe.weight if name in self._floating else FLOAT) for name, recipe in self._recipes.items()}
+
+    def row(self, name: str, weights: dict[str, str], operation: str = PARAMETER_ROW, spec: str | None = None) -> Row:
+        """A row of parameters; spec: of W, where that is not theirs."""
+        return Row(name, operation, self.formats(weights, spec=spec), weights)
+
+    def formats(
+        self, weights: dict[str, str], activation: str = "", error: str = "", spec: str | None = None
+    ) -> tuple[str, str, str, str, str]:
+        local = [self._recipes[name] for name in weights if name in self._floating]
+        gradient, momentum = (
+            "/".join(dict.fromkeys(str(getattr(each, role)) for each in local)) for role in ("gradient", "momentum")
+        )
+        weight = "/".join(dict.fromkeys(weights.values())) if spec is None else spec
+        return weight, activation, error, gradient, momentum
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows with their sizes: a parameter counts at the first that reads it."""
+        counted: set[str] = set()
+        for row in rows:
+            new = row.weights.keys() - counted
+            counted |= new
+            yield replace(row, size=sum(self._parameters[name].numel() for name in new if name in self._parameters))
+
+
+def _merged(first: Row, again: Row, made: Rewritten) -> Row:
+    """One row of the same place in two graphs: rounded, if one of them rounds it."""
+    weights = first.weights | again.weights
+    if first.unrounded and not again.unrounded:
+        first, again = again, first
+    exceptions = dict(first.exceptions)
+    if again.unrounded and not first.unrounded:
+        exceptions[made.entry] = again.unrounded
+    return replace(first, weights=weights, exceptions=exceptions)
+
+
+def _rows_of(made: Rewritten, recipe: Recipe, parameters: _Parameters) -> Iterator[Row]:
+    graph = inlined(made.graph_module).graph
+    in_layer: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if LAYER in node.meta and not is_derived(node):
+            in_layer.setdefault(node.meta[LAYER].call, []).append(node)
+    for node in graph.nodes:
+        if LAYER not in node.meta and node.op.startswith("call") and node.target is not nodes.quantize_weight:
+            yield from _bare(node, parameters)
+        elif not is_derived(node):
+            yield from (row for row in _bare(node, parameters) if row.operation == DERIVED)
+        if node.meta.get(PART) not in LAYER_PARTS:
+            continue
+        together = in_layer[node.meta[LAYER].call] if LAYER in node.meta else []
+        weights = dict(each for one in together for each in _read(one))
+        output = next((user for user in node.users if user.target is nodes.quantize_output), None)
+        activation, error = map(str, output.args[3:5]) if output is not None else ("", "")
+        yield Row(
+            place(node),
+            operation_of(node),
+            parameters.formats(weights, activation, error),
+            weights,
+            unrounded="" if output is not None else _why_unrounded(node, recipe),
+            whole=_whole(node, together),
+        )
+
+
+def _bare(reader: Node, parameters: _Parameters) -> Iterator[Row]:
+    """A row for each parameter, or derived weight, that ``reader`` reads."""
+    for source in reader.all_input_nodes:
+        read = source.args[0] if source.target is nodes.quantize_weight else source
+        assert isinstance(read, Node)
+        if read.meta.get(PART) != "parameter" or reader.meta.get(PART) == "number":
+            continue
+        spec = str(source.args[3]) if source is not read else str(FLOAT)
+        if not is_derived(read):
+            yield parameters.row(place(read), {place(read): spec})
+        else:
+            beginning = f"{read.meta[LAYER].path}."
+            derived = {name: str(FLOAT) for name in parameters.specs() if name.startswith(beginning)}
+            yield parameters.row(place(read), derived, DERIVED, spec)
+
+
+def parameter_of(node: Node) -> str:
+    """The qualified name of the parameter, or of the derived weight, that ``node`` is, or rounds; "" if it is none."""
+    source = node.args[0] if node.target is nodes.quantize_weight else node
+    return place(source) if isinstance(source, Node) and source.meta.get(PART) == "parameter" else ""
+
+
+def _read(node: Node) -> Iterator[tuple[str, str]]:
+    """(name, spec) of each parameter that ``node`` reads."""
+    for source in node.all_input_nodes:
+        read = source.args[0] if source.target is nodes.quantize_weight else source
+        assert isinstance(read, Node)
+        if PARAMETER in read.meta:
+            yield read.meta[PARAMETER], str(source.args[3]) if source is not read else str(FLOAT)
+
+
+def operation_of(node: Node) -> str:
+    """What a layer, or a function, is called: ``Conv2d``, ``relu``."""
+    if is_derived(node):
+        return DERIVED
+    return node.meta[LAYER].kind.__name__ if LAYER in node.meta else name_of(_called(node))
+
+
+def _called(node: Node) -> Node:
+    """What ``node`` calls; of one of the outputs of a function with a backward of its own, that function."""
+    source = node.args[0] if name_of(node) == "getitem" and node.args else None
+    if isinstance(source, Node) and source.target is nodes.quantize_output:
+        source = source.args[0]
+    return source if isinstance(source, Node) and isinstance(source.target, HigherOrderOperator) else node
+
+
+def _why_unrounded(node: Node, recipe: Recipe) -> str:
+    if all(user.meta.get(PART) in OUT for user in node.users) and not recipe.quantize_logits:
+        return "the model's output"
+    if recipe.excludes(place(node)):
+        return "the recipe excludes it"
+    return f"not in placement {recipe.placement}" if recipe.placement != "every" else "a rule says so"
+
+
+def _whole(node: Node, layer: list[Node]) -> str:
+    """The name of what computes much on its own, of which no graph sees the inside; "" if ``node`` does not."""
+    if layer:
+        is_whole = issubclass(node.meta[LAYER].kind, WHOLE) or any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
+        return (node.meta[LAYER].path or place(node)) if is_whole else ""
+    called = _called(node)
+    is_foreign = isinstance(called.target, HigherOrderOperator) or (
+        called.op == "call_function" and not is_torch(called.target)
+    )
+    return place(called) if name_of(called) in WHOLE_FUNCTIONS or is_foreign else ""

@@ -1,0 +1,249 @@
+"""Each private name of torch that the capture uses does what it is used for, in the torch that is installed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config
+from torch.func import functional_call
+
+from swalp_fx.capture import dynamo
+from swalp_fx.capture.dynamo import Frame
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def traced(
+    function: Callable[..., Any], look: Callable[[Frame, Any, Any], Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """``function`` compiled by a backend that runs what it is given, and what ``look`` saw of each graph."""
+    seen: list[Any] = []
+
+    def backend(graph_module: Any, inputs: Any) -> Any:
+        seen.append(look(Frame(), graph_module, inputs))
+        return graph_module.forward
+
+    return dynamo.compiled(function, backend, lambda callback: callback), seen
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.factor = 2
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.mean(0)
+        return self.fc(x) * self.factor
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("name", dynamo.KNOBS)
+def test_a_knob_is_a_setting_of_this_torch(name: str) -> None:
+    before = getattr(config, name)
+    with dynamo.knobs():
+        assert getattr(config, name) == dynamo.KNOBS[name]
+    assert getattr(config, name) == before
+
+
+def test_around_sees_the_tracing_of_a_frame_and_not_a_hit() -> None:
+    frames = []
+
+    def around(callback: Callable[..., Any]) -> Callable[..., Any]:
+        class Around:
+            _torchdynamo_orig_backend = callback._torchdynamo_orig_backend
+
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                result = callback(*args, **kwargs)
+                if result.guarded_code is not None:  # none: it runs as Python
+                    frames.append(args[0].f_code.co_name)
+                return result
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(callback, name)
+
+        return Around()
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    run = dynamo.compiled(double, lambda graph_module, inputs: graph_module.forward, around)
+    run(X), run(X)
+    assert frames == ["double"]
+
+
+def test_the_backend_is_given_the_parameters_themselves() -> None:
+    model = Mean()
+    run, seen = traced(model.forward, lambda frame, graph_module, inputs: [id(each) for each in inputs])
+    read = {id(model.fc.weight), id(model.fc.bias), id(model.mean)}
+    run(X)
+    assert read <= set(seen[0])
+
+
+def test_a_node_has_the_call_of_the_module_around_it() -> None:
+    model = Mean()
+
+    def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
+        node = next(node for node in graph_module.graph.nodes if "linear" in str(node.target))
+        return list(node.meta["nn_module_stack"])[-1].partition("@")[0]
+
+    run, seen = traced(model.__call__, look)
+    run(X)
+    assert seen == [str(id(model.fc))]
+
+
+def test_the_code_behind_a_break_knows_whose_it_is() -> None:
+    def broken(x: Tensor) -> Tensor:
+        x = x + 1
+        print(end="")
+        return x * 2
+
+    def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
+        return frame.original_code.co_name, frame.code.co_name[:12], dynamo.break_reason(graph_module) is not None
+
+    run, seen = traced(broken, look)
+    run(X)
+    assert seen == [("broken", "broken", True), ("broken", "torch_dynamo", False)]
+
+
+def test_modules_are_locals_and_what_a_closure_holds() -> None:
+    held = Mean()
+
+    def of_closure(module: nn.Module, x: Tensor) -> Tensor:
+        return held(x) + module(x)
+
+    run, seen = traced(of_closure, lambda frame, *_: dict(frame.modules()))
+    other = Mean()
+    run(other, X)
+    assert seen == [{"module": other, "held": held}]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_guard_identity_makes_a_graph_for_each_object(guarded: bool) -> None:
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        return x + 1 if module else x
+
+    run, seen = traced(call, lambda frame, *_: frame.guard_identity("module") if guarded else None)
+    for module in (nn.ReLU(), nn.ReLU()):
+        run(module, X)
+    assert len(seen) == (2 if guarded else 1)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_guard_attribute_makes_a_graph_for_each_value(guarded: bool) -> None:
+    def call(module: Any, x: Tensor) -> Tensor:
+        return module[0](x)
+
+    run, seen = traced(call, lambda frame, *_: frame.guard_attribute("module", "inner", "flag") if guarded else None)
+    module = nn.Sequential(nn.ReLU())
+    vars(module)["inner"] = inner = nn.ReLU()
+    for flag in (True, False, True):
+        vars(inner)["flag"] = flag
+        run(module, X)
+    assert len(seen) == (2 if guarded else 1)
+
+
+def test_buffers_set_are_known_by_their_nodes() -> None:
+    def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
+        return [str(node.target) for node in graph_module.graph.nodes if node.name in frame.buffers_set()]
+
+    run, seen = traced(Mean().forward, look)
+    run(X)
+    assert seen == [["<built-in function add>"]]
+
+
+def test_a_tensor_in_a_parameters_place_has_its_slot() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+
+    given = {"0.weight": torch.ones(3, 3), "0.bias": torch.ones(3)}
+
+    def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
+        return [frame.parameter_slot(node) for node in graph_module.graph.find_nodes(op="placeholder")]
+
+    run, seen = traced(model.forward, look)
+    functional_call(_Runs(model, run), {f"model.{name}": tensor for name, tensor in given.items()}, (X,))
+    slots = [slot for slot in seen[0] if slot is not None]
+    assert slots == [(model[0], "weight"), (model[0], "bias")]
+
+
+class _Runs(nn.Module):
+    """Calls a compiled forward of the model that it holds."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def test_a_backend_can_be_put_in_front_of_anothers() -> None:
+    order = []
+
+    def theirs(graph_module: Any, inputs: Any) -> Any:
+        order.append("theirs")
+        return graph_module.forward
+
+    @dynamo.assume_constant_result
+    def in_front() -> bool:
+        frame = Frame()
+        behind = frame.backend
+        assert dynamo.innermost_backend(behind) is theirs
+
+        def ours(graph_module: Any, inputs: Any, **options: Any) -> Any:
+            order.append("ours")
+            return behind(graph_module, inputs, **options)
+
+        frame.backend = ours
+        return True
+
+    def call(x: Tensor) -> Tensor:
+        return x + 1 if in_front() else x
+
+    dynamo.compiled(call, theirs, lambda callback: callback)(X)
+    assert order == ["ours", "theirs"]
+
+
+def test_the_limit_of_graphs_raises() -> None:
+    def call(x: Tensor, text: str) -> Tensor:
+        return x + len(text)
+
+    run, _ = traced(call, lambda *_: None)
+    few = config.patch(**{**dynamo.KNOBS, "recompile_limit": 2})
+    with pytest.raises(dynamo.FailOnRecompileLimitHit), few:
+        for number in range(4):
+            run(X, "x" * number)
+
+
+def test_what_switches_compilation_off_is_named() -> None:
+    assert dynamo.switched_off() is None
+    with config.patch(disable=True):
+        assert "TORCH_COMPILE_DISABLE" in str(dynamo.switched_off())
+    with torch.compiler.set_stance("force_eager"):
+        assert "force_eager" in str(dynamo.switched_off())
+
+
+def test_a_transform_of_torch_func_is_seen() -> None:
+    seen = []
+
+    def call(x: Tensor) -> Tensor:
+        seen.append(dynamo.is_functorch_active())
+        return x.sum()
+
+    call(X), torch.func.grad(call)(X)
+    assert seen == [False, True]
+
+
+def test_a_module_without_a_compiled_call_is_called_by_call_of_module() -> None:
+    model = Mean()
+    model.__dict__["_compiled_call_impl"] = lambda x: "compiled"
+    assert model(X) == "compiled"
+    assert dynamo.call_of_module(model, X).shape == (2, 3)
