@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..formats import FLOAT
@@ -144,7 +145,7 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
     placed = set()
     for node in graph.nodes:
         part = node.meta[PART]
-        if part not in ("input", *LAYER_PARTS):
+        if part not in ("input", *LAYER_PARTS) or _is_integral(node):
             continue
         name = place(node)
         if part == "input":
@@ -198,6 +199,12 @@ def _readers(node: Node) -> set[Node]:
     """Who reads ``node``: a layer is one reader, its output, whatever it does inside."""
     readers = ((_readers(user) if user.meta[PART] == "inside" else {user}) for user in node.users)
     return set().union(*readers)
+
+
+def _is_integral(node: Node) -> bool:
+    """Whether ``node`` gives indices, or truth values, which no format holds."""
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _is_read(node: Node) -> bool:

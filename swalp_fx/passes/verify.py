@@ -260,6 +260,9 @@ class _Proof:
     def _output_formats(self, node: Node, ends: set[Node]) -> tuple[str, ...] | None:
         """What the recipe says of an input or an output, if it wants that rounded."""
         kind, placement = self.model.kinds[node], self.recipe.placement
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+            return None
         if kind == "input":
             sizes = all(self.model.kinds[user] == "number" for user in node.users)
             wanted = self.recipe.quantize_input and self.scope.enters and not sizes
