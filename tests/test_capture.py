@@ -601,3 +601,21 @@ def test_nodes_know_where_they_come_from():
     assert list(norm.meta["nn_module_stack"].values())[-1][1] is nn.LayerNorm
     assert "return self.inner(self.layer(x))" in norm.stack_trace
     assert "def forward(self, key, x, layer_weight" in graph.code or "layer_weight, layer_bias" in graph.code
+
+
+def test_the_sizes_of_another_model_of_the_class_change_no_graph():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    torch._dynamo.reset()
+    codes = []
+    for size in (8, 9, 10):
+        lp = convert(Block()).module
+        lp(torch.ones(2, 1, size, size))
+        codes.append(lp.graphs[0].code)
+    assert codes[0] == codes[1] == codes[2]

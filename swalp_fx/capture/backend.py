@@ -53,7 +53,7 @@ def backend(
     scope = Scope(conversion.places.subjects, place, returns, enters=is_entered and not place, bodies=bodies)
     keyed = conversion.is_keyed
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
-    entry = f"{owner.path or type(conversion.root).__name__}: {frame.original_code.co_name}"
+    entry = f"{owner.path or type(conversion.root).__name__}: {_spoken(frame, owner)}"
     bare: list[int] = []
     if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
         bare = give_bare(rewritten)
@@ -112,6 +112,12 @@ def chained(
 def _is_of_entered(frame: Frame, owner: Owner, conversion: Conversion) -> bool:
     """Whether what the frame returns, the caller of the model gets."""
     return local.entered is not None and owner.name is not None and owner.path == conversion.places.path(local.entered)
+
+
+def _spoken(frame: Frame, owner: Owner) -> str:
+    """The name of a frame's function, an entry's without its number."""
+    name = frame.original_code.co_name
+    return name.rpartition("_")[0] if owner.name == "module" else name
 
 
 def _place(frame: Frame) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from types import CodeType
@@ -36,6 +37,7 @@ __all__ = ["ANOTHERS", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewr
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 OURS, ANOTHERS = "ours", "another's"
+_NUMBERS = itertools.count()  # of entries that were compiled
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
 
@@ -54,8 +56,11 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
             raise NotRewritten(FOREIGN)
         return call(module, *args, **kwargs)
 
+    # A code object of its own has a cache of its own. Its name does too: by that, the front end remembers which sizes
+    # change, and makes graphs for any.
     kind = type(module).__name__
-    run.__code__ = run.__code__.replace(co_name=f"{kind}_{name}" if name else kind)  # a code object of its own
+    spoken = "_".join(filter(None, (kind, name, str(next(_NUMBERS)))))
+    run.__code__ = run.__code__.replace(co_name=spoken)
     return compiled(run, conversion.backend, _Tracing)
 
 
