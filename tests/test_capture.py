@@ -619,3 +619,23 @@ def test_the_sizes_of_another_model_of_the_class_change_no_graph():
         lp(torch.ones(2, 1, size, size))
         codes.append(lp.graphs[0].code)
     assert codes[0] == codes[1] == codes[2]
+
+
+def test_what_a_model_looks_at_before_it_returns_it_stays_float():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            if y.sum().item() > 1e9:
+                raise ValueError
+            return y
+
+    torch.manual_seed(0)
+    lp = convert(Looks(), recipe="W=float A=bfp4[0] E=float G=float M=float rounding=nearest").module
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = F.linear(quantize(F.linear(x, lp.a.weight, lp.a.bias), "bfp4[0]"), lp.b.weight, lp.b.bias)
+    assert torch.equal(lp(x), expected)

@@ -55,7 +55,7 @@ def backend(
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
     entry = f"{owner.path or type(conversion.root).__name__}: {_spoken(frame, owner)}"
     bare: list[int] = []
-    if not returns and reason is None and not conversion.recipe.quantize_logits and inner is None:
+    if not returns and not conversion.recipe.quantize_logits and inner is None:  # it may yet be what the model returns
         bare = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
