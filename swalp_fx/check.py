@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import random
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .capture import Conversion, refuse_unfit
+from .capture.trial import randomness_kept
 from .recipe import Recipe
 
 __all__ = ["Check", "check"]
@@ -91,10 +91,9 @@ def _with_gradients(model: nn.Module, *given: Any) -> Callable[[], Any]:
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """Every tensor that a forward and a backward leave behind, by name, and the types of what the model gives."""
-    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.is_cuda})
     model.zero_grad()
-    with torch.random.fork_rng(devices=devices), seeded_elsewhere():
-        torch.manual_seed(SEED)
+    with randomness_kept(model):
+        _seed()
         given = model(*inputs, **keywords)
         outputs = list(_tensors(given))
         seeds = [(output, torch.randn_like(output)) for output in outputs if output.requires_grad]
@@ -108,20 +107,12 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) ->
     return found
 
 
-@contextlib.contextmanager
-def seeded_elsewhere() -> Iterator[None]:
-    """While it holds, Python's and NumPy's random numbers are those of one seed; then as they were."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy and numpy.random.get_state()
+def _seed() -> None:
+    """Starts the random numbers of PyTorch, Python and NumPy."""
+    torch.manual_seed(SEED)
     random.seed(SEED)
-    if numpy:
+    if numpy := sys.modules.get("numpy"):
         numpy.random.seed(SEED)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:

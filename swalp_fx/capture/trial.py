@@ -13,7 +13,7 @@ from torch import nn
 
 from .conversion import Conversion
 
-__all__ = ["try_on", "untouched"]
+__all__ = ["randomness_kept", "try_on", "untouched"]
 
 
 def try_on(conversion: Conversion, inputs: tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> None:
@@ -38,18 +38,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     attributes = [(each, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
-    devices = sorted({parameter.device.index for parameter in gradients if parameter.is_cuda})
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy and numpy.random.get_state()
     for parameter in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng(devices=devices):
+        with randomness_kept(model):
             yield
     finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for buffer, before in buffers.items():
@@ -58,3 +52,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
             vars(each).update(own)
             each._buffers.clear()
             each._buffers.update(of_buffers)
+
+
+@contextlib.contextmanager
+def randomness_kept(model: nn.Module) -> Iterator[None]:
+    """The random state of Python, of NumPy and of PyTorch, on the model's devices too, is then as before."""
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    numpy = sys.modules.get("numpy")  # what nobody has imported nobody has drawn from
+    states = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])

@@ -60,7 +60,7 @@ class _Insertion:
         self.key: Node | None = _placeholder(self.new, KEY) if keyed else None
         placeholders = graph.find_nodes(op="placeholder")
         for node in placeholders:
-            new = _placeholder(self.new, place(node).replace(".", "_").replace("@", "_"))
+            new = _placeholder(self.new, _spelled(place(node)))
             new.meta = copy.copy(node.meta)
             self.raw[node] = self.read[node] = new
         for node in placeholders:
@@ -73,7 +73,7 @@ class _Insertion:
     def _visit(self, node: Node) -> None:
         new = self.new.node_copy(node, lambda source: self._source(node, source))
         if node.meta[PART] in ("parameter", *LAYER_PARTS):
-            _rename(new, place(node))
+            new._rename(_spelled(place(node)))
         if node.meta[PART] == "nested":
             body, *operands = new.args
             new.args = (body, self.key, *operands)
@@ -118,6 +118,6 @@ def _placeholder(graph: Graph, name: str) -> Node:
     return node
 
 
-def _rename(node: Node, name: str) -> None:
+def _spelled(name: str) -> str:
     """``layer1.0.conv1`` is layer1_0_conv1 in the generated code."""
-    node._rename(name.replace(".", "_").replace("@", "_"))
+    return name.replace(".", "_").replace("@", "_")
