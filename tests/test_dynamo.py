@@ -151,6 +151,65 @@ def test_guard_attribute_makes_a_graph_for_each_value(guarded: bool) -> None:
     assert len(seen) == (2 if guarded else 1)
 
 
+def hooked(of_all: bool) -> Any:
+    if of_all:
+        return torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    return INNER.register_forward_pre_hook(lambda *_: None)
+
+
+INNER = nn.ReLU()
+ASKED: list[Any] = []
+
+
+@dynamo.assume_constant_result
+def ask() -> bool:
+    inner = Frame().inner
+    ASKED.append((inner.module, inner.has_hooks()))
+    inner.guard("training")
+    return True
+
+
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return method(INNER, x)
+
+
+def method(self: nn.Module, x: Tensor) -> Tensor:
+    return self(x) if ask() else x
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_the_module_whose_method_is_inlined_and_its_hooks_are_guarded(of_all: bool) -> None:
+    run, seen = traced(Asking().forward, lambda *_: None)
+    ASKED.clear()
+    with dynamo.knobs():
+        run(X), run(X)
+        hook = hooked(of_all)
+        run(X)
+    hook.remove()
+    assert ASKED == [(INNER, False), (INNER, True)]
+    assert len(seen) == 2
+
+
+def test_an_attribute_of_the_module_whose_method_is_inlined_is_guarded() -> None:
+    run, seen = traced(Asking().forward, lambda *_: None)
+    for mode in (True, True, False):
+        run(X) if INNER.train(mode) else None
+    INNER.train()
+    assert len(seen) == 2
+
+
+def test_code_that_is_skipped_is_inlined_and_has_no_graph_of_its_own() -> None:
+    def skipped(x: Tensor) -> Tensor:
+        return x * 2
+
+    dynamo.skip_code(skipped.__code__)
+    run, seen = traced(skipped, lambda frame, *_: frame.code.co_name)
+    assert torch.equal(run(X), 2 * X) and not seen
+    run, seen = traced(lambda x: skipped(x), lambda frame, *_: frame.code.co_name)
+    assert torch.equal(run(X), 2 * X) and seen == ["<lambda>"]
+
+
 def test_buffers_set_are_known_by_their_nodes() -> None:
     def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
         return [str(node.target) for node in graph_module.graph.nodes if node.name in frame.buffers_set()]

@@ -108,3 +108,19 @@ def test_a_late_hook_sees_and_changes_what_one_from_the_start_does(name):
 
 def _flat(nest):
     return [leaf for leaf in torch.utils._pytree.tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
+
+
+class Encoder(Net):
+    def encode(self, x):
+        return self.relu(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("register", [hooks_of_all.register_module_forward_hook, lambda hook: None], ids=["all", "one"])
+def test_a_late_hook_on_what_a_method_calls_runs(register):
+    lp, _ = convert(Encoder().eval(), recipe="float")
+    x = torch.randn(2, 2, 4, 4)
+    before = lp.encode(x)
+    handle = register(_doubles) or lp.relu.register_forward_hook(_doubles)
+    assert not torch.equal(lp.encode(x), before)
+    handle.remove()
+    assert torch.equal(lp.encode(x), before)

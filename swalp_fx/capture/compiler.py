@@ -17,6 +17,7 @@ from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
 from ..recipe import RecipeError
 from .backend import chained
+from .conversion import ENTRY, Conversion, conversion_of
 from .dynamo import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
@@ -33,10 +34,9 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["ANOTHERS", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewriting"]
+__all__ = ["FOREIGN", "PYTHON", "compile_entry", "explain", "goes_straight", "is_rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
-OURS, ANOTHERS = "ours", "another's"
 _NUMBERS = itertools.count()  # of entries that were compiled
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
@@ -44,7 +44,11 @@ REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass
 
 def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` of the entry's module, whose frames the conversion's backend rewrites."""
-    conversion, module, is_rewriting = entry.conversion, entry.module, entry.is_rewriting
+    conversion, module = entry.conversion, entry.module
+
+    @assume_constant_result
+    def is_rewritten() -> bool:
+        return _comes_to(conversion, Frame())
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # The front end takes the first test for true, and it is gone from what it makes. So only the original code can
@@ -52,7 +56,7 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
         if not torch.compiler.is_dynamo_compiling():
             entry.compiled.clear()  # an error in a trace has marked this code to be left alone for good
             return explain(call, module, args, kwargs)
-        if not is_rewriting():
+        if not is_rewritten():
             raise NotRewritten(FOREIGN)
         return call(module, *args, **kwargs)
 
@@ -128,25 +132,44 @@ def _why() -> str:
     )
 
 
-def is_rewriting(entry: Entry) -> Callable[[], str]:
-    """Asked while a frame is traced: who gets its graph? OURS, ANOTHERS with our backend in front, or "" for nobody
-    that rewrites."""
+@assume_constant_result
+def is_rewriting() -> bool:
+    """Asked by a method of a module while it is traced: whether the graph will be rewritten."""
+    return _is_rewriting(Frame())
 
-    @assume_constant_result
-    def asked() -> str:
-        conversion, frame = entry.conversion, Frame()
-        theirs = frame.backend
-        inner = innermost_backend(theirs)
-        if frame.is_exported:
-            return ""
-        if inner is conversion.backend:
-            return OURS
-        if getattr(inner, "func", None) is chained:
-            return ANOTHERS
-        # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
-        if is_functorch_active():
-            return ""
-        frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
-        return ANOTHERS
 
-    return asked
+@assume_constant_result
+def goes_straight() -> bool:
+    """Asked by the call of a module while it is traced: whether that comes to the forward of its class alone.
+
+    To trace what a call does comes to the same, at twice the cost. What is looked at here is guarded.
+    """
+    from .entries import Bound
+
+    frame = Frame()
+    is_its_class = type(vars(frame.inner.module)["forward"]) is Bound
+    return is_its_class and not frame.inner.has_hooks() and _is_rewriting(frame)
+
+
+def _is_rewriting(frame: Frame) -> bool:
+    conversion = conversion_of(frame.inner.module)
+    if conversion is None or not _comes_to(conversion, frame):
+        return False
+    if innermost_backend(frame.backend) is not conversion.backend:
+        frame.inner.guard(ENTRY, "conversion", "root", "training")  # a graph that is compiled further is for one mode
+    return True
+
+
+def _comes_to(conversion: Conversion, frame: Frame) -> bool:
+    """Whether a frame's graph comes to the backend of ``conversion``: alone, or in front of another backend."""
+    theirs = frame.backend
+    inner = innermost_backend(theirs)
+    if frame.is_exported:
+        return False
+    if inner is conversion.backend or getattr(inner, "func", None) is chained:
+        return True
+    # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
+    if is_functorch_active():
+        return False
+    frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
+    return True

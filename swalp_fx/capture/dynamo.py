@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config, optimize
+from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -37,6 +38,7 @@ __all__ = [
     "is_functorch_active",
     "knobs",
     "original_code",
+    "skip_code",
     "switched_off",
     "tracer_around",
 ]
@@ -57,6 +59,9 @@ KNOBS: dict[str, Any] = {
     "specialize_float": False,
     "error_on_nested_fx_trace": True,
 }
+
+HOOKS = tuple(f"_{way}_{when}" for way in ("forward", "backward") for when in ("hooks", "pre_hooks"))
+HOOKS_OF_ALL = tuple(f"_global{name}" for name in HOOKS)
 
 assume_constant_result: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._dynamo.assume_constant_result
 call_of_module: Callable[..., Any] = nn.Module._call_impl
@@ -112,6 +117,35 @@ def switched_off() -> str | None:
     return None
 
 
+class Inner:
+    """A module as it stands in a trace, what the trace has already changed of it included."""
+
+    def __init__(self, tx: Any, variable: Any) -> None:
+        self._tx, self._variable = tx, variable
+        self.module: nn.Module = variable.value
+
+    def guard(self, *attributes: str) -> None:
+        """What is made of this frame holds while this attribute of the module is what it is."""
+        source: Any = self._variable.source
+        for name in attributes:
+            source = AttrSource(source, name)
+        install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+
+    def has_hooks(self) -> bool:
+        """Whether the module has hooks, or all modules have; guarded."""
+        of_all = self._tx.nn_modules_globals_vt
+        for name in HOOKS_OF_ALL:  # the front end itself does not guard these
+            install_guard(AttrSource(of_all.source, name).make_guard(GuardBuilder.SEQUENCE_LENGTH))
+        return any(self._length(self._variable, name) for name in HOOKS) or any(
+            self._length(of_all, name) for name in HOOKS_OF_ALL
+        )
+
+    def _length(self, variable: Any, name: str) -> int:
+        read = getattr(variable, "tp_getattro_impl", None) or variable.var_getattr
+        length: int = read(self._tx, name).realize().len()
+        return length
+
+
 class Frame:
     """The frame that is being traced: its code, its locals, the backend it will be given to."""
 
@@ -149,6 +183,13 @@ class Frame:
             for name in attributes:
                 source = AttrSource(source, name)
             install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+
+    @property
+    def inner(self) -> Inner:
+        """The module whose call or method is being inlined: it is called ``module`` there, or ``self``."""
+        tx = self._tx.output.current_tx
+        names = tx.symbolic_locals
+        return Inner(tx, names["module" if "module" in names else "self"].realize())
 
     @property
     def backend(self) -> Any:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
 from ..warn import warn
-from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
+from .compiler import FOREIGN, compile_entry, explain, goes_straight, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import (
     MAX_GRAPHS,
@@ -30,6 +30,7 @@ from .dynamo import (
     TorchDynamoException,
     call_of_module,
     original_code,
+    skip_code,
     tracer_around,
 )
 from .running import local
@@ -48,7 +49,6 @@ class Entry:
         self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
         self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
         self.made: set[tuple[str, bool]] = set()  # those that have a graph
-        self.is_rewriting = is_rewriting(self)
         own = vars(self.module)
         own["_compiled_call_impl"] = Call(self.module)
         for name in methods_of(type(self.module)):
@@ -78,7 +78,7 @@ class Entry:
             if is_shown(name, value):
                 del own[name]
             elif isinstance(value, Own):
-                own[name] = value.function
+                own[name] = value.given
             elif isinstance(value, Bound):
                 del own[name]
 
@@ -171,22 +171,54 @@ def is_shown(name: str, value: Any) -> bool:
     return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
 
 
-class Call(functools.partial):
-    """The call of a module, as its entry. RNNs pickle it too."""
+class Call:
+    """The call of a module, as its entry."""
 
-    def __new__(cls, module: nn.Module) -> Call:
-        own = types.FunctionType(_call.__code__.replace(), globals(), "call")  # a code object, so a cache, of its own
-        return super().__new__(cls, own, module)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.run = types.FunctionType(_call.__code__.replace(), globals(), "call")  # its own code has its own cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if torch.compiler.is_dynamo_compiling() and goes_straight():
+            return type(module).forward(module, *args, **kwargs)
+        return self.run(module, *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return Call, self.args
+        return Call, (self.module,)
 
 
-class Bound(functools.partial):
+def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
+    if torch.compiler.is_dynamo_compiling() or local.explaining:
+        return call_of_module(module, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(module, sys._getframe(3))  # what calls the module
+    return module._swalp.enter("", call_of_module, args, kwargs)
+
+
+class Bound:
     """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function, self.module = function, module
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        code: types.CodeType = inspect.unwrap(self.function).__code__
+        return code
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.function)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
     def __reduce__(self) -> Any:
-        return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
+        return _bound, (type(self.module), self.__name__, self.module)
 
 
 def _bound(kind: type, name: str, module: nn.Module) -> Bound:
@@ -196,29 +228,22 @@ def _bound(kind: type, name: str, module: nn.Module) -> Bound:
 class Own(Bound):
     """A forward that was set on the instance, behind an entry."""
 
-    function: Callable[..., Any]
-
-    def __new__(cls, function: Callable[..., Any], module: nn.Module) -> Own:
-        @functools.wraps(function)
+    def __init__(self, given: Callable[..., Any], module: nn.Module) -> None:
+        @functools.wraps(given)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
+            return given(*args, **kwargs)
 
         forward.__name__ = "forward"
-        new = super().__new__(cls, _method(forward), module)
-        new.function = function
-        return new
+        super().__init__(_method(forward), module)
+        self.given = given
 
     def __reduce__(self) -> Any:
-        return Own, (self.function, self.args[0])
+        return Own, (self.given, self.module)
 
 
-def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
-    if torch.compiler.is_dynamo_compiling() or local.explaining:
-        return call_of_module(self, *args, **kwargs)
-    if local.entered is None:
-        _refuse_traced(self, sys._getframe(2))  # what calls the module
-    return self._swalp.enter("", call_of_module, args, kwargs)
+# Frames of what they call are traced. These are not: all modules share their code, and would share its limit.
+skip_code(Call.__call__.__code__)
+skip_code(Bound.__call__.__code__)
 
 
 def _refuse_traced(module: Any, caller: types.FrameType) -> None:
@@ -238,11 +263,8 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            by = self._swalp.is_rewriting()
-            if not by:
+            if not is_rewriting():
                 raise NotRewritten(FOREIGN)
-            if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
-                return function(self, *args, **kwargs)
             return function(self, *args, **kwargs)
         if local.explaining:
             return function(self, *args, **kwargs)
