@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +117,9 @@ class Graphs(Sequence[Rewritten]):
         if not self._made:
             return "no graph yet: call the module once, or give example_inputs to convert"
         modes = {True: "train", False: "eval"}
-        return "\n".join(f"# {each.entry}, {modes[each.training]} mode{each.code}" for each in self._made)
+        # Without what frees a value behind its last use: "; x = None".
+        texts = ((each, re.sub(r";  (\w+ = )+None$", "", each.code, flags=re.MULTILINE)) for each in self._made)
+        return "\n\n".join(f"# {each.entry}, {modes[each.training]} mode\n{text.strip()}" for each, text in texts)
 
     __repr__ = __str__
 
