@@ -485,6 +485,39 @@ def test_logits_are_float_where_the_models_own_forward_is_python():
     assert torch.equal(logits, F.linear(hidden, *(quantize(p, "bfp4[0]") for p in model.head.parameters())))
 
 
+class Auxiliary(nn.Module):
+    """Only an attribute keeps what one of its layers gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.side = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.body(x)
+        self.aux = self.side(y)
+        return torch.relu(y)
+
+
+class CalledByPython(nn.Module):
+    def __init__(self, child):
+        super().__init__()
+        self.child = child
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.child(x)
+
+
+@pytest.mark.parametrize("breaks, more, is_rounded", [(0, "", 0), (1, "", 1), (0, " quantize_logits=true", 1)])
+def test_what_only_an_attribute_keeps_is_rounded_where_another_graph_may_read_it(breaks, more, is_rounded):
+    torch.manual_seed(0)
+    model = Auxiliary()
+    convert(CalledByPython(model) if breaks else model, recipe=NEAREST + more).module(X)
+    body, side = ([quantize(p, "bfp4[0]") for p in layer.parameters()] for layer in (model.body, model.side))
+    side = F.linear(quantize(F.linear(X, *body), "bfp4[0]"), *side)
+    assert torch.equal(model.aux, quantize(side, "bfp4[0]") if is_rounded else side)
+
+
 # Ways in
 
 

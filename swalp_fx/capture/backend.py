@@ -13,7 +13,7 @@ from .. import nodes
 from ..passes import rewrite
 from ..passes.captured import Scope
 from ..passes.operations import SWITCHES
-from .bare import give_bare
+from .bare import Twins, give_bare
 from .conversion import Conversion, Rewritten
 from .dynamo import Frame, break_reason
 from .modes import held
@@ -43,20 +43,20 @@ def backend(
     owner = Owner(frame, conversion.places, foreign=inner is not None)
     for name in owner.locals:
         frame.guard_identity(name)
-    if owner.name is not None:
+    if owner.name is not None and conversion.recipe.quantize_input:
         frame.guard_attribute(owner.name, "_swalp", "is_entered")
     new = copied(graph_module)
     graph = prepare(new, inputs, frame, owner, conversion.places, foreign=inner is not None)
-    is_entered, place = inner is not None or _is_of_entered(frame, owner, conversion), _place(frame)
-    returns = reason is None and is_entered
-    bodies = dict(new.named_children())
-    scope = Scope(conversion.places.subjects, place, returns, enters=is_entered and not place, bodies=bodies)
+    place, bodies = _place(frame), dict(new.named_children())
+    returns = reason is None and (inner is not None or (owner.is_entry and not place and not local.nested))
+    enters = not place and (inner is not None or (owner.module is not None and owner.module is local.entered))
+    scope = Scope(conversion.places.subjects, place, returns, enters=enters, bodies=bodies)
     keyed = conversion.is_keyed
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
     entry = f"{owner.path or type(conversion.root).__name__}: {_spoken(frame, owner)}"
-    bare: list[int] = []
+    twins = Twins()
     if not returns and not conversion.recipe.quantize_logits and inner is None:  # it may yet be what the model returns
-        bare = give_bare(rewritten)
+        twins = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
@@ -70,7 +70,7 @@ def backend(
             _without_key(module)
             keyed = False
         run = inner(module, [key, *inputs] if keyed else inputs)
-    return _runner(weakly, made, run, keyed, bare)
+    return _runner(weakly, made, run, keyed, twins)
 
 
 def _held(weakly: weakref.ref[Conversion]) -> Conversion:
@@ -109,15 +109,10 @@ def chained(
     return backend(weakly, graph_module, inputs, inner=functools.partial(theirs, **options))
 
 
-def _is_of_entered(frame: Frame, owner: Owner, conversion: Conversion) -> bool:
-    """Whether what the frame returns, the caller of the model gets."""
-    return local.entered is not None and owner.name is not None and owner.path == conversion.places.path(local.entered)
-
-
 def _spoken(frame: Frame, owner: Owner) -> str:
     """The name of a frame's function, an entry's without its number."""
     name = frame.original_code.co_name
-    return name.rpartition("_")[0] if owner.name == "module" else name
+    return name.rpartition("_")[0] if owner.is_entry else name
 
 
 def _place(frame: Frame) -> str:
@@ -127,18 +122,20 @@ def _place(frame: Frame) -> str:
 
 
 def _runner(
-    weakly: weakref.ref[Conversion], made: Rewritten, run: Callable[..., Any], keyed: bool, bare: list[int]
+    weakly: weakref.ref[Conversion], made: Rewritten, run: Callable[..., Any], keyed: bool, twins: Twins
 ) -> Callable[..., Any]:
-    """What the front end's code calls. ``bare``: see ``give_bare``."""
+    """What the front end's code calls. ``twins``: see ``give_bare``."""
     switches = any(node.target in SWITCHES for node in made.graph.nodes)
 
     def runner(*args: Any) -> Any:
         made.calls += 1
         local.ran = True
+        if twins.inputs:
+            args = (*args, *(local.bare.of(args[i]) for i in twins.inputs))
         if keyed:
             args = (_held(weakly).key(), *args)
         given = run(*args) if local.watch is None else local.watch(made, args)
-        return local.bare.kept(given, bare) if bare else given
+        return local.bare.keep(given, twins.outputs) if twins.outputs else given
 
     if not switches:
         return runner

@@ -1,74 +1,202 @@
-"""What a model returns stays float, also where its own forward runs as Python.
+"""What a model returns stays float, also where Python runs between its graphs.
 
-Then its children's graphs cannot know which of them makes the logits: each gives what it rounds to whoever reads it,
-and beside it the number before rounding. When the outermost call returns, those take the place of the rounded ones.
+Then no graph can know whether what it gives is what the model returns. So each gives what it rounds to whoever reads
+it, and beside it the number before rounding. When the outermost call returns, those take the place of the rounded ones.
+Movement keeps such a pair: a graph that moves what it is given moves both; a view that Python makes has both's memory.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from .. import nodes
+from ..passes.captured import HOLDS
+from ..passes.names import PART
+from ..passes.operations import VIEWS, name_of, writes
+from ..passes.tables import part_of
+from .walk import replaced
 
-__all__ = ["Bare", "give_bare"]
+__all__ = ["Bare", "Twins", "give_bare"]
 
 
-def give_bare(graph: Graph) -> list[int]:
-    """Makes a rewritten ``graph`` give, behind all that it gives, what it rounded of that; which those are.
+class Twins(NamedTuple):
+    """Of what a graph is given and gives, by number, what has a bare one behind all of it."""
+
+    inputs: Sequence[int] = ()
+    outputs: Sequence[int] = ()
+
+
+def give_bare(graph: Graph) -> Twins:
+    """Makes a rewritten ``graph`` give, behind all that it gives, what is bare of that: see the module's docstring.
 
     Those are not rounded in place.
     """
     output = graph.output_node()
     given: Any = output.args[0]
-    places = [i for i, each in enumerate(given) if isinstance(each, Node) and each.target is nodes.quantize_output]
-    for i in places:
-        letters = str(given[i].kwargs.get("in_place", "")).replace("A", "")
-        kwargs = {name: value for name, value in given[i].kwargs.items() if name != "in_place"}
-        given[i].kwargs = {**kwargs, "in_place": letters} if letters else kwargs
-    output.args = ((*given, *(given[i].args[0] for i in places)),)
-    return places
+    inputs = [node for node in graph.find_nodes(op="placeholder") if HOLDS in node.meta]  # all but the key
+    bare: dict[Node, Node] = {}
+    twins: list[Node] = []  # of what is given
+    for node in _moved_to(output):
+        if node.target is nodes.quantize_output:
+            bare[node] = node.args[0]  # type: ignore[assignment]
+            _drop_in_place(node)
+        elif node.op == "placeholder":
+            with graph.inserting_after(bare[twins[-1]] if twins else inputs[-1]):
+                bare[node] = graph.placeholder(f"{node.name}_bare")
+            twins.append(node)
+        elif any(source in bare for source in node.all_input_nodes):
+            with graph.inserting_after(node):
+                bare[node] = graph.node_copy(node, lambda source: bare.get(source, source))
+    places = [i for i, each in enumerate(given) if each in bare]
+    output.args = ((*given, *(bare[given[i]] for i in places)),)
+    return Twins([inputs.index(node) for node in twins], places)
+
+
+def _moved_to(output: Node) -> Iterator[Node]:
+    """What may be rounded of what a graph gives, and all that moves that, in the order of the graph."""
+    written = set(_written(output.graph))
+    moved, sources = [], set(output.all_input_nodes)
+    for node in reversed(output.graph.nodes):
+        if node not in sources or node in written:
+            continue
+        if node.target is nodes.quantize_output or node.meta.get(HOLDS) == "input":
+            moved.append(node)
+        elif _is_moved(node):
+            moved.append(node)
+            sources.update(node.all_input_nodes)
+    return reversed(moved)
+
+
+def _is_moved(node: Node) -> bool:
+    """Whether a node moves numbers, and would move others as well: nothing is drawn, and no hook is registered."""
+    if node.op not in ("call_function", "call_method") or node.meta.get(PART) not in ("movement", "exit"):
+        return False
+    name = name_of(node)
+    draws = "drop" in name and True in (*node.args, *node.kwargs.values())  # training
+    return part_of(name) != "number" and name != "register_hook" and not draws
+
+
+def _written(graph: Graph) -> Iterator[Node]:
+    """What a graph writes into: a bare one beside it would miss that."""
+    for node in graph.nodes:
+        written: Any = node.kwargs.get("out", node.args[0] if writes(node) and node.args else None)
+        while isinstance(written, Node):
+            yield written
+            written = written.args[0] if name_of(written) in VIEWS and written.args else None
+
+
+def _drop_in_place(node: Node) -> None:
+    letters = str(node.kwargs.get("in_place", "")).replace("A", "")
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "in_place"}
+    node.kwargs = {**kwargs, "in_place": letters} if letters else kwargs
 
 
 class Bare:
-    """Of this thread's outermost call: rounded tensors that are alive, and what they were before."""
+    """Of this thread's outermost call: rounded tensors whose memory is alive, and what they were before."""
 
     def __init__(self) -> None:
-        self._pairs: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._pairs: dict[int, tuple[weakref.ref[torch.UntypedStorage], list[_Pair]]] = {}
 
-    def kept(self, given: tuple[Any, ...], places: list[int]) -> tuple[Any, ...]:
-        """``given`` without the bare tensors behind it, which are kept as long as those at ``places`` live."""
+    def keep(self, given: tuple[Any, ...], places: Sequence[int]) -> tuple[Any, ...]:
+        """``given`` without the bare tensors behind it, which are kept as long as the memory of those at ``places``."""
         given, bare = given[: -len(places)], given[-len(places) :]
         for place, before in zip(places, bare, strict=True):
-            rounded = given[place]
-            if isinstance(rounded, Tensor) and rounded is not before:
-                forget = functools.partial(_forget, self._pairs, id(rounded))
-                self._pairs[id(rounded)] = weakref.ref(rounded, forget), before
+            if isinstance(before, Tensor) and before.layout is torch.strided:
+                self._keep(given[place], before)
         return given
 
-    def in_place_of_rounded(self, result: Any) -> Any:
-        """``result``, which the model returns, with the bare tensors in it; nothing is kept any more."""
-        pairs, self._pairs = self._pairs, {}
-        if not pairs:
-            return result
+    def _keep(self, rounded: Tensor, before: Tensor) -> None:
+        memory = rounded.untyped_storage()
+        if memory is before.untyped_storage():
+            return
+        if (kept := self._pairs.get(id(memory))) is None:
+            forget = functools.partial(_forget, self._pairs, id(memory))
+            kept = self._pairs[id(memory)] = weakref.ref(memory, forget), []
+        kept[1].append(_Pair.of(rounded, before))
 
-        def bare(tensor: Tensor) -> Tensor:
-            rounded, before = pairs.get(id(tensor), (None, tensor))
-            return before if rounded is not None and rounded() is tensor else tensor
+    def of(self, tensor: Any) -> Any:
+        """What ``tensor`` was before it was rounded; itself if it was not."""
+        if not self._pairs or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return tensor
+        _, pairs = self._pairs.get(id(tensor.untyped_storage()), (None, ()))
+        if not pairs or tensor._backward_hooks or tensor.retains_grad:
+            return tensor
+        # The last is what a graph gave last. A view that Python made is found in what fills the memory.
+        fits = (pair for whole in (False, True) for pair in reversed(pairs) if pair.fits(tensor, whole))
+        found = next((pair.seen_as(tensor) for pair in fits), tensor)
+        return found.detach() if found.requires_grad and not tensor.requires_grad else found
 
-        leaves, structure = pytree.tree_flatten(result)
-        found = [bare(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return result if all(map(_is, leaves, found)) else pytree.tree_unflatten(found, structure)
+    def in_place_of_rounded(self, result: Any, given: Any) -> Any:
+        """``result``, which the model returns, with the bare tensors in it; what the caller has ``given`` stays."""
+        return replaced(result, self.of, given) if self._pairs else result
+
+    def clear(self) -> None:
+        self._pairs.clear()
 
 
 def _forget(pairs: dict[int, Any], key: int, _: Any) -> None:
     pairs.pop(key, None)
 
 
-def _is(one: Any, other: Any) -> bool:
-    return one is other
+class _Pair(NamedTuple):
+    where: tuple[Any, ...]  # of what was rounded, in its memory
+    as_made: Any  # what shows that nobody has written into it: its version, or its numbers where none are counted
+    step: int  # the number of autograd's step that made it
+    bare: Tensor
+
+    @classmethod
+    def of(cls, rounded: Tensor, bare: Tensor) -> _Pair:
+        as_made = rounded.clone() if rounded.is_inference() else rounded._version
+        step = rounded.grad_fn._sequence_nr() if rounded.grad_fn is not None else 0
+        return cls(_where(rounded), as_made, step, bare)
+
+    def fits(self, tensor: Tensor, whole: bool) -> bool:
+        """Whether ``tensor`` is what was rounded, or if ``whole`` any view of that, and still the same numbers."""
+        if tensor.dtype != self.bare.dtype or tensor.is_conj() or tensor.is_neg():
+            return False
+        if tensor.requires_grad > self.bare.requires_grad or _is_of_function(tensor, self.step):
+            return False
+        if not (self._fills(tensor.untyped_storage()) if whole else self.where == _where(tensor)):
+            return False
+        if isinstance(self.as_made, Tensor):
+            return torch.equal(self._laid_out(self.as_made, tensor) if whole else self.as_made, tensor)
+        return bool(self.as_made == tensor._version)
+
+    def _fills(self, memory: torch.UntypedStorage) -> bool:
+        size, stride, _ = self.where
+        rounded = torch.empty_strided(size, stride, dtype=self.bare.dtype, device="meta")
+        is_dense = torch.empty_like(rounded).stride() == stride
+        return is_dense and rounded.numel() * rounded.element_size() == memory.nbytes()
+
+    def seen_as(self, tensor: Tensor) -> Tensor:
+        return self.bare if self.where == _where(tensor) else self._laid_out(self.bare, tensor)
+
+    def _laid_out(self, source: Tensor, tensor: Tensor) -> Tensor:
+        """The view of ``source`` that ``tensor`` is of what was rounded."""
+        size, stride, offset = self.where
+        if source.stride() != stride:
+            source = torch.empty_strided(size, stride, dtype=source.dtype, device=source.device).copy_(source)
+        where = tensor.storage_offset() - offset + source.storage_offset()
+        return source.as_strided(tensor.size(), tensor.stride(), where)
+
+
+def _is_of_function(tensor: Tensor, since: int) -> bool:
+    """Whether a function with a backward of its own gave ``tensor`` after that step, as full backward hooks do."""
+    step: Any = tensor.grad_fn
+    while step is not None and step._sequence_nr() > since:
+        if isinstance(step, BackwardCFunction):
+            return True
+        step = step.next_functions[0][0] if step.next_functions else None
+    return False
+
+
+def _where(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.size(), tensor.stride(), tensor.storage_offset()

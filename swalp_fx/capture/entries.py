@@ -46,7 +46,6 @@ class Entry:
         self.install()
 
     def install(self) -> None:
-        self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
         self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
         self.made: set[tuple[str, bool]] = set()  # those that have a graph
         own = vars(self.module)
@@ -60,6 +59,11 @@ class Entry:
             for name, value in self.shown().items():
                 if not hasattr(self.module, name):
                     own[name] = value
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether the module is what was called from outside, in this thread; graphs may be guarded by it."""
+        return self.module is local.entered
 
     @property
     def described(self) -> str:
@@ -83,17 +87,17 @@ class Entry:
                 del own[name]
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before = local.entered
-        outermost = before is None or before is self.module
+        before, nested = local.entered, local.nested
+        outermost = before is None
         run = self.compiled.get((name, outermost))
         if run is None:
             run = self.compiled[name, outermost] = compile_entry(self, name, function)
         if before is None:
-            local.entered, self.is_entered, local.ran = self.module, True, False
+            local.entered, local.ran = self.module, False
             if self.conversion.breaks:
                 adopt_strays(self.conversion)
         else:
-            self.conversion.breaks = True
+            local.nested = self.conversion.breaks = True
         try:
             if (name, outermost) in self.made:
                 result = run(*args, **kwargs)
@@ -107,7 +111,7 @@ class Entry:
                 self._refuse_float(result, (args, kwargs))
             if not self.conversion.is_proved:
                 self.conversion.prove()
-            return local.bare.in_place_of_rounded(result)
+            return local.bare.in_place_of_rounded(result, (args, kwargs))
         except FailOnRecompileLimitHit as error:
             if getattr(error, "code", None) is not original_code(run):
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
@@ -116,7 +120,7 @@ class Entry:
             del self.compiled[name, outermost]
             self.made.discard((name, outermost))
             self.conversion.graphs.drop(self.conversion.places.path(self.module))
-            local.entered = before
+            local.entered, local.nested = before, nested
             return self.enter(name, function, args, kwargs)
         except RuntimeError as error:
             if (tracer := tracer_around()) is not None:
@@ -130,8 +134,9 @@ class Entry:
                 explain(function, self.module, args, kwargs)
             raise
         finally:
+            local.entered, local.nested = before, nested
             if before is None:
-                local.entered, self.is_entered = None, False
+                local.bare.clear()
 
     def _refuse_float(self, result: Any, inputs: Any) -> None:
         """Raises NotRewritten if a call in which no graph ran has computed something."""

@@ -45,10 +45,11 @@ class Owner:
                 # Another compiler's frame may be of what calls the model: def loss(model, x).
                 if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
+        self.is_entry = is_entry and self.name == "module"
 
     def inputs(self) -> Sequence[str]:
         """The names of the positional inputs of the module's forward, where the frame is its entry's."""
-        if self.module is None or self.name != "module":
+        if self.module is None or not self.is_entry:
             return ()
         parameters = inspect.signature(self.module.forward).parameters.values()
         return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]

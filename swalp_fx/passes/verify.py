@@ -236,7 +236,9 @@ class _Proof:
     def _reads_bare(self, reader: Node, node: Node) -> bool:
         """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
         if reader.op == "output" and node.meta.get(KEPT, False):  # kept as a layer reads it, if one does
-            return all(user.op == "output" or self._reads_bare(user, node) for user in node.users)
+            return not self.returns_rounded and all(
+                user.op == "output" or self._reads_bare(user, node) for user in node.users
+            )
         if reader in self.model.exits:
             is_weight = self.model.kinds[node] == "parameter"
             return is_weight or not (self.returns_rounded or node.meta.get(UPDATE, False))
