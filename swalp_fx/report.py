@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .audit import Audit, audited
 from .capture import Conversion
+from .capture.methods import set_on
 from .formats import FLOAT, parse
 from .graphs import conversion_in, inlined
 from .passes.names import PART, place
@@ -180,6 +182,12 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
         if made.broke is not None:
             yield f"  {made.entry} goes on in Python: {made.broke.splitlines()[0]}"
     yield from (f"  {where} runs as Python" for where in _run_as_python(conversion))
+    for path, module in conversion.root.named_modules():
+        for name, function in set_on(module):
+            if name != "forward":
+                code = inspect.unwrap(function).__code__
+                where = f"{code.co_filename}:{code.co_firstlineno} {'.'.join(filter(None, (path, name)))}"
+                yield f"  {where}: set after convert, in float where no graph calls it"
     if audit is not None:
         for line, counts in audit.outside.items():
             done = (f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())

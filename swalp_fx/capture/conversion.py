@@ -46,6 +46,7 @@ class Places:
         self._parameters = {id(parameter): name for name, parameter in self._root.named_parameters()}
         self._buffers = {id(buffer): name for name, buffer in self._root.named_buffers()}
         self.subjects: dict[str, tuple[Subject, ...]] = parameter_subjects(self._root)
+        self.words = {word for path, _ in self._modules.values() for word in path.split(".")}  # that name modules
 
     def path(self, module: nn.Module) -> str | None:
         known = self._modules.get(id(module))
