@@ -81,7 +81,8 @@ def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> It
     parameters = dict(conversion.root.named_parameters())
     bits = sum(p.numel() * _bits(specs.get(name, str(FLOAT)), p) for name, p in parameters.items())
     values = sum(p.numel() for p in parameters.values())
-    formats = ", ".join(f"{number} in {spec}" for spec, number in Counter(specs.values()).items()) or "none"
+    counted = Counter(spec for name, spec in specs.items() if name in parameters)
+    formats = ", ".join(f"{number} in {spec}" for spec, number in counted.items()) or "none"
     yield f"roles       {', '.join(f'{letter} {role}' for letter, role in ROLES.items())}; one not named is in float"
     yield f"parameters  {values:,} values in {len(parameters)} tensors: {formats}"
     if values:
@@ -152,7 +153,10 @@ def _floats(conversion: Conversion, found: list[Row]) -> Iterator[str]:
         yield _line(whole, ": called whole, only weights are rounded", names, before="inside ")
     if derived := [name for row in found if row.operation == DERIVED for name in row.weights]:
         yield _line(derived, ": a weight is derived from them, and rounded", parameters)
-    read = {name for row in found for name in row.weights}
+    read = dict.fromkeys(name for row in found for name in row.weights)
+    if foreign := [name for name in read if name not in parameters]:
+        yield _line(foreign, ": no parameters of the model, only W is rounded", foreign)
+    parameters += conversion.places.loose
     if unread := [name for name in parameters if name not in read]:
         yield _line(unread, ": never read by a graph", parameters)
 
