@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .audit import Audit, audited
 from .capture import Conversion
+from .capture.methods import set_on
 from .formats import FLOAT, parse
 from .graphs import conversion_in, inlined
 from .passes.names import PART, place
@@ -79,7 +81,8 @@ def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> It
     parameters = dict(conversion.root.named_parameters())
     bits = sum(p.numel() * _bits(specs.get(name, str(FLOAT)), p) for name, p in parameters.items())
     values = sum(p.numel() for p in parameters.values())
-    formats = ", ".join(f"{number} in {spec}" for spec, number in Counter(specs.values()).items()) or "none"
+    counted = Counter(spec for name, spec in specs.items() if name in parameters)
+    formats = ", ".join(f"{number} in {spec}" for spec, number in counted.items()) or "none"
     yield f"roles       {', '.join(f'{letter} {role}' for letter, role in ROLES.items())}; one not named is in float"
     yield f"parameters  {values:,} values in {len(parameters)} tensors: {formats}"
     if values:
@@ -150,7 +153,10 @@ def _floats(conversion: Conversion, found: list[Row]) -> Iterator[str]:
         yield _line(whole, ": called whole, only weights are rounded", names, before="inside ")
     if derived := [name for row in found if row.operation == DERIVED for name in row.weights]:
         yield _line(derived, ": a weight is derived from them, and rounded", parameters)
-    read = {name for row in found for name in row.weights}
+    read = dict.fromkeys(name for row in found for name in row.weights)
+    if foreign := [name for name in read if name not in parameters]:
+        yield _line(foreign, ": no parameters of the model, only W is rounded", foreign)
+    parameters += conversion.places.loose
     if unread := [name for name in parameters if name not in read]:
         yield _line(unread, ": never read by a graph", parameters)
 
@@ -180,6 +186,12 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
         if made.broke is not None:
             yield f"  {made.entry} goes on in Python: {made.broke.splitlines()[0]}"
     yield from (f"  {where} runs as Python" for where in _run_as_python(conversion))
+    for path, module in conversion.root.named_modules():
+        for name, function in set_on(module):
+            if name != "forward":
+                code = inspect.unwrap(function).__code__
+                where = f"{code.co_filename}:{code.co_firstlineno} {'.'.join(filter(None, (path, name)))}"
+                yield f"  {where}: set after convert, in float where no graph calls it"
     if audit is not None:
         for line, counts in audit.outside.items():
             done = (f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())

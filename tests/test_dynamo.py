@@ -233,6 +233,16 @@ def test_a_tensor_in_a_parameters_place_has_its_slot() -> None:
     assert slots == [(model[0], "weight"), (model[0], "bias")]
 
 
+def test_the_tensors_that_an_entry_is_given_are_known() -> None:
+    def entry(*args: Any, **kwargs: Any) -> Tensor:
+        return args[0][0] + kwargs["y"] + weight
+
+    weight, y = torch.ones(3), torch.ones(3)
+    run, seen = traced(entry, lambda frame, *_: frame.given())
+    run([X], y=y)
+    assert seen == [{id(X), id(y)}]
+
+
 class _Runs(nn.Module):
     """Calls a compiled forward of the model that it holds."""
 

@@ -7,17 +7,18 @@ import functools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
 
 from .. import nodes
 from ..passes.assign import subjects
-from ..passes.names import parameter_subjects
+from ..passes.names import parameter_subject, parameter_subjects
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, Subject
 from ..warn import warn
@@ -39,6 +40,7 @@ class Places:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
+        self.foreigners: set[str] = set()  # the names of parameters of modules that are none of the model's
         self.refresh()
 
     def refresh(self) -> None:
@@ -47,6 +49,11 @@ class Places:
         self._parameters = {id(parameter): name for name, parameter in self._root.named_parameters()}
         self._buffers = {id(buffer): name for name, buffer in self._root.named_buffers()}
         self.subjects: dict[str, tuple[Subject, ...]] = parameter_subjects(self._root)
+        self._loose: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
+        for name, tensor, owner in _loose(self._modules.values(), self._parameters):
+            self._loose[id(tensor)] = name, weakref.ref(tensor)
+            self.subjects[name] = (parameter_subject(name, owner),)
+        self.words = {word for path, _ in self._modules.values() for word in path.split(".")}  # that name modules
 
     def path(self, module: nn.Module) -> str | None:
         known = self._modules.get(id(module))
@@ -58,13 +65,59 @@ class Places:
         return self._modules.get(int(ident)) if ident.isdigit() else None
 
     def parameter(self, value: Tensor) -> str | None:
-        return self._parameters.get(id(value))
+        """Its first name; the name of a plain tensor too, if that stands in a weight's place."""
+        name = self._parameters.get(id(value))
+        return self.loose_name(value) if name is None else name
+
+    def loose_name(self, value: Tensor) -> str | None:
+        name, loose = self._loose.get(id(value), ("", None))
+        return name if loose is not None and loose() is value else None
+
+    @property
+    def loose(self) -> list[str]:
+        """The names of what stands in a weight's place in the model, and is no parameter of it."""
+        return [name for name, _ in self._loose.values()]
+
+    def foreign(self, name: str, owner: nn.Module) -> str:
+        """The name of a parameter of a module that is none of the model's, but an argument of a forward, say."""
+        while name in self.subjects and name not in self.foreigners:
+            name = f"{name}@0"
+        self.foreigners.add(name)
+        self.subjects[name] = (parameter_subject(name, owner),)
+        return name
 
     def buffer(self, value: Tensor) -> str | None:
         return self._buffers.get(id(value))
 
     def knows(self, values: Any) -> bool:
-        return all(id(value) in self._parameters for value in values if isinstance(value, nn.Parameter))
+        return all(self.parameter(value) is not None for value in values if _is_trained(value))
+
+
+def _is_trained(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad and value.is_leaf)
+
+
+def _loose(
+    modules: Iterable[tuple[str, nn.Module]], parameters: Container[int]
+) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """(name, tensor, module that holds it) of what stands in a weight's place, and is no parameter of the model.
+
+    It is a plain tensor that requires grad, or a parameter of a module that none registers, as one in a plain list.
+    """
+    for path, module in modules:
+        for attribute, value in vars(module).items():
+            if attribute in _BARE or not isinstance(value, Tensor | list | tuple | dict):
+                continue
+            for keys, leaf in pytree.tree_flatten_with_path(value)[0]:
+                name = ".".join(filter(None, (path, f"{attribute}{pytree.keystr(keys)}")))
+                named = leaf.named_parameters() if isinstance(leaf, nn.Module) else [("", leaf)]
+                for own, each in named:
+                    if _is_trained(each) and id(each) not in parameters:
+                        owner = leaf.get_submodule(own.rpartition(".")[0]) if own else module
+                        yield (f"{name}.{own}" if own else name), each, owner
+
+
+_BARE = vars(nn.Module()).keys()
 
 
 @dataclass

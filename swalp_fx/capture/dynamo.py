@@ -24,6 +24,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "MAX_GRAPHS",
@@ -202,6 +203,11 @@ class Frame:
     @property
     def is_exported(self) -> bool:
         return self._tx.output.export or torch.compiler.is_exporting()
+
+    def given(self) -> set[int]:
+        """The ids of the tensors that the arguments of an entry hold."""
+        leaves = pytree.tree_leaves([self._tx.f_locals.get(name) for name in ("args", "kwargs")])
+        return {id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
     def parameter_slot(self, placeholder: Node) -> tuple[nn.Module, str] | None:
         """(module, name): the parameter in whose place an input stands, as functional_call puts others there."""

@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ from .dynamo import (
     skip_code,
     tracer_around,
 )
+from .methods import PRODUCT, READS, computing, in_class, methods_of, runs_later, set_on
 from .running import local
 
 __all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
@@ -46,15 +48,14 @@ class Entry:
         self.install()
 
     def install(self) -> None:
-        self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
-        self.made: set[tuple[str, bool]] = set()  # those that have a graph
+        self.compiled: dict[tuple[Any, bool], Callable[..., Any]] = {}  # made when first called
+        self.made: set[tuple[Any, bool]] = set()  # those that have a graph
         own = vars(self.module)
         own["_compiled_call_impl"] = Call(self.module)
-        for name in methods_of(type(self.module)):
-            if name not in own:
-                own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
-        if "forward" in own and not isinstance(own["forward"], Bound):
-            own["forward"] = Own(own["forward"], self.module)
+        own |= {name: Own(value, self.module, name) for name, value in set_on(self.module) if type(value) is not Own}
+        own |= {name: bound(self.module, name) for name in methods_of(self.module) if name not in own}
+        for kind, name, value in [*in_class(self.module)]:
+            share(kind, name, value)
         if self.module is self.conversion.root:
             for name, value in self.shown().items():
                 if not hasattr(self.module, name):
@@ -68,6 +69,29 @@ class Entry:
     @property
     def described(self) -> str:
         return self.conversion.places.path(self.module) or type(self.module).__name__
+
+    @functools.cached_property
+    def computing(self) -> dict[str, int]:
+        """Name -> what it computes, of the module's ways in."""
+        return computing(self.module, self.conversion.places.words)
+
+    def is_left_to_python(self, name: str, inputs: Any) -> bool:
+        """Whether a method is a setting, or a question; what layers it calls are entries."""
+        args, kwargs = inputs
+        if name == "forward" or any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
+            return False
+        computed = self.computing.get(name)
+        is_given = computed == READS and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+        return computed != PRODUCT and not is_given
+
+    def run_later(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A generator, which runs between what its caller does, as Python."""
+        if self.computing.get(name) == PRODUCT:
+            raise NotRewritten(
+                f"{self.described}.{name} would have computed in float: it is a generator, or asynchronous, which runs "
+                "as Python; compute in a method that it calls"
+            )
+        return function(self.module, *args, **kwargs)
 
     def shown(self) -> dict[str, Any]:
         """What the model has besides its own attributes: ``model.graphs``, ``model.print_readable()``."""
@@ -89,9 +113,10 @@ class Entry:
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before, nested = local.entered, local.nested
         outermost = before is None
-        run = self.compiled.get((name, outermost))
+        key = function, outermost
+        run = self.compiled.get(key)
         if run is None:
-            run = self.compiled[name, outermost] = compile_entry(self, name, function)
+            run = self.compiled[key] = compile_entry(self, name, function)
         if before is None:
             local.entered, local.ran = self.module, False
             if self.conversion.breaks:
@@ -99,16 +124,16 @@ class Entry:
         else:
             local.nested = self.conversion.breaks = True
         try:
-            if (name, outermost) in self.made:
+            if key in self.made:
                 result = run(*args, **kwargs)
             else:
                 with self.conversion.making:
                     result = run(*args, **kwargs)
-                self.made.add((name, outermost))
+                self.made.add(key)
             if before is not None:
                 return result
             if not local.ran:
-                self._refuse_float(result, (args, kwargs))
+                self._refuse_float(function, result, (args, kwargs))
             if not self.conversion.is_proved:
                 self.conversion.prove()
             return local.bare.in_place_of_rounded(result, (args, kwargs))
@@ -117,8 +142,8 @@ class Entry:
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
             # Nothing of the call has run yet. It begins again, with a cache of its own.
             warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
-            del self.compiled[name, outermost]
-            self.made.discard((name, outermost))
+            del self.compiled[key]
+            self.made.discard(key)
             self.conversion.graphs.drop(self.conversion.places.path(self.module))
             local.entered, local.nested = before, nested
             return self.enter(name, function, args, kwargs)
@@ -129,7 +154,7 @@ class Entry:
                 ) from error
             if not isinstance(error, TorchDynamoException):
                 raise
-            self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
+            self.compiled.pop(key, None)  # an error in a trace marks the code to be left alone for good
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
@@ -138,16 +163,17 @@ class Entry:
             if before is None:
                 local.bare.clear()
 
-    def _refuse_float(self, result: Any, inputs: Any) -> None:
+    def _refuse_float(self, function: Callable[..., Any], result: Any, inputs: Any) -> None:
         """Raises NotRewritten if a call in which no graph ran has computed something."""
         if next(self.module.parameters(), None) is None:
             return
         held = [list(vars(each).values()) for each in self.module.modules()]
         known = {id(leaf) for leaf in pytree.tree_leaves((inputs, held))}
         if any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in pytree.tree_leaves(result)):
-            code = inspect.unwrap(type(self.module).forward).__code__
+            called = inspect.unwrap(type(self.module).forward if function is call_of_module else function)
+            code = called.__code__
             raise NotRewritten(
-                f"{self.described} computed in float, since no graph holds anything of its forward "
+                f"{self.described} computed in float, since no graph holds anything of its {called.__name__} "
                 f"({code.co_filename}:{code.co_firstlineno}); take torch.compiler.disable or the like away from it"
             )
 
@@ -205,8 +231,8 @@ def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
 class Bound:
     """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self.function, self.module = function, module
+    def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
+        self.function, self.module, self.name = function, module, name
         self.__name__, self.__doc__ = function.__name__, function.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,27 +249,42 @@ class Bound:
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __reduce__(self) -> Any:
-        return _bound, (type(self.module), self.__name__, self.module)
+        return bound, (self.module, self.name)
 
 
-def _bound(kind: type, name: str, module: nn.Module) -> Bound:
-    return Bound(_method(getattr(kind, name)), module)
+def bound(module: nn.Module, name: str) -> Bound:
+    """What the class of ``module`` has by this name, as an entry."""
+    function = inspect.getattr_static(type(module), name)
+    if not isinstance(function, types.FunctionType):  # it takes no self
+        function = _free(getattr(type(module), name))
+    return Bound(_method(function, name), module, name)
 
 
 class Own(Bound):
-    """A forward that was set on the instance, behind an entry."""
+    """A function that was set on the instance, its forward for example, behind an entry."""
 
-    def __init__(self, given: Callable[..., Any], module: nn.Module) -> None:
-        @functools.wraps(given)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return given(*args, **kwargs)
-
-        forward.__name__ = "forward"
-        super().__init__(_method(forward), module)
+    def __init__(self, given: Callable[..., Any], module: nn.Module, name: str) -> None:
+        # Nothing may hold the function for good, which may hold the model.
+        super().__init__(_method.__wrapped__(_free.__wrapped__(given), name), module, name)
         self.given = given
 
     def __reduce__(self) -> Any:
-        return Own, (self.given, self.module)
+        return Own, (self.given, self.module, self.name)
+
+
+@functools.cache
+def _free(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which takes no self, as one that does."""
+
+    @functools.wraps(function)
+    def free(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    with contextlib.suppress(ValueError, TypeError):  # it may have none
+        signature = inspect.signature(function)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        free.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return free
 
 
 # Frames of what they call are traced. These are not: all modules share their code, and would share its limit.
@@ -262,8 +303,9 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
 
 
 @functools.cache
-def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+def _method(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """``function`` of a module's class as an entry. Its signature stays: models look at that of their own methods."""
+    later = runs_later(function)
 
     @functools.wraps(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -271,29 +313,33 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
             if not is_rewriting():
                 raise NotRewritten(FOREIGN)
             return function(self, *args, **kwargs)
-        if local.explaining:
+        if local.explaining or self._swalp.is_left_to_python(name, (args, kwargs)):
             return function(self, *args, **kwargs)
-        if function.__name__ != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
-            return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
-        return self._swalp.enter(function.__name__, function, args, kwargs)
+        if later:
+            return self._swalp.run_later(name, function, args, kwargs)
+        return self._swalp.enter(name, function, args, kwargs)
 
     return entry
 
 
-def methods_of(kind: type) -> list[str]:
-    """forward, and the public functions beside it of the class that defines it and of what derives from that: decode,
-    forward_features. What a framework's base offers (generate, save_pretrained) is left to Python."""
-    bases = kind.__mro__
-    last = max((i for i, base in enumerate(bases) if "forward" in vars(base) and base is not nn.Module), default=-1)
-    # An own forward turns off a short cut of the front end, past the module's call: another's trace would miss it.
-    names = {"forward": None} if last >= 0 else {}
-    for base in bases[: last + 1]:
-        if base.__module__.startswith("torch."):
-            break
-        for name, value in vars(base).items():
-            if isinstance(value, types.FunctionType) and not name.startswith("_") and name not in vars(nn.Module):
-                names[name] = None
-    return list(names)
+_SHARED: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+
+def share(kind: type, name: str, value: Any) -> None:
+    """Makes what a class has by this name, a function or a property, an entry of those instances that are converted."""
+    function: Any = value.fget if isinstance(value, property) else value
+    if function in _SHARED:
+        return
+
+    @functools.wraps(function)
+    def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ENTRY not in self.__dict__:
+            return function(self, *args, **kwargs)
+        return entry(self, *args, **kwargs)
+
+    entry = _method(function, name)
+    _SHARED.add(shared)
+    setattr(kind, name, value.getter(shared) if isinstance(value, property) else shared)
 
 
 def install(conversion: Conversion) -> None:

@@ -89,6 +89,11 @@ def prepare(
         for node in graph.output_node().all_input_nodes:
             node.meta[KEPT] = node.name not in returned
     _prepare_nodes(graph_module, owner, places, foreign)
+    for node in graph.find_nodes(op="placeholder"):
+        is_outside = all(user.meta.get(MODULE, "") is None for user in node.users)
+        if is_outside and node.meta.get(PARAMETER) in places.foreigners:
+            node.meta[HOLDS] = "input"
+            del node.meta[PARAMETER]
     _drop_writes_of_itself(graph)
     parameters = {node: node.meta[PARAMETER] for node in graph.nodes if PARAMETER in node.meta}
     for node in graph.nodes:
@@ -132,11 +137,14 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
 
 def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str | None:
     """Its first name. functional_call and the like put other tensors in the place of parameters."""
-    if (name := places.parameter(value)) is not None:
+    name = places.parameter(value)
+    if name is not None and (places.loose_name(value) is None or id(value) not in frame.given()):
         return name
     slot = frame.parameter_slot(node)
-    if slot is None or (path := places.path(slot[0])) is None:
+    if slot is None:
         return None
+    if (path := places.path(slot[0])) is None:
+        return places.foreign(re.sub(r"_+(modules|parameters)_", ".", node.meta[ARGUMENT]), slot[0])
     own = slot[0]._parameters.get(slot[1])
     return (places.parameter(own) if own is not None else None) or ".".join(filter(None, (path, slot[1])))
 

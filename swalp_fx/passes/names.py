@@ -24,6 +24,7 @@ __all__ = [
     "kinds_of",
     "name_places",
     "originals",
+    "parameter_subject",
     "parameter_subjects",
     "place",
     "subject",
@@ -103,9 +104,13 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
             if derived := derived_name(full):  # ``fc.weight`` is made of it: what names that, names it
                 module = root.get_submodule(derived.rpartition(".")[0])
                 aliases.append(derived)
-            kinds = [layer_part(type(module)) or "parameter", *(base.__name__ for base in type(module).__mro__)]
-            subjects[names[id(parameter)]] += [(alias, kinds) for alias in aliases]
+            subjects[names[id(parameter)]] += [parameter_subject(alias, module) for alias in aliases]
     return {name: tuple(each) for name, each in subjects.items()}
+
+
+def parameter_subject(name: str, module: nn.Module) -> Subject:
+    """What the recipe sees of a parameter that ``module`` holds."""
+    return name, [layer_part(type(module)) or "parameter", *(base.__name__ for base in type(module).__mro__)]
 
 
 # ``fc.parametrizations.weight.original0``: the layer, a dot behind its name, and the tensor derived from the parameter.

@@ -1,0 +1,166 @@
+"""Which functions of a module are ways in: what they compute, as far as their code says it."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..passes.tables import part_of
+
+__all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "runs_later", "set_on"]
+
+NOTHING, READS, PRODUCT = range(3)  # what code computes: it reads a parameter of its module, it has a product
+
+
+def methods_of(module: nn.Module) -> Iterator[str]:
+    """The names of the functions of a module's class that are ways in, and that it may have in its ``__dict__``.
+
+    They are forward, the public functions beside it of the class that defines it and of what derives from that (decode,
+    forward_features), and whichever else computes. What else a framework's base offers (generate, save_pretrained) is
+    left to Python.
+    """
+    # An own forward turns off a short cut of the front end, past the module's call: another's trace would miss it.
+    names = {"forward": None} if type(module).forward is not nn.Module.forward else {}
+    for name, function, is_own in _functions(module):
+        is_plain = isinstance(inspect.getattr_static(type(module), name), FunctionType)
+        if (is_own and is_plain and not name.startswith("_")) or computes(function, module):
+            names[name] = None
+    yield from names
+
+
+def in_class(module: nn.Module) -> Iterator[tuple[type, str, Any]]:
+    """(class, name, value) of what computes and Python looks up in the class alone: calls, operators, properties."""
+    for base in _bases(module):
+        for name, value in vars(base).items():
+            is_property = isinstance(value, property)
+            function = value.fget if is_property else value if _is_operator(name) else None
+            needed = NOTHING if name == "__call__" else PRODUCT if is_property else READS
+            if isinstance(function, FunctionType) and computes(function, module) >= needed:
+                yield base, name, value
+
+
+def set_on(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The functions that were set on the module and compute, and its forward, if it was set there."""
+    for name, value in vars(module).items():
+        is_function = isinstance(value, FunctionType | MethodType)
+        if name == "forward" or (is_function and computes(value, module)):
+            yield name, value
+
+
+def computing(module: nn.Module, attributes: Collection[str]) -> dict[str, int]:
+    """Name -> what it computes, of all that a module's class and the module itself offer.
+
+    attributes: names that are no functions', as those of layers.
+    """
+    found: dict[str, int] = {}
+    attributes = {*attributes, *vars(module), *module._parameters}
+    offered: list[tuple[str, Any, bool]] = list(_functions(module))
+    offered += [(name, getattr(value, "fget", value), True) for _, name, value in in_class(module)]
+    offered += [(name, value.given, True) for name, value in vars(module).items() if hasattr(value, "given")]
+    for name, function, is_own in offered:
+        computed = computes(function, module, attributes)
+        if not is_own and not _reads(function, module):  # what a base does with weights, it initialises
+            computed = min(computed, READS)
+        found[name] = max(found.get(name, NOTHING), computed)
+    return {**found, "__call__": PRODUCT}
+
+
+def computes(function: Any, module: nn.Module, attributes: Collection[str] = ()) -> int:
+    """READS, PRODUCT (``@``, or the name of a function that computes one), or NOTHING."""
+    found = _words(function)
+    if "@" in found or any(map(_is_product, found.difference(attributes))):
+        return PRODUCT
+    return READS if _reads(function, module) else NOTHING
+
+
+def _reads(function: Any, module: nn.Module) -> bool:
+    """Whether ``function`` names a parameter of ``module``. A copy in the making has none yet."""
+    return not _words(function).isdisjoint(vars(module).get("_parameters", ()))
+
+
+def _is_product(name: str) -> bool:
+    return part_of(name) == "compute" and name[0].islower()  # the types of layers are as often asked for
+
+
+def runs_later(function: Callable[..., Any]) -> bool:
+    """Whether a call of ``function`` runs nothing of its code yet."""
+    function = inspect.unwrap(function)
+    return inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)
+
+
+def _bases(module: nn.Module) -> Iterator[type]:
+    """The classes of a module that are not PyTorch's."""
+    return (base for base in type(module).__mro__ if not base.__module__.startswith("torch.") and base is not object)
+
+
+def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType, bool]]:
+    """(name, function, whether it is none of a base above the class that defines forward) of a module's classes."""
+    kinds = type(module).__mro__
+    forwards = [i for i, base in enumerate(kinds) if "forward" in vars(base) and base is not nn.Module]
+    last = max(forwards, default=len(kinds))
+    for base in _bases(module):
+        for name, value in vars(base).items():
+            function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            if isinstance(function, FunctionType) and not name.startswith("__") and name not in vars(nn.Module):
+                yield name, function, kinds.index(base) <= last
+
+
+def _is_operator(name: str) -> bool:
+    is_special = name.startswith("__") and name.endswith("__")
+    return name == "__call__" or (is_special and name not in vars(nn.Module) and name not in vars(object))
+
+
+_WORDS: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
+
+
+def _words(function: Any) -> frozenset[str]:
+    """The names that the code of ``function`` reads, and that of the functions of its file that it calls; "@"."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(function, FunctionType):
+        return frozenset()
+    if function not in _WORDS:
+        found: set[str] = set()
+        seen: set[CodeType] = set()
+        waiting = [function]
+        while waiting:
+            each = inspect.unwrap(waiting.pop())
+            if isinstance(each, FunctionType) and each.__code__ not in seen and not _is_torchs(each):
+                seen.add(each.__code__)
+                names = set(_names(each.__code__))
+                found |= names
+                waiting += _called(each, names)
+        _WORDS[function] = frozenset(found)
+    return _WORDS[function]
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for instruction in dis.get_instructions(code):
+        if instruction.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in instruction.opname:
+            yield "@"
+    for constant in code.co_consts:  # of functions inside it
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _called(function: FunctionType, names: set[str]) -> Iterator[FunctionType]:
+    """The functions of its own file that ``names`` may mean, and those that it closes over."""
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, FunctionType) and value.__globals__ is function.__globals__:
+            yield value
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is not set yet
+            if isinstance(cell.cell_contents, FunctionType):
+                yield cell.cell_contents
