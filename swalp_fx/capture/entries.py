@@ -219,13 +219,13 @@ class Call:
         return Call, (self.module,)
 
 
-def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
     if torch.compiler.is_dynamo_compiling() or local.explaining:
-        return call_of_module(module, *args, **kwargs)
+        return call_of_module(self, *args, **kwargs)
     if local.entered is None:
-        _refuse_traced(module, sys._getframe(3))  # what calls the module
-    return module._swalp.enter("", call_of_module, args, kwargs)
+        _refuse_traced(self, sys._getframe(3))  # what calls the module
+    return self._swalp.enter("", call_of_module, args, kwargs)
 
 
 class Bound:
