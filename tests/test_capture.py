@@ -376,6 +376,58 @@ def test_a_forward_that_is_set_on_the_instance_runs_rewritten(early):
     assert torch.equal(lp(X), lp(2 * X))
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def twice(self, x):
+        return self.layer(x) * 2
+
+
+class Doubled(Scaled):
+    def forward(self, x):
+        return self.layer(x) * 2
+
+    def thrice(self, x):
+        return x @ self.layer.weight
+
+
+def _another_forward(monkeypatch, module):
+    monkeypatch.setattr(type(module), "forward", Doubled.forward)
+
+
+def _another_method(monkeypatch, module):
+    monkeypatch.setattr(type(module), "forward", Scaled.twice)
+
+
+def _another_type(monkeypatch, module):
+    module.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [_another_forward, _another_method, _another_type])
+@pytest.mark.parametrize("way", [lambda lp: lp(X), lambda lp: lp.forward(X), lambda lp: lp[0](X)], ids=range(3))
+def test_a_forward_that_is_replaced_on_the_class_runs_rewritten(monkeypatch, change, way):
+    torch.manual_seed(0)
+    lp, _ = convert(nn.Sequential(Scaled(), Scaled()), recipe=NEAREST)
+    due, _ = convert(nn.Sequential(Doubled(), Doubled()), recipe=NEAREST)
+    due.load_state_dict(lp.state_dict())
+    assert not torch.equal(way(lp), way(due))
+    for each in lp:
+        change(monkeypatch, each)
+    assert torch.equal(way(lp), way(due))
+
+
+def test_the_methods_of_another_type_are_entries_from_its_next_call_on():
+    lp, _ = convert(Scaled(), recipe=NEAREST)
+    lp.__class__ = Doubled
+    lp(X)
+    assert torch.equal(lp.thrice(X), X @ quantize(lp.layer.weight.detach(), "bfp4[0]"))
+
+
 # Hooks
 
 

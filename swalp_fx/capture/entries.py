@@ -34,6 +34,9 @@ from .dynamo import (
 )
 from .running import local
 
+# A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
+Key = tuple[str, Callable[..., Any], bool]
+
 __all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
 
 
@@ -46,20 +49,26 @@ class Entry:
 
     def install(self) -> None:
         self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
-        self.compiled: dict[tuple[str, bool], Callable[..., Any]] = {}  # made when first called
-        self.made: set[tuple[str, bool]] = set()  # those that have a graph
+        self.compiled: dict[Key, Callable[..., Any]] = {}  # made when first called
+        self.made: set[Key] = set()  # those that have a graph
         self.is_rewriting = is_rewriting(self)
+        self.kind: type | None = None  # the module's type, whose methods are entries
         own = vars(self.module)
         own["_compiled_call_impl"] = Call(self.module)
-        for name in methods_of(type(self.module)):
-            if name not in own:
-                own[name] = Bound(_method(getattr(type(self.module), name)), self.module)
+        self.bind()
         if "forward" in own and not isinstance(own["forward"], Bound):
             own["forward"] = Own(own["forward"], self.module)
         if self.module is self.conversion.root:
             for name, value in self.shown().items():
                 if not hasattr(self.module, name):
                     own[name] = value
+
+    def bind(self) -> None:
+        """Makes entries of the methods that the module's type has now."""
+        self.kind, own = type(self.module), vars(self.module)
+        for name in methods_of(self.kind):
+            if name not in own:
+                own[name] = _bound(self.kind, name, self.module)
 
     @property
     def described(self) -> str:
@@ -84,10 +93,12 @@ class Entry:
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = local.entered
-        outermost = before is None or before is self.module
-        run = self.compiled.get((name, outermost))
+        if type(self.module) is not self.kind:
+            self.bind()
+        key = name, function, before is None or before is self.module
+        run = self.compiled.get(key)
         if run is None:
-            run = self.compiled[name, outermost] = compile_entry(self, name, function)
+            run = self.compiled[key] = compile_entry(self, name, function)
         if before is None:
             local.entered, self.is_entered, local.ran = self.module, True, False
             if self.conversion.breaks:
@@ -95,12 +106,12 @@ class Entry:
         else:
             self.conversion.breaks = True
         try:
-            if (name, outermost) in self.made:
+            if key in self.made:
                 result = run(*args, **kwargs)
             else:
                 with self.conversion.making:
                     result = run(*args, **kwargs)
-                self.made.add((name, outermost))
+                self.made.add(key)
             if before is not None:
                 return result
             if not local.ran:
@@ -113,8 +124,8 @@ class Entry:
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
             # Nothing of the call has run yet. It begins again, with a cache of its own.
             warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
-            del self.compiled[name, outermost]
-            self.made.discard((name, outermost))
+            del self.compiled[key]
+            self.made.discard(key)
             self.conversion.graphs.drop(self.conversion.places.path(self.module))
             local.entered = before
             return self.enter(name, function, args, kwargs)
@@ -125,7 +136,7 @@ class Entry:
                 ) from error
             if not isinstance(error, TorchDynamoException):
                 raise
-            self.compiled.pop((name, outermost), None)  # an error in a trace marks the code to be left alone for good
+            self.compiled.pop(key, None)  # an error in a trace marks the code to be left alone for good
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
@@ -186,11 +197,11 @@ class Bound(functools.partial):
     """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
     def __reduce__(self) -> Any:
-        return _bound, (type(self.args[0]), self.func.__name__, self.args[0])
+        return _bound, (type(self.args[0]), self.func.name, self.args[0])
 
 
 def _bound(kind: type, name: str, module: nn.Module) -> Bound:
-    return Bound(_method(getattr(kind, name)), module)
+    return Bound(_method(name, getattr(kind, name)), module)
 
 
 class Own(Bound):
@@ -199,12 +210,14 @@ class Own(Bound):
     function: Callable[..., Any]
 
     def __new__(cls, function: Callable[..., Any], module: nn.Module) -> Own:
-        @functools.wraps(function)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
-        forward.__name__ = "forward"
-        new = super().__new__(cls, _method(forward), module)
+        @functools.wraps(function)
+        def entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _entered(self, "forward", forward, args, kwargs)
+
+        new = super().__new__(cls, entry, module)
         new.function = function
         return new
 
@@ -232,25 +245,33 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
 
 
 @functools.cache
-def _method(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of a module's class as an entry. Its signature stays: models look at that of their own methods."""
+def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The method ``name`` of a module's type as an entry: what the type has by that name when it is called.
+
+    Its signature is that of ``function``, what the type has now: models look at that of their own methods.
+    """
 
     @functools.wraps(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            by = self._swalp.is_rewriting()
-            if not by:
-                raise NotRewritten(FOREIGN)
-            if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
-                return function(self, *args, **kwargs)
-            return function(self, *args, **kwargs)
-        if local.explaining:
-            return function(self, *args, **kwargs)
-        if function.__name__ != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
-            return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
-        return self._swalp.enter(function.__name__, function, args, kwargs)
+        return _entered(self, name, getattr(type(self), name), args, kwargs)
 
+    entry.name = name  # type: ignore[attr-defined]
     return entry
+
+
+def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        by = self._swalp.is_rewriting()
+        if not by:
+            raise NotRewritten(FOREIGN)
+        if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
+            return function(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+    if local.explaining:
+        return function(self, *args, **kwargs)
+    if name != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
+        return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
+    return self._swalp.enter(name, function, args, kwargs)
 
 
 def methods_of(kind: type) -> list[str]:
