@@ -101,22 +101,26 @@ def restore(module: nn.Module) -> nn.Module:
     """
     from .capture import entries
 
-    return entries.restore(_converted(module, "restore"))
+    _refuse_unconverted(module, "restore")
+    return entries.restore(module)
 
 
 def in_float(module: nn.Module) -> AbstractContextManager[nn.Module]:
     """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
 
+    What is set on the model in the meantime, a forward too, stays, and is then rewritten. It may be nested.
     Raises ConvertError for a module that is not converted.
     """
     from .capture import entries
 
-    return entries.in_float(_converted(module, "in_float"))
+    _refuse_unconverted(module, "in_float")
+    return entries.in_float(module)
 
 
-def _converted(module: nn.Module, what: str) -> nn.Module:
-    if conversion_of(module) is None:
+def _refuse_unconverted(module: nn.Module, what: str) -> None:
+    from .capture.entries import is_floating
+
+    if conversion_of(module) is None and not is_floating(module):
         raise ConvertError(
             f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first"
         )
-    return module

@@ -11,8 +11,10 @@ import copy
 import functools
 import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,10 +36,11 @@ from .dynamo import (
 )
 from .running import local
 
+CALL = "_compiled_call_impl"  # the attribute of a module that PyTorch calls in place of its forward
 # A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
 Key = tuple[str, Callable[..., Any], bool]
 
-__all__ = ["adopt", "float_copy", "in_float", "install", "restore"]
+__all__ = ["adopt", "float_copy", "in_float", "install", "is_floating", "restore"]
 
 
 class Entry:
@@ -52,23 +55,27 @@ class Entry:
         self.compiled: dict[Key, Callable[..., Any]] = {}  # made when first called
         self.made: set[Key] = set()  # those that have a graph
         self.is_rewriting = is_rewriting(self)
-        self.kind: type | None = None  # the module's type, whose methods are entries
-        own = vars(self.module)
-        own["_compiled_call_impl"] = Call(self.module)
-        self.bind()
-        if "forward" in own and not isinstance(own["forward"], Bound):
-            own["forward"] = Own(own["forward"], self.module)
+        self.taken_out: dict[str, Any] = {}  # what ``remove`` has taken out
+        self.attach()
+
+    def attach(self) -> None:
+        """Puts the entries into the module's ``__dict__``: graphs guard them, so those that ``remove`` took out."""
+        self.kind, own, before = type(self.module), vars(self.module), self.taken_out  # the type that has the methods
+        own[ENTRY] = self
+        if own.get(CALL) is None:
+            own[CALL] = before.get(CALL) or Call(self.module)
+        for name in methods_of(self.kind):
+            if name not in own:
+                known = before.get(name)
+                own[name] = known if type(known) is Bound else _bound(self.kind, name, self.module)
+        if not isinstance(forward := own.get("forward"), Bound | None):  # it was set on the instance
+            known = before.get("forward")
+            is_known = isinstance(known, Own) and known.function is forward
+            own["forward"] = known if is_known else Own(forward, self.module)
         if self.module is self.conversion.root:
             for name, value in self.shown().items():
                 if not hasattr(self.module, name):
                     own[name] = value
-
-    def bind(self) -> None:
-        """Makes entries of the methods that the module's type has now."""
-        self.kind, own = type(self.module), vars(self.module)
-        for name in methods_of(self.kind):
-            if name not in own:
-                own[name] = _bound(self.kind, name, self.module)
 
     @property
     def described(self) -> str:
@@ -80,21 +87,18 @@ class Entry:
         return {"graphs": graphs, "print_readable": graphs.print_readable}
 
     def remove(self) -> None:
+        """Takes the entries out; a forward that was set on the instance stays."""
         own = vars(self.module)
-        own.pop("_compiled_call_impl", None)
-        own.pop(ENTRY, None)
-        for name, value in list(own.items()):
-            if is_shown(name, value):
-                del own[name]
-            elif isinstance(value, Own):
+        self.taken_out = {name: value for name, value in own.items() if _is_entry(name, value)}
+        for name, value in self.taken_out.items():
+            del own[name]
+            if isinstance(value, Own):
                 own[name] = value.function
-            elif isinstance(value, Bound):
-                del own[name]
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = local.entered
         if type(self.module) is not self.kind:
-            self.bind()
+            self.attach()
         key = name, function, before is None or before is self.module
         run = self.compiled.get(key)
         if run is None:
@@ -177,9 +181,10 @@ def _limit(entry: Entry) -> str:
     return f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing"
 
 
-def is_shown(name: str, value: Any) -> bool:
-    """Whether an attribute is one of ``Entry.shown``."""
-    return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
+def _is_entry(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is its entry's."""
+    is_shown = isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
+    return name == ENTRY or isinstance(value, Bound | Call) or is_shown
 
 
 class Call(functools.partial):
@@ -197,7 +202,7 @@ class Bound(functools.partial):
     """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
 
     def __reduce__(self) -> Any:
-        return _bound, (type(self.args[0]), self.func.name, self.args[0])
+        return _bound, (type(self.args[0]), self.func.name, self.args[0])  # type: ignore[attr-defined]
 
 
 def _bound(kind: type, name: str, module: nn.Module) -> Bound:
@@ -331,27 +336,50 @@ def float_copy(module: nn.Module) -> nn.Module:
 
 def restore(module: nn.Module) -> nn.Module:
     """Takes all entries of ``module`` out; returns it."""
-    for each in module.modules():
-        if (entry := vars(each).get(ENTRY)) is not None:
-            entry.remove()
+    for entry in _entries(module):
+        entry.remove()
+    _FLOATING.pop(id(module), None)
     return module
+
+
+@dataclass
+class _Floating:
+    """A model that is ``in_float``."""
+
+    module: nn.Module
+    entries: list[Entry]
+    times: int = 0  # how often it has been entered, by any thread
+
+
+_FLOATING: dict[int, _Floating] = {}
+_SWITCHING = threading.Lock()
+
+
+def is_floating(module: nn.Module) -> bool:
+    """Whether ``module`` is ``in_float``."""
+    return id(module) in _FLOATING
 
 
 @contextlib.contextmanager
 def in_float(module: nn.Module) -> Iterator[nn.Module]:
-    """While it holds, the entries of ``module`` are out."""
-    entries = [(each, vars(each)[ENTRY]) for each in module.modules() if ENTRY in vars(each)]
-    kept = [
-        (each, {name: value for name, value in vars(each).items() if _is_entry(name, value)}) for each, _ in entries
-    ]
-    for _, entry in entries:
-        entry.remove()
+    """While it holds, the entries of ``module`` are out. What is changed in the meantime stays."""
+    with _SWITCHING:
+        floating = _FLOATING.setdefault(id(module), _Floating(module, _entries(module)))
+        floating.times += 1
+        for entry in floating.entries if floating.times == 1 else ():
+            entry.remove()
     try:
         yield module
     finally:
-        for each, attributes in kept:
-            vars(each).update(attributes)
+        with _SWITCHING:
+            floating.times -= 1
+            if floating.times == 0 and _FLOATING.get(id(module)) is floating:  # it was not restored
+                del _FLOATING[id(module)]
+                for entry in floating.entries:
+                    if ENTRY not in vars(entry.module):  # nor converted anew
+                        entry.attach()
+                adopt(floating.entries[0].conversion)
 
 
-def _is_entry(name: str, value: Any) -> bool:
-    return name in (ENTRY, "_compiled_call_impl") or isinstance(value, Bound) or is_shown(name, value)
+def _entries(module: nn.Module) -> list[Entry]:
+    return [vars(each)[ENTRY] for each in module.modules() if ENTRY in vars(each)]
