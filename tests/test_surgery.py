@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import swalp_fx
 from swalp_fx import nodes
+from swalp_fx.capture import conversion_of
 
 SPEC = "bfp4[0]"
 X = torch.linspace(-2, 2, 40).view(5, 8)
@@ -142,3 +144,96 @@ def test_another_activation_is_called():
     lp[1] = nn.GELU()
     lp(X)
     assert "gelu" in lp.graphs[-1].code and "relu" not in lp.graphs[-1].code
+
+
+# What is taken out
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def converted(recipe=f"{SPEC} rounding=nearest", kind=Net):
+    torch.manual_seed(0)
+    return swalp_fx.convert(kind(), recipe=recipe).module
+
+
+def low(linear, x, weight=SPEC):
+    return F.linear(x, *(swalp_fx.quantize(parameter.detach(), weight) for parameter in linear.parameters()))
+
+
+def _set_to_none(lp):
+    lp.head = None
+
+
+def _deleted(lp):
+    del lp.head
+
+
+def _replaced(lp):
+    lp.head = nn.Identity()
+
+
+@pytest.mark.parametrize("called", [(), (X[0],), (X,)], ids=["", "with another size", "called"])
+@pytest.mark.parametrize("take", [_set_to_none, _deleted, _replaced])
+def test_what_is_taken_out_computes_in_the_recipe_that_it_had(take, called):
+    lp = converted()
+    head = lp.head
+    for each in called:
+        head(each), lp(each)
+    take(lp)
+    lp.other = nn.Linear(8, 8)
+    assert torch.equal(head(X), low(head, X))
+    head.double()
+    assert torch.equal(head(X.double()), low(head, X.double()))
+    assert swalp_fx.restore(head) is head and torch.equal(
+        head(X.double()), F.linear(X.double(), head.weight, head.bias)
+    )
+
+
+def test_what_is_taken_out_keeps_the_rules_for_its_name():
+    lp = converted(swalp_fx.Recipe.parse(f"{SPEC} rounding=nearest", rules=(swalp_fx.Rule("body.2", weight="float"),)))
+    expected, body = lp.body(X), lp.body
+    lp.body = nn.Identity()
+    assert torch.equal(body(X), expected)
+    assert weights_of(body) == ["_0_weight", "_0_bias"] and not str(swalp_fx.report(body)).count("body")
+
+
+def test_what_is_put_back_is_part_of_the_model_again():
+    lp = converted()
+    expected, head = lp(X), lp.head
+    lp.head = nn.Identity()
+    head(X)
+    lp.head = head
+    assert torch.equal(lp(X), expected) and "head_weight" in weights_of(lp)
+    assert conversion_of(head).root is lp and not hasattr(head, "graphs")
+
+
+def test_a_copy_of_a_layer_may_be_put_beside_it():
+    lp = converted()
+    lp.body.append(copy.deepcopy(lp.body[2]))
+    lp(X)
+    assert "body_3_weight" in weights_of(lp) and len(lp.graphs) == 1
+
+
+def test_children_may_be_swapped():
+    lp = converted()
+    lp(X)
+    lp.body[0], lp.body[2] = lp.body[2], lp.body[0]
+    hidden = swalp_fx.quantize(torch.relu(swalp_fx.quantize(low(lp.body[0], X), SPEC)), SPEC)
+    assert torch.equal(lp(X), low(lp.head, swalp_fx.quantize(low(lp.body[2], hidden), SPEC)))
+
+
+@pytest.mark.parametrize("call", [swalp_fx.restore, swalp_fx.in_float])
+def test_a_part_alone_is_not_made_float(call):
+    lp = converted()
+    with pytest.raises(
+        swalp_fx.ConvertError, match="takes a whole converted model, and this Linear is head of one; give"
+    ):
+        call(lp.head)

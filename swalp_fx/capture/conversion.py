@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -33,37 +32,48 @@ def conversion_of(module: nn.Module | None) -> Conversion | None:
     return entry.conversion if entry is not None else None
 
 
+class _Names:
+    """The names of objects, by identity. It keeps none of them alive."""
+
+    def __init__(self, named: Iterable[tuple[str, Any]]) -> None:
+        self._known = {id(each): (name, weakref.ref(each)) for name, each in named}
+
+    def __getitem__(self, ident: int) -> tuple[str, Any] | None:
+        """(name, object) of what lives at ``ident``."""
+        name, reference = self._known.get(ident, ("", None))
+        known = reference() if reference is not None else None
+        return None if known is None else (name, known)
+
+    def of(self, value: Any) -> str | None:
+        name, reference = self._known.get(id(value), ("", None))
+        return name if reference is not None and reference() is value else None
+
+
 class Places:
-    """The names of a model's modules, parameters and buffers, by identity."""
+    """The names of a model's modules, parameters and buffers, by identity. After surgery there are others."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._root = root
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the model again. After surgery it has other modules and parameters."""
-        self._modules = {id(module): (path, module) for path, module in self._root.named_modules()}
-        self._parameters = {id(parameter): name for name, parameter in self._root.named_parameters()}
-        self._buffers = {id(buffer): name for name, buffer in self._root.named_buffers()}
-        self.subjects: dict[str, tuple[Subject, ...]] = parameter_subjects(self._root)
+        self._modules = _Names(root.named_modules())
+        self._parameters = _Names(root.named_parameters())
+        self._buffers = _Names(root.named_buffers())
+        self.subjects: dict[str, tuple[Subject, ...]] = parameter_subjects(root)
 
     def path(self, module: nn.Module) -> str | None:
-        known = self._modules.get(id(module))
-        return known[0] if known is not None else None
+        return self._modules.of(module)
 
     def module(self, key: str) -> tuple[str, nn.Module] | None:
         """(path, module) of an entry of nn_module_stack, whose key is ``ID`` or ``ID@CALL``."""
         ident = key.partition("@")[0]
-        return self._modules.get(int(ident)) if ident.isdigit() else None
+        return self._modules[int(ident)] if ident.isdigit() else None
 
     def parameter(self, value: Tensor) -> str | None:
-        return self._parameters.get(id(value))
+        return self._parameters.of(value)
 
     def buffer(self, value: Tensor) -> str | None:
-        return self._buffers.get(id(value))
+        return self._buffers.of(value)
 
     def knows(self, values: Any) -> bool:
-        return all(id(value) in self._parameters for value in values if isinstance(value, nn.Parameter))
+        return all(self.parameter(value) is not None for value in values if isinstance(value, nn.Parameter))
 
 
 @dataclass
@@ -91,8 +101,7 @@ class Rewritten:
 class Graphs(Sequence[Rewritten]):
     """The rewritten graphs of a model, in the order in which they were made: ``model.graphs``."""
 
-    def __init__(self, conversion: Conversion) -> None:
-        self._conversion = conversion
+    def __init__(self) -> None:
         self._made: list[Rewritten] = []
 
     def add(self, made: Rewritten) -> None:
@@ -122,22 +131,19 @@ class Graphs(Sequence[Rewritten]):
 
     # A copy of a model makes graphs of its own.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return copy.deepcopy(self._conversion, memo).graphs
-
     def __reduce__(self) -> Any:
-        return getattr, (self._conversion, "graphs")
+        return Graphs, ()
 
 
 class Conversion:
-    """One for a converted model; its modules' entries share it."""
+    """One for a converted model; its modules' entries share it, and keep it alive."""
 
-    def __init__(self, root: nn.Module, recipe: Recipe, *, identity: bool = False) -> None:
-        self.root, self.recipe, self.identity = root, recipe, identity
-        self._begin()
-
-    def _begin(self) -> None:
-        self.graphs = Graphs(self)
+    def __init__(
+        self, root: nn.Module, recipe: Recipe, *, identity: bool = False, graphs: Graphs | None = None
+    ) -> None:
+        self._root = weakref.ref(root)
+        self.recipe, self.identity = recipe, identity
+        self.graphs = Graphs() if graphs is None else graphs
         self.making = threading.RLock()  # threads that call a model for the first time make one graph, not one each
         self.breaks = False  # whether Python runs between graphs, and calls what it finds
         self.is_proved = True  # whether all patterns of the recipe are known to name something
@@ -149,10 +155,31 @@ class Conversion:
         self.backend.__name__ = "swalp_fx"  # type: ignore[attr-defined]
 
     @property
+    def root(self) -> nn.Module:
+        root = self._root()
+        assert root is not None, "the model that is converted is gone"
+        return root
+
+    @property
     def places(self) -> Places:
-        if self._places is None:
-            self._places = Places(self.root)
-        return self._places
+        places = self._places  # another thread may forget them
+        if places is None:
+            places = self._places = Places(self.root)
+        return places
+
+    def forget_places(self) -> None:
+        """They are read anew when they are asked for."""
+        self._places = None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` is in the model. It may have been taken out, and the model may be gone."""
+        root = self._root()
+        return root is not None and any(each is module for each in root.modules())
+
+    def gives(self, module: nn.Module, other: Conversion) -> bool:
+        """Whether ``module``, which is put into ``other``'s model, becomes ``other``'s. Its recipe does not change."""
+        is_alike = (self.recipe, self.identity) == (other.recipe, other.identity)
+        return is_alike and (self.recipe.is_within or not self.holds(module))
 
     @property
     def is_keyed(self) -> bool:
@@ -186,24 +213,6 @@ class Conversion:
     def key(self) -> Tensor | None:
         """The key of one run: distinct runs, distinct keys. None in eval mode, where stochastic rounds to nearest."""
         return nodes.draw_key(self.root.training)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
-        new = object.__new__(Conversion)
-        memo[id(self)] = new
-        new.recipe, new.identity = self.recipe, self.identity
-        new.root = self.root  # until there is a copy: entries look at it while that is made
-        new._begin()
-        # While the whole model is copied, the copy in progress; where only a part is, that part's copy has its own.
-        root = memo.get(id(self.root))
-        new.root = copy.deepcopy(self.root, memo) if root is None else root
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "recipe": self.recipe, "identity": self.identity}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._begin()
 
     def stray(self) -> Iterator[nn.Module]:
         """Modules of the model that have no entry yet, since they were put there after the conversion."""

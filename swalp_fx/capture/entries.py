@@ -13,6 +13,7 @@ import inspect
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,22 +41,24 @@ CALL = "_compiled_call_impl"  # the attribute of a module that PyTorch calls in 
 # A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
 Key = tuple[str, Callable[..., Any], bool]
 
-__all__ = ["adopt", "float_copy", "in_float", "install", "is_floating", "restore"]
+__all__ = ["adopt", "float_copy", "in_float", "install", "is_floating", "restore", "settled"]
 
 
 class Entry:
     """A module's ways in. It lives in the module's ``__dict__``: copies and pickles of the module make their own."""
 
-    def __init__(self, conversion: Conversion, module: nn.Module) -> None:
-        self.conversion, self.module = conversion, module
-        self.install()
+    def __init__(self, conversion: Conversion, module: nn.Module, path: str) -> None:
+        self.module = module
+        self.taken_out: dict[str, Any] = {}  # what ``remove`` has taken out
+        self.join(conversion, path)
 
-    def install(self) -> None:
+    def join(self, conversion: Conversion, path: str) -> None:
+        """Makes the module one of ``conversion``'s; path: its name there, as far as is known."""
+        self.conversion, self.path = conversion, path
         self.is_entered = False  # whether the module is what was called from outside; graphs are guarded by it
         self.compiled: dict[Key, Callable[..., Any]] = {}  # made when first called
         self.made: set[Key] = set()  # those that have a graph
         self.is_rewriting = is_rewriting(self)
-        self.taken_out: dict[str, Any] = {}  # what ``remove`` has taken out
         self.attach()
 
     def attach(self) -> None:
@@ -72,10 +75,11 @@ class Entry:
             known = before.get("forward")
             is_known = isinstance(known, Own) and known.function is forward
             own["forward"] = known if is_known else Own(forward, self.module)
-        if self.module is self.conversion.root:
-            for name, value in self.shown().items():
-                if not hasattr(self.module, name):
-                    own[name] = value
+        for name, value in self.shown().items():
+            if self.path and _is_shown(own.get(name)):
+                del own[name]
+            elif not self.path and not hasattr(self.module, name):
+                own[name] = value
 
     @property
     def described(self) -> str:
@@ -97,6 +101,8 @@ class Entry:
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = local.entered
+        if before is None:
+            settled(self.module)
         if type(self.module) is not self.kind:
             self.attach()
         key = name, function, before is None or before is self.module
@@ -161,20 +167,33 @@ class Entry:
                 f"({code.co_filename}:{code.co_firstlineno}); take torch.compiler.disable or the like away from it"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"conversion": self.conversion, "module": self.module}
+    # A copy of a part of a model, or its pickle, does not hold the whole model: it is a model of its own. Each module
+    # that is made is at first its own; then its parent, which is made after it, makes it one of its own.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
-        new = object.__new__(Entry)
-        memo[id(self)] = new
-        new.conversion = copy.deepcopy(self.conversion, memo)
-        new.module = memo[id(self.module)]  # empty as yet; what fills it only adds to its __dict__
-        new.install()
-        return new
+    def __getstate__(self) -> dict[str, Any]:
+        conversion, children = self.conversion, self.module.named_children()
+        return {
+            "module": self.module,
+            "recipe": conversion.recipe.within(self.path) if self.path else conversion.recipe,
+            "identity": conversion.identity,
+            "graphs": None if self.path else conversion.graphs,
+            "children": {name: vars(each)[ENTRY] for name, each in children if conversion_of(each) is conversion},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.install()
+        self.module, self.taken_out = state["module"], {}
+        self.children = weakref.WeakValueDictionary(state["children"])  # some may be taken out of the model later
+        made = Conversion(self.module, state["recipe"], identity=state["identity"], graphs=state["graphs"])
+        self._join_with_children(made, "")
+
+    def _join_with_children(self, conversion: Conversion, path: str) -> None:
+        self.join(conversion, path)
+        for name, each in self.children.items():
+            each._join_with_children(conversion, _joined(path, name))
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _limit(entry: Entry) -> str:
@@ -183,8 +202,12 @@ def _limit(entry: Entry) -> str:
 
 def _is_entry(name: str, value: Any) -> bool:
     """Whether an attribute of a module is its entry's."""
-    is_shown = isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
-    return name == ENTRY or isinstance(value, Bound | Call) or is_shown
+    return name == ENTRY or isinstance(value, Bound | Call) or _is_shown(value)
+
+
+def _is_shown(value: Any) -> bool:
+    """Whether it is one of ``Entry.shown``."""
+    return isinstance(value, Graphs) or isinstance(getattr(value, "__self__", None), Graphs)
 
 
 class Call(functools.partial):
@@ -241,8 +264,9 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_traced(module: Any, caller: types.FrameType) -> None:
     """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
-    root = module._swalp.conversion.root
-    if caller.f_code.co_filename.startswith("<eval_with_key>") and module is not root:
+    if not caller.f_code.co_filename.startswith("<eval_with_key>"):
+        return
+    if (root := settled(module).root) is not module:
         raise NotRewritten(
             f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
             "look at its own graphs, model.graphs, or trace a float copy"
@@ -297,15 +321,36 @@ def methods_of(kind: type) -> list[str]:
 
 def install(conversion: Conversion) -> None:
     """Makes entries of all modules of the conversion's model."""
-    for module in conversion.root.modules():
-        if ENTRY not in vars(module):
-            vars(module)[ENTRY] = Entry(conversion, module)
+    conversion.forget_places()
+    take_in(conversion, conversion.root, "")
 
 
-def adopt(conversion: Conversion) -> None:
-    """Takes in what was put into the model after its conversion."""
-    conversion.places.refresh()
-    install(conversion)
+def take_in(conversion: Conversion, module: nn.Module, path: str) -> None:
+    """Makes entries of ``module``, which is ``path`` in the conversion's model, and of what is in it.
+
+    What is in another converted model too stays part of that. A part that was taken out, or copied, comes back.
+    """
+    for name, each in module.named_modules(prefix=path):
+        entry = vars(each).get(ENTRY)
+        if entry is None:
+            vars(each)[ENTRY] = Entry(conversion, each, name)
+        elif entry.conversion is conversion:
+            entry.path = name
+        elif entry.conversion.gives(each, conversion):
+            entry.join(conversion, name)
+
+
+def settled(module: nn.Module) -> Conversion:
+    """The conversion of a converted ``module``. What was taken out of its model is a model of its own from now on: of
+    the same recipe, whose patterns see the names that it had."""
+    entry: Entry = vars(module)[ENTRY]
+    before = entry.conversion
+    if entry.path and not before.holds(module):
+        install(Conversion(module, before.recipe.within(entry.path), identity=before.identity))
+    return entry.conversion
+
+
+adopt = install  # what was put into the model after its conversion
 
 
 def adopt_strays(conversion: Conversion) -> None:
@@ -316,11 +361,11 @@ def adopt_strays(conversion: Conversion) -> None:
 
 def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     conversion = conversion_of(module)
-    if conversion is None or submodule is None:
+    if conversion is None:
         return
-    for each in submodule.modules():
-        if ENTRY not in vars(each):
-            vars(each)[ENTRY] = Entry(conversion, each)
+    conversion.forget_places()
+    if submodule is not None:
+        take_in(conversion, submodule, _joined(vars(module)[ENTRY].path, name))
 
 
 register_module_module_registration_hook(_adopt_registered)
