@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
 from ..recipe import RecipeError
-from .backend import chained
+from .backend import backend, chained
 from .dynamo import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
@@ -33,10 +33,10 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["ANOTHERS", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewriting"]
+__all__ = ["ANOTHERS", "APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
-OURS, ANOTHERS = "ours", "another's"
+OURS, ANOTHERS, APART = "ours", "another's", "apart"
 _NUMBERS = itertools.count()  # of entries that were compiled
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
@@ -129,8 +129,8 @@ def _why() -> str:
 
 
 def is_rewriting(entry: Entry) -> Callable[[], str]:
-    """Asked while a frame is traced: who gets its graph? OURS, ANOTHERS with our backend in front, or "" for nobody
-    that rewrites."""
+    """Asked while a frame is traced: who gets its graph? OURS; ANOTHERS, with our backend in front; the backend of
+    another converted model, so that this one must be run APART from it; or "" for nobody that rewrites."""
 
     @assume_constant_result
     def asked() -> str:
@@ -141,8 +141,8 @@ def is_rewriting(entry: Entry) -> Callable[[], str]:
             return ""
         if inner is conversion.backend:
             return OURS
-        if getattr(inner, "func", None) is chained:
-            return ANOTHERS
+        if (rewriter := getattr(inner, "func", None)) in (backend, chained):
+            return ANOTHERS if rewriter is chained and inner.args[0]() is conversion else APART
         # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
         if is_functorch_active():
             return ""

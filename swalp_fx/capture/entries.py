@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
 from ..warn import warn
-from .compiler import ANOTHERS, FOREIGN, compile_entry, explain, is_rewriting
+from .bare import Bare
+from .compiler import ANOTHERS, APART, FOREIGN, compile_entry, explain, is_rewriting
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import (
     MAX_GRAPHS,
@@ -100,16 +101,18 @@ class Entry:
                 own[name] = value.function
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before = local.entered
-        if before is None:
+        around = local.entered
+        is_outside = conversion_of(around) is not self.conversion  # nothing runs, or another converted model does
+        if is_outside:
             settled(self.module)
         if type(self.module) is not self.kind:
             self.attach()
-        key = name, function, before is None or before is self.module
+        key = name, function, is_outside or around is self.module
         run = self.compiled.get(key)
         if run is None:
             run = self.compiled[key] = compile_entry(self, name, function)
-        if before is None:
+        if is_outside:
+            others, local.bare = local.bare, Bare()
             local.entered, self.is_entered, local.ran = self.module, True, False
             if self.conversion.breaks:
                 adopt_strays(self.conversion)
@@ -122,7 +125,7 @@ class Entry:
                 with self.conversion.making:
                     result = run(*args, **kwargs)
                 self.made.add(key)
-            if before is not None:
+            if not is_outside:
                 return result
             if not local.ran:
                 self._refuse_float(result, (args, kwargs))
@@ -137,7 +140,7 @@ class Entry:
             del self.compiled[key]
             self.made.discard(key)
             self.conversion.graphs.drop(self.conversion.places.path(self.module))
-            local.entered = before
+            local.entered = around
             return self.enter(name, function, args, kwargs)
         except RuntimeError as error:
             if (tracer := tracer_around()) is not None:
@@ -151,8 +154,8 @@ class Entry:
                 explain(function, self.module, args, kwargs)
             raise
         finally:
-            if before is None:
-                local.entered, self.is_entered = None, False
+            if is_outside:
+                local.entered, self.is_entered, local.ran, local.bare = around, False, True, others
 
     def _refuse_float(self, result: Any, inputs: Any) -> None:
         """Raises NotRewritten if a call in which no graph ran has computed something."""
@@ -293,6 +296,8 @@ def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwar
         by = self._swalp.is_rewriting()
         if not by:
             raise NotRewritten(FOREIGN)
+        if by == APART:
+            return _enter_apart(self, name, function, args, kwargs)
         if by == ANOTHERS and self._swalp.conversion.root.training:  # read, so that it is a guard
             return function(self, *args, **kwargs)
         return function(self, *args, **kwargs)
@@ -300,6 +305,11 @@ def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwar
         return function(self, *args, **kwargs)
     if name != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
         return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
+    return self._swalp.enter(name, function, args, kwargs)
+
+
+@torch.compiler.disable(reason="a converted model is called while another's graph is made")
+def _enter_apart(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return self._swalp.enter(name, function, args, kwargs)
 
 

@@ -17,7 +17,7 @@ __all__ = ["local"]
 
 
 class _Local(threading.local):
-    entered: nn.Module | None = None  # the module that was called from outside of the model
+    entered: nn.Module | None = None  # the module that was called from outside of its model
     ran = False  # whether a graph has, in that call
     explaining = False  # the model's own code runs, to see what it raises
     watch: Callable[[Rewritten, tuple[Any, ...]], Any] | None = None  # runs graphs in place of their code
