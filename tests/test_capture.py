@@ -749,6 +749,23 @@ def test_the_sizes_of_another_model_of_the_class_change_no_graph():
     assert codes[0] == codes[1] == codes[2]
 
 
+def test_behind_a_break_in_what_another_compiles_all_is_rounded():
+    """There nothing names the model any more: its forward has read all of it that it needs."""
+
+    class Breaks(Closures):
+        def forward(self, x):
+            return self.layer(torch.relu(_broken(self.layer(x) * 3) * 5))
+
+    def _broken(x):
+        torch._dynamo.graph_break()
+        return x
+
+    torch.manual_seed(0)
+    lp = convert(Breaks(), recipe=NEAREST).module
+    expected = lp(X)
+    assert torch.equal(torch.compile(lp, backend="eager")(X), expected)
+
+
 def test_what_a_model_looks_at_before_it_returns_it_stays_float():
     class Looks(nn.Module):
         def __init__(self):

@@ -44,6 +44,9 @@ class _Names:
         known = reference() if reference is not None else None
         return None if known is None else (name, known)
 
+    def objects(self) -> Iterator[Any]:
+        return (each for _, reference in self._known.values() if (each := reference()) is not None)
+
     def of(self, value: Any) -> str | None:
         name, reference = self._known.get(id(value), ("", None))
         return name if reference is not None and reference() is value else None
@@ -57,6 +60,9 @@ class Places:
         self._parameters = _Names(root.named_parameters())
         self._buffers = _Names(root.named_buffers())
         self.subjects: dict[str, tuple[Subject, ...]] = parameter_subjects(root)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return self._modules.objects()
 
     def path(self, module: nn.Module) -> str | None:
         return self._modules.of(module)
