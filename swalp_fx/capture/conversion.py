@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 
 from .. import nodes
 from ..passes.assign import subjects
-from ..passes.names import parameter_subjects
+from ..passes.names import kinds_of_type, parameter_subjects
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, Subject
 from ..warn import warn
@@ -211,8 +211,7 @@ class Conversion:
         yield from chain(*self.places.subjects.values())
         for path, module in self.root.named_modules():
             if path:
-                part = layer_part(type(module))
-                yield path, [*([part] if part else []), *(base.__name__ for base in type(module).__mro__)]
+                yield path, kinds_of_type(type(module), layer_part(type(module)))
         for each in self.graphs:
             yield from subjects(each.captured)
 

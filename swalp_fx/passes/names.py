@@ -22,6 +22,7 @@ __all__ = [
     "derived_name",
     "is_derived",
     "kinds_of",
+    "kinds_of_type",
     "name_places",
     "originals",
     "parameter_subjects",
@@ -49,12 +50,16 @@ def place(node: Node) -> str:
 
 def kinds_of(node: Node) -> list[str]:
     """What a rule may call a classified ``node``: its part, and the names of its operation."""
-    kinds = [node.meta[PART]]
     if node.op == "placeholder":
-        return kinds
+        return [node.meta[PART]]
     if (layer := node.meta.get(LAYER)) is not None:
-        return [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
-    return [*kinds, *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
+        return kinds_of_type(layer.kind, node.meta[PART])
+    return [node.meta[PART], *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
+
+
+def kinds_of_type(kind: type, part: str | None) -> list[str]:
+    """What a rule may call a module of type ``kind``: the part that it plays, if any, and the names of its types."""
+    return [*([part] if part else []), *(base.__name__ for base in kind.__mro__)]
 
 
 def subject(node: Node) -> Subject:
@@ -103,7 +108,7 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
             if derived := derived_name(full):  # ``fc.weight`` is made of it: what names that, names it
                 module = root.get_submodule(derived.rpartition(".")[0])
                 aliases.append(derived)
-            kinds = [layer_part(type(module)) or "parameter", *(base.__name__ for base in type(module).__mro__)]
+            kinds = kinds_of_type(type(module), layer_part(type(module)) or "parameter")
             subjects[names[id(parameter)]] += [(alias, kinds) for alias in aliases]
     return {name: tuple(each) for name, each in subjects.items()}
 
