@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import Recipe, Rule, check, convert, in_float, quantize
+from swalp_fx import NotRewritten, Recipe, Rule, check, convert, in_float, quantize
 from swalp_fx.capture import conversion_of
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
@@ -121,6 +121,18 @@ def test_a_child_computes_the_same_in_a_process_that_is_spawned():
     found = torch.from_numpy(queue.get(timeout=120))
     process.join()
     assert torch.equal(found, module.second(x))
+
+
+def test_a_shallow_copy_is_refused_when_it_is_called():
+    """Its methods would be bound to the model."""
+    module, inputs = converted(shapes.Tied, NEAREST)
+    shallow = copy.copy(module)
+    for child in (shallow, copy.copy(module.first)):
+        with pytest.raises(NotRewritten, match=r"a shallow copy of a converted .*; use copy.deepcopy"):
+            child(*inputs)
+    with in_float(module):
+        assert torch.equal(copy.copy(module)(*inputs), module(*inputs))
+    assert torch.equal(copy.deepcopy(module)(*inputs), module(*inputs))
 
 
 def test_a_copy_shares_nothing():

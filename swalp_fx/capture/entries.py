@@ -275,6 +275,15 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
             "look at its own graphs, model.graphs, or trace a float copy"
         )
 
+def _refuse_shallow(module: nn.Module, caller: types.FrameType) -> None:
+    """Raises NotRewritten for the call of a shallow copy, whose entries are those of ``module``."""
+    if caller.f_code is call_of_module.__code__ and caller.f_locals["self"] is not module:
+        raise NotRewritten(
+            f"a shallow copy of a converted {type(module).__name__} would run the {type(module).__name__} itself; use "
+            "copy.deepcopy"
+        )
+
+
 
 @functools.cache
 def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -302,6 +311,7 @@ def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwar
             return function(self, *args, **kwargs)
         return function(self, *args, **kwargs)
     if local.explaining:
+    _refuse_shallow(self, sys._getframe(2))  # what calls the method
         return function(self, *args, **kwargs)
     if name != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
         return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
