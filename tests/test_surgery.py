@@ -230,6 +230,54 @@ def test_children_may_be_swapped():
     assert torch.equal(lp(X), low(lp.head, swalp_fx.quantize(low(lp.body[2], hidden), SPEC)))
 
 
+def test_swapped_parameters_have_the_rules_of_their_new_places():
+    rule = swalp_fx.Rule("body.0", weight="float")
+    lp = converted(swalp_fx.Recipe.parse(f"{SPEC} rounding=nearest", rules=(rule,)))
+    lp(X)
+    lp.body[0].weight, lp.body[2].weight = lp.body[2].weight, lp.body[0].weight
+    lp.eval()(X)
+    assert weights_of(lp) == ["body_2_weight", "body_2_bias", "head_weight", "head_bias"]
+
+
+# What is put in past __setattr__
+
+
+def _inserted(lp):
+    lp.body.insert(0, nn.Linear(8, 8))
+
+
+def _swapped(lp):
+    lp.body._modules["0"] = nn.Linear(8, 8)
+    lp.body._modules["1"] = nn.Tanh()
+
+
+@pytest.mark.parametrize("put", [_inserted, _swapped])
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_put_in_past_setattr_is_rewritten_by_the_next_call(put, called, compiled):
+    lp = converted()
+    call = torch.compile(lambda x: lp(x) * 1, backend="eager", fullgraph=True) if compiled else lp
+    if called:
+        call(X)
+    put(lp)
+    y, x, read = call(X), X, weights_of(lp)
+    for i, layer in enumerate(lp.body):
+        x = swalp_fx.quantize(low(layer, x) if isinstance(layer, nn.Linear) else layer(x).detach(), SPEC)
+        assert f"body_{i}_weight" in read or not isinstance(layer, nn.Linear)
+    assert torch.equal(y, low(lp.head, x))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [nn.Sequential(nn.Linear(8, 8)), nn.ModuleList([nn.Linear(8, 8)])],
+    ids=lambda layers: type(layers).__name__,
+)
+def test_an_inserted_layer_is_rewritten_at_once(layers):
+    lp, _ = swalp_fx.convert(nn.Sequential(layers), recipe=SPEC)
+    lp.eval()[0].insert(0, nn.Linear(8, 8).eval())
+    assert torch.equal(lp[0][0](X), low(lp[0][0], X))
+
+
 @pytest.mark.parametrize("call", [swalp_fx.restore, swalp_fx.in_float])
 def test_a_part_alone_is_not_made_float(call):
     lp = converted()

@@ -72,10 +72,6 @@ class _Tracing:
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from .entries import adopt_strays, conversion_of
-
-        if (conversion := conversion_of(local.entered)) is not None:
-            adopt_strays(conversion)  # before the trace: it guards what they have
         try:
             with knobs():
                 result = self._callback(*args, **kwargs)
@@ -146,6 +142,9 @@ def is_rewriting(entry: Entry) -> Callable[[], str]:
         # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
         if is_functorch_active():
             return ""
+        from .entries import adopt_strays
+
+        adopt_strays(conversion)  # before their calls are traced, which guards what they have
         frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
         return ANOTHERS
 

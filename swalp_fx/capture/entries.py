@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
@@ -42,7 +45,7 @@ CALL = "_compiled_call_impl"  # the attribute of a module that PyTorch calls in 
 # A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
 Key = tuple[str, Callable[..., Any], bool]
 
-__all__ = ["adopt", "float_copy", "in_float", "install", "is_floating", "restore", "settled"]
+__all__ = ["adopt_strays", "float_copy", "in_float", "install", "is_floating", "restore", "settled"]
 
 
 class Entry:
@@ -104,7 +107,7 @@ class Entry:
         around = local.entered
         is_outside = conversion_of(around) is not self.conversion  # nothing runs, or another converted model does
         if is_outside:
-            settled(self.module)
+            adopt_strays(settled(self.module))
         if type(self.module) is not self.kind:
             self.attach()
         key = name, function, is_outside or around is self.module
@@ -114,10 +117,6 @@ class Entry:
         if is_outside:
             others, local.bare = local.bare, Bare()
             local.entered, self.is_entered, local.ran = self.module, True, False
-            if self.conversion.breaks:
-                adopt_strays(self.conversion)
-        else:
-            self.conversion.breaks = True
         try:
             if key in self.made:
                 result = run(*args, **kwargs)
@@ -275,6 +274,7 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
             "look at its own graphs, model.graphs, or trace a float copy"
         )
 
+
 def _refuse_shallow(module: nn.Module, caller: types.FrameType) -> None:
     """Raises NotRewritten for the call of a shallow copy, whose entries are those of ``module``."""
     if caller.f_code is call_of_module.__code__ and caller.f_locals["self"] is not module:
@@ -282,7 +282,6 @@ def _refuse_shallow(module: nn.Module, caller: types.FrameType) -> None:
             f"a shallow copy of a converted {type(module).__name__} would run the {type(module).__name__} itself; use "
             "copy.deepcopy"
         )
-
 
 
 @functools.cache
@@ -311,10 +310,13 @@ def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwar
             return function(self, *args, **kwargs)
         return function(self, *args, **kwargs)
     if local.explaining:
-    _refuse_shallow(self, sys._getframe(2))  # what calls the method
         return function(self, *args, **kwargs)
+    _refuse_shallow(self, sys._getframe(2))  # what calls the method
     if name != "forward" and not any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
-        return function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
+        given = function(self, *args, **kwargs)  # a setting, a question; what layers it calls are entries
+        if local.entered is None:
+            adopt_strays(settled(self))  # which it may have put in
+        return given
     return self._swalp.enter(name, function, args, kwargs)
 
 
@@ -336,7 +338,8 @@ def methods_of(kind: type) -> list[str]:
         for name, value in vars(base).items():
             if isinstance(value, types.FunctionType) and not name.startswith("_") and name not in vars(nn.Module):
                 names[name] = None
-    return list(names)
+    # It puts layers in past ``__setattr__``: they are taken in at once, not by the model's next call.
+    return [*names, *(["insert"] if issubclass(kind, nn.Sequential | nn.ModuleList) else [])]
 
 
 def install(conversion: Conversion) -> None:
@@ -370,13 +373,10 @@ def settled(module: nn.Module) -> Conversion:
     return entry.conversion
 
 
-adopt = install  # what was put into the model after its conversion
-
-
 def adopt_strays(conversion: Conversion) -> None:
-    """Takes in what was put into the model past its ``__setattr__``, as ``Sequential.insert`` does."""
-    if any(True for _ in conversion.stray()):
-        adopt(conversion)
+    """Takes in what was put into the model past its ``__setattr__``: ``model._modules[name] = layer``."""
+    if conversion.has_stray():
+        install(conversion)
 
 
 def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -388,7 +388,13 @@ def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None)
         take_in(conversion, submodule, _joined(vars(module)[ENTRY].path, name))
 
 
+def _forget_places(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if (conversion := conversion_of(module)) is not None:
+        conversion.forget_places()
+
+
 register_module_module_registration_hook(_adopt_registered)
+register_module_parameter_registration_hook(_forget_places)
 
 
 def float_copy(module: nn.Module) -> nn.Module:
@@ -443,7 +449,7 @@ def in_float(module: nn.Module) -> Iterator[nn.Module]:
                 for entry in floating.entries:
                     if ENTRY not in vars(entry.module):  # nor converted anew
                         entry.attach()
-                adopt(floating.entries[0].conversion)
+                install(floating.entries[0].conversion)
 
 
 def _entries(module: nn.Module) -> list[Entry]:
