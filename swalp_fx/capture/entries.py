@@ -277,7 +277,8 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
 
 def _refuse_shallow(module: nn.Module, caller: types.FrameType) -> None:
     """Raises NotRewritten for the call of a shallow copy, whose entries are those of ``module``."""
-    if caller.f_code is call_of_module.__code__ and caller.f_locals["self"] is not module:
+    is_pytorchs = caller.f_code.co_filename == call_of_module.__code__.co_filename
+    if is_pytorchs and caller.f_locals.get("self", module) is not module:
         raise NotRewritten(
             f"a shallow copy of a converted {type(module).__name__} would run the {type(module).__name__} itself; use "
             "copy.deepcopy"
