@@ -1,12 +1,13 @@
 """A model that is changed after its conversion is followed by graph, step and average, or refused in a sentence."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import swalp_fx
 from swalp_fx import nodes
@@ -144,6 +145,144 @@ def test_another_activation_is_called():
     lp[1] = nn.GELU()
     lp(X)
     assert "gelu" in lp.graphs[-1].code and "relu" not in lp.graphs[-1].code
+
+
+# Whatever is done, the model then computes what it would if it had been done before the conversion
+
+
+class Adapted(nn.Module):
+    """A layer, and beside it a thin one, as LoRA has it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Linear(8, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x)) * 0.5
+
+
+class Scaled(nn.Sequential):
+    """Reads a parameter, a layer and a buffer that it may be given."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        y = y if getattr(self, "scale", None) is None else y * self.scale
+        y = y if getattr(self, "shift", None) is None else y + self.shift
+        return y if getattr(self, "extra", None) is None else self.extra(y)
+
+
+def _wrap(model):
+    model[2] = Adapted(model[2])
+
+
+def _unwrap(model):
+    _wrap(model)
+    model(X)
+    model[2] = model[2].layer
+
+
+def _delete(model):
+    del model[1]
+
+
+def _register(model):
+    model.register_parameter("scale", nn.Parameter(torch.tensor([0.3, 0.7, 1.1, -0.4])))
+    model.register_buffer("shift", torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    model.add_module("extra", nn.Linear(4, 4))
+
+
+def _unregister(model):
+    _register(model)
+    model(X)
+    del model.scale, model.shift, model.extra
+
+
+def _replace(model):
+    model[0].weight = nn.Parameter(torch.randn(8, 8))
+
+
+def _assign(model):
+    model.load_state_dict({name: value * 3 for name, value in model.state_dict().items()}, assign=True)
+
+
+def _tie(model):
+    model.insert(1, nn.Linear(8, 8))
+    model(X)
+    model[1].weight = model[0].weight
+
+
+def _untie(model):
+    _tie(model)
+    model(X)
+    model[1].weight = nn.Parameter(torch.randn(8, 8))
+
+
+def _prune(model):
+    prune.l1_unstructured(model[0], "weight", 0.4)
+    prune.random_structured(model[2], "weight", 0.5, dim=0)
+
+
+def _pruned_for_good(model):
+    _prune(model)
+    model(X)
+    prune.remove(model[0], "weight")
+
+
+def _parametrize(model):
+    parametrizations.orthogonal(model[0])
+
+
+def _parametrized_and_left(model):
+    parametrizations.weight_norm(model[0])
+    model(X)
+    parametrize.remove_parametrizations(model[0], "weight")
+
+
+def _dtype(model):
+    model.to(torch.bfloat16).float()
+
+
+def _empty(model):
+    state = copy.deepcopy(model.state_dict())
+    model.to("meta")
+    model.to_empty(device="cpu").load_state_dict(state)
+
+
+def _fuse(model):
+    model[0], model[1] = nn.Sequential(model[0], model[1]), nn.Identity()
+
+
+DONE = [
+    _wrap, _unwrap, _delete, _register, _unregister, _replace, _assign, _tie, _untie, _prune, _pruned_for_good,
+    _parametrize, _parametrized_and_left, _dtype, _empty, _fuse, nn.Module.share_memory, nn.Module.requires_grad_,
+    lambda model: model[0].requires_grad_(False), lambda model: model.apply(nn.Module.eval),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("done", DONE, ids=lambda done: done.__name__)
+def test_it_computes_as_if_it_had_been_done_before(done, mode):
+    def made():
+        torch.manual_seed(0)
+        return Scaled(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).train(mode)
+
+    before, after = made(), made()
+    torch.manual_seed(1)
+    done(before)
+    swalp_fx.convert(before, recipe=f"{SPEC} rounding=nearest")
+    swalp_fx.convert(after, recipe=f"{SPEC} rounding=nearest")
+    after(X)
+    torch.manual_seed(1)
+    done(after)
+    y, due = after(X), before(X)
+    read = [re.findall(r"quantize_weight\((\w+)", graph.code) for graph in (*before.graphs, *after.graphs)]
+    assert torch.equal(y, due) and read[0] in read[1:]
+    assert [conversion_of(each).root is after for each in after.modules()] == [True] * len([*after.modules()])
+    if due.requires_grad:
+        due.square().sum().backward()
+        y.square().sum().backward()
+        for (name, one), (other, two) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+            assert name == other and (one.grad is two.grad is None or torch.equal(one.grad, two.grad))
 
 
 # What is taken out

@@ -35,8 +35,7 @@ def backend(
     The front end keeps what it is given out of the garbage collector's sight: nothing of it may hold the model.
     """
     conversion = _held(weakly)
-    if not conversion.places.knows(inputs):  # a parameter was replaced
-        conversion.forget_places()
+    conversion.forget_places()  # whatever was changed, and however: a graph is made with the names of now
     frame, reason = Frame(), break_reason(graph_module)
     owner = Owner(frame, conversion.places, foreign=inner is not None)
     for name in owner.locals:

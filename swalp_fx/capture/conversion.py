@@ -78,9 +78,6 @@ class Places:
     def buffer(self, value: Tensor) -> str | None:
         return self._buffers.of(value)
 
-    def knows(self, values: Any) -> bool:
-        return all(self.parameter(value) is not None for value in values if isinstance(value, nn.Parameter))
-
 
 @dataclass
 class Rewritten:

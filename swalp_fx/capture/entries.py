@@ -20,10 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
@@ -382,20 +379,11 @@ def adopt_strays(conversion: Conversion) -> None:
 
 def _adopt_registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     conversion = conversion_of(module)
-    if conversion is None:
-        return
-    conversion.forget_places()
-    if submodule is not None:
+    if conversion is not None and submodule is not None:
         take_in(conversion, submodule, _joined(vars(module)[ENTRY].path, name))
 
 
-def _forget_places(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if (conversion := conversion_of(module)) is not None:
-        conversion.forget_places()
-
-
 register_module_module_registration_hook(_adopt_registered)
-register_module_parameter_registration_hook(_forget_places)
 
 
 def float_copy(module: nn.Module) -> nn.Module:
