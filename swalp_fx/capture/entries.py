@@ -293,6 +293,7 @@ def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _entered(self, name, getattr(type(self), name), args, kwargs)
 
+    entry.__code__ = entry.__code__.replace()  # type: ignore[attr-defined]  # a cache of its own
     entry.name = name  # type: ignore[attr-defined]
     return entry
 
