@@ -97,26 +97,39 @@ def _refuse_converted(model: nn.Module) -> None:
 def restore(module: nn.Module) -> nn.Module:
     """``module``, computing in float again for good; returned. Its weights stay as they are.
 
-    The optimizer pass goes on until its ``detach()``. Raises ConvertError for a module that is not converted.
+    The optimizer pass goes on until its ``detach()``.
+    Raises ConvertError for a module that is not converted, or is part of one that is.
     """
     from .capture import entries
 
-    return entries.restore(_converted(module, "restore"))
+    _refuse_part(module, "restore")
+    return entries.restore(module)
 
 
 def in_float(module: nn.Module) -> AbstractContextManager[nn.Module]:
     """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
 
-    Raises ConvertError for a module that is not converted.
+    What is set on the model in the meantime, a forward too, stays, and is then rewritten. It may be nested.
+    Raises ConvertError for a module that is not converted, or is part of one that is.
     """
     from .capture import entries
 
-    return entries.in_float(_converted(module, "in_float"))
+    _refuse_part(module, "in_float")
+    return entries.in_float(module)
 
 
-def _converted(module: nn.Module, what: str) -> nn.Module:
+def _refuse_part(module: nn.Module, what: str) -> None:
+    """Raises ConvertError if ``module`` is not converted, or as part of a model."""
+    from .capture.entries import is_floating, settled
+
+    if is_floating(module):
+        return
+    kind = type(module).__name__
     if conversion_of(module) is None:
+        raise ConvertError(f"{what} takes a converted module, and this {kind} is none; convert it first")
+    conversion = settled(module)
+    if conversion.root is not module:
         raise ConvertError(
-            f"{what} takes a converted module, and this {type(module).__name__} is none; convert it first"
+            f"{what} takes a whole converted model, and this {kind} is {conversion.places.path(module)} of one; give a "
+            f"rule of the recipe that leaves it in float, or take it out of the {type(conversion.root).__name__} first"
         )
-    return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -23,13 +24,22 @@ def conversion_in(module: object, who: str) -> Conversion:
     """
     if isinstance(module, tuple):
         raise ConvertError(f"{who} takes a module, not a {type(module).__name__}; {UNPACK}")
-    inner = module.modules() if isinstance(module, nn.Module) else ()
-    found = {id(each): each for each in map(conversion_of, inner) if each is not None}
+    found = {id(each): each for each in _outermost(module)} if isinstance(module, nn.Module) else {}
     if not found:
         raise ConvertError(f"{who} takes the module that convert returns, not a {type(module).__name__}")
     if len(found) > 1:
         raise ConvertError(f"{who} takes one converted model, and this {type(module).__name__} holds {len(found)}")
     return next(iter(found.values()))
+
+
+def _outermost(module: nn.Module) -> Iterator[Conversion]:
+    if conversion_of(module) is not None:
+        from .capture.entries import settled
+
+        yield settled(module)
+    else:
+        for child in module.children():
+            yield from _outermost(child)
 
 
 def is_quantizer(node: Node) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from .formats import FLOAT, Format, FormatError, parse
 from .nearest import did_you_mean, listed, nearest
@@ -173,6 +173,7 @@ class Recipe:
     # the same numbers, sooner.
     in_place: bool = True
     rules: tuple[Rule, ...] = ()  # in order: the first that matches wins
+    _path: ClassVar[str] = ""  # see ``within``
 
     def __init__(self, **values: Any) -> None:
         given = _once(values.items(), "a recipe", FIELDS)
@@ -217,16 +218,30 @@ class Recipe:
             return replace(text, **values) if values else text
         return cls(**values)
 
+    def within(self, path: str) -> Recipe:
+        """The same recipe for what was named ``path`` in a model: patterns see the names that its layers had there."""
+        new = replace(self)
+        object.__setattr__(new, "_path", self._named(path))
+        return new
+
+    @property
+    def is_within(self) -> bool:
+        return bool(self._path)
+
+    def _named(self, name: str) -> str:
+        return f"{self._path}.{name}" if self._path else name
+
     def at(self, *subjects: Subject) -> Recipe:
         """The recipe of one layer's output or one parameter, its rule applied."""
-        rule = next((rule for rule in self.rules if rule.matches(subjects)), None)
+        named = [(self._named(name), kinds) for name, kinds in subjects]
+        rule = next((rule for rule in self.rules if rule.matches(named)), None)
         return self if rule is None else replace(self, **rule.formats())  # type: ignore[arg-type]
 
     def excludes(self, name: str) -> bool:
-        return any(matches(pattern, name) for pattern in self.exclude)
+        return any(matches(pattern, self._named(name)) for pattern in self.exclude)
 
     def includes(self, name: str) -> bool:
-        return any(matches(pattern, name) for pattern in self.include)
+        return any(matches(pattern, self._named(name)) for pattern in self.include)
 
     def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
         """(pattern, what to raise) of each rule, include and exclude that matches none of ``subjects``.

@@ -14,7 +14,7 @@ import torch.nn.utils.prune
 import torch.utils.checkpoint
 from torch import nn
 
-from swalp_fx import ConvertError, check, convert, nodes, quantize
+from swalp_fx import ConvertError, check, convert, nodes, quantize, report
 
 NEAREST = "bfp4[0] rounding=nearest"
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
@@ -376,6 +376,58 @@ def test_a_forward_that_is_set_on_the_instance_runs_rewritten(early):
     assert torch.equal(lp(X), lp(2 * X))
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def twice(self, x):
+        return self.layer(x) * 2
+
+
+class Doubled(Scaled):
+    def forward(self, x):
+        return self.layer(x) * 2
+
+    def thrice(self, x):
+        return x @ self.layer.weight
+
+
+def _another_forward(monkeypatch, module):
+    monkeypatch.setattr(type(module), "forward", Doubled.forward)
+
+
+def _another_method(monkeypatch, module):
+    monkeypatch.setattr(type(module), "forward", Scaled.twice)
+
+
+def _another_type(monkeypatch, module):
+    module.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [_another_forward, _another_method, _another_type])
+@pytest.mark.parametrize("way", [lambda lp: lp(X), lambda lp: lp.forward(X), lambda lp: lp[0](X)], ids=range(3))
+def test_a_forward_that_is_replaced_on_the_class_runs_rewritten(monkeypatch, change, way):
+    torch.manual_seed(0)
+    lp, _ = convert(nn.Sequential(Scaled(), Scaled()), recipe=NEAREST)
+    due, _ = convert(nn.Sequential(Doubled(), Doubled()), recipe=NEAREST)
+    due.load_state_dict(lp.state_dict())
+    assert not torch.equal(way(lp), way(due))
+    for each in lp:
+        change(monkeypatch, each)
+    assert torch.equal(way(lp), way(due))
+
+
+def test_the_methods_of_another_type_are_entries_from_its_next_call_on():
+    lp, _ = convert(Scaled(), recipe=NEAREST)
+    lp.__class__ = Doubled
+    lp(X)
+    assert torch.equal(lp.thrice(X), X @ quantize(lp.layer.weight.detach(), "bfp4[0]"))
+
+
 # Hooks
 
 
@@ -591,6 +643,82 @@ def test_what_is_put_between_layers_that_python_calls_is_rewritten(called):
     assert {each.path for each in lp.graphs if "quantize_weight" in each.code} == {"0", "1"}
 
 
+# Models in models
+
+
+class Teacher(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+
+    def features(self, x):
+        return torch.relu(self[0](x))
+
+
+class Student(nn.Module):
+    """Calls another model, which nothing registers, between its layers."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.first, self.second, self.call = nn.Linear(3, 3), nn.Linear(3, 3), call
+
+    def forward(self, x):
+        return self.second(torch.relu(self.call(self.first(x))))
+
+
+CALLS = {
+    "a model": lambda teacher: teacher.__call__,
+    "in a block": lambda teacher: lambda x: Block(lambda y: teacher(y) + 0).inner(x),
+    "its method": lambda teacher: teacher.features,
+    "a layer of it": lambda teacher: lambda x: teacher[0](x),
+    "without gradients": lambda teacher: torch.no_grad()(teacher.__call__),
+    "checkpointed": lambda teacher: lambda x: torch.utils.checkpoint.checkpoint(teacher, x, use_reentrant=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Graph break")
+@pytest.mark.parametrize("around", [lambda lp: lp, lambda lp: torch.compile(lp, backend="eager")], ids=["", "compiled"])
+@pytest.mark.parametrize("case", CALLS)
+def test_a_converted_model_that_another_calls_computes_in_its_own_recipe(case, around):
+    torch._dynamo.reset()  # the limit of torch.compile is for all of a class
+    torch.manual_seed(0)
+    teacher, _ = convert(Teacher(), recipe="bfp6[0] rounding=nearest")
+    call = CALLS[case](teacher)
+    student, _ = convert(Student(call), recipe=NEAREST)
+    first, second = (
+        [quantize(parameter.detach(), "bfp4[0]") for parameter in layer.parameters()]
+        for layer in (student.first, student.second)
+    )
+    hidden = quantize(torch.relu(call(quantize(F.linear(X, *first), "bfp4[0]"))), "bfp4[0]")
+    for _ in range(2):
+        assert torch.equal(around(student)(X), F.linear(hidden, *second))
+    assert teacher.graphs and not any("bfp6" in each.code for each in student.graphs)
+
+
+def test_a_converted_model_that_becomes_an_attribute_of_another_keeps_its_recipe():
+    torch.manual_seed(0)
+    teacher, _ = convert(Teacher(), recipe="bfp6[0] rounding=nearest")
+    student, _ = convert(Student(nn.Identity()), recipe=NEAREST)
+    student(X)
+    expected = teacher(X)
+    student.call = teacher
+    student(X)
+    assert torch.equal(teacher(X), expected) and torch.equal(student.call[0](X), teacher[0](X))
+    assert "bfp6" in teacher.graphs[-1].code and not any("bfp6" in each.code for each in student.graphs)
+    assert "bfp4" in str(report(student))
+
+
+def test_a_compiled_function_may_call_two_converted_models_but_not_in_one_graph():
+    torch.manual_seed(0)
+    one, other = (
+        convert(Teacher(), recipe=f"bfp{bits}[0] quantize_logits=true rounding=nearest").module for bits in (4, 6)
+    )
+    expected = one(X), other(X)
+    found = torch.compile(lambda x: (one(x), other(x)), backend="eager")(X)
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(Exception, match="a converted model is called while another's graph is made"):
+        torch.compile(lambda x: (one(x), other(x)), backend="eager", fullgraph=True)(X)
+
+
 # What is refused
 
 
@@ -652,6 +780,23 @@ def test_the_sizes_of_another_model_of_the_class_change_no_graph():
         lp(torch.ones(2, 1, size, size))
         codes.append(lp.graphs[0].code)
     assert codes[0] == codes[1] == codes[2]
+
+
+def test_behind_a_break_in_what_another_compiles_all_is_rounded():
+    """There nothing names the model any more: its forward has read all of it that it needs."""
+
+    class Breaks(Closures):
+        def forward(self, x):
+            return self.layer(torch.relu(_broken(self.layer(x) * 3) * 5))
+
+    def _broken(x):
+        torch._dynamo.graph_break()
+        return x
+
+    torch.manual_seed(0)
+    lp = convert(Breaks(), recipe=NEAREST).module
+    expected = lp(X)
+    assert torch.equal(torch.compile(lp, backend="eager")(X), expected)
 
 
 def test_what_a_model_looks_at_before_it_returns_it_stays_float():

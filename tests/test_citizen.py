@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import threading
 
 import pytest
@@ -14,7 +15,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import check, convert, in_float, quantize
+from swalp_fx import NotRewritten, Recipe, Rule, check, convert, in_float, quantize
 from swalp_fx.capture import conversion_of
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
@@ -63,10 +64,76 @@ def test_copies_and_pickles_compute_the_same(kind):
             assert equal(run(other, inputs), expected)
 
 
-def test_a_child_that_is_copied_computes_the_same():
-    module, _ = converted(shapes.PreResNet, NEAREST)
+def _saved_and_loaded(module):
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    stored.seek(0)
+    return torch.load(stored, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": _saved_and_loaded,
+    "in a list": lambda module: copy.deepcopy([module, module])[1],
+    "in another module": lambda module: pickle.loads(pickle.dumps(nn.Sequential(module)))[0],
+}
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["", "called"])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_child_that_is_copied_is_a_converted_model_of_its_own(way, called):
+    rules = (Rule("blocks.1.conv2", weight="float"), Rule("conv1", weight="float"))
+    module, inputs = converted(shapes.PreResNet, Recipe.parse(NEAREST, rules=rules))
+    module.eval()
+    if called:
+        module(*inputs)
     block, y = module.blocks[1], torch.randn(2, 4, 8, 8)
-    assert torch.equal(copy.deepcopy(block)(y), copy.deepcopy(module).blocks[1](y))
+    copied = COPIES[way](block)
+    assert torch.equal(copied(y), block(y))
+    assert conversion_of(copied).root is copied and conversion_of(copied.conv2) is conversion_of(copied)
+    weights = re.findall(r"= swalp_fx_quantize_weight\((\w+),", str(copied.graphs))
+    assert "conv1_weight" in weights and "conv2_weight" not in weights
+    with in_float(copied), in_float(module):
+        assert torch.equal(copied(y), block(y))
+    assert len(pickle.dumps(block)) < len(pickle.dumps(module)) / 2
+
+
+def test_what_is_copied_with_its_model_stays_part_of_it():
+    module, inputs = converted(shapes.PreResNet, NEAREST)
+    for copied, block in (copy.deepcopy([module, module.blocks[1]]), copy.deepcopy([module.blocks[1], module])[::-1]):
+        assert block is copied.blocks[1] and conversion_of(block).root is copied
+        assert not hasattr(block, "graphs") and copied.graphs is conversion_of(copied).graphs
+        copied(*inputs)
+        assert len(copied.graphs) == 1
+
+
+def _of_a_child(child, x, queue):
+    queue.put(child(x).detach().numpy())
+
+
+def test_a_child_computes_the_same_in_a_process_that_is_spawned():
+    module, _ = converted(shapes.Tied, NEAREST)
+    spawn = torch.multiprocessing.get_context("spawn")
+    queue, x = spawn.Queue(), torch.randn(2, 6)
+    process = spawn.Process(target=_of_a_child, args=(module.second, x, queue))
+    process.start()
+    found = torch.from_numpy(queue.get(timeout=120))
+    process.join()
+    assert torch.equal(found, module.second(x))
+
+
+def test_a_shallow_copy_is_refused_when_it_is_called():
+    """Its methods would be bound to the model."""
+    module, inputs = converted(shapes.Tied, NEAREST)
+    module.first.register_forward_hook(lambda *_: None)
+    shallow = copy.copy(module)
+    for child in (shallow, copy.copy(module.first)):
+        with pytest.raises(NotRewritten, match=r"a shallow copy of a converted .*; use copy.deepcopy"):
+            child(*inputs)
+    with in_float(module):
+        assert torch.equal(copy.copy(module)(*inputs), module(*inputs))
+    assert torch.equal(copy.deepcopy(module)(*inputs), module(*inputs))
 
 
 def test_a_copy_shares_nothing():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import shapes
 import torch
+import torch.nn.functional as F
 from shapes import equal, run
 from torch import distributed, nn
 from torch.distributed import fsdp
@@ -29,6 +30,7 @@ from swalp_fx import (
     report,
     restore,
 )
+from swalp_fx.capture import conversion_of
 from swalp_fx.convert import Converted, convert
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
@@ -64,6 +66,57 @@ def test_in_float_computes_in_float_while_it_holds():
             with_it = other(nn.Linear(2, 2))
             with with_it:
                 pass
+
+
+def test_in_float_may_be_nested_and_shared_by_threads():
+    model, inputs = shapes.made(shapes.Tied)
+    module, _ = convert(model, recipe="bfp4 rounding=nearest")
+    low = run(module, inputs)
+    with in_float(module):
+        due = run(module, inputs)
+        with in_float(module):
+            assert torch.equal(run(module, inputs), due)
+        assert torch.equal(run(module, inputs), due)
+    assert torch.equal(run(module, inputs), low)
+    one, other = in_float(module), in_float(module)
+    with one:
+        other.__enter__()
+    assert torch.equal(run(module, inputs), due)
+    other.__exit__(None, None, None)
+    assert torch.equal(run(module, inputs), low) and len(module.graphs) == 1
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_changed_while_it_is_in_float_stays(early):
+    module, x = convert(nn.Sequential(nn.Linear(4, 4)), recipe="bfp4 rounding=nearest").module, torch.randn(3, 4)
+    if early:
+        module.forward = lambda x: x * 3
+        module(x)
+    with in_float(module):
+        module.forward = lambda x: module[0](x) * 2
+        assert torch.equal(module(x), F.linear(x, module[0].weight, module[0].bias) * 2)
+        module[0] = nn.Linear(4, 4)
+    weight, bias = (quantize(parameter.detach(), "bfp4") for parameter in module.parameters())
+    assert torch.equal(module(x), quantize(F.linear(x, weight, bias), "bfp4") * 2)
+    with in_float(module):
+        del module.forward
+    assert torch.equal(module(x), F.linear(x, weight, bias))
+    module[0](x)
+    (graph,) = [graph for graph in module.graphs if graph.path == "0"]
+    assert "quantize_weight" in graph.code
+
+
+def test_restored_while_it_is_in_float_it_stays_float():
+    model, inputs = shapes.made(shapes.Tied)
+    module, _ = convert(model, recipe="bfp4")
+    with in_float(module):
+        due = run(module, inputs)
+        restore(module)
+    assert torch.equal(run(module, inputs), due)
+    convert(module, recipe="bfp4")
+    with in_float(module):
+        convert(module, recipe="bfp8")
+    assert str(conversion_of(module).recipe) == "bfp8"
 
 
 def test_training_draws_and_evaluation_rounds_to_nearest():

@@ -34,11 +34,8 @@ def backend(
 
     The front end keeps what it is given out of the garbage collector's sight: nothing of it may hold the model.
     """
-    from .entries import adopt
-
     conversion = _held(weakly)
-    if not conversion.places.knows(inputs) or any(True for _ in conversion.stray()):
-        adopt(conversion)
+    conversion.forget_places()  # whatever was changed, and however: a graph is made with the names of now
     frame, reason = Frame(), break_reason(graph_module)
     owner = Owner(frame, conversion.places, foreign=inner is not None)
     for name in owner.locals:

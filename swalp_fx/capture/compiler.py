@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
 from ..recipe import RecipeError
-from .backend import chained
+from .backend import backend, chained
 from .conversion import ENTRY, Conversion, conversion_of
 from .dynamo import (
+    MAX_GRAPHS,
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     Frame,
@@ -34,9 +35,10 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["FOREIGN", "PYTHON", "compile_entry", "explain", "goes_straight", "is_rewriting"]
+__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "goes_straight", "rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
+HERE, APART = "here", "apart"
 _NUMBERS = itertools.count()  # of entries that were compiled
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
@@ -48,7 +50,7 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
 
     @assume_constant_result
     def is_rewritten() -> bool:
-        return _comes_to(conversion, Frame())
+        return _rewriting(conversion, Frame()) == HERE
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # The front end takes the first test for true, and it is gone from what it makes. So only the original code can
@@ -76,12 +78,8 @@ class _Tracing:
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from .entries import adopt_strays, conversion_of
-
-        if (conversion := conversion_of(local.entered)) is not None:
-            adopt_strays(conversion)  # before the trace: it guards what they have
         try:
-            with knobs():
+            with knobs(self._limit(args[0].f_code)):
                 result = self._callback(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             error.code = args[0].f_code  # type: ignore[attr-defined]  # whose limit
@@ -93,6 +91,11 @@ class _Tracing:
         if getattr(result, "guarded_code", None) is None:
             self._note(args[0])
         return result
+
+    @staticmethod
+    def _limit(code: CodeType) -> int:
+        """Of graphs. All models share their classes' code; the front end keeps graphs of those that are gone, too."""
+        return MAX_GRAPHS if code.co_filename == __file__ else MAX_GRAPHS * Conversion.count
 
     def _note(self, frame: Any) -> None:
         """The frame will run as Python."""
@@ -133,9 +136,9 @@ def _why() -> str:
 
 
 @assume_constant_result
-def is_rewriting() -> bool:
-    """Asked by a method of a module while it is traced: whether the graph will be rewritten."""
-    return _is_rewriting(Frame())
+def rewriting() -> str:
+    """Asked by a method of a module while it is traced: where it is rewritten. See ``_rewriting``."""
+    return _inner_rewriting(Frame())
 
 
 @assume_constant_result
@@ -144,32 +147,37 @@ def goes_straight() -> bool:
 
     To trace what a call does comes to the same, at twice the cost. What is looked at here is guarded.
     """
-    from .entries import Bound
+    from .ways import Bound
 
     frame = Frame()
     is_its_class = type(vars(frame.inner.module)["forward"]) is Bound
-    return is_its_class and not frame.inner.has_hooks() and _is_rewriting(frame)
+    return is_its_class and not frame.inner.has_hooks() and _inner_rewriting(frame) == HERE
 
 
-def _is_rewriting(frame: Frame) -> bool:
+def _inner_rewriting(frame: Frame) -> str:
     conversion = conversion_of(frame.inner.module)
-    if conversion is None or not _comes_to(conversion, frame):
-        return False
-    if innermost_backend(frame.backend) is not conversion.backend:
+    where = _rewriting(conversion, frame) if conversion is not None else ""
+    if conversion is not None and where == HERE and innermost_backend(frame.backend) is not conversion.backend:
         frame.inner.guard(ENTRY, "conversion", "root", "training")  # a graph that is compiled further is for one mode
-    return True
+    return where
 
 
-def _comes_to(conversion: Conversion, frame: Frame) -> bool:
-    """Whether a frame's graph comes to the backend of ``conversion``: alone, or in front of another backend."""
+def _rewriting(conversion: Conversion, frame: Frame) -> str:
+    """HERE: the graph of the frame comes to the backend of ``conversion``, alone or in front of another one. APART: it
+    comes to the backend of another converted model. "": to nobody that rewrites."""
     theirs = frame.backend
     inner = innermost_backend(theirs)
     if frame.is_exported:
-        return False
-    if inner is conversion.backend or getattr(inner, "func", None) is chained:
-        return True
+        return ""
+    if inner is conversion.backend:
+        return HERE
+    if (rewriter := getattr(inner, "func", None)) in (backend, chained):
+        return HERE if rewriter is chained and inner.args[0]() is conversion else APART
     # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
     if is_functorch_active():
-        return False
+        return ""
+    from .entries import adopt_strays
+
+    adopt_strays(conversion)  # before their calls are traced, which guards what they have
     frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
-    return True
+    return HERE

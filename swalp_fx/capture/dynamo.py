@@ -48,7 +48,6 @@ MAX_GRAPHS = 64  # of one entry or frame; past it a call raises
 
 # How a frame is traced, whatever the user has set for their own torch.compile. Hits in the cache do not read these.
 KNOBS: dict[str, Any] = {
-    "recompile_limit": MAX_GRAPHS,
     "accumulated_recompile_limit": 1 << 20,
     "fail_on_recompile_limit_hit": True,  # else: float, with a line in the log
     "suppress_errors": False,
@@ -68,9 +67,10 @@ assume_constant_result: Callable[[Callable[..., Any]], Callable[..., Any]] = tor
 call_of_module: Callable[..., Any] = nn.Module._call_impl
 
 
-def knobs() -> AbstractContextManager[None]:
-    """The knobs that this torch has, while it holds."""
-    return config.patch(**{name: value for name, value in KNOBS.items() if hasattr(config, name)})
+def knobs(limit: int = MAX_GRAPHS) -> AbstractContextManager[None]:
+    """The knobs that this torch has, while it holds; limit: of the graphs of one frame's code."""
+    values = {**KNOBS, "recompile_limit": limit}
+    return config.patch(**{name: value for name, value in values.items() if hasattr(config, name)})
 
 
 def compiled(

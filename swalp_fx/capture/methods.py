@@ -33,6 +33,8 @@ def methods_of(module: nn.Module) -> Iterator[str]:
         if (is_own and is_plain and not name.startswith("_")) or computes(function, module):
             names[name] = None
     yield from names
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        yield "insert"  # it puts layers in past ``__setattr__``: they are taken in at once, not by the next call
 
 
 def in_class(module: nn.Module) -> Iterator[tuple[type, str, Any]]:

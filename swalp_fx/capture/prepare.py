@@ -46,6 +46,8 @@ class Owner:
                 if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
         self.is_entry = is_entry and self.name == "module"
+        # Behind a break, what is not read any more is gone from the frame, self too.
+        self.is_known = self.module is not None or any(_is_method(code, each) for each in places.modules())
 
     def inputs(self) -> Sequence[str]:
         """The names of the positional inputs of the module's forward, where the frame is its entry's."""
@@ -163,7 +165,7 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, fore
 
 def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> None:
     around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
-    node.meta[MODULE] = around[-1][1] if around else None if foreign and owner.name is None else owner.path
+    node.meta[MODULE] = around[-1][1] if around else None if foreign and not owner.is_known else owner.path
     if owner.module is not None and not around:  # a layer that is called by itself
         around = [("", owner.path, owner.module)]
     layer = next(((call, path, module) for call, path, module in around if is_layer(module)), None)

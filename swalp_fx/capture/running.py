@@ -17,7 +17,7 @@ __all__ = ["local"]
 
 
 class _Local(threading.local):
-    entered: nn.Module | None = None  # the module that was called from outside of the model
+    entered: nn.Module | None = None  # the module that was called from outside of its model
     nested = False  # whether an entry that another one called runs: what it returns, the model reads
     ran = False  # whether a graph has, in that call
     explaining = False  # the model's own code runs, to see what it raises

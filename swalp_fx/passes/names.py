@@ -22,6 +22,7 @@ __all__ = [
     "derived_name",
     "is_derived",
     "kinds_of",
+    "kinds_of_type",
     "name_places",
     "originals",
     "parameter_subject",
@@ -50,12 +51,16 @@ def place(node: Node) -> str:
 
 def kinds_of(node: Node) -> list[str]:
     """What a rule may call a classified ``node``: its part, and the names of its operation."""
-    kinds = [node.meta[PART]]
     if node.op == "placeholder":
-        return kinds
+        return [node.meta[PART]]
     if (layer := node.meta.get(LAYER)) is not None:
-        return [*kinds, *(base.__name__ for base in layer.kind.__mro__)]
-    return [*kinds, *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
+        return kinds_of_type(layer.kind, node.meta[PART])
+    return [node.meta[PART], *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
+
+
+def kinds_of_type(kind: type, part: str | None) -> list[str]:
+    """What a rule may call a module of type ``kind``: the part that it plays, if any, and the names of its types."""
+    return [*([part] if part else []), *(base.__name__ for base in kind.__mro__)]
 
 
 def subject(node: Node) -> Subject:
@@ -110,7 +115,7 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
 
 def parameter_subject(name: str, module: nn.Module) -> Subject:
     """What the recipe sees of a parameter that ``module`` holds."""
-    return name, [layer_part(type(module)) or "parameter", *(base.__name__ for base in type(module).__mro__)]
+    return name, kinds_of_type(type(module), layer_part(type(module)) or "parameter")
 
 
 # ``fc.parametrizations.weight.original0``: the layer, a dot behind its name, and the tensor derived from the parameter.

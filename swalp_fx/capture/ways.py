@@ -1,0 +1,205 @@
+"""What stands in the ``__dict__`` of a converted model's modules, and in their classes: each enters by an Entry."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NotRewritten
+from .compiler import APART, FOREIGN, goes_straight, rewriting
+from .conversion import ENTRY
+from .dynamo import call_of_module, skip_code
+from .running import local
+
+__all__ = ["Bound", "Call", "Own", "bound", "share"]
+
+
+class Call:
+    """The call of a module, as its entry."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.run = types.FunctionType(_call.__code__.replace(), globals(), "call")  # its own code has its own cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if torch.compiler.is_dynamo_compiling() and goes_straight():
+            return type(module).forward(module, *args, **kwargs)
+        return self.run(module, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return Call, (self.module,)
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
+    if torch.compiler.is_dynamo_compiling() or local.explaining:
+        return call_of_module(self, *args, **kwargs)
+    if local.entered is None:
+        _refuse_traced(self, sys._getframe(3))  # what calls the module
+    return self._swalp.enter("", call_of_module, args, kwargs)
+
+
+class Bound:
+    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
+        self.function, self.module, self.name = function, module, name
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        code: types.CodeType = inspect.unwrap(self.function).__code__
+        return code
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.function)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __reduce__(self) -> Any:
+        return bound, (self.module, self.name)
+
+
+def bound(module: nn.Module, name: str) -> Bound:
+    """What the class of ``module`` has by this name, as an entry."""
+    function = inspect.getattr_static(type(module), name)
+    if isinstance(function, types.FunctionType):
+        return Bound(_method(name, function), module, name)
+    return Bound(_fixed(name, _with_self(getattr(type(module), name))), module, name)
+
+
+class Own(Bound):
+    """A function that was set on the instance, its forward for example, behind an entry."""
+
+    def __init__(self, given: Callable[..., Any], module: nn.Module, name: str) -> None:
+        # Nothing may hold the function for good, which may hold the model.
+        super().__init__(_fixed.__wrapped__(name, _with_self.__wrapped__(given)), module, name)
+        self.given = given
+
+    def __reduce__(self) -> Any:
+        return Own, (self.given, self.module, self.name)
+
+
+# Frames of what they call are traced. These are not: all modules share their code, and would share its limit.
+skip_code(Call.__call__.__code__)
+skip_code(Bound.__call__.__code__)
+
+
+@functools.cache
+def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which takes no self, as one that does."""
+
+    @functools.wraps(function)
+    def free(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    with contextlib.suppress(ValueError, TypeError):  # it may have no signature
+        signature = inspect.signature(function)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        free.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return free
+
+
+@functools.cache
+def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The method ``name`` of a module's type as an entry: what the type has by that name when it is called.
+
+    Its signature is that of ``function``, what the type has now: models look at that of their own methods.
+    """
+
+    @functools.wraps(function)
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _entered(self, name, getattr(type(self), name), args, kwargs)
+
+    entry.__code__ = entry.__code__.replace()  # type: ignore[attr-defined]  # a cache of its own
+    return entry
+
+
+@functools.cache
+def _fixed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` itself as the entry ``name``."""
+
+    @functools.wraps(function)
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _entered(self, name, function, args, kwargs)
+
+    entry.__code__ = entry.__code__.replace()  # type: ignore[attr-defined]
+    return entry
+
+
+def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        where = rewriting()
+        if not where:
+            raise NotRewritten(FOREIGN)
+        if where == APART:
+            return _enter_apart(self, name, function, args, kwargs)
+        return function(self, *args, **kwargs)
+    if local.explaining:
+        return function(self, *args, **kwargs)
+    _refuse_shallow(self, sys._getframe(3))  # what calls the method
+    return self._swalp.enter_method(name, function, args, kwargs)
+
+
+@torch.compiler.disable(reason="a converted model is called while another's graph is made")
+def _enter_apart(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return self._swalp.enter(name, function, args, kwargs)
+
+
+_SHARED: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+
+def share(kind: type, name: str, value: Any) -> None:
+    """Makes what a class has by this name, a function or a property, an entry of those instances that are converted.
+
+    Python looks these up in the class alone. For all other instances they are what they were.
+    """
+    function: Any = value.fget if isinstance(value, property) else value
+    if function in _SHARED:
+        return
+
+    @functools.wraps(function)
+    def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ENTRY not in self.__dict__:
+            return function(self, *args, **kwargs)
+        return entry(self, *args, **kwargs)
+
+    entry = _fixed(name, function)
+    _SHARED.add(shared)
+    setattr(kind, name, value.getter(shared) if isinstance(value, property) else shared)
+
+
+def _refuse_traced(module: Any, caller: types.FrameType) -> None:
+    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    from .entries import settled
+
+    if not caller.f_code.co_filename.startswith("<eval_with_key>"):
+        return
+    if (root := settled(module).root) is not module:
+        raise NotRewritten(
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
+            "look at its own graphs, model.graphs, or trace a float copy"
+        )
+
+
+def _refuse_shallow(module: nn.Module, caller: types.FrameType) -> None:
+    """Raises NotRewritten for the call of a shallow copy, whose entries are those of ``module``."""
+    is_pytorchs = caller.f_code.co_filename == call_of_module.__code__.co_filename
+    if is_pytorchs and caller.f_locals.get("self", module) is not module:
+        raise NotRewritten(
+            f"a shallow copy of a converted {type(module).__name__} would run the {type(module).__name__} itself; use "
+            "copy.deepcopy"
+        )
