@@ -5,6 +5,7 @@ import copy
 import inspect
 import random
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
@@ -15,6 +16,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from swalp_fx import ConvertError, check, convert, nodes, quantize, report
+from swalp_fx.capture import Conversion, compiler
 
 NEAREST = "bfp4[0] rounding=nearest"
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
@@ -817,3 +819,42 @@ def test_what_a_model_looks_at_before_it_returns_it_stays_float():
     with torch.no_grad():
         expected = F.linear(quantize(F.linear(x, lp.a.weight, lp.a.bias), "bfp4[0]"), lp.b.weight, lp.b.bias)
     assert torch.equal(lp(x), expected)
+
+
+class Broken(nn.Module):
+    """Two layers, a graph break between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        x = self.fc(x)
+        print(end="")
+        return self.head(x)
+
+
+def test_models_of_one_class_do_not_share_one_limit_of_graphs(monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(Conversion, "count", 0)
+    x, models = torch.randn(2, 3), [Broken() for _ in range(5)]
+    for model in models:
+        convert(model, recipe=NEAREST)
+    for model in models:
+        assert model(x).shape == (2, 2) and len(model.graphs) == 2
+
+
+class Waiting(Broken):
+    """Its first layer runs in a thread that its forward waits for."""
+
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as threads:
+            x = threads.submit(self.fc, x).result(timeout=60)
+        return self.head(x)
+
+
+def test_a_forward_may_wait_for_a_thread_that_calls_its_layers():
+    model = Waiting()
+    lp, _ = convert(model, recipe=NEAREST)
+    assert lp(torch.randn(2, 3)).shape == (2, 2)
+    assert {made.path for made in lp.graphs} == {"fc", "head"}
