@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from ..errors import NotRewritten
 from ..warn import warn
-from .bare import Bare
 from .compiler import compile_entry, explain
 from .conversion import ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import (
@@ -138,8 +137,8 @@ class Entry:
         return self.computing
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        around, nested = local.entered, local.nested
-        is_outside = conversion_of(around) is not self.conversion  # nothing runs, or another converted model does
+        """What ``function`` gives, by rewritten graphs. Raises NotRewritten where it would compute in float."""
+        is_outside = conversion_of(local.entered) is not self.conversion  # nothing runs, or another converted model
         if is_outside:
             adopt_strays(settled(self.module))
         if type(self.module) is not self.kind:
@@ -148,25 +147,10 @@ class Entry:
         run = self.compiled.get(key)
         if run is None:
             run = self.compiled[key] = compile_entry(self, name, function)
-        others = local.bare
-        if is_outside:
-            local.entered, local.nested, local.ran, local.bare = self.module, False, False, Bare()
-        else:
-            local.nested = True
         try:
-            if key in self.made:
-                result = run(*args, **kwargs)
-            else:
-                with self.making:
-                    result = run(*args, **kwargs)
-                self.made.add(key)
-            if not is_outside:
-                return result
-            if not local.ran:
-                self._refuse_float(function, result, (args, kwargs))
-            if not self.conversion.is_proved:
-                self.conversion.prove()
-            return local.bare.in_place_of_rounded(result, (args, kwargs))
+            with local.entering(self.module, is_outside):
+                result = self._given(key, run, args, kwargs)
+                return self._returned(function, result, (args, kwargs)) if is_outside else result
         except FailOnRecompileLimitHit as error:
             if getattr(error, "code", None) is not original_code(run):
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
@@ -175,7 +159,6 @@ class Entry:
             del self.compiled[key]
             self.made.discard(key)
             self.conversion.graphs.drop(self.conversion.places.path(self.module))
-            local.entered, local.nested, local.bare = around, nested, others
             return self.enter(name, function, args, kwargs)
         except RuntimeError as error:
             if (tracer := tracer_around()) is not None:
@@ -188,10 +171,22 @@ class Entry:
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
-        finally:
-            local.entered, local.nested, local.bare = around, nested, others
-            if is_outside:
-                local.ran = True  # for the model that called this one
+
+    def _given(self, key: Key, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if key in self.made:
+            return run(*args, **kwargs)
+        with self.making:
+            result = run(*args, **kwargs)
+        self.made.add(key)
+        return result
+
+    def _returned(self, function: Callable[..., Any], result: Any, inputs: Any) -> Any:
+        """What the caller of the model gets of what the outermost entry gave."""
+        if not local.ran:
+            self._refuse_float(function, result, inputs)
+        if not self.conversion.is_proved:
+            self.conversion.prove()
+        return local.bare.in_place_of_rounded(result, inputs)
 
     def _refuse_float(self, function: Callable[..., Any], result: Any, inputs: Any) -> None:
         """Raises NotRewritten if a call in which no graph ran has computed something."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,6 +26,20 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.bare = Bare()
+
+    @contextlib.contextmanager
+    def entering(self, module: nn.Module, is_outside: bool) -> Iterator[None]:
+        """While it holds, ``module`` runs: called from outside of its model, or by what runs in that."""
+        before = self.entered, self.nested, self.bare
+        if is_outside:
+            self.entered, self.nested, self.ran, self.bare = module, False, False, Bare()
+        else:
+            self.nested = True
+        try:
+            yield
+        finally:
+            self.entered, self.nested, self.bare = before
+            self.ran = self.ran or is_outside  # for the model that called this one
 
 
 local = _Local()
