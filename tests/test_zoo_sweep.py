@@ -40,7 +40,7 @@ def row(capsys):
     return show
 
 
-@pytest.mark.parametrize("zoo, name", ROWS, ids="-".join)
+@pytest.mark.parametrize("zoo, name", ROWS, ids=["-".join(row) for row in ROWS])
 def test_a_model_of_today_is_the_same_in_rewritten_graphs(zoo, name, row):
     model, args, keywords = ZOOS[zoo].build(name)
     verdict = swalp_fx.check(model, *args, **keywords)
