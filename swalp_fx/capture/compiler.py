@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
-from types import CodeType
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +21,14 @@ from ..recipe import RecipeError
 from .backend import backend, chained
 from .conversion import ENTRY, Conversion, conversion_of
 from .dynamo import (
+    LEFT,
     MAX_GRAPHS,
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     Frame,
     assume_constant_result,
     compiled,
+    functional_call,
     innermost_backend,
     is_functorch_active,
     knobs,
@@ -39,6 +43,9 @@ __all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "goes_strai
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 HERE, APART = "here", "apart"
+CAPTURE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parents[1])
+OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 _NUMBERS = itertools.count()  # of entries that were compiled
 PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
@@ -70,6 +77,18 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
     return compiled(run, conversion.backend, _Tracing)
 
 
+def _is_no_models(code: CodeType) -> bool:
+    """Whether code is an optimizer's, or of this package: what a method of a model may call, and is none of it."""
+    if code.co_filename.startswith(PACKAGE) and not code.co_filename.startswith(CAPTURE):
+        return True
+    around: FrameType | None = sys._getframe(2)
+    while around is not None and around.f_code.co_filename != __file__:  # up to the entry
+        if around.f_code.co_filename.startswith(OPTIMIZERS):
+            return True
+        around = around.f_back
+    return code.co_filename.startswith(OPTIMIZERS)
+
+
 class _Tracing:
     """The tracing of a frame, under our knobs; a hit in the cache does not come here."""
 
@@ -78,6 +97,8 @@ class _Tracing:
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_no_models(args[0].f_code):
+            return LEFT
         try:
             with knobs(self._limit(args[0].f_code)):
                 result = self._callback(*args, **kwargs)
@@ -88,6 +109,8 @@ class _Tracing:
             if isinstance(error.inner_exception, REFUSALS):
                 raise error.inner_exception from None
             raise
+        finally:
+            local.traced()
         if getattr(result, "guarded_code", None) is None:
             self._note(args[0])
         return result
@@ -138,7 +161,9 @@ def _why() -> str:
 @assume_constant_result
 def rewriting() -> str:
     """Asked by a method of a module while it is traced: where it is rewritten. See ``_rewriting``."""
-    return _inner_rewriting(Frame())
+    frame = Frame()
+    frame.inner.stand_in()
+    return _inner_rewriting(frame)
 
 
 @assume_constant_result
@@ -174,7 +199,7 @@ def _rewriting(conversion: Conversion, frame: Frame) -> str:
     if (rewriter := getattr(inner, "func", None)) in (backend, chained):
         return HERE if rewriter is chained and inner.args[0]() is conversion else APART
     # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
-    if is_functorch_active():
+    if is_functorch_active() or frame.is_inside(functional_call):
         return ""
     from .entries import adopt_strays
 

@@ -74,6 +74,11 @@ class Graphs(Sequence[Rewritten]):
     def __getitem__(self, index: Any) -> Any:
         return self._made[index]
 
+    @property
+    def calls(self) -> int:
+        """How often graphs ran, in any thread."""
+        return sum(made.calls for made in self._made)
+
     def print_readable(self) -> None:
         """Print each graph as Python."""
         print(self)

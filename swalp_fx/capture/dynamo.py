@@ -21,12 +21,15 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._dynamo.variables.base import VariableTracker
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "LEFT",
     "MAX_GRAPHS",
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
@@ -35,6 +38,7 @@ __all__ = [
     "assume_constant_result",
     "call_of_module",
     "compiled",
+    "functional_call",
     "innermost_backend",
     "is_functorch_active",
     "knobs",
@@ -65,6 +69,9 @@ HOOKS_OF_ALL = tuple(f"_global{name}" for name in HOOKS)
 
 assume_constant_result: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._dynamo.assume_constant_result
 call_of_module: Callable[..., Any] = nn.Module._call_impl
+# A frame is left to run as Python, now, and nothing is remembered of that: another compiler may come to it.
+LEFT: Any = ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
+functional_call: CodeType = stateless._functional_call.__code__
 
 
 def knobs(limit: int = MAX_GRAPHS) -> AbstractContextManager[None]:
@@ -125,6 +132,17 @@ class Inner:
         self._tx, self._variable = tx, variable
         self.module: nn.Module = variable.value
 
+    def stand_in(self) -> None:
+        """What is traced of the frame from here on is of the module: the front end notes that for calls alone."""
+        stack, calls = self._tx.nn_module_stack, self._tx.num_calls
+        key, source = str(id(self.module)), self._variable.source
+        if source is None or next(reversed(stack), "").partition("@")[0] == key:
+            return
+        name = source.name if isinstance(source.name, str) else source.name()
+        call = calls.get(name, 0)
+        calls[name] = call + 1
+        stack[f"{key}@{call}" if call else key] = (name, type(self.module))
+
     def guard(self, *attributes: str) -> None:
         """What is made of this frame holds while this attribute of the module is what it is."""
         source: Any = self._variable.source
@@ -184,6 +202,13 @@ class Frame:
             for name in attributes:
                 source = AttrSource(source, name)
             install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+
+    def is_inside(self, code: CodeType) -> bool:
+        """Whether the frame that is being inlined, or one that it is inlined into, runs ``code``."""
+        tx: Any = self._tx.output.current_tx
+        while tx is not None and tx.f_code is not code:
+            tx = getattr(tx, "parent", None)
+        return tx is not None
 
     @property
     def inner(self) -> Inner:

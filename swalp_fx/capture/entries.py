@@ -31,7 +31,7 @@ from .dynamo import (
     original_code,
     tracer_around,
 )
-from .methods import PRODUCT, READS, computing, in_class, methods_of, runs_later, set_on
+from .methods import PRODUCT, computing, in_class, methods_of, runs_later, set_on
 from .running import local
 from .ways import Bound, Call, Own, bound, share
 
@@ -55,7 +55,7 @@ class Entry:
         self.conversion, self.path = conversion, path
         self.compiled: dict[Key, Callable[..., Any]] = {}  # made when first called
         self.made: set[Key] = set()  # those that have a graph
-        self.making = threading.RLock()  # threads that call it for the first time make one graph, not one each
+        self.making = threading.Lock()  # threads that call it for the first time make one graph, not one each
         self.attach()
 
     def attach(self) -> None:
@@ -108,7 +108,7 @@ class Entry:
     def enter_method(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a method gives: rewritten, if it computes; else it runs as Python, and layers that it calls enter."""
         is_outside = local.entered is None
-        if not self._is_left_to_python(name, (args, kwargs)):
+        if not self._is_left_to_python(name, [args, kwargs]):
             if not runs_later(function):
                 return self.enter(name, function, args, kwargs)
             if self._computing()[name] == PRODUCT:
@@ -123,17 +123,12 @@ class Entry:
 
     def _is_left_to_python(self, name: str, inputs: Any) -> bool:
         """Whether a method is a setting, or a question."""
-        args, kwargs = inputs
-        if name == "forward" or any(isinstance(each, Tensor) for each in (*args, *kwargs.values())):
-            return False
-        computed = self._computing().get(name)
-        is_given = computed == READS and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
-        return computed != PRODUCT and not is_given
+        return name != "forward" and not _holds_tensor(inputs) and self._computing().get(name) != PRODUCT
 
     def _computing(self) -> dict[str, int]:
         """Name -> what it computes, of the module's ways in."""
         if self.computing is None:
-            self.computing = computing(self.module, self.conversion.places.words)
+            self.computing = computing(self.module)
         return self.computing
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -147,10 +142,15 @@ class Entry:
         run = self.compiled.get(key)
         if run is None:
             run = self.compiled[key] = compile_entry(self, name, function)
+        calls = self.conversion.graphs.calls
         try:
             with local.entering(self.module, is_outside):
                 result = self._given(key, run, args, kwargs)
-                return self._returned(function, result, (args, kwargs)) if is_outside else result
+                if not is_outside:
+                    return result
+                if not local.ran and calls == self.conversion.graphs.calls:
+                    self._refuse_float(function, result, (args, kwargs))
+                return self._returned(result, (args, kwargs))
         except FailOnRecompileLimitHit as error:
             if getattr(error, "code", None) is not original_code(run):
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
@@ -175,15 +175,13 @@ class Entry:
     def _given(self, key: Key, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if key in self.made:
             return run(*args, **kwargs)
-        with self.making:
+        with local.tracing(self.making):
             result = run(*args, **kwargs)
         self.made.add(key)
         return result
 
-    def _returned(self, function: Callable[..., Any], result: Any, inputs: Any) -> Any:
+    def _returned(self, result: Any, inputs: Any) -> Any:
         """What the caller of the model gets of what the outermost entry gave."""
-        if not local.ran:
-            self._refuse_float(function, result, inputs)
         if not self.conversion.is_proved:
             self.conversion.prove()
         return local.bare.in_place_of_rounded(result, inputs)
@@ -225,6 +223,17 @@ class Entry:
         self.join(conversion, path)
         for name, each in self.children.items():
             each._join_with_children(conversion, _joined(path, name))
+
+
+def _holds_tensor(inputs: Any) -> bool:
+    """Whether there is a tensor in containers, or in the attributes of objects in them."""
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor):
+            return True
+        is_record = hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type)
+        if is_record and any(isinstance(each, Tensor) for each in pytree.tree_leaves(list(vars(leaf).values()))):
+            return True
+    return False
 
 
 def _joined(path: str, name: str) -> str:

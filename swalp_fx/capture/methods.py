@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ from ..passes.tables import part_of
 
 __all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "runs_later", "set_on"]
 
+OF_SELF = "self."
 NOTHING, READS, PRODUCT = range(3)  # what code computes: it reads a parameter of its module, it has a product
 
 
@@ -56,38 +57,45 @@ def set_on(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield name, value
 
 
-def computing(module: nn.Module, attributes: Collection[str]) -> dict[str, int]:
-    """Name -> what it computes, of all that a module's class and the module itself offer.
-
-    attributes: names that are no functions', as those of layers.
-    """
+def computing(module: nn.Module) -> dict[str, int]:
+    """Name -> what it computes, of all that a module's class and the module itself offer."""
     found: dict[str, int] = {}
-    attributes = {*attributes, *vars(module), *module._parameters}
     offered: list[tuple[str, Any, bool]] = list(_functions(module))
     offered += [(name, getattr(value, "fget", value), True) for _, name, value in in_class(module)]
     offered += [(name, value.given, True) for name, value in vars(module).items() if hasattr(value, "given")]
     for name, function, is_own in offered:
-        computed = computes(function, module, attributes)
+        computed = computes(function, module)
         if not is_own and not _reads(function, module):  # what a base does with weights, it initialises
             computed = min(computed, READS)
         found[name] = max(found.get(name, NOTHING), computed)
     return {**found, "__call__": PRODUCT}
 
 
-def computes(function: Any, module: nn.Module, attributes: Collection[str] = ()) -> int:
+def computes(function: Any, module: nn.Module) -> int:
     """READS, PRODUCT (``@``, or the name of a function that computes one), or NOTHING."""
     found = _words(function)
-    if "@" in found or any(map(_is_product, found.difference(attributes))):
+    if "@" in found or any(map(_is_product, found)):
         return PRODUCT
     return READS if _reads(function, module) else NOTHING
 
 
 def _reads(function: Any, module: nn.Module) -> bool:
-    """Whether ``function`` names a parameter of ``module``. A copy in the making has none yet."""
-    return not _words(function).isdisjoint(vars(module).get("_parameters", ()))
+    """Whether ``function`` names a parameter of ``module``, or of what is in it. A copy in the making has none yet."""
+    found = _words(function)
+    names = {name for each in _inside(module) for name in each.get("_parameters", ())}
+    return any(word.removeprefix(OF_SELF) in names for word in found)
+
+
+def _inside(module: nn.Module) -> Iterator[dict[str, Any]]:
+    waiting = [module]
+    for each in waiting:
+        yield vars(each)
+        waiting += filter(None, vars(each).get("_modules", {}).values())
 
 
 def _is_product(name: str) -> bool:
+    if name.startswith(OF_SELF):  # ``self.linear`` is a layer, an entry of its own
+        return False
     return part_of(name) == "compute" and name[0].islower()  # the types of layers are as often asked for
 
 
@@ -147,10 +155,15 @@ def _is_torchs(function: FunctionType) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+    """The names that ``code`` reads; behind OF_SELF those of attributes of ``self``."""
+    before: Any = None
     for instruction in dis.get_instructions(code):
         if instruction.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in instruction.opname:
             yield "@"
+        elif instruction.argval in code.co_names:
+            is_of_self = before is not None and before.argval == "self" and before.opname.startswith("LOAD")
+            yield OF_SELF + instruction.argval if is_of_self else instruction.argval
+        before = instruction
     for constant in code.co_consts:  # of functions inside it
         if isinstance(constant, CodeType):
             yield from _names(constant)

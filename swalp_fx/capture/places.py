@@ -36,7 +36,6 @@ class Places:
             **{name: (parameter_subject(name, owner),) for name, _, owner in loose},
             **{name: (subject,) for name, subject in foreigners.items()},
         }
-        self.words = {word for path in self._modules.names() for word in path.split(".")}  # that name modules
 
     def modules(self) -> Iterator[nn.Module]:
         return self._modules.objects()
@@ -80,9 +79,6 @@ class _Names:
         name, reference = self._known.get(ident, ("", None))
         known = reference() if reference is not None else None
         return None if known is None else (name, known)
-
-    def names(self) -> Iterator[str]:
-        return (name for name, _ in self._known.values())
 
     def objects(self) -> Iterator[Any]:
         return (each for _, reference in self._known.values() if (each := reference()) is not None)

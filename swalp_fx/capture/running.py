@@ -26,6 +26,22 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.bare = Bare()
+        self._held: list[threading.Lock] = []
+
+    @contextlib.contextmanager
+    def tracing(self, lock: threading.Lock) -> Iterator[None]:
+        """While it holds, no other thread traces what ``lock`` is for, until this one has ``traced`` it."""
+        lock.acquire()
+        self._held.append(lock)
+        try:
+            yield
+        finally:
+            self.traced()
+
+    def traced(self) -> None:
+        """The first frame has a graph. What runs now is the model's own code, which may wait for other threads."""
+        while self._held:
+            self._held.pop().release()
 
     @contextlib.contextmanager
     def entering(self, module: nn.Module, is_outside: bool) -> Iterator[None]:

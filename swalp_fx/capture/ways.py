@@ -54,15 +54,27 @@ class Bound:
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
         self.function, self.module, self.name = function, module, name
-        self.__name__, self.__doc__ = function.__name__, function.__doc__
+        self.__doc__ = function.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.module, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:  # as a method has what its function has
+        if name in ("function", "module"):
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
+
     @property
-    def __code__(self) -> types.CodeType:
-        code: types.CodeType = inspect.unwrap(self.function).__code__
-        return code
+    def __wrapped__(self) -> Callable[..., Any]:
+        return inspect.unwrap(self.function)
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __func__(self) -> Any:
+        return inspect.getattr_static(type(self.module), self.name)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -85,9 +97,12 @@ class Own(Bound):
     """A function that was set on the instance, its forward for example, behind an entry."""
 
     def __init__(self, given: Callable[..., Any], module: nn.Module, name: str) -> None:
-        # Nothing may hold the function for good, which may hold the model.
-        super().__init__(_fixed.__wrapped__(name, _with_self.__wrapped__(given)), module, name)
+        super().__init__(_fixed(name, _with_self(given)), module, name)
         self.given = given
+
+    @property
+    def __func__(self) -> Any:
+        return self.given.__func__  # type: ignore[attr-defined]  # a plain function has none
 
     def __reduce__(self) -> Any:
         return Own, (self.given, self.module, self.name)
@@ -98,7 +113,6 @@ skip_code(Call.__call__.__code__)
 skip_code(Bound.__call__.__code__)
 
 
-@functools.cache
 def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which takes no self, as one that does."""
 
@@ -113,7 +127,6 @@ def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
     return free
 
 
-@functools.cache
 def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The method ``name`` of a module's type as an entry: what the type has by that name when it is called.
 
@@ -128,7 +141,6 @@ def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return entry
 
 
-@functools.cache
 def _fixed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` itself as the entry ``name``."""
 
