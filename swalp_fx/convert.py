@@ -65,7 +65,6 @@ def convert(
     from .capture.entries import float_copy, install
 
     parsed = Recipe.parse(recipe)
-    _refuse_converted(model)
     refuse_unfit(model, parsed)
     swalp = SWALP(model, parsed, functools.partial(recipes_of_parameters, model, parsed), float_copy)
     if optimizer is not None:
@@ -82,16 +81,6 @@ def convert(
         restore(model)
         raise
     return Converted(model, swalp)
-
-
-def _refuse_converted(model: nn.Module) -> None:
-    """Raises ConvertError if ``model`` is converted, or a module in it."""
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if conversion_of(module) is not None:
-            raise ConvertError(
-                f"{path or 'the model'} is already converted; call swalp_fx.restore on it first, or convert a copy "
-                "that was made before"
-            )
 
 
 def restore(module: nn.Module) -> nn.Module:

@@ -238,6 +238,12 @@ def _quantized(
 def checkpointed(body: Callable[..., Any], key: Tensor | None, /, *operands: Any, **how: Any) -> Any:
     """``body(key, *operands)``, computed again by backward: torch.utils.checkpoint, with ``how`` as its options.
 
-    The key is an operand, so that the second time draws the bits of the first.
+    The key is the same for both, so that the second time draws the bits of the first.
     """
-    return checkpoint(body, key, *operands, **{"use_reentrant": False, **how})
+    tracked = [i for i, each in enumerate(operands) if isinstance(each, Tensor) and each.requires_grad]
+
+    def run(*given: Any) -> Any:
+        return body(key, *({**dict(enumerate(operands)), **dict(zip(tracked, given, strict=True))}.values()))
+
+    # checkpoint refuses what was written into since it was given: buffers come as in the model's own code, past it.
+    return checkpoint(run, *(operands[i] for i in tracked), **{"use_reentrant": False, **how})

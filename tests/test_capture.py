@@ -858,3 +858,45 @@ def test_a_forward_may_wait_for_a_thread_that_calls_its_layers():
     lp, _ = convert(model, recipe=NEAREST)
     assert lp(torch.randn(2, 3)).shape == (2, 2)
     assert {made.path for made in lp.graphs} == {"fc", "head"}
+
+
+class Patching(Broken):
+    """Its forward wraps that of a layer for a while, as transformers records what layers give."""
+
+    def forward(self, x):
+        kept, before = [], self.fc.forward
+
+        def recording(x):
+            kept.append(before(x))
+            return kept[-1]
+
+        self.fc.forward = recording
+        y = self.head(self.fc(x))
+        self.fc.forward = before
+        return y, kept[0]
+
+
+def test_a_forward_may_wrap_that_of_a_layer_while_it_runs():
+    model, x = Patching(), torch.randn(2, 3)
+    before = copy.deepcopy(model)(x)
+    lp, _ = convert(model, recipe="float")
+    for _ in range(2):
+        assert all(map(torch.equal, lp(x), before))
+    assert len(lp.graphs) == 1
+
+
+class Checkpointing(nn.Module):
+    """A block with buffers that it writes into, each of its two times."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+        self.head, self.reentrant = nn.Conv2d(2, 2, 1), reentrant
+
+    def forward(self, x):
+        return self.head(torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_checkpointed_may_write_into_buffers(reentrant):
+    assert check(Checkpointing(reentrant), torch.randn(2, 1, 5, 5, requires_grad=True))

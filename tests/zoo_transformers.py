@@ -48,6 +48,11 @@ def translation():
     return {"input_ids": words(), "labels": words(7)}
 
 
+def masked_translation():
+    """Where it is compiled, its forward needs the mask: without one, it makes none then."""
+    return {**translation(), "attention_mask": torch.ones(2, 9)}
+
+
 def pictures(size=16):
     return {"pixel_values": torch.randn(2, 3, size, size), "labels": torch.tensor([0, 1])}
 
@@ -159,7 +164,7 @@ ARCHITECTURES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "pegasus": ("PegasusForConditionalGeneration", translation, {}),
     "switch_transformers": (
         "SwitchTransformersForConditionalGeneration",
-        translation,
+        masked_translation,
         {"decoder_start_token_id": 0, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     ),
     "t5": ("T5ForConditionalGeneration", translation, {"decoder_start_token_id": 0}),

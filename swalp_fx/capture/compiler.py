@@ -153,8 +153,8 @@ def _why() -> str:
     if torch.compiler.is_exporting():
         return "torch.export runs the original code; export the model before it is converted"
     return (
-        "PyTorch ran the original code, as under a dispatch mode whose ignore_compile_internals() is False; call "
-        "the model outside of it"
+        "PyTorch ran the original code, as under a dispatch mode whose ignore_compile_internals() is False, or where a "
+        "forward that asks whether it is compiled fails then; TORCH_LOGS=graph_breaks shows where"
     )
 
 
@@ -175,8 +175,9 @@ def goes_straight() -> bool:
     from .ways import Bound
 
     frame = Frame()
-    is_its_class = type(vars(frame.inner.module)["forward"]) is Bound
-    return is_its_class and not frame.inner.has_hooks() and _inner_rewriting(frame) == HERE
+    inner = frame.inner
+    is_its_class = type(vars(inner.module)["forward"]) is Bound and not inner.is_set("forward")
+    return is_its_class and not inner.has_hooks() and _inner_rewriting(frame) == HERE
 
 
 def _inner_rewriting(frame: Frame) -> str:

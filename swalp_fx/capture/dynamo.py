@@ -150,6 +150,10 @@ class Inner:
             source = AttrSource(source, name)
         install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
 
+    def is_set(self, attribute: str) -> bool:
+        """Whether the trace has set this attribute of the module."""
+        return bool(self._tx.output.side_effects.has_pending_mutation_of_attr(self._variable, attribute))
+
     def has_hooks(self) -> bool:
         """Whether the module has hooks, or all modules have; guarded."""
         of_all = self._tx.nn_modules_globals_vt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -65,7 +65,7 @@ def computing(module: nn.Module) -> dict[str, int]:
     offered += [(name, value.given, True) for name, value in vars(module).items() if hasattr(value, "given")]
     for name, function, is_own in offered:
         computed = computes(function, module)
-        if not is_own and not _reads(function, module):  # what a base does with weights, it initialises
+        if not is_own and not _reads(function, [vars(module)]):  # what a base does with weights, it initialises
             computed = min(computed, READS)
         found[name] = max(found.get(name, NOTHING), computed)
     return {**found, "__call__": PRODUCT}
@@ -76,17 +76,17 @@ def computes(function: Any, module: nn.Module) -> int:
     found = _words(function)
     if "@" in found or any(map(_is_product, found)):
         return PRODUCT
-    return READS if _reads(function, module) else NOTHING
+    return READS if _reads(function, _inside(module)) else NOTHING
 
 
-def _reads(function: Any, module: nn.Module) -> bool:
-    """Whether ``function`` names a parameter of ``module``, or of what is in it. A copy in the making has none yet."""
-    found = _words(function)
-    names = {name for each in _inside(module) for name in each.get("_parameters", ())}
-    return any(word.removeprefix(OF_SELF) in names for word in found)
+def _reads(function: Any, modules: Iterable[dict[str, Any]]) -> bool:
+    """Whether ``function`` names a parameter of ``modules``, by what they hold. A copy in the making has none yet."""
+    names = {name for each in modules for name in each.get("_parameters", ())}
+    return any(word.removeprefix(OF_SELF) in names for word in _words(function))
 
 
 def _inside(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """What ``module`` holds, and each module in it."""
     waiting = [module]
     for each in waiting:
         yield vars(each)
@@ -160,7 +160,7 @@ def _names(code: CodeType) -> Iterator[str]:
     for instruction in dis.get_instructions(code):
         if instruction.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in instruction.opname:
             yield "@"
-        elif instruction.argval in code.co_names:
+        elif any(kind in instruction.opname for kind in ("GLOBAL", "NAME", "ATTR", "METHOD")):
             is_of_self = before is not None and before.argval == "self" and before.opname.startswith("LOAD")
             yield OF_SELF + instruction.argval if is_of_self else instruction.argval
         before = instruction

@@ -13,6 +13,7 @@ from ..errors import UNPACK, ConvertError
 from ..formats import FLOAT
 from ..passes.names import parameter_subjects
 from ..recipe import Recipe
+from .conversion import conversion_of
 
 __all__ = ["refuse_unfit"]
 
@@ -35,6 +36,10 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
         raise ConvertError(f"cannot convert a {type(model).__name__}; {remedy}")
     for path, module in model.named_modules():
         which = path or "the model"
+        if conversion_of(module) is not None:
+            raise ConvertError(
+                f"{which} is already converted; call swalp_fx.restore on it first, or take a copy that was made before"
+            )
         for kind in type(module).__mro__:
             if kind.__name__ in UNFIT and kind.__module__.startswith("torch."):
                 raise ConvertError(f"cannot convert {which}, which is {kind.__name__}; {UNFIT[kind.__name__]}")
