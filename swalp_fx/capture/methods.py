@@ -17,6 +17,7 @@ from ..passes.tables import part_of
 __all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "runs_later", "set_on"]
 
 OF_SELF = "self."
+NAMED = ("GLOBAL", "NAME", "ATTR", "METHOD")  # of instructions whose argument is a name
 NOTHING, READS, PRODUCT = range(3)  # what code computes: it reads a parameter of its module, it has a product
 
 
@@ -160,7 +161,7 @@ def _names(code: CodeType) -> Iterator[str]:
     for instruction in dis.get_instructions(code):
         if instruction.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in instruction.opname:
             yield "@"
-        elif any(kind in instruction.opname for kind in ("GLOBAL", "NAME", "ATTR", "METHOD")):
+        elif isinstance(instruction.argval, str) and any(kind in instruction.opname for kind in NAMED):
             is_of_self = before is not None and before.argval == "self" and before.opname.startswith("LOAD")
             yield OF_SELF + instruction.argval if is_of_self else instruction.argval
         before = instruction
