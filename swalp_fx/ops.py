@@ -101,7 +101,14 @@ def _register(name: str) -> None:
         ctx.materialize_grads = False
         ctx.inputs = len(inputs)
 
+    def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        """Of each sample what it gives alone; PyTorch's own way knows no empty batch."""
+        samples = x.movedim(in_dims[0], 0)
+        op = getattr(torch.ops.swalp_fx, name).default
+        return torch.stack([op(each, *rest) for each in samples]) if len(samples) else samples.clone(), 0
+
     torch.library.register_fake(f"swalp_fx::{name}", lambda x, *rest: torch.empty_like(x))
+    torch.library.register_vmap(f"swalp_fx::{name}", vmap)
     torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
     torch.library.register_fake(f"swalp_fx::{name}_sgd_", lambda weights, *rest: None)

@@ -900,3 +900,29 @@ class Checkpointing(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_what_is_checkpointed_may_write_into_buffers(reentrant):
     assert check(Checkpointing(reentrant), torch.randn(2, 1, 5, 5, requires_grad=True))
+
+
+class Reading(nn.Module):
+    """Numbers that tensors give: a scale, a size, a count, an attribute, what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head, self.last, self.seen = nn.Linear(3, 3), nn.Linear(3, 2), None, []
+
+    def forward(self, x):
+        y = self.fc(x)
+        self.last = y.detach().mean().item()
+        self.seen.append(int(y.argmax()))
+        y = self.head(y / y.detach().abs().max().item())[: int((x[:, 0] > 0).sum()) + 1]
+        return y + torch.ones(int(x.abs().sum()) + 1, 2).sum(0), self.seen[-1]
+
+
+def test_numbers_that_tensors_give_end_no_graph():
+    model = Reading()
+    lp, _ = convert(copy.deepcopy(model), recipe="float")
+    for seed in range(4):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) * (1 + seed)
+        (seen, number), (due, due_number) = lp(x), model(x)
+        assert torch.equal(seen, due) and number == due_number and type(number) is int
+        assert lp.last == model.last and lp.seen == model.seen and type(lp.last) is float
+    assert all(made.broke is None for made in lp.graphs)

@@ -182,3 +182,16 @@ def test_torch_compile_gives_tangents_too(through):
     compiled = torch.compile(lambda x, v: torch.func.jvp(through, (x,), (v,)), backend="eager")
     y, found = compiled(x, tangent)
     assert torch.equal(y, through(x)) and torch.equal(found, tangent)
+
+
+@pytest.mark.parametrize("dim", range(3))
+@pytest.mark.parametrize("spec", ["bfp4[0]", "fixed4.2", "mxfp4"])
+def test_vmap_gives_of_each_sample_what_it_gives_alone(spec, dim):
+    x = torch.randn(3, 4, 5)
+
+    def rounded(x):
+        return quantize(x, spec, "stochastic", key=7)
+
+    of_each = torch.stack([rounded(sample) for sample in x.unbind(dim)], dim)
+    assert torch.equal(torch.func.vmap(rounded, in_dims=dim, out_dims=dim)(x), of_each)
+    assert torch.func.vmap(rounded)(x[:0]).shape == (0, 4, 5)

@@ -19,17 +19,8 @@ ZOOS = {"timm": zoo_timm, "transformers": zoo_transformers}
 ROWS = [(zoo, name) for zoo, module in ZOOS.items() for name in module.ARCHITECTURES]
 AT_LEAST = {"timm": 0.0, "transformers": 0.95}  # of the multiply-adds, inside rewritten graphs
 
-# A share that is less. ``report`` names each product that is outside, with its line.
-SHARES = {"deberta": 0.9}  # functions of torch.jit stand between the products of its attention
-
-FAIL = {
-    "mamba": "its forward takes another way to the same numbers where it is compiled, and that rounds under vmap, over "
-    "dimensions of no size"
-}
-CASES = [
-    pytest.param(*row, id="-".join(row), marks=[pytest.mark.xfail(reason=FAIL[row[1]], strict=True)] * (row[1] in FAIL))
-    for row in ROWS
-]
+# Models that compute other bits wherever PyTorch's front end reads them, whatever is done with what it reads.
+BRANCHES = {"mamba": "its forward asks whether it is being compiled, and takes another way to the same numbers"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +40,16 @@ def row(capsys):
     return show
 
 
-@pytest.mark.parametrize("zoo, name", CASES)
+@pytest.mark.parametrize("zoo, name", ROWS, ids=["-".join(row) for row in ROWS])
 def test_a_model_of_today_is_the_same_in_rewritten_graphs(zoo, name, row):
     model, args, keywords = ZOOS[zoo].build(name)
     verdict = swalp_fx.check(model, *args, **keywords)
     lp, _ = swalp_fx.convert(model, recipe="bfp8[0]")
     share = share_inside(lp, args, keywords)
     row(zoo, name, "equal" if verdict else "differs", len(lp.graphs), f"{share:.3f}")
-    assert share >= SHARES.get(name, AT_LEAST[zoo])
+    assert share >= AT_LEAST[zoo]
+    if name in BRANCHES and not verdict:
+        pytest.xfail(BRANCHES[name])
     assert verdict
 
 

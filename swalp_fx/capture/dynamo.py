@@ -62,6 +62,7 @@ KNOBS: dict[str, Any] = {
     "allow_unspec_int_on_nn_module": True,  # an integer attribute that counts becomes symbolic
     "specialize_float": False,
     "error_on_nested_fx_trace": True,
+    "capture_scalar_outputs": True,  # else a number that a tensor gives ends the graph
 }
 
 HOOKS = tuple(f"_{way}_{when}" for way in ("forward", "backward") for when in ("hooks", "pre_hooks"))
