@@ -199,6 +199,92 @@ def test_an_attribute_of_the_module_whose_method_is_inlined_is_guarded() -> None
     assert len(seen) == 2
 
 
+@dynamo.assume_constant_result
+def note_setting() -> bool:
+    ASKED.append(Frame().inner.is_set("flag"))
+    return True
+
+
+def test_an_attribute_that_the_trace_has_set_is_known() -> None:
+    def asks(self: nn.Module, x: Tensor) -> Tensor:
+        return x + 1 if note_setting() else x
+
+    def sets(x: Tensor) -> Tensor:
+        x = asks(INNER, x)
+        INNER.flag = True
+        return asks(INNER, x)
+
+    run, _ = traced(sets, lambda *_: None)
+    ASKED.clear()
+    run(X)
+    assert ASKED == [False, True] and INNER.flag
+
+
+@dynamo.assume_constant_result
+def stand() -> bool:
+    Frame().inner.stand_in()
+    return True
+
+
+def test_what_a_method_makes_stands_in_its_module() -> None:
+    def method(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.tanh(x) if stand() else x
+
+    def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        return [list(nodes[name].meta.get("nn_module_stack", {})) for name in ("tanh", "tanh_1", "outside")]
+
+    def caller(x: Tensor) -> Tensor:
+        outside = torch.exp(method(INNER, method(INNER, x)))
+        return outside
+
+    run, seen = traced(caller, look)
+    run(X)
+    assert seen == [[[str(id(INNER))], [f"{id(INNER)}@1"], []]]
+
+
+def test_a_frame_that_is_left_runs_as_python_and_is_asked_again() -> None:
+    asked = []
+
+    def around(callback: Callable[..., Any]) -> Callable[..., Any]:
+        class Around:
+            _torchdynamo_orig_backend = callback._torchdynamo_orig_backend
+
+            def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+                asked.append(frame.f_code.co_name)
+                return dynamo.LEFT
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(callback, name)
+
+        return Around()
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    run = dynamo.compiled(double, lambda graph_module, inputs: graph_module.forward, around)
+    assert torch.equal(run(X), 2 * X) and torch.equal(run(X), 2 * X)
+    assert asked.count("double") == 2
+
+
+@dynamo.assume_constant_result
+def note_call() -> bool:
+    ASKED.append(Frame().is_inside(dynamo.functional_call))
+    return True
+
+
+def test_functional_call_is_known_around_what_it_calls() -> None:
+    class Noting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if note_call() else x
+
+    model = Noting(3, 3)
+    run, _ = traced(lambda x: model(x) + functional_call(model, {"bias": torch.ones(3)}, (x,)), lambda *_: None)
+    ASKED.clear()
+    run(X)
+    assert ASKED == [False, True]
+
+
 def test_code_that_is_skipped_is_inlined_and_has_no_graph_of_its_own() -> None:
     def skipped(x: Tensor) -> Tensor:
         return x * 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from swalp_fx.capture import local
 
 MODELS = ["vgg16", "cifar_resnet18", "resnet18"]
 BATCH, SIZE = 2, 32  # so small that a call is its guards and its launches
-FIRST = 3  # first calls of a model, each of a fresh copy
+FIRST = 7  # first calls of a model, each of a fresh copy
 LATER = 2000  # later calls
 SIZES = 100  # batches of 1 to so many samples
 LENGTHS = 512  # texts of 1 to so many bytes
@@ -65,6 +66,7 @@ def converted(model: nn.Module) -> nn.Module:
 def first_call(model: Any, images: Tensor) -> float:
     """Seconds of the CPU: a trace is Python, of one thread, whatever else the machine does."""
     torch.compiler.reset()  # the front end keeps what it made of other copies, which run the same code
+    gc.collect()  # what that leaves is no cost of this call
     begin = time.process_time()
     model(images)
     return time.process_time() - begin
