@@ -31,6 +31,23 @@ def traced(
     return dynamo.compiled(function, backend, lambda callback: callback), seen
 
 
+def around(trace: Callable[..., Any]) -> Callable[..., Any]:
+    """What wraps the tracing of a frame in ``trace(callback, frame, ...)``."""
+
+    class Around:
+        def __init__(self, callback: Callable[..., Any]) -> None:
+            self._callback = callback
+            self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return trace(self._callback, *args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(vars(self)["_callback"], name)
+
+    return Around
+
+
 class Mean(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -57,25 +74,16 @@ def test_a_knob_is_a_setting_of_this_torch(name: str) -> None:
 def test_around_sees_the_tracing_of_a_frame_and_not_a_hit() -> None:
     frames = []
 
-    def around(callback: Callable[..., Any]) -> Callable[..., Any]:
-        class Around:
-            _torchdynamo_orig_backend = callback._torchdynamo_orig_backend
-
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                result = callback(*args, **kwargs)
-                if result.guarded_code is not None:  # none: it runs as Python
-                    frames.append(args[0].f_code.co_name)
-                return result
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(callback, name)
-
-        return Around()
+    def trace(callback: Callable[..., Any], frame: Any, *args: Any, **kwargs: Any) -> Any:
+        result = callback(frame, *args, **kwargs)
+        if result.guarded_code is not None:  # none: it runs as Python
+            frames.append(frame.f_code.co_name)
+        return result
 
     def double(x: Tensor) -> Tensor:
         return x * 2
 
-    run = dynamo.compiled(double, lambda graph_module, inputs: graph_module.forward, around)
+    run = dynamo.compiled(double, lambda graph_module, inputs: graph_module.forward, around(trace))
     run(X), run(X)
     assert frames == ["double"]
 
@@ -246,23 +254,14 @@ def test_what_a_method_makes_stands_in_its_module() -> None:
 def test_a_frame_that_is_left_runs_as_python_and_is_asked_again() -> None:
     asked = []
 
-    def around(callback: Callable[..., Any]) -> Callable[..., Any]:
-        class Around:
-            _torchdynamo_orig_backend = callback._torchdynamo_orig_backend
-
-            def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
-                asked.append(frame.f_code.co_name)
-                return dynamo.LEFT
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(callback, name)
-
-        return Around()
+    def trace(callback: Callable[..., Any], frame: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(frame.f_code.co_name)
+        return dynamo.LEFT
 
     def double(x: Tensor) -> Tensor:
         return x * 2
 
-    run = dynamo.compiled(double, lambda graph_module, inputs: graph_module.forward, around)
+    run = dynamo.compiled(double, lambda graph_module, inputs: graph_module.forward, around(trace))
     assert torch.equal(run(X), 2 * X) and torch.equal(run(X), 2 * X)
     assert asked.count("double") == 2
 

@@ -142,7 +142,7 @@ class Entry:
         run = self.compiled.get(key)
         if run is None:
             run = self.compiled[key] = compile_entry(self, name, function)
-        calls = self.conversion.graphs.calls
+        calls = self.conversion.graphs.calls if is_outside else 0
         try:
             with local.entering(self.module, is_outside):
                 result = self._given(key, run, args, kwargs)

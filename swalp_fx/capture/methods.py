@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ..passes.tables import part_of
+from .places import within
 
 __all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "runs_later", "set_on"]
 
@@ -66,7 +67,7 @@ def computing(module: nn.Module) -> dict[str, int]:
     offered += [(name, value.given, True) for name, value in vars(module).items() if hasattr(value, "given")]
     for name, function, is_own in offered:
         computed = computes(function, module)
-        if not is_own and not _reads(function, [vars(module)]):  # what a base does with weights, it initialises
+        if not is_own and not _reads(function, [module]):  # what a base does with weights, it initialises
             computed = min(computed, READS)
         found[name] = max(found.get(name, NOTHING), computed)
     return {**found, "__call__": PRODUCT}
@@ -77,21 +78,13 @@ def computes(function: Any, module: nn.Module) -> int:
     found = _words(function)
     if "@" in found or any(map(_is_product, found)):
         return PRODUCT
-    return READS if _reads(function, _inside(module)) else NOTHING
+    return READS if _reads(function, within(module)) else NOTHING
 
 
-def _reads(function: Any, modules: Iterable[dict[str, Any]]) -> bool:
-    """Whether ``function`` names a parameter of ``modules``, by what they hold. A copy in the making has none yet."""
-    names = {name for each in modules for name in each.get("_parameters", ())}
+def _reads(function: Any, modules: Iterable[nn.Module]) -> bool:
+    """Whether ``function`` names a parameter of ``modules``. A copy in the making has none yet."""
+    names = {name for each in modules for name in vars(each).get("_parameters", ())}
     return any(word.removeprefix(OF_SELF) in names for word in _words(function))
-
-
-def _inside(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """What ``module`` holds, and each module in it."""
-    waiting = [module]
-    for each in waiting:
-        yield vars(each)
-        waiting += filter(None, vars(each).get("_modules", {}).values())
 
 
 def _is_product(name: str) -> bool:

@@ -12,9 +12,21 @@ from torch.utils import _pytree as pytree
 from ..passes.names import parameter_subject, parameter_subjects
 from ..recipe import Subject
 
-__all__ = ["Places"]
+__all__ = ["Places", "within"]
 
 _BARE = vars(nn.Module()).keys()
+
+
+def within(root: nn.Module) -> Iterator[nn.Module]:
+    """``root.modules()``, in a quarter of the time, since each call asks: what is shared comes twice.
+
+    A copy in the making has none in it yet.
+    """
+    waiting = [root]
+    for module in waiting:
+        if module is not None:
+            yield module
+            waiting.extend(module.__dict__.get("_modules", {}).values())
 
 
 class Places:
