@@ -33,7 +33,7 @@ from .dynamo import (
 )
 from .methods import PRODUCT, computing, in_class, methods_of, runs_later, set_on
 from .running import local
-from .ways import Bound, Call, Own, bound, share
+from .ways import Bound, Own, bound, call_of, is_call, share
 
 CALL = "_compiled_call_impl"  # the attribute of a module that PyTorch calls in place of its forward
 # A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
@@ -63,8 +63,8 @@ class Entry:
         self.kind, own, before = type(self.module), vars(self.module), self.taken_out  # the type that has the methods
         self.computing: dict[str, int] | None = None  # see ``_computing``
         own[ENTRY] = self
-        if own.get(CALL) is None:
-            own[CALL] = before.get(CALL) or Call(self.module)
+        if own.get(CALL) in (None, nn.Module._call_impl.__get__(self.module)):
+            own[CALL] = before.get(CALL) or call_of(self.module)
         for name, given in [*set_on(self.module)]:
             if not isinstance(given, Bound):
                 known = before.get(name)
@@ -246,7 +246,7 @@ def _limit(entry: Entry) -> str:
 
 def _is_entry(name: str, value: Any) -> bool:
     """Whether an attribute of a module is its entry's."""
-    return name == ENTRY or isinstance(value, Bound | Call) or _is_shown(value)
+    return name == ENTRY or isinstance(value, Bound) or is_call(value) or _is_shown(value)
 
 
 def _is_shown(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from ..errors import NotRewritten
 from .compiler import APART, FOREIGN, goes_straight, rewriting
@@ -20,29 +21,33 @@ from .conversion import ENTRY
 from .dynamo import call_of_module, skip_code
 from .running import local
 
-__all__ = ["Bound", "Call", "Own", "bound", "share"]
+__all__ = ["Bound", "Own", "bound", "call_of", "is_call", "share"]
 
 
-class Call:
-    """The call of a module, as its entry."""
+def call_of(module: nn.Module) -> types.MethodType:
+    """The call of a module, as its entry: a bound function, which the front end traces sooner than an object.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.run = types.FunctionType(_call.__code__.replace(), globals(), "call")  # its own code has its own cache
+    PyTorch leaves it out of a module's state. Where a model's own ``__getstate__`` does not, its name makes pickle look
+    for PyTorch's call, which an entry that is read then replaces.
+    """
+    run = types.FunctionType(_call.__code__.replace(), globals(), "call")  # its own code has its own cache
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        if torch.compiler.is_dynamo_compiling() and goes_straight():
+    def _call_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() and goes_straight():
             return type(module).forward(module, *args, **kwargs)
-        return self.run(module, *args, **kwargs)
+        return run(module, *args, **kwargs)
 
-    def __reduce__(self) -> Any:
-        return Call, (self.module,)
+    return types.MethodType(_call_impl, module)
+
+
+def is_call(value: Any) -> bool:
+    """Whether it was made by ``call_of``."""
+    return isinstance(value, types.MethodType) and value.__code__ in call_of.__code__.co_consts
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
-    if torch.compiler.is_dynamo_compiling() or local.explaining:
+    if is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
     if local.entered is None:
         _refuse_traced(self, sys._getframe(3))  # what calls the module
@@ -109,7 +114,8 @@ class Own(Bound):
 
 
 # Frames of what they call are traced. These are not: all modules share their code, and would share its limit.
-skip_code(Call.__call__.__code__)
+for code in filter(inspect.iscode, call_of.__code__.co_consts):
+    skip_code(code)
 skip_code(Bound.__call__.__code__)
 
 
@@ -153,7 +159,7 @@ def _fixed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         where = rewriting()
         if not where:
             raise NotRewritten(FOREIGN)
