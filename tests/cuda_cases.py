@@ -27,7 +27,7 @@ DTYPES = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
 USUAL = ("nearest", "stochastic")
 
 
-def _words(numel: int, seed: int) -> Tensor:
+def words(numel: int, seed: int) -> Tensor:
     """63 random bits a number: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), in integers that wrap."""
 
     def shift(z: Tensor, bits: int) -> Tensor:
@@ -43,8 +43,8 @@ def _words(numel: int, seed: int) -> Tensor:
 def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Rows of many scales, with NaN, infinities and zeros among them, and a row of zeros. Not to be written to."""
     numel, rows = math.prod(shape), shape[0] if len(shape) > 1 else 1
-    mantissas = (_words(numel, 1) & 0xFFFFFF).double() / 2**24 - 0.5
-    exponents = _words(rows, 2) % 40 - 30
+    mantissas = (words(numel, 1) & 0xFFFFFF).double() / 2**24 - 0.5
+    exponents = words(rows, 2) % 40 - 30
     scales = ((exponents + 1023) << 52).view(FLOAT64)  # powers of two, made of their bits
     x = (mantissas.view(rows, -1) * scales[:, None]).to(dtype)
     flat = x.view(-1)
