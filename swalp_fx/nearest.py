@@ -39,6 +39,7 @@ def listed(words: list[str]) -> str:
 # How others write formats -> how this package does; each is applied to what the one before it left.
 _SPELLINGS = (
     (r"\s+|^torch\.", ""),
+    (r"^(fixed|posit)\((\d+),(\d+)\)", r"\1\2.\3"),
     (r"\(([^)]*)\)?$|\[([^\]]*)$", r"[\1\2]"),  # bfp8(0), bfp8[0
     (r"^(?:float|fp)\d+_?(e\d+m\d+)", r"\1"),  # float8_e4m3fn
     (r"^(e\d+m\d+)(?:fn|fnuz|fnu)(?![a-z])", r"\1"),
@@ -56,7 +57,6 @@ _OTHER_NAMES = {
     "mxfp6": ("mxfp6_e3m2", "mxfp6_e2m3"),
     "mxfp4_e2m1": ("mxfp4",),
     "mxint": ("mxint8",),
-    "nf4": ("nvfp4", "mxfp4", "int4[-1:64]"),
 }
 # One example a family; its numbers stand in for those that a word leaves out.
 _EXAMPLES = ("bfp8", "fixed8.6", "e4m3", "int8")

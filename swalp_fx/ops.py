@@ -1,7 +1,6 @@
 """The compiled ops, and ``quantize``: rounding a tensor to a format.
 
-``torch.ops.swalp_fx.quantize_fixed``, ``quantize_block`` and ``quantize_float`` take numbers
-alone; a format's row in ``_CALLS`` says which op serves it and with which numbers. Their gradient
+The ops take numbers alone; ``_call`` says which op serves a format, with which numbers. Their gradient
 is the identity (the straight-through estimator).
 """
 
@@ -20,15 +19,17 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import random
 from .formats import (
-    TOPS,
-    BlockFloat,
-    FixedPoint,
+    FLOAT,
+    Absmax,
+    Block,
     Float,
     Format,
-    Identity,
-    Microscaling,
-    Nvfp4,
-    ScaledInteger,
+    FormatError,
+    Integer,
+    PowerOfTwo,
+    Runs,
+    Slices,
+    TwoLevel,
     parse,
 )
 from .recipe import ROUNDINGS, parse_rounding
@@ -60,28 +61,39 @@ OPS = (
     "quantize_nvfp4",
 )
 
-# Format -> which op serves it, with which numbers. The diff that adds a format adds a row.
-_CALLS: dict[type[Format], Callable[[Any], tuple[str, tuple]]] = {
-    FixedPoint: lambda f: ("quantize_fixed", (f.wl, f.fl, f.symmetric)),
-    BlockFloat: lambda f: ("quantize_block", (f.wl, f.symmetric, *f.exponent_bounds, *_blocks(f))),
-    Float: lambda f: ("quantize_float", (f.exp, f.man, TOPS.index(f.top))),
-    Microscaling: lambda f: _microscaling(f),
-    ScaledInteger: lambda f: ("quantize_integer", (f.wl, *_blocks(f))),
-    Nvfp4: lambda f: ("quantize_nvfp4", _blocks(f)),
-}
+
+def _call(f: Format) -> tuple[str, tuple]:
+    """Which op serves a format, with which numbers."""
+    e, scale = f.element, f.scale
+    blocks = _blocks(f.block)
+    if f.overflow == "saturate" and blocks is not None:
+        if isinstance(e, Integer):
+            symmetric = e.sign in ("sym", "mag")
+            if scale is None and e.sign != "unsigned":
+                return "quantize_fixed", (e.wl, e.point, symmetric)
+            is_fraction = e.point == e.wl - 2 and e.sign != "unsigned"
+            if isinstance(scale, PowerOfTwo) and scale.rule == "floor" and is_fraction:
+                return "quantize_block", (e.wl, symmetric, *scale.exponents, *blocks)
+            if scale == Absmax() and e.sign == "sym":
+                return "quantize_integer", (e.wl, *blocks)
+        if isinstance(e, Float) and e.top in _TOPS and e == Float(e.exp, e.man, e.top):
+            numbers = (e.exp, e.man, _TOPS.index(e.top))
+            if scale is None:
+                return "quantize_float", numbers
+            if scale == PowerOfTwo(biased=True) and e.exp <= 5:
+                return "quantize_microscaling", (*numbers, e.max_exponent, *blocks)
+            if scale == TwoLevel(Float(4, 3)) and e == Float(2, 1):
+                return "quantize_nvfp4", blocks
+    raise FormatError(f"the compiled op does not round to {f}; swalp_fx.reference.quantize does, slowly")
 
 
-def _microscaling(f: Microscaling) -> tuple[str, tuple]:
-    """Its integers are block floating point on E8M0's exponents."""
-    e = f.element
-    if isinstance(e, FixedPoint):
-        return "quantize_block", (e.wl, e.symmetric, *f.exponent_bounds, *_blocks(f))
-    assert isinstance(e, Float)
-    return "quantize_microscaling", (e.exp, e.man, TOPS.index(e.top), f.max_exponent, *_blocks(f))
+_TOPS = ("ieee", "nan", "finite")
 
 
-def _blocks(f: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> tuple[list[int], int, int]:
-    return (list(f.dims or ()), *(f.tile or (0, 0)))
+def _blocks(block: Block) -> tuple[list[int], int, int] | None:
+    if isinstance(block, Slices):
+        return list(block.dims), 0, 0
+    return ([], *block.runs[0]) if isinstance(block, Runs) and len(block.runs) == 1 else None
 
 
 @cache
@@ -155,9 +167,9 @@ def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, in
     """(op, in-place op, its numbers, rounding code, random bits); op is None for ``float``."""
     name, bits = parse_rounding(rounding)
     format = parse(spec)
-    if isinstance(format, Identity):
+    if format == FLOAT:
         return None, None, (), 0, bits
-    op, numbers = _CALLS[type(format)](format)
+    op, numbers = _call(format)
     space = torch.ops.swalp_fx
     return (
         getattr(space, op).default,

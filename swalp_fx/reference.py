@@ -1,30 +1,43 @@
 """The oracle: what every format and rounding means, slowly and plainly.
 
 ``quantize_number`` states the law for one number in exact rational arithmetic; ``quantize`` states
-it again for tensors, in float64, where every step below is exact: clamping, remainders and
-products by powers of two. Nothing here knows the compiled ops, which must give the same bits.
+it again for tensors. On a power-of-two scale it works in float64, where every step is exact: clamping, remainders and
+products by powers of two. Nothing here knows the compiled op, which must give the same bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .formats import (
-    BlockFloat,
-    FixedPoint,
+    FLOAT,
+    Absmax,
+    Affine,
+    Block,
+    Channel,
+    Codebook,
+    Element,
     Float,
     Format,
     FormatError,
-    Identity,
-    Microscaling,
-    Nvfp4,
-    ScaledInteger,
+    Integer,
+    PowerOfTwo,
+    Rectangle,
+    Runs,
+    Scale,
+    Slices,
+    Static,
+    TwoLevel,
     parse,
 )
+from .formats.scale import RULES
 from .random import COUNTERS, MASK, MULTIPLIERS, ROUNDS, WEYL, draws_per_word
 from .recipe import RANDOM_BITS, parse_rounding
 
@@ -32,12 +45,9 @@ __all__ = ["quantize", "quantize_number", "random_draws"]
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def integer_bounds(format: FixedPoint | BlockFloat) -> tuple[int, int]:
-    """Lowest and highest integer of ``wl`` bits: two's complement, or without its lowest value."""
-    half = 2 ** (format.wl - 1)
-    return -half + format.symmetric, half - 1
+# What an infinite number, and one beyond the largest, becomes.
+BEYOND = {"infinity": math.inf, "nan": math.nan}
+DIRECTED = ("toward_zero", "down", "up")  # under which a number beyond the largest may become the largest
 
 
 # ---- one number ---------------------------------------------------------------------------------
@@ -48,60 +58,70 @@ def quantize_number(
 ) -> float:
     """The number ``x`` becomes: clamped to the format's range, then rounded to a multiple of its step.
 
+    Of integers and floats, without a scale or on a power of two; others have their law for tensors alone.
     draw: the random integer that stochastic rounding adds, below 2^(its random bits).
-    maximum: the largest finite magnitude in x's block, for BlockFloat; x alone in its block if None.
+    maximum: the largest finite magnitude in x's block; x alone in its block if None.
     """
     format = parse(format)
-    if isinstance(format, Identity) or math.isnan(x):
+    if format == FLOAT or math.isnan(x) or (math.isinf(x) and format.keeps_infinity):
         return x
-    if math.isinf(x) and isinstance(format, Float) and format.top == "ieee":
-        return x
-    lo, hi, step = _grid_of_number(x, format, maximum)
-    clamped = lo if x < lo else hi if x > hi else Fraction(x)
-    magnitude = step * _round_magnitude(abs(clamped) / step, x < 0, rounding, draw)
+    if math.isinf(x) and format.overflow == "nan":
+        return math.nan
+    if isinstance(format.element, Codebook) or not (format.scale is None or isinstance(format.scale, PowerOfTwo)):
+        raise FormatError(f"{format} has no power-of-two scale to state a number's grid by; quantize a tensor")
+    scale = _power_of_two_of_number(x, format, maximum)
+    name, bits = parse_rounding(rounding)
+    lo, hi, step = (
+        scale * each for each in _grid_of_number(Fraction(x) / scale if math.isfinite(x) else x, format.element)
+    )
+    room = _room(format, name) * step
+    clamped = lo - room if x < lo - room else hi + room if x > hi + room else Fraction(x)
+    magnitude = step * _round_magnitude(abs(clamped) / step, x < 0, name, bits, draw)
+    if magnitude > hi and room:
+        return math.copysign(BEYOND[format.overflow], x)
     return math.copysign(float(magnitude), x)
 
 
-def _floor_log2(magnitude: float) -> int:
-    return math.frexp(magnitude)[1] - 1  # frexp gives a fraction in [1/2, 1)
+def _room(format: Format, name: str) -> Fraction:
+    """How far beyond the largest number, in steps, there still is something to round, by which it then overflows."""
+    if format.overflow == "saturate":
+        return Fraction(0)
+    return Fraction(1, 2) if name in DIRECTED else Fraction(1)
 
 
-def _shared_exponent(x: float, format: BlockFloat | Microscaling, maximum: float | None) -> int:
-    """Of the block whose largest finite magnitude is ``maximum``, or of x alone."""
-    smallest, largest = format.exponent_bounds
-    if maximum is None:
-        maximum = 0.0 if math.isinf(x) else abs(x)
-    if maximum == 0:  # a block that is zero, or nothing but infinities, has no exponent: any one serves
-        return largest
-    offset = format.max_exponent if isinstance(format, Microscaling) else 0
-    return min(max(_floor_log2(maximum) - offset, smallest), largest)
+def _floor_log2(magnitude: Fraction) -> int:
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    return exponent if Fraction(2) ** exponent <= magnitude else exponent - 1
 
 
-def _grid_of_number(x: float, format: Format, maximum: float | None) -> tuple[Fraction, Fraction, Fraction]:
-    """Lowest value, highest value and step of the grid on which x is rounded."""
-    two = Fraction(2)
-    if isinstance(format, FixedPoint):
-        step = two**-format.fl
-        lowest, highest = integer_bounds(format)
-        return lowest * step, highest * step, step
-    if isinstance(format, BlockFloat):
-        step = two ** (_shared_exponent(x, format, maximum) - (format.wl - 2))
-        lowest, highest = integer_bounds(format)
-        return lowest * step, highest * step, step
-    if isinstance(format, Microscaling):
-        scale = two ** _shared_exponent(x, format, maximum)
-        lo, hi, step = _grid_of_number(x / float(scale), format.element, None)
-        return lo * scale, hi * scale, step * scale
-    if isinstance(format, Float):
-        magnitude = min(abs(x), format.max)
-        exponent = max(_floor_log2(magnitude), format.min_exponent) if magnitude > 0 else format.min_exponent
-        return -Fraction(format.max), Fraction(format.max), two ** (exponent - format.man)
-    raise FormatError(f"{format} has no power-of-two scale to state a number's grid by; quantize a tensor")
+def _power_of_two_of_number(x: float, format: Format, maximum: float | None) -> Fraction:
+    """The scale of the block whose largest finite magnitude is ``maximum``, or of x alone."""
+    scale = format.scale
+    if not isinstance(scale, PowerOfTwo):
+        return Fraction(1)
+    smallest, largest = scale.exponents
+    of_block = Fraction((0.0 if math.isinf(x) else abs(x)) if maximum is None else maximum)
+    if of_block == 0:  # a block that is zero, or nothing but infinities, has no exponent: any one serves
+        return Fraction(2) ** largest
+    exponent = _floor_log2(of_block)
+    next_one = of_block / Fraction(2) ** exponent >= Fraction(RULES[scale.rule](format.element))
+    return Fraction(2) ** min(max(exponent + next_one - format.element.max_exponent, smallest), largest)
 
 
-def _round_magnitude(y: Fraction, negative: bool, rounding: str, draw: int) -> int:
+def _grid_of_number(y: Fraction | float, element: Element) -> tuple[Fraction, Fraction, Fraction]:
+    """Lowest number, largest number and step of the grid on which y is rounded."""
+    two, lowest, highest = Fraction(2), Fraction(element.min), Fraction(element.max)
+    if isinstance(element, Integer):
+        return lowest, highest, two**-element.point
+    assert isinstance(element, Float)
+    magnitude = highest if isinstance(y, float) else min(abs(y), highest)
+    if magnitude < element.min_normal:
+        return lowest, highest, Fraction(element.min_subnormal)
+    return lowest, highest, two ** (_floor_log2(magnitude) - element.man)
+
+
+def _round_magnitude(y: Fraction, negative: bool, name: str, bits: int, draw: int) -> int:
     """One of the two integers beside ``y`` >= 0, which stands for -y if ``negative``."""
-    name, bits = parse_rounding(rounding)
     whole = math.floor(y)
     rest = y - whole
     half = Fraction(1, 2)
@@ -118,6 +138,15 @@ def _round_magnitude(y: Fraction, negative: bool, rounding: str, draw: int) -> i
 
 
 # ---- tensors ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _How:
+    """How to round: ``draws``, of the tensor's shape, only where the rounding draws."""
+
+    name: str
+    bits: int
+    draws: Tensor | None
 
 
 def quantize(
@@ -137,45 +166,89 @@ def quantize(
     """
     format = parse(format)
     name, bits = parse_rounding(rounding)
-    if isinstance(format, Identity) or x.numel() == 0:
+    if format == FLOAT or x.numel() == 0:
         return x.clone()
     if name == "stochastic" and draws is None:
         if key is None:
             raise ValueError("stochastic rounding needs a key or draws; pass one of them")
         draws = random_draws(key, stream, x.numel(), bits)
-    if isinstance(format, ScaledInteger | Nvfp4):
-        return _on_real_scale(x.detach(), format, rounding, draws)
-    v = x.detach().to(torch.float64)
-    lo, hi, step = _grid(v, format)
-    clamped = torch.minimum(torch.maximum(v, lo), hi)
-    q = _round(clamped, v, step, name, bits, None if draws is None else draws.reshape(v.shape))
-    keep = v.isnan()
-    if isinstance(format, Float) and format.top == "ieee":
-        keep |= v.isinf()
-    return torch.where(keep, v, q).to(x.dtype)
-
-
-def _on_real_scale(x: Tensor, format: ScaledInteger | Nvfp4, rounding: str, draws: Tensor | None) -> Tensor:
-    """Formats whose scale is no power of two: quotient, element and product, each rounded to the compute type."""
-    computed = x.to(torch.promote_types(x.dtype, torch.float32))
-    maximum = _block_maximum(torch.where(computed.isfinite(), computed.abs(), 0.0), format)
-    if isinstance(format, ScaledInteger):
-        element: Format = FixedPoint(format.wl, 0, symmetric=True)
-        scale = _real_scale(maximum, 2 ** (format.wl - 1) - 1)
+    how = _How(name, bits, None if draws is None else draws.reshape(x.shape))
+    computed = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    scale = _SCALES[type(format.scale)](computed, format)
+    if isinstance(format.element, Codebook):
+        q = _on_table(_quotient(computed, scale), computed, format.element, how) * scale
+    elif format.scale is None or isinstance(format.scale, PowerOfTwo):
+        q = _on_grid(computed.double(), scale.double(), format, how)
+    elif isinstance(format.scale, Affine):
+        q = _beside_zero_point(_quotient(computed, scale), computed, scale, format, how) * scale
     else:
-        element, block = Float(2, 1), Float(4, 3)
-        outer = _real_scale(maximum.amax(), element.max * block.max)
-        inner = quantize(maximum / element.max / outer, block)
-        scale = inner.clamp(min=block.min_subnormal) * outer
-        # The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
-        info = torch.finfo(scale.dtype)
-        scale = torch.where(scale > 0, scale, info.smallest_normal * info.eps)
+        y = _quotient(computed, scale)
+        q = _on_grid(y.double(), torch.ones((), dtype=torch.float64), format, how).to(computed.dtype) * scale
+    if format.keeps_infinity or format.overflow == "nan":
+        q = torch.where(computed.isinf(), computed * (1.0 if format.keeps_infinity else math.nan), q)
+    return torch.where(computed.isnan(), computed, q).to(x.dtype)
+
+
+def _quotient(computed: Tensor, scale: Tensor) -> Tensor:
+    """computed / scale, rounded to the compute type."""
     quotient = computed / scale
     # One that underflows is far below every step, but no zero: directed roundings still see its sign.
     tiny = torch.tensor(torch.finfo(computed.dtype).tiny, dtype=computed.dtype)
-    quotient = torch.where((quotient == 0) & (computed != 0), torch.copysign(tiny, computed), quotient)
-    q = quantize(quotient.double(), element, rounding, draws=draws).to(computed.dtype)
-    return (q * scale).to(x.dtype)
+    return torch.where((quotient == 0) & (computed != 0), torch.copysign(tiny, computed), quotient)
+
+
+# ---- scales: of each block, of a shape that broadcasts to the tensor's ----------------------------
+
+
+def _unscaled(x: Tensor, format: Format) -> Tensor:
+    return torch.ones((), dtype=x.dtype)
+
+
+def _power_of_two_scale(x: Tensor, format: Format) -> Tensor:
+    scale = format.scale
+    assert isinstance(scale, PowerOfTwo)
+    smallest, largest = scale.exponents
+    maximum = _block_maximum(x.abs(), format.block).double()
+    exponent = _exponent(maximum)
+    significand = torch.frexp(maximum).mantissa * 2
+    exponent = exponent + (significand >= RULES[scale.rule](format.element)) - format.element.max_exponent
+    return _power_of_two(torch.where(maximum > 0, exponent, largest).clamp(smallest, largest)).to(x.dtype)
+
+
+def _absmax_scale(x: Tensor, format: Format) -> Tensor:
+    return _real_scale(_block_maximum(x.abs(), format.block), format.element.reach)
+
+
+def _static_scale(x: Tensor, format: Format) -> Tensor:
+    assert isinstance(format.scale, Static)
+    return torch.tensor(format.scale.value, dtype=x.dtype)
+
+
+def _affine_scale(x: Tensor, format: Format) -> Tensor:
+    assert isinstance(format.element, Integer)
+    lowest, highest = format.element.bounds
+    return _real_scale(_block_maximum(x, format.block) + _block_maximum(-x, format.block), highest - lowest)
+
+
+def _two_level_scale(x: Tensor, format: Format) -> Tensor:
+    assert isinstance(format.scale, TwoLevel)
+    maximum, inner = _block_maximum(x.abs(), format.block), format.scale.inner
+    outer = _real_scale(maximum.amax(), format.element.reach * inner.max)
+    of_block = quantize(maximum / format.element.reach / outer, Format(inner)).clamp(min=inner.min_subnormal)
+    scale = of_block * outer
+    # The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
+    info = torch.finfo(scale.dtype)
+    return torch.where(scale > 0, scale, info.smallest_normal * info.eps)
+
+
+_SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
+    type(None): _unscaled,
+    PowerOfTwo: _power_of_two_scale,
+    Absmax: _absmax_scale,
+    Static: _static_scale,
+    Affine: _affine_scale,
+    TwoLevel: _two_level_scale,
+}
 
 
 def _real_scale(maximum: Tensor, largest: float) -> Tensor:
@@ -194,73 +267,138 @@ def _exponent(magnitude: Tensor) -> Tensor:
     return torch.frexp(magnitude).exponent.to(torch.int64) - 1
 
 
-def _grid(v: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest value, highest value and step, each of a shape that broadcasts to v's."""
-    if isinstance(format, FixedPoint):
-        step = _power_of_two(torch.tensor(-format.fl))
-        lowest, highest = integer_bounds(format)
-        return lowest * step, highest * step, step
-    if isinstance(format, BlockFloat):
-        smallest, largest = format.exponent_bounds
-        maximum = _block_maximum(torch.where(v.isfinite(), v.abs(), 0.0), format)
-        exponent = torch.where(maximum > 0, _exponent(maximum).clamp(smallest, largest), largest)
-        step = _power_of_two(exponent - (format.wl - 2))
-        lowest, highest = integer_bounds(format)
-        return lowest * step, highest * step, step
-    if isinstance(format, Microscaling):
-        smallest, largest = format.exponent_bounds
-        maximum = _block_maximum(torch.where(v.isfinite(), v.abs(), 0.0), format)
-        exponent = torch.where(maximum > 0, _exponent(maximum) - format.max_exponent, largest).clamp(smallest, largest)
-        scale = _power_of_two(exponent)
-        lo, hi, step = _grid(v / scale, format.element)  # where the quotient underflows, the step is the least anyhow
-        return lo * scale, hi * scale, step * scale
-    if isinstance(format, Float):
-        hi = torch.tensor(format.max, dtype=torch.float64)
-        magnitude = torch.minimum(v.abs(), hi).nan_to_num()
-        exponent = torch.where(magnitude > 0, _exponent(magnitude), format.min_exponent).clamp(min=format.min_exponent)
-        return -hi, hi, _power_of_two(exponent - format.man)
-    raise FormatError(f"no law is stated for {format!r}; add its grid to swalp_fx/reference.py")
-
-
-def _block_maximum(magnitude: Tensor, format: BlockFloat | Microscaling | ScaledInteger | Nvfp4) -> Tensor:
-    """Maximum over the block of each element, of a shape that broadcasts to the tensor's."""
-    rank = magnitude.dim()
-    for d in format.tile[:1] if format.tile else format.dims or ():
-        if not -rank <= d < rank and rank > (0 if format.tile else 1):
-            raise FormatError(f"block dimension {d} does not exist in a tensor of {rank} dimensions")
-    if format.tile is not None and rank > 0:
-        axis, size = format.tile
-        tiles = magnitude.split(size, axis)
-        return torch.cat([tile.amax(axis, keepdim=True).expand_as(tile) for tile in tiles], axis)
-    if format.dims is None or rank < 2:
-        return magnitude.amax()
-    kept = {d % rank for d in format.dims}
+def _block_maximum(values: Tensor, block: Block) -> Tensor:
+    """The largest of zero and the finite values in the block of each element, of a shape that broadcasts to theirs."""
+    values = torch.where(values.isfinite(), values, 0.0).clamp(min=0.0)
+    rank = values.dim()
+    if isinstance(block, Channel):
+        raise FormatError(
+            f"{block} is along the contraction axis, which a tensor does not know; name the axis: [-1:32]"
+        )
+    if isinstance(block, Rectangle):
+        if rank < 2:
+            raise FormatError(f"{block} is a block of two axes, and the tensor has {rank}; use a tensor with more")
+        block = block.along(-1)
+    if isinstance(block, Runs) and rank > 0:
+        for axis, size in block.runs:
+            _check_dimension(axis, rank)
+            tiles = values.split(size, axis)
+            values = torch.cat([tile.amax(axis, keepdim=True).expand_as(tile) for tile in tiles], axis)
+        return values
+    dims = block.dims if isinstance(block, Slices) else ()
+    if not dims or rank < 2:
+        return values.amax()
+    for d in dims:
+        _check_dimension(d, rank)
+    kept = {d % rank for d in dims}
     spanned = [d for d in range(rank) if d not in kept]
-    return magnitude.amax(spanned, keepdim=True) if spanned else magnitude
+    return values.amax(spanned, keepdim=True) if spanned else values
 
 
-def _round(clamped: Tensor, v: Tensor, step: Tensor, name: str, bits: int, draws: Tensor | None) -> Tensor:
+def _check_dimension(d: int, rank: int) -> None:
+    if not -rank <= d < rank:
+        raise FormatError(f"block dimension {d} does not exist in a tensor of {rank} dimensions")
+
+
+# ---- elements -----------------------------------------------------------------------------------
+
+
+def _on_grid(v: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
+    """v, a float64, beside a number of the element times a power of two: exactly."""
+    lo, hi, step = (
+        each * scale for each in _grid(v / scale, format.element)
+    )  # where v underflows, the step is the least
+    room = float(_room(format, how.name)) * step
+    clamped = torch.minimum(torch.maximum(v, lo - room), hi + room)
+    q = _round(clamped, v, step, how)
+    if format.overflow == "saturate":
+        return q
+    return torch.where(q.abs() > hi, torch.copysign(torch.tensor(BEYOND[format.overflow], dtype=q.dtype), v), q)
+
+
+def _grid(v: Tensor, element: Element) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest number, largest number and step, each of a shape that broadcasts to v's."""
+    lo, hi = (torch.tensor(each, dtype=torch.float64) for each in (element.min, element.max))
+    if isinstance(element, Integer):
+        return lo, hi, _power_of_two(torch.tensor(-element.point))
+    assert isinstance(element, Float)
+    # Of the numbers beyond the largest, the step is the largest's.
+    magnitude = torch.minimum(v.abs(), hi).nan_to_num()
+    step = _power_of_two(
+        torch.where(magnitude > 0, _exponent(magnitude), 0).clamp(min=element.min_exponent) - element.man
+    )
+    return lo, hi, torch.where(magnitude < element.min_normal, element.min_subnormal, step)
+
+
+def _round(clamped: Tensor, v: Tensor, step: Tensor, how: _How) -> Tensor:
     """A multiple of ``step`` beside ``clamped``, with the sign of ``v``."""
     magnitude = clamped.abs()
     rest = torch.fmod(magnitude, step)
     below = magnitude - rest
-    if name == "nearest":
-        odd = torch.fmod(below, 2 * step) != 0
-        away = (rest > step / 2) | ((rest == step / 2) & odd)
-    elif name == "stochastic":
-        assert draws is not None
-        away = (rest / step * 2**bits).round() + draws >= 2**bits
-    elif name == "toward_zero":
-        away = torch.zeros_like(v, dtype=torch.bool)
-    elif name == "down":
-        away = (rest > 0) & (v < 0)
-    elif name == "up":
-        away = (rest > 0) & (v > 0)
-    elif name == "nearest_away":
-        away = rest >= step / 2
+    odd = torch.fmod(below, 2 * step) != 0
+    return torch.copysign(torch.where(_goes_away(rest, step, odd, v, how), below + step, below), v)
+
+
+def _goes_away(rest: Tensor, step: Tensor, odd: Tensor, v: Tensor, how: _How) -> Tensor:
+    """Whether a magnitude that lies ``rest`` beyond the number below it goes to the one above, ``step`` further on."""
+    if how.name == "nearest":
+        return (rest > step / 2) | ((rest == step / 2) & odd)
+    if how.name == "stochastic":
+        assert how.draws is not None
+        return (rest / step * 2**how.bits).round() + how.draws >= 2**how.bits
+    if how.name == "toward_zero":
+        return torch.zeros_like(v, dtype=torch.bool)
+    if how.name == "down":
+        return (rest > 0) & (v < 0)
+    if how.name == "up":
+        return (rest > 0) & (v > 0)
+    if how.name == "nearest_away":
+        return rest >= step / 2
+    return (rest > step / 2) | ((rest == step / 2) & (v > 0))
+
+
+def _beside_zero_point(y: Tensor, x: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
+    """Integers whose range is moved by a whole number, so that it holds the block's own: from ``lowest`` on."""
+    assert isinstance(format.element, Integer)
+    first, last = format.element.bounds
+    lowest = -(_block_maximum(-x, format.block) / scale).round().clamp(max=last - first).double()
+    v = y.double()
+    clamped = torch.minimum(torch.maximum(v, lowest), lowest + (last - first))
+    return _round(clamped, v, torch.ones((), dtype=torch.float64), how).to(y.dtype)
+
+
+def _on_table(y: Tensor, x: Tensor, element: Codebook, how: _How) -> Tensor:
+    """A number of the table beside y, in the compute type; zero has the sign of x.
+
+    Which is nearest is decided exactly, and of a tie the number an even count away from zero is taken. Stochastic
+    rounding takes the quotient of two differences, each rounded to the compute type.
+    """
+    table = torch.tensor(element.values, dtype=y.dtype)
+    clamped = y.clamp(element.min, element.max).nan_to_num()
+    index = torch.searchsorted(table, clamped, right=True).clamp(1, len(table) - 1) - 1
+    low, high = table[index], table[index + 1]
+    negative = torch.signbit(x)
+    if how.name == "stochastic":
+        near, far = torch.where(negative, high, low), torch.where(negative, low, high)
+        away = _goes_away((clamped - near).abs(), high - low, negative, clamped, how)
+        q = torch.where(away, far, near)
     else:
-        away = (rest > step / 2) | ((rest == step / 2) & (v > 0))
-    return torch.copysign(torch.where(away, below + step, below), v)
+        q = torch.where(
+            _goes_up(clamped.double(), low.double(), high.double(), index - element.first, negative, how), high, low
+        )
+    return torch.where(q == 0, torch.copysign(q, x), q)
+
+
+def _goes_up(v: Tensor, low: Tensor, high: Tensor, index: Tensor, negative: Tensor, how: _How) -> Tensor:
+    """Whether v, in float64, goes to the number above it. index: of the one below, counted from zero's."""
+    middle = (low + high) / 2
+    of_tie: dict[str, Any] = {"nearest": index % 2 != 0, "nearest_away": ~negative, "nearest_up": True}
+    if how.name in of_tie:
+        return (v > middle) | ((v == middle) & of_tie[how.name]) | (v == high)
+    towards_high = {"toward_zero": negative, "down": torch.zeros_like(negative), "up": torch.ones_like(negative)}[
+        how.name
+    ]
+    return ((v > low) & towards_high) | (v == high)
 
 
 # ---- random draws -------------------------------------------------------------------------------

@@ -1,35 +1,34 @@
-"""Formats that hypothesis draws: a strategy a family."""
-
-import dataclasses
+"""Formats that hypothesis draws: elements, scales and blocks, and the families that laws speak of."""
 
 import hypothesis.strategies as st
 
-from swalp_fx import BlockFloat, FixedPoint, Float, Microscaling, Nvfp4, ScaledInteger
-from swalp_fx.formats import MX_ELEMENTS, TOPS
+from swalp_fx import Format
+from swalp_fx.formats import Absmax, Float, Integer, PowerOfTwo, Runs, Slices, TwoLevel, named
 
 _word_lengths = st.integers(2, 24)
-_blocks = st.one_of(
-    st.just({"tile": None}),  # one block
-    st.lists(st.integers(-4, 3), min_size=1, max_size=3, unique=True).map(lambda dims: {"dims": dims, "tile": None}),
-    st.tuples(st.sampled_from([0, -1]), st.integers(1, 40)).map(lambda tile: {"tile": tile}),
+_tops = st.sampled_from(["ieee", "nan", "finite"])
+BLOCKS = st.one_of(
+    st.just(Slices()),  # one block
+    st.lists(st.integers(-4, 3), min_size=1, max_size=3, unique=True).map(lambda dims: Slices(tuple(dims))),
+    st.tuples(st.sampled_from([0, -1]), st.integers(1, 40)).map(lambda run: Runs((run,))),
 )
 
 
-def _with_blocks(family, *fields):
-    return st.builds(lambda blocks, *values: family(*values, **blocks), _blocks, *fields)
+def _block_floats(*signs):
+    elements = st.builds(lambda wl, sign: Integer(wl, wl - 2, sign), _word_lengths, st.sampled_from(signs))
+    return st.builds(Format, elements, st.integers(2, 8).map(PowerOfTwo), BLOCKS)
 
 
-FIXED = st.builds(FixedPoint, _word_lengths, st.integers(-100, 100), st.booleans())
-FLOATS = st.builds(Float, st.integers(2, 7), st.integers(0, 23), st.sampled_from(TOPS)) | st.builds(
-    Float, st.just(8), st.integers(0, 23)
-)
-BLOCK_FLOATS = st.builds(
-    lambda wl, bits, blocks: BlockFloat(wl, exponent_bits=bits, **blocks), _word_lengths, st.integers(2, 8), _blocks
-)
-TWOS_COMPLEMENT = BLOCK_FLOATS.map(lambda format: dataclasses.replace(format, symmetric=False))
-MICROSCALING = _with_blocks(Microscaling, st.sampled_from([*MX_ELEMENTS.values()]))
-SCALED_INTEGERS = _with_blocks(ScaledInteger, st.integers(2, 16))
-NVFP4 = _with_blocks(Nvfp4)
+FIXED = st.builds(Integer, _word_lengths, st.integers(-100, 100), st.sampled_from(["twos", "sym"])).map(Format)
+FLOATS = (
+    st.builds(Float, st.integers(2, 7), st.integers(0, 23), _tops) | st.builds(Float, st.just(8), st.integers(0, 23))
+).map(Format)
+BLOCK_FLOATS = _block_floats("mag")
+TWOS_COMPLEMENT = _block_floats("twos")
+_OCP = [format.element for format in named.STEMS.values() if format.scale == named.E8M0]
+MICROSCALING = st.builds(Format, st.sampled_from(_OCP), st.just(named.E8M0), BLOCKS)
+SCALED_INTEGERS = st.builds(Format, st.integers(2, 16).map(Integer), st.just(Absmax()), BLOCKS)
+NVFP4 = st.builds(Format, st.just(Float(2, 1)), st.just(TwoLevel(Float(4, 3))), BLOCKS)
 
 POWER_OF_TWO_SCALE = FIXED | FLOATS | BLOCK_FLOATS | TWOS_COMPLEMENT | MICROSCALING
 REAL_SCALE_FORMATS = SCALED_INTEGERS | NVFP4

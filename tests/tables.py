@@ -5,7 +5,8 @@ import math
 
 import torch
 
-from swalp_fx import BlockFloat, FixedPoint, Float, Nvfp4, ScaledInteger, parse, reference
+from swalp_fx import parse, reference
+from swalp_fx.formats import Float, Integer, PowerOfTwo, Slices
 from swalp_fx.recipe import ROUNDINGS, parse_rounding
 
 FORMATS = [
@@ -55,7 +56,7 @@ FORMATS = [
     "nvfp4",
     "nvfp4[0:7]",
 ]
-REAL_SCALE = [spec for spec in FORMATS if isinstance(parse(spec), ScaledInteger | Nvfp4)]
+REAL_SCALE = [spec for spec in FORMATS if not isinstance(parse(spec).scale, PowerOfTwo | None)]
 ALL_ROUNDINGS = [*ROUNDINGS, "stochastic1", "stochastic8", "stochastic24"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTEGERS = {
@@ -108,11 +109,12 @@ def random_bits(dtype, side, generator):
 
 def exponents(format, side, generator):
     """Powers of two, one a row, over the binades in which ``format`` does something."""
-    if isinstance(format, FixedPoint):
-        low, high = -format.fl - 4, format.wl - format.fl + 2
-    elif isinstance(format, Float):
-        low, high = format.min_exponent - format.man - 3, math.frexp(format.max)[1] + 2
-    elif isinstance(format, BlockFloat) and format.dims is not None:
+    element = format.element
+    if format.scale is None and isinstance(element, Integer):
+        low, high = -element.point - 4, element.wl - element.point + 2
+    elif format.scale is None and isinstance(element, Float):
+        low, high = element.min_exponent - element.man - 3, math.frexp(format.max)[1] + 2
+    elif isinstance(format.scale, PowerOfTwo) and isinstance(element, Integer) and isinstance(format.block, Slices):
         low, high = -152, 128
     else:
         top = int(torch.randint(-145, 128, (), generator=generator))

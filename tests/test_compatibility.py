@@ -7,9 +7,14 @@ import torch
 from tables import assert_same_bits, hard_values
 
 import compare_qtorch
-from swalp_fx import BlockFloat, FixedPoint, Float, quantize
+from swalp_fx import Format, parse, quantize
+from swalp_fx.formats import Float, Integer
 
 # ---- the SWALP authors' code ---------------------------------------------------------------------
+
+
+def bfp(wl, dims):
+    return f"bfp{wl}[{','.join(map(str, dims or ()))}]"
 
 
 def swalp_block(x, wl, spanned):
@@ -36,11 +41,11 @@ def rows_of_every_scale(dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_twos_complement_is_the_swalp_authors_formula(dtype, wl, dims, spanned):
     x = rows_of_every_scale(dtype, torch.Generator().manual_seed(wl))
-    result = quantize(x, BlockFloat(wl, dims=dims, symmetric=False))
+    result = quantize(x, f"{bfp(wl, dims)}+twos")
     assert_same_bits(result, swalp_block(x, wl, spanned), x)
     if dims is not None:
         assert torch.equal(result[::2, :, 0], x[::2, :, 0] * 2 / (2 - 2.0**-16))
-        assert not torch.equal(result, quantize(x, BlockFloat(wl, dims=dims)))
+        assert not torch.equal(result, quantize(x, bfp(wl, dims)))
 
 
 def test_where_the_swalp_authors_formula_goes_wrong():
@@ -91,7 +96,7 @@ def finite(spec):
 @pytest.mark.parametrize("wl, fl", [(8, 6), (4, 2), (16, 10), (24, 12), (2, 1)])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_fixed_point_is_qpytorchs(wl, fl, symmetric):
-    format = FixedPoint(wl, fl, symmetric)
+    format = Format(Integer(wl, fl, "sym" if symmetric else "twos"))
     for x in finite(format):
         assert_same_but_for_zeros(quantize(x, format), qpytorch_fixed(x, wl, fl, symmetric), x)
 
@@ -99,15 +104,15 @@ def test_fixed_point_is_qpytorchs(wl, fl, symmetric):
 @pytest.mark.parametrize("dims, spanned", [(None, (0, 1)), ((0,), (1,)), ((1,), (0,))])
 @pytest.mark.parametrize("wl", [2, 4, 6, 8, 16])
 def test_block_floating_point_under_nearest_up_is_qpytorchs(wl, dims, spanned):
-    format = BlockFloat(wl, dims=dims)
-    for x in finite(BlockFloat(wl, dims=(0,)))[1:]:  # of the first, random bits, no sum with 6 * 2^127 is exact
+    format = parse(bfp(wl, dims))
+    for x in finite(parse(f"bfp{wl}[0]"))[1:]:  # of the first, random bits, no sum with 6 * 2^127 is exact
         x = x * (x.abs().amax(1, keepdim=True) >= 2.0**-120)
         assert_same_but_for_zeros(quantize(x, format, "nearest_up"), qpytorch_block(x, wl, spanned).nan_to_num(), x)
 
 
 @pytest.mark.parametrize("exp, man", [(5, 2), (4, 3), (3, 2), (2, 1), (2, 3), (5, 10), (6, 9), (7, 0)])
 def test_floats_under_nearest_away_are_qpytorchs(exp, man):
-    format = Float(exp, man, "finite")
+    format = Format(Float(exp, man, "finite"))
     for x in finite(format):
         assert_same_but_for_zeros(quantize(x, format, "nearest_away"), qpytorch_float(x, exp, man), x)
 

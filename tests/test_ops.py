@@ -519,7 +519,7 @@ REFUSED_BY_PYTHON = [
     (lambda: quantize(X, "bfp88"), FormatError, "word length 88 is out of range; use 2 to 24 bits"),
     (lambda: quantize(X, "e9m2"), FormatError, "9 exponent bits are out of range; use 2 to 8"),
     (lambda: quantize(X, "int17"), FormatError, "word length 17 is out of range; use 2 to 16 bits"),
-    (lambda: quantize(X, "bfp8[-1:0]"), FormatError, "must be an axis and a size of 1 or more"),
+    (lambda: quantize(X, "bfp8[-1:0]"), FormatError, "size 0 is out of range; use 1 or more"),
     (lambda: quantize(X, "bfp8[2]"), RuntimeError, "block dimension 2 does not exist in a tensor of 2 dimensions"),
     (lambda: quantize(X, "mxfp4[-3:8]"), RuntimeError, "block axis -3 does not exist in a tensor of 2 dimensions"),
     (lambda: quantize(X, "bfp8", "stochastic", key=torch.tensor([1, 2])), RuntimeError, "tensor of one int64"),

@@ -6,10 +6,10 @@ import pickle
 import pytest
 import shapes
 
-from swalp_fx import FLOAT, BlockFloat, Float, FormatError, Recipe, RecipeError, Rule, convert, parse
+from swalp_fx import FLOAT, FormatError, Recipe, RecipeError, Rule, convert, parse
 from swalp_fx.recipe import ROLES
 
-BFP8 = BlockFloat(8, dims=(0,))
+BFP8 = parse("bfp8[0]")
 
 
 def test_one_spec_is_for_all_five_roles():
@@ -21,13 +21,13 @@ def test_one_spec_is_for_all_five_roles():
 def test_exceptions_follow():
     recipe = Recipe.parse("bfp8[0] M=float error=e5m2 accumulator=bf16")
     assert (recipe.weight, recipe.activation, recipe.gradient) == (BFP8,) * 3
-    assert (recipe.momentum, recipe.error, recipe.accumulator) == (FLOAT, Float(5, 2), Float(8, 7))
+    assert (recipe.momentum, recipe.error, recipe.accumulator) == (FLOAT, parse("e5m2"), parse("e8m7"))
 
 
 def test_letters_are_the_papers():
     recipe = Recipe.parse("W=bfp2 A=bfp3 E=bfp4 G=bfp5 M=bfp6")
     assert recipe == Recipe(weight="bfp2", activation="bfp3", error="bfp4", gradient="bfp5", momentum="bfp6")
-    assert (recipe.weight, recipe.momentum) == (BlockFloat(2), BlockFloat(6))
+    assert (recipe.weight, recipe.momentum) == (parse("bfp2"), parse("bfp6"))
 
 
 def test_changes_come_last():
@@ -121,7 +121,7 @@ def test_recipes_are_frozen():
         ("W=", FormatError, "unknown format spec ''"),
         ("", FormatError, "unknown format spec ''"),
         (None, RecipeError, "a recipe must be a string or a Recipe, not NoneType None"),
-        (BFP8, RecipeError, r"a recipe must be a string or a Recipe, not BlockFloat.*; use 'bfp8\[0\]'"),
+        (BFP8, RecipeError, r"a recipe must be a string or a Recipe, not Format.*; use 'bfp8\[0\]'"),
     ],
 )
 def test_refusals(text, error, message):

@@ -11,16 +11,16 @@ import pytest
 import torch
 from tables import ALL_ROUNDINGS, FORMATS, REAL_SCALE, assert_same_bits, draws, every_half, hard_values
 
-from swalp_fx import BlockFloat, FormatError, RecipeError, parse
-from swalp_fx.formats import MX_ELEMENTS
+from swalp_fx import Format, FormatError, RecipeError, parse
+from swalp_fx.formats import Integer, PowerOfTwo, Runs, Slices, named
 from swalp_fx.reference import quantize, quantize_number, random_draws
 
 # ---- the law for one number, and the same for tensors --------------------------------------------
 
 
 # Formats whose scale is a power of two, 64 elements sharing it.
-ONE_BLOCK = [spec for spec in FORMATS if spec not in REAL_SCALE and getattr(parse(spec), "tile", None) is None]
-ONE_BLOCK += [f"{spec}[0:64]" for spec in MX_ELEMENTS]
+ONE_BLOCK = [spec for spec in FORMATS if spec not in REAL_SCALE and parse(spec).block.size is None]
+ONE_BLOCK += [f"{spec}[0:64]" for spec, format in named.STEMS.items() if format.scale == named.E8M0]
 
 
 @pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
@@ -121,8 +121,8 @@ def test_the_shared_exponent_is_clamped(bits):
         step = 2.0 ** (min(max(exponent, lowest), highest) - 2)
         x = torch.tensor([1.9, 0.3], dtype=torch.float64) * 2.0**exponent
         due = (x / step).round().clamp(max=7) * step
-        assert_same_bits(quantize(x, BlockFloat(4, exponent_bits=bits)), due)
-        assert quantize_number(x[1].item(), BlockFloat(4, exponent_bits=bits), maximum=x[0].item()) == due[1]
+        assert_same_bits(quantize(x, f"bfp4+exp{bits}"), due)
+        assert quantize_number(x[1].item(), f"bfp4+exp{bits}", maximum=x[0].item()) == due[1]
 
 
 def test_blocks_without_an_exponent():
@@ -143,7 +143,7 @@ def test_blocks_are_slices_of_dims(dims, blocks):
         2, 3, 4
     )
     kept = [] if dims is None else [d % 3 for d in dims]
-    result = quantize(x, BlockFloat(6, dims=dims))
+    result = quantize(x, Format(Integer(6, 4, "mag"), PowerOfTwo(), Slices(dims or ())))
     seen = set()
     for index in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
         here = tuple(i if d in kept else slice(None) for d, i in enumerate(index))
@@ -157,12 +157,13 @@ def test_blocks_are_slices_of_dims(dims, blocks):
 def test_the_last_run_of_an_axis_may_be_short(spec, length):
     """A run is rounded as a tensor of its own, and so are the elements that are left over."""
     format = parse(spec)
-    shape = (length, 3) if format.tile[0] == 0 else (3, length)
+    axis = format.block.runs[0][0] % 2
+    shape = (length, 3) if axis == 0 else (3, length)
     binades = torch.arange(length * 3).reshape(shape)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(length)) * 2.0**binades
-    alone = dataclasses.replace(format, tile=None)
+    alone = dataclasses.replace(format, block=Slices())
     due = torch.empty_like(x)
-    for line, result in zip(x.unbind(1 - format.tile[0] % 2), due.unbind(1 - format.tile[0] % 2), strict=True):
+    for line, result in zip(x.unbind(1 - axis), due.unbind(1 - axis), strict=True):
         for run, rounded in zip(line.split(4), result.split(4), strict=True):
             rounded.copy_(quantize(run, alone))
     assert_same_bits(quantize(x, spec), due)
@@ -317,7 +318,8 @@ def test_gfloat_agrees_on_blocks(spec, rounding):
 def test_formats_know_what_gfloat_knows(spec):
     """Of a block format: its element's and its scale's bits, and 32 elements a block."""
     info, format = GFLOAT_BLOCKS[spec], parse(spec)
-    assert (format.element_bits, format.scale_bits, format.tile) == (info.element_bits, info.scale_bits, (-1, info.k))
+    assert (format.element_bits, format.scale_bits) == (info.element_bits, info.scale_bits)
+    assert format.block == Runs(((-1, info.k),))
     assert format.bits == info.block_size_bytes * 8 / info.k
     assert format.max == info.etype.max and format.min_subnormal == info.etype.smallest
     assert format.scales == (info.stype.smallest, info.stype.max)

@@ -17,7 +17,8 @@ from torch import Tensor
 import qpytorch
 import swalp_fx
 from command import CommandLine, run, show
-from swalp_fx import BlockFloat, FixedPoint, Float, Format
+from swalp_fx import Format
+from swalp_fx.formats import Float, Integer, PowerOfTwo, Slices
 
 ROWS, COLUMNS = 512, 1024
 NO_REASON = "no reason"
@@ -45,16 +46,18 @@ class Case:
 
 
 def fixed(wl: int, fl: int, symmetric: bool = False) -> Case:
-    return Case("fixed_point_quantize", (wl, fl, True, symmetric), FixedPoint(wl, fl, symmetric), "nearest")
+    format = Format(Integer(wl, fl, "sym" if symmetric else "twos"))
+    return Case("fixed_point_quantize", (wl, fl, True, symmetric), format, "nearest")
 
 
 def block(wl: int, dim: int = -1) -> Case:
-    return Case("block_quantize", (wl, dim), BlockFloat(wl, dims=None if dim == -1 else (dim,)), "nearest_up")
+    format = Format(Integer(wl, wl - 2, "mag"), PowerOfTwo(), Slices(() if dim == -1 else (dim,)))
+    return Case("block_quantize", (wl, dim), format, "nearest_up")
 
 
 def float_(exp: int, man: int) -> Case:
     # They spend the highest exponent on numbers, except that 8 bits leave it to float32's infinities.
-    return Case("float_quantize", (exp, man), Float(exp, man, "ieee" if exp == 8 else "finite"), "nearest_away")
+    return Case("float_quantize", (exp, man), Format(Float(exp, man, "ieee" if exp == 8 else "finite")), "nearest_away")
 
 
 CASES = [
@@ -81,14 +84,14 @@ def _error_of_sum(a: Tensor, b: Tensor) -> Tensor:
     return ((a + b).double() - (a.double() + b.double())).abs()
 
 
-def _of_fixed(x: Tensor, format: FixedPoint) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_fixed(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
     """They add a half, in units of the step, and take it off again before they round."""
-    return _error_of_sum(x * 2.0**format.fl, torch.tensor(0.5)) * 2.0**-format.fl, {}
+    return _error_of_sum(x / format.min_subnormal, torch.tensor(0.5)) * format.min_subnormal, {}
 
 
-def _of_block(x: Tensor, format: BlockFloat) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_block(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
     """They add 6 times the block's power of two, whose sum with x has its last place a fixed way above x's."""
-    spanned = [d for d in range(x.dim()) if d not in (format.dims or ())]
+    spanned = [d for d in range(x.dim()) if d not in format.block.dims]
     maximum = x.abs().amax(spanned, keepdim=True).expand_as(x)
     exponent = torch.frexp(maximum).exponent - 1
     base = torch.where(maximum > 0, 6 * torch.exp2(exponent.double()), 0.0).float()
@@ -97,12 +100,12 @@ def _of_block(x: Tensor, format: BlockFloat) -> tuple[Tensor, dict[str, Tensor]]
     return _error_of_sum(x, base), others
 
 
-def _of_float(x: Tensor, format: Float) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_float(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
     """They add the smallest normal number to what lies below it."""
     smallest = torch.tensor(format.min_normal)
     error = torch.where(x.abs() < smallest, _error_of_sum(x, torch.copysign(smallest, x)), 0.0)
     # With 8 bits there is nothing above the highest exponent to clip at.
-    return error, {"overflow": (x.abs() > format.max) & (format.exp == 8)}
+    return error, {"overflow": (x.abs() > format.max) & (format.max > 2.0**127)}
 
 
 REASONS: dict[str, Callable] = {
@@ -120,9 +123,9 @@ def values(case: Case, seed: int = 0) -> list[Tensor]:
     midpoints between them, and the float32 beside each."""
     generator = torch.Generator().manual_seed(seed)
     shape = (ROWS, COLUMNS)
-    if isinstance(case.format, BlockFloat):  # a power of two a row, or one for all
+    if case.format.scale_bits:  # a power of two a row, or one for all
         scale = torch.exp2(torch.randint(-140, 127, (ROWS, 1), generator=generator).double())
-        scale = scale if case.format.dims == (0,) else torch.tensor(2.0**10)
+        scale = scale if case.format.block == Slices((0,)) else torch.tensor(2.0**10)
         wide = (
             torch.randn(shape, generator=generator) * scale * torch.exp2(-40 * torch.rand(shape, generator=generator))
         )

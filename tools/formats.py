@@ -10,6 +10,7 @@ from tabulate import tabulate
 import swalp_fx
 from command import CommandLine, run, show
 from swalp_fx.formats import PRESETS, Format
+from swalp_fx.formats.block import WHOLE
 
 HEADERS = (
     "name",
@@ -44,8 +45,7 @@ def facts(name: str, format: Format) -> tuple[str, ...]:
 def scale(format: Format) -> str:
     if not format.scale_bits:
         return ""
-    tile, dims = getattr(format, "tile", None), getattr(format, "dims", None)
-    sharers = f"{tile[1]} elements" if tile else "tensor" if dims is None else "slice"
+    sharers = f"{format.block.size} elements" if format.block.size else "tensor" if format.block == WHOLE else "slice"
     return f"{format.scale_bits} bits per {sharers}"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import swalp_fx
 from data import Dataset
 from settings import learning_rate
+from swalp_fx.formats import block
 from swalp_fx.random import fold_in
 
 __all__ = ["LOST", "Runs", "Training", "errors", "recipe", "scores", "stacked", "standard_error", "summary"]
@@ -49,13 +50,16 @@ def stacked(format: swalp_fx.Format) -> swalp_fx.Format:
 
     NVFP4's second scale, the tensor's, has no such form: the seeds share it.
     """
-    if getattr(format, "tile", None) is not None:
-        axis, size = format.tile
-        return replace(format, tile=(axis if axis < 0 else axis + 1, size))
-    if not hasattr(format, "dims"):
+    if not format.scale_bits:
         return format
-    dims = format.dims or ()
-    return replace(format, dims=(0, *(dim if dim < 0 else dim + 1 for dim in dims)))
+    if isinstance(format.block, block.Runs):
+        return replace(format, block=block.Runs(tuple((within(axis), size) for axis, size in format.block.runs)))
+    return replace(format, block=block.Slices((0, *map(within, format.block.dims))))
+
+
+def within(dim: int) -> int:
+    """Of a tensor's dimension, the number in a stack."""
+    return dim if dim < 0 else dim + 1
 
 
 def recipe(text: str) -> swalp_fx.Recipe:

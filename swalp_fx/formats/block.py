@@ -1,0 +1,119 @@
+"""Blocks: which elements share a scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import require
+
+__all__ = ["WHOLE", "Block", "Channel", "Rectangle", "Runs", "Slices"]
+
+
+class Block:
+    """Which elements share a scale: immutable, hashable, printed as the brackets of a spec."""
+
+    @property
+    def size(self) -> int | None:
+        """Elements of a block, if that does not depend on the tensor."""
+        return None
+
+
+@dataclass(frozen=True)
+class Slices(Block):
+    """One block for each index of ``dims``; without any, the whole tensor. ``[0,1]``, ``[]``.
+
+    A tensor of one dimension or none has no slices: it is one block, whatever ``dims`` says.
+    """
+
+    dims: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", tuple(self.dims))
+        require(
+            all(isinstance(d, int) for d in self.dims) and len(set(self.dims)) == len(self.dims),
+            f"blocks: dims {self.dims!r} must be distinct integers; leave them out for one block a tensor",
+        )
+
+    def __str__(self) -> str:
+        return f"[{','.join(map(str, self.dims))}]"
+
+
+WHOLE = Slices()  # the tensor
+
+
+@dataclass(frozen=True)
+class Runs(Block):
+    """Runs of some size along each of some axes, every other axis being apart: ``[-1:32]``, ``[0:128,1:128]``.
+
+    The last run of an axis may be short.
+    """
+
+    runs: tuple[tuple[int, int], ...]  # (axis, size)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple((axis, size) for axis, size in self.runs))
+        axes = [axis for axis, _ in self.runs]
+        require(
+            bool(axes) and all(isinstance(n, int) for run in self.runs for n in run) and len(set(axes)) == len(axes),
+            f"blocks: runs {self.runs!r} must be pairs of an axis and a size, of distinct axes",
+        )
+        for _, size in self.runs:
+            _check_size(size)
+
+    @property
+    def size(self) -> int:
+        return math.prod(size for _, size in self.runs)
+
+    def __str__(self) -> str:
+        return f"[{','.join(f'{axis}:{size}' for axis, size in self.runs)}]"
+
+
+@dataclass(frozen=True)
+class Rectangle(Block):
+    """``rows`` of dimension 0 by ``columns`` of the contraction axis, every other axis being apart: ``[128x128]``.
+
+    The contraction axis is the last one, unless a graph says which it is, and makes Runs of it.
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        _check_size(self.rows)
+        _check_size(self.columns)
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    def along(self, axis: int) -> Runs:
+        """The same, ``axis`` being the contraction axis."""
+        return Runs(((0, self.rows), (axis, self.columns)))
+
+    def __str__(self) -> str:
+        return f"[{self.rows}x{self.columns}]"
+
+
+@dataclass(frozen=True)
+class Channel(Block):
+    """Runs of ``count`` along the contraction axis, which a graph knows and a tensor does not: ``[c:32]``."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_size(self.count)
+
+    @property
+    def size(self) -> int:
+        return self.count
+
+    def along(self, axis: int) -> Runs:
+        return Runs(((axis, self.count),))
+
+    def __str__(self) -> str:
+        return f"[c:{self.count}]"
+
+
+def _check_size(size: int) -> None:
+    require(isinstance(size, int) and size >= 1, f"blocks: size {size!r} is out of range; use 1 or more")

@@ -1,0 +1,376 @@
+"""Elements: the numbers that the code of a single value stands for, before any scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from .errors import require
+from .float32 import LARGEST, to_float32
+
+__all__ = ["SIGNS", "TOPS", "Codebook", "Element", "Float", "Grid", "Integer", "Top", "posit"]
+
+# A float32 significand has 24 bits: an integer grid of up to 24 bits is held exactly.
+MAX_WORD_LENGTH = 24
+MAX_CODES = 256  # of a codebook
+
+
+class Grid(NamedTuple):
+    """Numbers between ``lowest`` and ``highest`` with a step of 2^(max(exponent, least) - man) in each binade.
+
+    Integers have one step for all: their ``least`` is the highest exponent they have.
+    """
+
+    man: int
+    least: int
+    lowest: float
+    highest: float
+    subnormals: bool = True  # False: below 2^least there is zero alone
+
+
+class Element:
+    """The numbers of one code: immutable, hashable, printed as its part of a spec."""
+
+    @property
+    def has_infinity(self) -> bool:
+        return False
+
+    @property
+    def has_nan(self) -> bool:
+        return False
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of one number."""
+        raise NotImplementedError
+
+    @property
+    def codes(self) -> int:
+        """How many codes stand for finite numbers; where there are two zeros they count as two."""
+        raise NotImplementedError
+
+    @property
+    def min(self) -> float:
+        """The lowest finite number."""
+        raise NotImplementedError
+
+    @property
+    def max(self) -> float:
+        """The largest finite number."""
+        raise NotImplementedError
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest number from which on the significand has all its bits: of integers, the upper half's first."""
+        raise NotImplementedError
+
+    @property
+    def min_subnormal(self) -> float:
+        """The smallest positive number: the step of an integer grid."""
+        raise NotImplementedError
+
+    @property
+    def reach(self) -> float:
+        """What the largest magnitude of a block is scaled to."""
+        return self.max
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(reach)): what separates a block's exponent from that of its scale."""
+        return math.frexp(self.reach)[1] - 1
+
+    @property
+    def fills_top_binade(self) -> bool:
+        """Whether -x is a number with each x, and every significand occurs with the highest exponent too."""
+        return False
+
+
+# How integers have a sign -> (lowest, highest, codes) of ``bits`` bits.
+SIGNS = {
+    "twos": lambda bits: (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits),  # two's complement
+    "sym": lambda bits: (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1, 2**bits - 1),  # without its lowest number
+    "mag": lambda bits: (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1, 2**bits),  # sign and magnitude: 0 and -0
+    "unsigned": lambda bits: (0, 2**bits - 1, 2**bits),
+}
+
+
+@dataclass(frozen=True)
+class Integer(Element):
+    """``wl``-bit integers times 2^-point, signed as ``sign``, a word of SIGNS, says."""
+
+    wl: int  # word length in bits, the sign's included
+    point: int = 0  # fractional bits
+    sign: str = "sym"
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.wl, int) and 2 <= self.wl <= MAX_WORD_LENGTH,
+            f"integers: word length {self.wl!r} is out of range; use 2 to {MAX_WORD_LENGTH} bits",
+        )
+        require(
+            isinstance(self.point, int) and -100 <= self.point <= 100,
+            f"integers: {self.point!r} fractional bits are out of range; use -100 to 100",
+        )
+        require(self.sign in SIGNS, f"integers: sign {self.sign!r} is unknown; use one of {', '.join(SIGNS)}")
+
+    def __str__(self) -> str:
+        return f"{self.wl}-bit integers"
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The lowest and the highest integer."""
+        return SIGNS[self.sign](self.wl)[:2]
+
+    @property
+    def bits(self) -> int:
+        return self.wl
+
+    @property
+    def codes(self) -> int:
+        return SIGNS[self.sign](self.wl)[2]
+
+    @property
+    def min(self) -> float:
+        return self.bounds[0] * self.min_subnormal
+
+    @property
+    def max(self) -> float:
+        return self.bounds[1] * self.min_subnormal
+
+    @property
+    def min_normal(self) -> float:
+        return 2.0**self.max_exponent
+
+    @property
+    def min_subnormal(self) -> float:
+        return 2.0**-self.point
+
+    @property
+    def grid(self) -> Grid:
+        man = self.wl - 1
+        return Grid(man, man - self.point, self.min, self.max)
+
+    @property
+    def fills_top_binade(self) -> bool:
+        return self.min == -self.max
+
+
+class Top(NamedTuple):
+    """What the highest codes of a float hold."""
+
+    binade: bool  # the highest exponent is no number's
+    codes: int  # of the highest significand that are no number's either
+    has_infinity: bool
+    has_nan: bool
+    bias: int  # over 2^(exp-1) - 1, by default
+    signed_zero: bool  # False: the code of -0 is the NaN
+
+
+# IEEE 754 keeps the highest exponent for infinities and NaNs; OCP's E4M3 gives up all of it but one NaN; OCP's 6- and
+# 4-bit floats use every code for a number. The last two have one NaN, in place of -0: Graphcore and AMD's (fnuz in
+# torch), and IEEE P3109's, which has infinities too.
+TOPS = {
+    "ieee": Top(True, 0, True, True, 0, True),
+    "nan": Top(False, 1, False, True, 0, True),
+    "finite": Top(False, 0, False, False, 0, True),
+    "fnuz": Top(False, 0, False, True, 1, False),
+    "p3109": Top(False, 1, True, True, 1, False),
+}
+# OCP's 8-bit Floating Point and Microscaling (MX) Specifications v1.0; elsewhere IEEE 754's rule is the default.
+OCP_TOPS = {(4, 3): "nan", (3, 2): "finite", (2, 3): "finite", (2, 1): "finite"}
+
+
+@dataclass(frozen=True)
+class Float(Element):
+    """A sign, ``exp`` exponent bits and ``man`` mantissa bits.
+
+    ``top``, a word of TOPS, says what the highest codes hold; by default what OCP says for floats of that size, and
+    IEEE 754 elsewhere. The bias is 2^(exp-1) - 1, or one more, by default.
+    """
+
+    exp: int
+    man: int  # the hidden bit not counted
+    top: str = ""
+    bias: int = None  # type: ignore[assignment]  # None takes the default
+    subnormals: bool = True  # False: below min_normal there is zero alone
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.exp, int) and 2 <= self.exp <= 8,
+            f"float: {self.exp!r} exponent bits are out of range; use 2 to 8",
+        )
+        require(
+            isinstance(self.man, int) and 0 <= self.man <= 23,
+            f"float: {self.man!r} mantissa bits are out of range; use 0 to 23",
+        )
+        if not self.top:
+            object.__setattr__(self, "top", self.default_top)
+        require(self.top in TOPS, f"float: top {self.top!r} is unknown; use one of {', '.join(TOPS)}")
+        if self.bias is None:
+            object.__setattr__(self, "bias", self.default_bias)
+        self._check_range()
+
+    def _check_range(self) -> None:
+        require(
+            isinstance(self.bias, int) and -120 <= self.bias <= 127,
+            f"float: bias {self.bias!r} is out of range; use -120 to 127",
+        )
+        require(
+            self.max <= LARGEST or self.bias != self.default_bias,
+            f"float: with {self.exp} exponent bits top {self.top!r} goes beyond float32; use top 'ieee'",
+        )
+        require(
+            self.max <= LARGEST,
+            f"float: with bias {self.bias} the largest number goes beyond float32; use a bias of "
+            f"{self.bias + self.max_exponent - 127} or more",
+        )
+
+    @property
+    def default_top(self) -> str:
+        return OCP_TOPS.get((self.exp, self.man), "ieee")
+
+    @property
+    def default_bias(self) -> int:
+        return 2 ** (self.exp - 1) - 1 + TOPS[self.top].bias
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exp + self.man
+
+    @property
+    def has_infinity(self) -> bool:
+        return TOPS[self.top].has_infinity
+
+    @property
+    def has_nan(self) -> bool:
+        return TOPS[self.top].has_nan
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number; below it the step no longer shrinks."""
+        return 1 - self.bias
+
+    @property
+    def min_normal(self) -> float:
+        return 2.0**self.min_exponent
+
+    @property
+    def min_subnormal(self) -> float:
+        return 2.0 ** (self.min_exponent - self.man) if self.subnormals else self.min_normal
+
+    @property
+    def _largest(self) -> int:
+        """The code of ``max``: exponent field, then mantissa field."""
+        top, binade = TOPS[self.top], 2**self.man
+        return (2**self.exp - top.binade) * binade - top.codes - 1
+
+    @property
+    def codes(self) -> int:
+        flushed = 0 if self.subnormals else 2**self.man - 1
+        return 2 * (self._largest + 1 - flushed) - (not TOPS[self.top].signed_zero)
+
+    @property
+    def min(self) -> float:
+        return -self.max
+
+    @property
+    def max(self) -> float:
+        exponent, mantissa = divmod(self._largest, 2**self.man)
+        return math.ldexp(1 + mantissa / 2**self.man, exponent - self.bias)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.man, self.min_exponent, self.min, self.max, self.subnormals)
+
+    @property
+    def fills_top_binade(self) -> bool:
+        return self.max == (2 - 2.0**-self.man) * 2.0**self.max_exponent
+
+    def __str__(self) -> str:
+        stem = f"e{self.exp}m{self.man}" + ("fnuz" if self.top == "fnuz" else "")
+        top = "" if self.top in (self.default_top, "fnuz") else f"+{self.top}"
+        bias = "" if self.bias == self.default_bias else f"+bias{self.bias}"
+        return stem + top + bias + ("" if self.subnormals else "+flush")
+
+
+@dataclass(frozen=True)
+class Codebook(Element):
+    """The numbers of ``values``, each rounded to float32, in ascending order: 2 to 256 of them."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = tuple(to_float32(value) for value in self.values)
+        require(
+            2 <= len(values) <= MAX_CODES and all(map(math.isfinite, values)),
+            f"a codebook has 2 to {MAX_CODES} finite numbers, not {len(values)}: {values[:4]!r}",
+        )
+        require(
+            all(a < b for a, b in pairwise(values)),
+            f"the numbers of a codebook ascend, each a float32 of its own, unlike {values[:4]!r}; sort them",
+        )
+        require(
+            all(value == 0 or 2.0**-100 <= abs(value) <= 2.0**100 for value in values),
+            "the numbers of a codebook lie within 2^-100 and 2^100, or are zero; scale them",
+        )
+        object.__setattr__(self, "values", tuple(value + 0.0 for value in values))  # one zero, which is +0
+
+    def __str__(self) -> str:
+        return f"a codebook of {len(self.values)} numbers"
+
+    @cached_property
+    def first(self) -> int:
+        """The index that counts as even where a tie is between two: that of zero, or the lowest number's."""
+        return self.values.index(0.0) if 0.0 in self.values else 0
+
+    @property
+    def bits(self) -> int:
+        return (len(self.values) - 1).bit_length()
+
+    @property
+    def codes(self) -> int:
+        return len(self.values)
+
+    @property
+    def min(self) -> float:
+        return self.values[0]
+
+    @property
+    def max(self) -> float:
+        return self.values[-1]
+
+    @property
+    def min_subnormal(self) -> float:
+        return min(abs(value) for value in self.values if value)
+
+    @property
+    def min_normal(self) -> float:
+        return self.min_subnormal
+
+    @property
+    def reach(self) -> float:
+        return max(-self.min, self.max)
+
+
+def posit(bits: int, es: int) -> Codebook:
+    """The posits of ``bits`` bits, ``es`` of them exponent bits (Gustafson and Yonemoto, 2017); NaR is left out."""
+    require(3 <= bits <= 8, f"posit: {bits} bits are out of range; use 3 to 8")
+    require(0 <= es <= 3, f"posit: {es} exponent bits are out of range; use 0 to 3")
+    positive = [_posit(code, bits, es) for code in range(1, 2 ** (bits - 1))]
+    return Codebook((*(-value for value in reversed(positive)), 0.0, *positive))
+
+
+def _posit(code: int, bits: int, es: int) -> float:
+    """Of a positive code: a run of equal bits and the opposite one, which say the regime, then exponent, fraction."""
+    body = format(code, f"0{bits - 1}b")
+    run = len(body) - len(body.lstrip(body[0]))
+    regime = run - 1 if body[0] == "1" else -run
+    rest = body[run + 1 :]
+    exponent = int((rest[:es] + "0" * es)[:es] or "0", 2)
+    fraction = rest[es:]
+    significand = 1 + Fraction(int(fraction or "0", 2), 2 ** len(fraction))
+    return float(significand * Fraction(2) ** (regime * 2**es + exponent))

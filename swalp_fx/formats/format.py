@@ -1,0 +1,156 @@
+"""A format: an element on a scale that a block shares, and what becomes of numbers beyond the largest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .block import WHOLE, Block
+from .element import Codebook, Element, Float, Integer
+from .errors import FormatError
+from .scale import Affine, PowerOfTwo, Scale
+
+__all__ = ["FLOAT", "OVERFLOWS", "Format"]
+
+OVERFLOWS = ("saturate", "infinity", "nan")
+MAX_INTEGER_BITS = 16  # on a real scale, whose quotient has 24 bits in float32
+
+
+@dataclass(frozen=True, repr=False)
+class Format:
+    """A set of representable numbers: immutable, hashable, printed as its spec.
+
+    ``quantize(x) = scale * element(x / scale)``. Without a scale the numbers are the element's own. Infinities stay
+    what they are where the element or ``overflow`` has them, become NaN where that says so, and saturate elsewhere.
+
+    The facts are those of an element on a scale of 1, as in OCP's tables; every number is an element times its block's
+    scale, which lies within ``scales``.
+    """
+
+    element: Element
+    scale: Scale | None = None
+    block: Block = WHOLE
+    overflow: str = "saturate"  # or "infinity" or "nan", as an IEEE 754 cast: of what rounds to more than the largest
+
+    def __post_init__(self) -> None:
+        for unfit in _UNFIT:
+            if message := unfit(self):
+                raise FormatError(message)
+
+    def __str__(self) -> str:
+        from .grammar import text  # which reads the formats that have a name
+
+        return text(self)
+
+    def __repr__(self) -> str:
+        return f"parse({str(self)!r})"
+
+    @property
+    def element_bits(self) -> int:
+        """Stored bits of an element by itself."""
+        return self.element.bits
+
+    @property
+    def scale_bits(self) -> int:
+        """Stored bits of the scale that a block shares; none where there is none to share."""
+        return self.scale.stored_bits(self.element) if self.scale else 0
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per element, with its part of a tile's scale; what a tensor or a slice shares is left out."""
+        return self.element_bits + (self.scale_bits / self.block.size if self.block.size else 0)
+
+    @property
+    def codes(self) -> int:
+        """How many of an element's codes stand for finite numbers; with sign and magnitude, -0 and 0 are two."""
+        return self.element.codes
+
+    @property
+    def max(self) -> float:
+        """The largest finite value."""
+        return self.element.max
+
+    @property
+    def min(self) -> float:
+        """The lowest finite value: -max, or one step below it in two's complement."""
+        return self.element.min
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest value from which on the significand has all its bits: of integers, the upper half's first."""
+        return self.element.min_normal
+
+    @property
+    def min_subnormal(self) -> float:
+        """The smallest positive value: the step of an integer grid."""
+        return self.element.min_subnormal
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The smallest and the largest scale; 1 and 1 where there is none to share."""
+        return self.scale.range if self.scale else (1.0, 1.0)
+
+    @property
+    def keeps_infinity(self) -> bool:
+        """Whether an infinity stays one."""
+        has_one = self.element.has_infinity and self.scale is None
+        return self.overflow == "infinity" or (self.overflow == "saturate" and has_one)
+
+    @property
+    def keeps_subsets(self) -> bool:
+        """Whether every rounding keeps numbers that have been rounded, by themselves or where others of their block
+        have become zero: what is left of a block is on the grid of its own scale.
+
+        A smaller maximum has a smaller power of two for its scale, and so a finer grid. It reaches as far as that
+        maximum if the rule says so, or if the highest binade has every significand: that of E4M3 ends at 1.75.
+        """
+        if self.scale is None:
+            return True
+        if not isinstance(self.scale, PowerOfTwo) or isinstance(self.element, Codebook):
+            return False
+        reaches = self.scale.rule in ("ceil", "rceil") and self.min == -self.max
+        return reaches or self.element.fills_top_binade
+
+
+def _lone_block(f: Format) -> str | None:
+    if f.scale is not None and f.scale.is_shared:
+        return None
+    shared = f.block != WHOLE
+    return f"{f.block} says who shares a scale, and there is none to share; leave the brackets out" if shared else None
+
+
+def _overflow(f: Format) -> str | None:
+    if f.overflow not in OVERFLOWS:
+        return f"overflow {f.overflow!r} is unknown; use one of {', '.join(OVERFLOWS)}"
+    if f.overflow == "infinity" and not f.element.has_infinity:
+        return f"there is no infinity in {f.element} to overflow to; use e5m2+inf or another float that has one"
+    if f.overflow == "nan" and not f.element.has_nan:
+        return f"there is no NaN in {f.element} to overflow to; use e4m3+tonan or another float that has one"
+    return None
+
+
+def _integer_on_real(f: Format) -> str | None:
+    is_real = isinstance(f.scale, Scale) and not isinstance(f.scale, PowerOfTwo)
+    if is_real and isinstance(f.element, Integer) and f.element.wl > MAX_INTEGER_BITS:
+        return f"scaled integer: word length {f.element.wl!r} is out of range; use 2 to {MAX_INTEGER_BITS} bits"
+    return None
+
+
+def _zero_point(f: Format) -> str | None:
+    if isinstance(f.scale, Affine) and not (isinstance(f.element, Integer) and f.element.sign in ("twos", "unsigned")):
+        return f"only integers with all their codes have a zero point, unlike {f.element}; use int8+asym"
+    return None
+
+
+# Each gives the sentence that refuses parts which do not go together.
+_UNFIT = (_lone_block, _overflow, _integer_on_real, _zero_point)
+
+
+@dataclass(frozen=True, repr=False)
+class Native(Format):
+    """Every number the tensor's own dtype holds: nothing is rounded. Spec ``float``, with the facts of float32."""
+
+    def __str__(self) -> str:
+        return "float"
+
+
+FLOAT = Native(Float(8, 23))
