@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "formats.h"
 #include "layout.h"
+#include "numbers.h"
 
 namespace swalp_fx {
 
@@ -71,20 +71,21 @@ inline int64_t dimension(const char* op, const char* name, const Tensor& x, int6
   return d < 0 ? d + rank : d;
 }
 
-// dims: dimensions that keep blocks apart; none for one block. size > 0 also cuts `axis` into runs.
-// A tensor of one dimension or none has no slices to keep apart, so `dims` does not split it.
-inline Blocks blocks_of(const char* op, const Tensor& x, const std::vector<int64_t>& dims, int64_t axis, int64_t size) {
-  require(size >= 0, op, "block size = ", size, " is out of range; use 0 (no runs) or more");
-  Blocks blocks;
-  blocks.kept.assign(x.dim(), false);
-  if (x.dim() >= 2) {
-    for (const int64_t d : dims) blocks.kept[dimension(op, "block dimension", x, d)] = true;
-  }
-  if (size > 0 && x.dim() > 0) {
-    blocks.axis = dimension(op, "block axis", x, axis);
+// dims: which dimensions keep blocks apart; none for one block. With sizes, each of dims is cut into runs of its size, and
+// all other dimensions keep blocks apart.
+// A tensor of one dimension or none has no slices to keep apart, so `dims` alone does not split it.
+inline Blocks blocks_of(const char* op, const Tensor& x, const std::vector<int64_t>& dims, const std::vector<int64_t>& sizes) {
+  require(sizes.empty() || sizes.size() == dims.size(), op, dims.size(), " dims but ", sizes.size(), " sizes; give each one");
+  Blocks blocks(x.dim(), sizes.empty() ? Blocks::kSpanned : 1);
+  if (x.dim() < (sizes.empty() ? 2 : 1) && sizes.size() < 2) return blocks;
+  require(sizes.size() < 2 || x.dim() >= static_cast<int64_t>(sizes.size()), op, "the block has ", sizes.size(),
+          " axes, and x ", x.dim(), "; use a tensor with more, or blocks of fewer");
+  for (size_t i = 0; i < dims.size(); ++i) {
+    const int64_t d = dimension(op, sizes.empty() ? "block dimension" : "block axis", x, dims[i]);
+    const int64_t size = sizes.empty() ? 1 : sizes[i];
+    require(size >= 1, op, "block size = ", size, " is out of range; use 1 or more");
     // A run longer than the axis is the axis; sizes near 2^63 would overflow what is computed from them.
-    blocks.size = std::min(size, std::max<int64_t>(1, x.size(blocks.axis)));
-    blocks.kept.assign(x.dim(), true);
+    blocks.size[d] = std::min(size, std::max<int64_t>(1, x.size(d)));
   }
   return blocks;
 }
@@ -121,66 +122,54 @@ inline void check_list(const char* op, const std::vector<Tensor>& xs, const std:
   }
 }
 
-// ---- each op's numbers: checked, and turned into a functor of formats.h --------------------------
+// ---- the op's numbers, checked ---------------------------------------------------------------------
 
+constexpr auto kOp = "quantize";
 using Key = std::optional<Tensor>;
 using Dims = std::vector<int64_t>;
 
-struct QuantizeFixed {
-  static constexpr auto name = "quantize_fixed";
-  static FixedPoint format(int64_t wl, int64_t fl, bool symmetric) {
-    check_range(name, "wl", wl, 2, 24);
-    check_range(name, "fl", fl, -100, 100);
-    return {static_cast<int>(wl), static_cast<int>(fl), symmetric};
+inline void check_of_scale(const Numbers& n, const std::vector<double>& given) {
+  constexpr size_t due[kScaleKinds] = {0, 3, 0, 1, 3, 0};
+  const size_t count = due[static_cast<int>(n.scale)];
+  require(given.size() == count, kOp, "of_scale has ", given.size(), " numbers; give it ", count);
+  if (n.scale == ScaleKind::PowerOfTwo) {
+    check_range(kOp, "smallest exponent", static_cast<int64_t>(given[0]), -128, 0);
+    check_range(kOp, "largest exponent", static_cast<int64_t>(given[1]), 0, 127);
+    require(given[2] > 1.0 && given[2] <= 2.0, kOp, "significand = ", given[2], " is out of range; use more than 1, to 2");
+  } else if (n.scale == ScaleKind::Static) {
+    require(given[0] > 0.0 && static_cast<float>(given[0]) < std::numeric_limits<float>::infinity(), kOp,
+            "static scale = ", given[0], " is out of range; use a positive float32");
+  } else if (n.scale == ScaleKind::TwoLevel) {
+    check_range(kOp, "man of scales", static_cast<int64_t>(given[0]), 0, 22);
+    check_range(kOp, "least of scales", static_cast<int64_t>(given[1]), -80, 126);
   }
-};
+}
 
-struct QuantizeBlock {
-  static constexpr auto name = "quantize_block";
-  static BlockFloat format(int64_t wl, bool symmetric, int64_t smallest_exponent, int64_t largest_exponent) {
-    check_range(name, "wl", wl, 2, 24);
-    check_range(name, "smallest_exponent", smallest_exponent, -128, 0);
-    check_range(name, "largest_exponent", largest_exponent, 0, 127);
-    return {static_cast<int>(wl), symmetric, static_cast<int>(smallest_exponent), static_cast<int>(largest_exponent)};
-  }
-};
+inline Numbers numbers(int64_t man, int64_t least, double lowest, double highest, bool subnormals, int64_t beyond,
+                       const std::vector<double>& table, int64_t scale, const std::vector<double>& of_scale) {
+  check_range(kOp, "man", man, 0, 23);
+  check_range(kOp, "least", least, -126, 126);
+  check_range(kOp, "beyond", beyond, 0, kBeyonds - 1);
+  check_range(kOp, "scale", scale, 0, kScaleKinds - 1);
+  check_range(kOp, "numbers of the table", static_cast<int64_t>(table.size()), 0, Table::kMost);
+  require(table.size() != 1 && std::is_sorted(table.begin(), table.end()), kOp, "the table does not ascend; sort it");
+  require(!table.empty() || highest > 0, kOp, "highest = ", highest, " is out of range; use a positive number");
+  Numbers n;
+  n.grid = {static_cast<int>(man),
+            static_cast<int>(least),
+            lowest == 0 ? -0.0f : static_cast<float>(lowest),  // what lies below becomes a zero, and keeps its sign
+            static_cast<float>(highest),
+            subnormals,
+            static_cast<Beyond>(beyond)};
+  n.table.assign(table.begin(), table.end());
+  n.scale = static_cast<ScaleKind>(scale);
+  check_of_scale(n, of_scale);
+  std::copy(of_scale.begin(), of_scale.end(), n.of_scale.begin());
+  return n;
+}
 
-struct QuantizeFloat {
-  static constexpr auto name = "quantize_float";
-  static Float format(int64_t exp, int64_t man, int64_t top) {
-    check_range(name, "exp", exp, 2, 8);
-    check_range(name, "man", man, 0, 23);
-    check_range(name, "top", top, 0, exp == 8 ? 0 : 2);
-    return {static_cast<int>(exp), static_cast<int>(man), static_cast<int>(top)};
-  }
-};
-
-struct QuantizeMicroscaling {
-  static constexpr auto name = "quantize_microscaling";
-  static Microscaling format(int64_t exp, int64_t man, int64_t top, int64_t largest_exponent) {
-    check_range(name, "exp", exp, 2, 5);
-    check_range(name, "man", man, 0, 22);
-    check_range(name, "top", top, 0, 2);
-    check_range(name, "largest_exponent", largest_exponent, 0, 31);
-    return {static_cast<int>(exp), static_cast<int>(man), static_cast<int>(top), static_cast<int>(largest_exponent)};
-  }
-};
-
-struct QuantizeInteger {
-  static constexpr auto name = "quantize_integer";
-  static ScaledInteger format(int64_t wl) {
-    check_range(name, "wl", wl, 2, 16);
-    return {static_cast<int>(wl)};
-  }
-};
-
-struct QuantizeNvfp4 {
-  static constexpr auto name = "quantize_nvfp4";
-  static Nvfp4 format() { return {}; }
-};
-
-// ---- the ops over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list, and
-// ---- register_more<Forms>(library, name) for the forms that it alone has ---------------------------------------------
+// ---- the op over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list, and
+// ---- register_more<Forms>(library) for the forms that it alone has ----------------------------------------------------
 
 // A device whose kernels walk layouts with gaps says so by a member of this name; for another, such a tensor is copied.
 template <class Device>
@@ -190,28 +179,27 @@ constexpr Gaps most_gaps() {
 }
 
 // One tensor's call, checked: nothing has been changed yet.
-template <class Device, class Op, class Format>
+template <class Device>
 struct Call {
-  static constexpr auto op = Op::name;
   Tensor x;
-  Format format;
+  Numbers format;
   Drawing drawing;
   Blocks blocks;
   Cover cover;
   bool dense;
   Tensor copied;  // of x, where no layout covers x itself: then the cover is of the copy
 
-  Call(Tensor input, const Format& f, const Dims& dims, int64_t axis, int64_t size, int64_t rounding, int64_t bits,
-       const Key& key, int64_t stream)
+  Call(Tensor input, const Numbers& f, const Dims& dims, const Dims& sizes, int64_t rounding, int64_t bits, const Key& key,
+       int64_t stream)
       : x(std::move(input)),
         format(f),
         drawing(checked_drawing(x, rounding, bits, key, stream)),
-        blocks(blocks_of(Op::name, x, dims, axis, size)),
+        blocks(blocks_of(kOp, x, dims, sizes)),
         cover(make_cover(x, blocks, most_gaps<Device>())),
         dense(cover.dense) {
     if (dense || !cover.layouts.empty()) return;
     cover = make_cover(copied = torch::stable::contiguous(x), blocks);
-    require(cover.dense, Op::name, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");
+    require(cover.dense, kOp, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");
   }
 
   int64_t numel() const { return cover.numel(); }
@@ -229,7 +217,7 @@ struct Call {
   }
 
   void check_writable() const {
-    require(!is_copied() || !shares_places(x), Op::name,
+    require(!is_copied() || !shares_places(x), kOp,
             "elements of x share memory, so that they cannot be rounded in place; clone it first");
   }
 
@@ -250,80 +238,53 @@ struct Call {
   }
 
   static Drawing checked_drawing(const Tensor& x, int64_t rounding, int64_t bits, const Key& key, int64_t stream) {
-    check_input(Op::name, x);
-    return swalp_fx::drawing(Op::name, x, rounding, bits, key, stream);
+    check_input(kOp, x);
+    return swalp_fx::drawing(kOp, x, rounding, bits, key, stream);
   }
 };
 
-// The forms of an op that every device has: fresh, in place, and in place for a list of tensors with a stream each.
-// Numbers are the op's own: what Op::format takes and, where elements share a scale, dims, axis and size.
-template <class Device, class Op, class Format, class... Numbers>
+// The forms of the op that every device has: fresh, in place, and in place for a list of tensors with a stream each.
+// N are the numbers of the format, as `numbers` takes them.
+template <class Device, class... N>
 struct Forms {
-  using OneCall = Call<Device, Op, Format>;
+  using OneCall = Call<Device>;
 
-  static Tensor fresh(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    return call(std::move(x), {numbers...}, rounding, bits, key, stream).fresh();
+  static Tensor fresh(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, int64_t stream) {
+    return OneCall(std::move(x), numbers(format...), dims, sizes, rounding, bits, key, stream).fresh();
   }
-  static void in_place(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-    OneCall one = call(std::move(x), {numbers...}, rounding, bits, key, stream);
+  static void in_place(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key,
+                       int64_t stream) {
+    OneCall one(std::move(x), numbers(format...), dims, sizes, rounding, bits, key, stream);
     one.check_writable();
     one.in_place();
   }
-  static void foreach(std::vector<Tensor> xs, Numbers... numbers, int64_t rounding, int64_t bits, Key key,
+  static void foreach(std::vector<Tensor> xs, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key,
                       std::vector<int64_t> streams) {
-    check_list(Op::name, xs, streams);
-    std::vector<OneCall> of_each = calls(xs, {numbers...}, rounding, bits, key, streams);
+    check_list(kOp, xs, streams);
+    const Numbers n = numbers(format...);
+    std::vector<OneCall> of_each = calls(xs, n, dims, sizes, rounding, bits, key, streams);
     for (const OneCall& each : of_each) each.check_writable();
     if (!share_memory(xs)) return Device::in_place(of_each);
     // One after another, each as the ones before have left it.
-    for (size_t i = 0; i < xs.size(); ++i) call(xs[i], {numbers...}, rounding, bits, key, streams[i]).in_place();
+    for (size_t i = 0; i < xs.size(); ++i) OneCall(xs[i], n, dims, sizes, rounding, bits, key, streams[i]).in_place();
   }
 
-  static std::vector<OneCall> calls(const std::vector<Tensor>& xs, const std::tuple<Numbers...>& numbers, int64_t rounding,
-                                    int64_t bits, const Key& key, const std::vector<int64_t>& streams) {
+  static std::vector<OneCall> calls(const std::vector<Tensor>& xs, const Numbers& n, const Dims& dims, const Dims& sizes,
+                                    int64_t rounding, int64_t bits, const Key& key, const std::vector<int64_t>& streams) {
     std::vector<OneCall> of_each;
-    for (size_t i = 0; i < xs.size(); ++i) of_each.push_back(call(xs[i], numbers, rounding, bits, key, streams[i]));
+    for (size_t i = 0; i < xs.size(); ++i) of_each.emplace_back(xs[i], n, dims, sizes, rounding, bits, key, streams[i]);
     return of_each;
-  }
-
-  static OneCall call(Tensor x, const std::tuple<Numbers...>& numbers, int64_t rounding, int64_t bits, const Key& key,
-                      int64_t stream) {
-    constexpr size_t n = sizeof...(Numbers) - (Format::shared == Shared::Nothing ? 0 : 3);
-    const Format format = format_of(numbers, std::make_index_sequence<n>());
-    if constexpr (Format::shared == Shared::Nothing) {
-      return {std::move(x), format, {}, 0, 0, rounding, bits, key, stream};
-    } else {
-      const auto& [dims, axis, size] = std::tie(std::get<n>(numbers), std::get<n + 1>(numbers), std::get<n + 2>(numbers));
-      return {std::move(x), format, dims, axis, size, rounding, bits, key, stream};
-    }
-  }
-
- private:
-  template <size_t... I>
-  static Format format_of(const std::tuple<Numbers...>& numbers, std::index_sequence<I...>) {
-    return Op::format(std::get<I>(numbers)...);
   }
 };
 
-template <class Device, class Op, class Format, class... Numbers>
-void register_op(torch::stable::detail::StableLibrary& m, Format (*)(Numbers...)) {
-  using OfOp = std::conditional_t<Format::shared == Shared::Nothing, Forms<Device, Op, Format, Numbers...>,
-                                  Forms<Device, Op, Format, Numbers..., Dims, int64_t, int64_t>>;
-  const std::string name = Op::name;
-  m.impl(name.c_str(), TORCH_BOX(&OfOp::fresh));
-  m.impl((name + "_").c_str(), TORCH_BOX(&OfOp::in_place));
-  m.impl((name + "_foreach_").c_str(), TORCH_BOX(&OfOp::foreach));
-  Device::template register_more<OfOp>(m, name);
-}
-
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  register_op<Device, QuantizeFixed>(m, &QuantizeFixed::format);
-  register_op<Device, QuantizeBlock>(m, &QuantizeBlock::format);
-  register_op<Device, QuantizeFloat>(m, &QuantizeFloat::format);
-  register_op<Device, QuantizeMicroscaling>(m, &QuantizeMicroscaling::format);
-  register_op<Device, QuantizeInteger>(m, &QuantizeInteger::format);
-  register_op<Device, QuantizeNvfp4>(m, &QuantizeNvfp4::format);
+  using OfDevice = Forms<Device, int64_t, int64_t, double, double, bool, int64_t, std::vector<double>, int64_t,
+                         std::vector<double>>;
+  m.impl("quantize", TORCH_BOX(&OfDevice::fresh));
+  m.impl("quantize_", TORCH_BOX(&OfDevice::in_place));
+  m.impl("quantize_foreach_", TORCH_BOX(&OfDevice::foreach));
+  Device::template register_more<OfDevice>(m);
 }
 
 }  // namespace swalp_fx

@@ -65,15 +65,17 @@ struct Layout {
   }
 };
 
-// How a tensor falls into blocks: one for each index of the dimensions in `kept`, and along `axis`
-// (if size > 0) one for each run of `size` elements, of which the last may be short.
+// How a tensor falls into blocks: along each dimension one for each run of `size` elements, of which the last may be short,
+// or one for all.
 struct Blocks {
-  std::vector<bool> kept;
-  int64_t axis = 0;
-  int64_t size = 0;
+  static constexpr int64_t kSpanned = 0;
+  std::vector<int64_t> size;  // 1 keeps the elements along a dimension apart
+
+  Blocks(int64_t rank, int64_t of_each) : size(static_cast<size_t>(rank), of_each) {}
+  bool are_runs(int64_t d) const { return size[d] > 1; }
 };
 
-// The layouts that cover x: one, or two where the last runs along the axis are short. None if x is empty, or is to be
+// The layouts that cover x: one, or two for each axis along which the last runs are short. None if x is empty, or is to be
 // copied first, because it overlaps itself or takes too many loops.
 struct Cover {
   std::vector<Layout> layouts;
@@ -163,25 +165,30 @@ inline bool share_memory(const std::vector<torch::stable::Tensor>& xs) {
          memory.end();
 }
 
-// The layouts of loops of which each is a dimension, the last one first. False: they are too many.
-inline bool add_layouts(std::vector<Dim> loops, const Blocks& blocks, std::vector<Layout>& layouts) {
-  if (blocks.size == 0) return add_layout(std::move(loops), {}, layouts);
-  const size_t at = loops.size() - 1 - static_cast<size_t>(blocks.axis);
+// The layouts of loops of which the first `left` are dimensions yet to be cut into runs, the last one first. False: they are
+// too many.
+inline bool add_layouts(std::vector<Dim> loops, size_t left, const Place& first, const Blocks& blocks,
+                        std::vector<Layout>& layouts) {
+  for (; left > 0 && !blocks.are_runs(static_cast<int64_t>(blocks.size.size() - left)); --left) {
+  }
+  if (left == 0) return add_layout(std::move(loops), first, layouts);
+  const size_t at = left - 1;
+  const int64_t size = blocks.size[blocks.size.size() - left];
   const Dim axis = loops[at];
-  const int64_t full = axis.size / blocks.size, rest = axis.size % blocks.size;
+  const int64_t full = axis.size / size, rest = axis.size % size;
   const Place within{axis.step.memory, axis.step.index, 0};
-  const Place across{within.memory * blocks.size, within.index * blocks.size, axis.step.block};
+  const Place across{within.memory * size, within.index * size, axis.step.block};
   if (full > 0) {
-    loops[at] = {blocks.size, within};
+    loops[at] = {size, within};
     loops.push_back({full, across});
-    if (!add_layout(loops, {}, layouts)) return false;
+    if (!add_layouts(loops, left - 1, first, blocks, layouts)) return false;
     loops.pop_back();
   }
   if (rest > 0) {
-    Place first;
-    Dim{full, across}.advance(first, full);
+    Place beyond = first;
+    Dim{full, across}.advance(beyond, full);
     loops[at] = {rest, within};
-    return add_layout(loops, first, layouts);
+    return add_layouts(std::move(loops), left - 1, beyond, blocks, layouts);
   }
   return true;
 }
@@ -197,14 +204,13 @@ inline Cover make_cover(const torch::stable::Tensor& x, const Blocks& blocks, Ga
   std::vector<Dim> loops;
   int64_t index = 1;
   for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    const bool tiled = blocks.size > 0 && d == blocks.axis;
-    const int64_t count = tiled ? (x.size(d) + blocks.size - 1) / blocks.size : x.size(d);
-    const bool kept = tiled || blocks.kept[d];
-    loops.push_back({x.size(d), {x.stride(d), index, kept ? cover.blocks : 0}});
+    const bool spanned = blocks.size[d] == Blocks::kSpanned;
+    loops.push_back({x.size(d), {x.stride(d), index, spanned ? 0 : cover.blocks}});
     index *= x.size(d);
-    if (kept) cover.blocks *= count;
+    if (!spanned) cover.blocks *= (x.size(d) + blocks.size[d] - 1) / blocks.size[d];
   }
-  if (!add_layouts(std::move(loops), blocks, cover.layouts)) {
+  const size_t dims = loops.size();
+  if (!add_layouts(std::move(loops), dims, {}, blocks, cover.layouts)) {
     cover.dense = false;
     cover.layouts.clear();
   }

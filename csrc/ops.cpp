@@ -7,29 +7,25 @@
 
 #include "plan.h"
 
-// rounding: a code of csrc/round.h. key: one int64, read only by stochastic rounding. dims, axis, size: which
-// elements share a scale, see blocks_of in csrc/check.h. The forms ending in _ work in place and return nothing.
-// On the CPU alone: _sgd_, a step of torch.optim.SGD with its roundings, where a role without streams is not rounded and
-// undamped is 1 - dampening; and _plan, which rounds nothing, but gives the address of a plan (plan.h) of such calls.
+// The element's grid (see Grid in csrc/elements.h), or the table of a codebook instead; a scale's kind, and the numbers of it
+// that Numbers in csrc/numbers.h names; dims and sizes: which elements share a scale, see blocks_of in csrc/check.h.
+#define SWALP_FORMAT                                                                                                    \
+  "int man, int least, float lowest, float highest, bool subnormals, int beyond, float[] table, int scale, "            \
+  "float[] of_scale, int[] dims, int[] sizes, "
+// rounding: a code of csrc/round.h. key: one int64, read only by stochastic rounding.
 #define SWALP_ROUNDING "int rounding, int random_bits, Tensor? key, "
-#define SWALP_BLOCKS "int[] dims, int axis, int size, "
 #define SWALP_SGD "float lr, float momentum, float undamped, float weight_decay, bool nesterov, bool maximize, "
 
+// The forms ending in _ work in place and return nothing. On the CPU alone: _sgd_, a step of torch.optim.SGD with its
+// roundings, where a role without streams is not rounded and undamped is 1 - dampening; and _plan, which rounds nothing, but
+// gives the address of a plan (plan.h) of such calls.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
-#define SWALP_DEF(name, parameters)                                                             \
-  m.def(name "(Tensor x, " parameters SWALP_ROUNDING "int stream) -> Tensor");                  \
-  m.def(name "_(Tensor(a!) x, " parameters SWALP_ROUNDING "int stream) -> ()");                 \
-  m.def(name "_foreach_(Tensor(a!)[] xs, " parameters SWALP_ROUNDING "int[] streams) -> ()");   \
-  m.def(name "_plan(Tensor x, " parameters SWALP_ROUNDING "int stream) -> int");                \
-  m.def(name "_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, " SWALP_SGD parameters        \
-             SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams) -> ()")
-  SWALP_DEF("quantize_fixed", "int wl, int fl, bool symmetric, ");
-  SWALP_DEF("quantize_block", "int wl, bool symmetric, int smallest_exponent, int largest_exponent, " SWALP_BLOCKS);
-  SWALP_DEF("quantize_float", "int exp, int man, int top, ");
-  SWALP_DEF("quantize_microscaling", "int exp, int man, int top, int largest_exponent, " SWALP_BLOCKS);
-  SWALP_DEF("quantize_integer", "int wl, " SWALP_BLOCKS);
-  SWALP_DEF("quantize_nvfp4", SWALP_BLOCKS);
-#undef SWALP_DEF
+  m.def("quantize(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> Tensor");
+  m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
+  m.def("quantize_foreach_(Tensor(a!)[] xs, " SWALP_FORMAT SWALP_ROUNDING "int[] streams) -> ()");
+  m.def("quantize_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> int");
+  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, " SWALP_SGD SWALP_FORMAT
+            SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams) -> ()");
 }
 
 // ---- plans, for Python ------------------------------------------------------------------------------------------------

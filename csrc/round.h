@@ -20,6 +20,7 @@ using Step = typename Ieee<T>::Bits;
 // Adds a number so large that the sum's last place is the step: the addition itself rounds, ties to even.
 struct RoundNearest {
   static constexpr bool draws = false, loses_nan = false;
+  static constexpr Rounding rounding = Rounding::Nearest;
   template <class T>
   SWALP_HD T operator()(T magnitude, Step<T> step, T, uint32_t) const {
     constexpr int m = Ieee<T>::mantissa;
@@ -99,6 +100,16 @@ struct RoundOther {
     return (whole + (away ? T(1) : T(0))) * bit_cast<T>(step);
   }
 };
+
+// Whether x goes toward zero wherever it is off the grid, so that it never passes the largest number.
+template <class Round, class T>
+SWALP_HD bool is_toward_zero(const Round& round, T x) {
+  if constexpr (std::is_same_v<Round, RoundOther>) {
+    return round.rounding == Rounding::TowardZero || (round.rounding == Rounding::Down && x > T(0)) ||
+           (round.rounding == Rounding::Up && x < T(0));
+  }
+  return false;
+}
 
 // Calls f with the functor for `rounding` of Ts of at most 2^magnitude_bits steps.
 template <class T, class F>

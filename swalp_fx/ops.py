@@ -1,7 +1,7 @@
-"""The compiled ops, and ``quantize``: rounding a tensor to a format.
+"""The compiled op, and ``quantize``: rounding a tensor to a format.
 
-The ops take numbers alone; ``_call`` says which op serves a format, with which numbers. Their gradient
-is the identity (the straight-through estimator).
+``torch.ops.swalp_fx.quantize`` takes a format as numbers, which ``_numbers`` gives: the element's grid, how a scale
+follows from a block, and the block. Its gradient is the identity (the straight-through estimator).
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from . import random
 from .formats import (
     FLOAT,
     Absmax,
+    Affine,
     Block,
-    Float,
+    Channel,
+    Codebook,
     Format,
     FormatError,
-    Integer,
+    Grid,
     PowerOfTwo,
+    Rectangle,
     Runs,
+    Scale,
     Slices,
+    Static,
     TwoLevel,
     parse,
 )
+from .formats.scale import RULES
 from .recipe import ROUNDINGS, parse_rounding
 
 
@@ -52,59 +58,53 @@ if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda
 
 __all__ = ["quantize", "quantize_", "quantize_foreach_"]
 
-OPS = (
-    "quantize_fixed",
-    "quantize_block",
-    "quantize_float",
-    "quantize_microscaling",
-    "quantize_integer",
-    "quantize_nvfp4",
-)
+# In the order of csrc/formats.h and csrc/elements.h, whose codes these are.
+SCALES: tuple[type[Scale] | type[None], ...] = (type(None), PowerOfTwo, Absmax, Static, TwoLevel, Affine)
+BEYOND = ("saturate", "saturate but infinity", "infinity", "nan")
+NO_GRID = Grid(0, 0, 0.0, 1.0)  # of a codebook
 
 
-def _call(f: Format) -> tuple[str, tuple]:
-    """Which op serves a format, with which numbers."""
-    e, scale = f.element, f.scale
-    blocks = _blocks(f.block)
-    if f.overflow == "saturate" and blocks is not None:
-        if isinstance(e, Integer):
-            symmetric = e.sign in ("sym", "mag")
-            if scale is None and e.sign != "unsigned":
-                return "quantize_fixed", (e.wl, e.point, symmetric)
-            is_fraction = e.point == e.wl - 2 and e.sign != "unsigned"
-            if isinstance(scale, PowerOfTwo) and scale.rule == "floor" and is_fraction:
-                return "quantize_block", (e.wl, symmetric, *scale.exponents, *blocks)
-            if scale == Absmax() and e.sign == "sym":
-                return "quantize_integer", (e.wl, *blocks)
-        if isinstance(e, Float) and e.top in _TOPS and e == Float(e.exp, e.man, e.top):
-            numbers = (e.exp, e.man, _TOPS.index(e.top))
-            if scale is None:
-                return "quantize_float", numbers
-            if scale == PowerOfTwo(biased=True) and e.exp <= 5:
-                return "quantize_microscaling", (*numbers, e.max_exponent, *blocks)
-            if scale == TwoLevel(Float(4, 3)) and e == Float(2, 1):
-                return "quantize_nvfp4", blocks
-    raise FormatError(f"the compiled op does not round to {f}; swalp_fx.reference.quantize does, slowly")
+def _numbers(f: Format) -> tuple[Any, ...]:
+    """What the op takes for a format, from ``man`` to ``sizes`` (csrc/ops.cpp)."""
+    e = f.element
+    grid = NO_GRID if isinstance(e, Codebook) else e.grid
+    table = list(e.values) if isinstance(e, Codebook) else []
+    beyond = "saturate but infinity" if f.overflow == "saturate" and f.keeps_infinity else f.overflow
+    return (*grid, BEYOND.index(beyond), table, SCALES.index(type(f.scale)), _of_scale(f), *_blocks(f.block))
 
 
-_TOPS = ("ieee", "nan", "finite")
+def _of_scale(f: Format) -> list[float]:
+    """The numbers of a scale, which Numbers in csrc/numbers.h names."""
+    if isinstance(f.scale, PowerOfTwo):
+        return [*map(float, f.scale.exponents), RULES[f.scale.rule](f.element)]
+    if isinstance(f.scale, Static):
+        return [f.scale.value]
+    if isinstance(f.scale, TwoLevel):
+        inner = f.scale.inner
+        return [float(inner.man), float(inner.min_exponent), inner.max]
+    return []
 
 
-def _blocks(block: Block) -> tuple[list[int], int, int] | None:
-    if isinstance(block, Slices):
-        return list(block.dims), 0, 0
-    return ([], *block.runs[0]) if isinstance(block, Runs) and len(block.runs) == 1 else None
+def _blocks(block: Block) -> tuple[list[int], list[int]]:
+    """(dims, sizes), without sizes for slices."""
+    if isinstance(block, Channel):
+        raise FormatError(f"{block} is along an axis that a tensor does not know; name it: {block.along(-1)}")
+    if isinstance(block, Rectangle):
+        block = block.along(-1)
+    if isinstance(block, Runs):
+        return [axis for axis, _ in block.runs], [size for _, size in block.runs]
+    assert isinstance(block, Slices)
+    return list(block.dims), []
 
 
-@cache
-def _form(op: Any, form: str) -> Any:
-    """``op`` in another form: "foreach_", "sgd_" or "plan"."""
-    name = op.name().removeprefix("swalp_fx::")
-    return getattr(torch.ops.swalp_fx, f"{name}_{form}").default
+_OP = torch.ops.swalp_fx.quantize.default
+_OP_ = torch.ops.swalp_fx.quantize_.default
+_FOREACH = torch.ops.swalp_fx.quantize_foreach_.default
+_SGD = torch.ops.swalp_fx.quantize_sgd_.default
 
 
-def _register(name: str) -> None:
-    """Shape functions for ``name`` and its other forms, and the straight-through gradient."""
+def _register() -> None:
+    """Shape functions for the op and its other forms, and the straight-through gradient."""
 
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (grad, *[None] * (ctx.inputs - 1))
@@ -115,26 +115,23 @@ def _register(name: str) -> None:
 
     def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         """Of each sample what it gives alone; PyTorch's own way knows no empty batch."""
-        samples = x.movedim(in_dims[0], 0)
-        op = getattr(torch.ops.swalp_fx, name).default
+        samples, op = x.movedim(in_dims[0], 0), torch.ops.swalp_fx.quantize.default
         return torch.stack([op(each, *rest) for each in samples]) if len(samples) else samples.clone(), 0
 
-    torch.library.register_fake(f"swalp_fx::{name}", lambda x, *rest: torch.empty_like(x))
-    torch.library.register_vmap(f"swalp_fx::{name}", vmap)
-    torch.library.register_fake(f"swalp_fx::{name}_", lambda x, *rest: None)
-    torch.library.register_fake(f"swalp_fx::{name}_foreach_", lambda xs, *rest: None)
-    torch.library.register_fake(f"swalp_fx::{name}_sgd_", lambda weights, *rest: None)
-    torch.library.register_autograd(f"swalp_fx::{name}", backward, setup_context=setup_context)
-    _register_for_unusual_memory(name)
+    torch.library.register_fake("swalp_fx::quantize", lambda x, *rest: torch.empty_like(x))
+    torch.library.register_vmap("swalp_fx::quantize", vmap)
+    torch.library.register_fake("swalp_fx::quantize_", lambda x, *rest: None)
+    torch.library.register_fake("swalp_fx::quantize_foreach_", lambda xs, *rest: None)
+    torch.library.register_fake("swalp_fx::quantize_sgd_", lambda weights, *rest: None)
+    torch.library.register_autograd("swalp_fx::quantize", backward, setup_context=setup_context)
 
 
 # Its registrations last as long as it does.
 _LIBRARY = torch.library.Library("swalp_fx", "IMPL")
 
 
-def _register_for_unusual_memory(name: str) -> None:
+def _register_for_unusual_memory() -> None:
     """The forms in place, where memory holds the negatives of the numbers, and for zeros without memory."""
-    space = torch.ops.swalp_fx
 
     def foreach_(xs: list[Tensor], *rest: Any) -> None:
         *numbers, key, streams = rest
@@ -145,7 +142,7 @@ def _register_for_unusual_memory(name: str) -> None:
         copies = {id(x): x.resolve_neg() for x, _ in given}
         key = None if key is None else key.clone().resolve_neg()
         of_each = [copies[id(x)] for x, _ in given]
-        getattr(space, f"{name}_foreach_").default(of_each, *numbers, key, [stream for _, stream in given])
+        _FOREACH(of_each, *numbers, key, [stream for _, stream in given])
         for x, _ in given:
             if x.is_neg():
                 x.copy_(copies[id(x)])
@@ -154,33 +151,23 @@ def _register_for_unusual_memory(name: str) -> None:
         foreach_([x], *rest[:-1], [rest[-1]])
 
     for dispatch_key in ("ZeroTensor", "Negative"):
-        _LIBRARY.impl(f"{name}_", in_place, dispatch_key)
-        _LIBRARY.impl(f"{name}_foreach_", foreach_, dispatch_key)
+        _LIBRARY.impl("quantize_", in_place, dispatch_key)
+        _LIBRARY.impl("quantize_foreach_", foreach_, dispatch_key)
 
 
-for _name in OPS:
-    _register(_name)
+_register()
+_register_for_unusual_memory()
 
 
 @cache
-def _lookup(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
-    """(op, in-place op, its numbers, rounding code, random bits); op is None for ``float``."""
+def _lookup(spec: str | Format, rounding: str) -> tuple[Any, ...] | None:
+    """The op's arguments from ``man`` to ``random_bits``; None for ``float``, which rounds nothing."""
     name, bits = parse_rounding(rounding)
     format = parse(spec)
-    if format == FLOAT:
-        return None, None, (), 0, bits
-    op, numbers = _call(format)
-    space = torch.ops.swalp_fx
-    return (
-        getattr(space, op).default,
-        getattr(space, op + "_").default,
-        numbers,
-        ROUNDINGS.index(name),
-        bits,
-    )
+    return None if format == FLOAT else (*_numbers(format), ROUNDINGS.index(name), bits)
 
 
-def _find(spec: str | Format, rounding: str) -> tuple[Any, Any, tuple, int, int]:
+def _find(spec: str | Format, rounding: str) -> tuple[Any, ...] | None:
     # torch.compile traces through a cache with a warning, and needs none.
     return (_lookup.__wrapped__ if torch.compiler.is_compiling() else _lookup)(spec, rounding)
 
@@ -213,9 +200,9 @@ def _require_no_gradient(x: Tensor, name: str) -> None:
         raise RuntimeError(f"{name} has no gradient, and x requires one; call it under torch.no_grad()")
 
 
-def _draws(code: int, key: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
-    """The key to draw from, if rounding code ``code`` draws at all."""
-    if ROUNDINGS[code] != "stochastic":
+def _draws(rounding: str, key: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
+    """The key to draw from, if ``rounding`` draws at all."""
+    if not rounding.startswith("stochastic"):
         return None
     if key is None:
         return random.draw_key(generator)
@@ -290,14 +277,16 @@ def quantize(
     Raises FormatError, RecipeError (unknown rounding), TypeError (x is not floating, or not dense) and RuntimeError (x
     has no memory, or no such block dimension).
     """
-    op, _, numbers, code, bits = _find(format, rounding)
+    how = _find(format, rounding)
     _require_floating(x)
-    key = _draws(code, key, generator)
-    if op is None:
+    key = _draws(rounding, key, generator)
+    if how is None:
         return x.clone()
     if is_transformed():
-        return _StraightThrough.apply(x, key, lambda x, key: op(x, *numbers, code, bits, key, stream))
-    return op(x, *numbers, code, bits, _beside(x, key), stream)
+        return _StraightThrough.apply(x, key, lambda x, key: _OP(x, *how, key, stream))
+    if x.requires_grad and torch.is_grad_enabled():
+        return _OP(x, *how, _beside(x, key), stream)
+    return rounded(x, format, rounding, key, stream)
 
 
 # (format, rounding, shape, strides, dtype) -> a plan, or None where there is none: those sizes that come again.
@@ -334,44 +323,49 @@ def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> A
     try:
         return _PLANS[alike]
     except KeyError:
-        op, _, numbers, code, bits = _find(spec, rounding)
-        with torch._C._AutoDispatchBelowAutograd():
-            address = _form(op, "plan")(x, *numbers, code, bits, key, 0)
         if len(_PLANS) >= MOST_PLANS:
             _PLANS.clear()
-        return _PLANS.setdefault(alike, _C.own(address) if address else None)
+        return _PLANS.setdefault(alike, _new_plan(x, spec, rounding, key))
+
+
+def _new_plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
+    how = _find(spec, rounding)
+    assert how is not None
+    with torch._C._AutoDispatchBelowAutograd():
+        address = torch.ops.swalp_fx.quantize_plan.default(x, *how, key, 0)
+    return _C.own(address) if address else None
 
 
 def _run(plan: Any, x: Tensor, y: Tensor, key: Tensor | None, stream: int) -> None:
     _C.round(plan, x.data_ptr(), y.data_ptr(), 0 if key is None else key.data_ptr(), stream)
 
 
-def rounded(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+def rounded(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, stream: int) -> Tensor:
     """``quantize`` of a floating ``x`` for callers that see to the gradient: none is recorded, and nothing checked."""
-    op, _, numbers, code, bits = _find(spec, rounding)
-    if op is None:
+    how = _find(spec, rounding)
+    if how is None:
         return x.clone()
     if (plan := _plan(x, spec, rounding, key)) is not None:
         y = torch.empty_like(x)
         _run(plan, x, y, key, stream)
         return y
     if torch.compiler.is_compiling():
-        return op(x, *numbers, code, bits, _beside(x, key), stream)
+        return _OP(x, *how, _beside(x, key), stream)
     _require_strided(x)
     # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
     with torch._C._AutoDispatchBelowAutograd():
-        return op(x, *numbers, code, bits, key, stream)
+        return _OP(x, *how, key, stream)
 
 
-def round_(x: Tensor, spec: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+def round_(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, stream: int) -> Tensor:
     """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
-    _, op, numbers, code, bits = _find(spec, rounding)
-    if op is not None:
+    how = _find(spec, rounding)
+    if how is not None:
         if (plan := _plan(x, spec, rounding, key)) is not None:
             _run(plan, x, x, key, stream)
         else:
             _require_strided(x)
-            op(x, *numbers, code, bits, _beside(x, key), stream)
+            _OP_(x, *how, _beside(x, key), stream)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
     return x
@@ -390,14 +384,11 @@ def quantize_(
 
     Raises what ``quantize`` does, and RuntimeError if elements of ``x`` share memory, as in an expanded tensor.
     """
-    _, op, numbers, code, bits = _find(format, rounding)
+    how = _find(format, rounding)
     _require_floating(x)
     _require_no_gradient(x, "quantize_")
-    key = _draws(code, key, generator)
-    if op is not None:
-        op(x, *numbers, code, bits, _beside(x, key), stream)
-        torch.autograd.graph.increment_version(x)  # autograd then sees that a tensor saved for backward has changed
-    return x
+    key = _draws(rounding, key, generator)
+    return x if how is None else round_(x, format, rounding, key, stream)
 
 
 def quantize_foreach_(
@@ -414,14 +405,14 @@ def quantize_foreach_(
     Tensors that share memory, or are given twice, are rounded in the order of the list. Raises what ``quantize_`` does,
     and ValueError if there is not one stream a tensor, before any tensor on that device is changed.
     """
-    op, _, numbers, code, bits = _find(format, rounding)
+    how = _find(format, rounding)
     if len(xs) != len(streams):
         raise ValueError(f"{len(xs)} tensors but {len(streams)} streams; give each tensor one")
     for x in xs:
         _require_floating(x)
         _require_no_gradient(x, "quantize_foreach_")
-    key = _draws(code, key, generator)
-    if op is None:
+    key = _draws(rounding, key, generator)
+    if how is None:
         return
     calls: defaultdict[torch.device, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
     for x, stream in zip(xs, streams, strict=True):
@@ -429,7 +420,7 @@ def quantize_foreach_(
         tensors.append(x)
         of_each.append(stream)
     for tensors, of_each in calls.values():
-        _form(op, "foreach_")(tensors, *numbers, code, bits, key, of_each)
+        _FOREACH(tensors, *how, key, of_each)
         torch.autograd.graph.increment_version(tensors)
 
 
@@ -440,8 +431,7 @@ def keeps(x: Tensor, spec: str) -> bool:
     large tensors whose blocks do not each lie in one piece, and where calls are recorded, to run again with other
     numbers.
     """
-    op, *_ = _find(spec, "nearest")
-    if op is None:
+    if _find(spec, "nearest") is None:
         return not _is_recorded()
     plan = _plan(x, spec, "nearest", None)
     return plan is not None and _C.keeps(plan, x.data_ptr())
@@ -465,9 +455,9 @@ def sgd_(
     in strides; without momentum there are no momenta.
     streams: of the weights, the gradients and the momenta, one a tensor each, or none if they are not to be rounded.
     """
-    op, _, numbers, code, bits = _find(format, rounding)
+    how = _find(format, rounding)
+    assert how is not None
     of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
     switches = [group["nesterov"], group["maximize"]]
-    tensors = (weights, gradients, momenta)
-    _form(op, "sgd_")(*tensors, *of_group, *switches, *numbers, code, bits, _draws(code, key, None), *streams)
+    _SGD(weights, gradients, momenta, *of_group, *switches, *how, _draws(rounding, key, None), *streams)
     torch.autograd.graph.increment_version([*weights, *gradients, *momenta])

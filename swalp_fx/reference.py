@@ -272,13 +272,11 @@ def _block_maximum(values: Tensor, block: Block) -> Tensor:
     values = torch.where(values.isfinite(), values, 0.0).clamp(min=0.0)
     rank = values.dim()
     if isinstance(block, Channel):
-        raise FormatError(
-            f"{block} is along the contraction axis, which a tensor does not know; name the axis: [-1:32]"
-        )
+        raise FormatError(f"{block} is along an axis that a tensor does not know; name it: {block.along(-1)}")
     if isinstance(block, Rectangle):
-        if rank < 2:
-            raise FormatError(f"{block} is a block of two axes, and the tensor has {rank}; use a tensor with more")
         block = block.along(-1)
+    if isinstance(block, Runs) and rank < len(block.runs) > 1:
+        raise FormatError(f"{block} is a block of {len(block.runs)} axes, and the tensor has {rank}; use one with more")
     if isinstance(block, Runs) and rank > 0:
         for axis, size in block.runs:
             _check_dimension(axis, rank)

@@ -1,17 +1,78 @@
-"""Formats that hypothesis draws: elements, scales and blocks, and the families that laws speak of."""
+"""Formats that hypothesis draws: any element on any scale for any block, and the families that laws speak of."""
 
 import hypothesis.strategies as st
 
 from swalp_fx import Format
-from swalp_fx.formats import Absmax, Float, Integer, PowerOfTwo, Runs, Slices, TwoLevel, named
+from swalp_fx.formats import (
+    Absmax,
+    Affine,
+    Codebook,
+    Float,
+    FormatError,
+    Integer,
+    PowerOfTwo,
+    Runs,
+    Slices,
+    Static,
+    TwoLevel,
+    named,
+    posit,
+)
+from swalp_fx.formats.element import SIGNS, TOPS
+from swalp_fx.formats.format import OVERFLOWS
+from swalp_fx.formats.scale import RULES
 
 _word_lengths = st.integers(2, 24)
-_tops = st.sampled_from(["ieee", "nan", "finite"])
 BLOCKS = st.one_of(
     st.just(Slices()),  # one block
     st.lists(st.integers(-4, 3), min_size=1, max_size=3, unique=True).map(lambda dims: Slices(tuple(dims))),
     st.tuples(st.sampled_from([0, -1]), st.integers(1, 40)).map(lambda run: Runs((run,))),
 )
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+def _valid(build, *parts):
+    """What ``build`` makes of parts that go together."""
+
+    def attempt(*values):
+        try:
+            return build(*values)
+        except FormatError:
+            return None
+
+    return st.builds(attempt, *parts).filter(lambda made: made is not None)
+
+
+INTEGERS = st.builds(Integer, st.integers(2, 16), st.integers(-20, 20), st.sampled_from([*SIGNS]))
+EVERY_FLOAT = _valid(
+    Float,
+    st.integers(2, 8),
+    st.integers(0, 10) | st.integers(0, 23),
+    st.sampled_from(["", *TOPS]),
+    st.none() | st.integers(-20, 60),
+    st.booleans(),
+)
+_numbers = st.floats(-100, 100, width=16).map(lambda value: value + 0.0)
+_tables = st.lists(_numbers, min_size=2, max_size=20, unique=True).map(lambda values: tuple(sorted(values)))
+CODEBOOKS = st.sampled_from([named.NORMAL_FLOAT_4, posit(8, 1), posit(5, 2)]) | _valid(Codebook, _tables)
+ELEMENTS = INTEGERS | EVERY_FLOAT | CODEBOOKS
+POWERS_OF_TWO = st.builds(PowerOfTwo, st.integers(2, 8), st.booleans(), st.sampled_from([*RULES]))
+SCALES = st.one_of(
+    st.none(),
+    POWERS_OF_TWO,
+    st.just(Absmax()),
+    st.floats(2.0**-20, 2.0**20, width=32).map(Static),
+    st.sampled_from([Float(4, 3), Float(5, 2), Float(3, 2)]).map(TwoLevel),
+    st.just(Affine()),
+)
+_overflows = st.sampled_from(OVERFLOWS)
+PRODUCTS = _valid(Format, ELEMENTS, SCALES, BLOCKS | st.just(Slices()), _overflows | st.just("saturate"))
+# Those that have a law for single numbers.
+_grids = INTEGERS | EVERY_FLOAT
+GRIDS_ON_POWERS_OF_TWO = _valid(Format, _grids, st.none() | POWERS_OF_TWO, st.just(Slices()), _overflows)
+
+# ---- families ------------------------------------------------------------------------------------
 
 
 def _block_floats(*signs):
@@ -21,7 +82,8 @@ def _block_floats(*signs):
 
 FIXED = st.builds(Integer, _word_lengths, st.integers(-100, 100), st.sampled_from(["twos", "sym"])).map(Format)
 FLOATS = (
-    st.builds(Float, st.integers(2, 7), st.integers(0, 23), _tops) | st.builds(Float, st.just(8), st.integers(0, 23))
+    st.builds(Float, st.integers(2, 7), st.integers(0, 23), st.sampled_from(["ieee", "nan", "finite"]))
+    | st.builds(Float, st.just(8), st.integers(0, 23))
 ).map(Format)
 BLOCK_FLOATS = _block_floats("mag")
 TWOS_COMPLEMENT = _block_floats("twos")
@@ -32,4 +94,4 @@ NVFP4 = st.builds(Format, st.just(Float(2, 1)), st.just(TwoLevel(Float(4, 3))), 
 
 POWER_OF_TWO_SCALE = FIXED | FLOATS | BLOCK_FLOATS | TWOS_COMPLEMENT | MICROSCALING
 REAL_SCALE_FORMATS = SCALED_INTEGERS | NVFP4
-EVERY_FORMAT = POWER_OF_TWO_SCALE | REAL_SCALE_FORMATS
+EVERY_FORMAT = POWER_OF_TWO_SCALE | REAL_SCALE_FORMATS | PRODUCTS

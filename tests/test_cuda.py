@@ -7,7 +7,7 @@ import torch
 from devices import NEEDS_GPU
 from tables import ALL_ROUNDINGS, DTYPES, FORMATS, KEY, STREAM, assert_same_bits, every_half, hard_values
 
-from swalp_fx import parse, quantize, quantize_, random, reference
+from swalp_fx import ops, parse, quantize, quantize_, random, reference
 from swalp_fx.ops import quantize_foreach_
 
 pytestmark = NEEDS_GPU
@@ -193,13 +193,8 @@ def test_opcheck_and_gradient(spec):
     x = torch.randn(3, 4, 5, 6, device=DEVICE, requires_grad=True)
     quantize(x, spec).backward(torch.ones_like(x))
     assert torch.equal(x.grad, torch.ones_like(x))
-    space = torch.ops.swalp_fx
-    op, numbers = {
-        "fixed8.6": (space.quantize_fixed, (8, 6, False)),
-        "bfp8[0]": (space.quantize_block, (8, True, -128, 127, [0], 0, 0)),
-        "e4m3": (space.quantize_float, (4, 3, 1)),
-    }[spec]
-    torch.library.opcheck(op.default, (x, *numbers, 1, 16, torch.tensor(5), 2))
+    op = torch.ops.swalp_fx.quantize.default
+    torch.library.opcheck(op, (x, *ops._find(spec, "stochastic"), torch.tensor(5), 2))
 
 
 def test_a_key_on_another_device_is_refused():

@@ -11,6 +11,7 @@ import torch
 from tables import DTYPES, KEY, STREAM, assert_same_bits
 from torch.utils.cpp_extension import include_paths
 
+from swalp_fx import ops
 from swalp_fx.recipe import ROUNDINGS
 
 GXX = shutil.which("g++")
@@ -49,17 +50,22 @@ def test_kernels(tmp_path):
 
 # ---- the launches --------------------------------------------------------------------------------
 
-NUMBERS = {
-    "quantize_fixed": (8, 6, False),
-    "quantize_float": (4, 3, 1),
-    "quantize_block": (8, True, -128, 127),
-    "quantize_microscaling": (2, 1, 2, 2),
-    "quantize_integer": (8,),
-    "quantize_nvfp4": (),
-}
-ELEMENTWISE = ("quantize_fixed", "quantize_float")
-WHOLE = ([], 0, 0)  # dims, axis, size
-CODES = [(ROUNDINGS.index(name), bits) for name, bits in [("nearest", 16), ("stochastic", 16), ("stochastic", 24)]]
+SPECS = [
+    "fixed8.6",
+    "e4m3",
+    "bf16",
+    "bfp8",
+    "mxfp4[]",
+    "mxfp8_e5m2[]",
+    "int8",
+    "e4m3[]",
+    "nvfp4[]",
+    "nf4[]",
+    "e8m7[]+e8m0",
+]
+WHOLE = ([], [])  # dims, sizes
+ROWS = ([0], [])
+CODES = ["nearest", "stochastic", "stochastic24"]
 MARGIN = 64
 
 
@@ -82,20 +88,24 @@ def fenced(x, offset=0):
     return inside.copy_(x), memory
 
 
-def assert_follows_cpu(on_host, op, x, blocks, rounding, offset=0):
-    """Fresh and in place, with ``blocks`` as (dims, axis, size)."""
-    numbers = NUMBERS[op] + (() if op in ELEMENTWISE else blocks)
-    drawing = (*rounding, torch.tensor(KEY), STREAM)
-    due = getattr(torch.ops.swalp_fx, op)(x, *numbers, *drawing)
+def numbers_of(spec, blocks, rounding):
+    *format, _, _, code, bits = ops._find(spec, rounding)
+    return *format, *blocks, code, bits
+
+
+def assert_follows_cpu(on_host, spec, x, blocks, rounding, offset=0):
+    """Fresh and in place, with ``blocks`` as (dims, sizes)."""
+    numbers = (*numbers_of(spec, blocks, rounding), torch.tensor(KEY), STREAM)
+    due = torch.ops.swalp_fx.quantize(x, *numbers)
     if x.numel() == 0 or due.stride() != x.stride():  # x has gaps or overlaps
-        assert_same_bits(getattr(on_host, op)(x, *numbers, *drawing), due, x)
+        assert_same_bits(on_host.quantize(x, *numbers), due, x)
         return
     inside, memory = fenced(x, offset)
-    result = getattr(on_host, op)(inside, *numbers, *drawing)
+    result = on_host.quantize(inside, *numbers)
     assert result.stride() == due.stride()
     assert_same_bits(result, due, x)
     assert_same_bits(inside, x)
-    getattr(on_host, op + "_")(inside, *numbers, *drawing)
+    on_host.quantize_(inside, *numbers)
     assert_same_bits(inside, due, x)
     first = MARGIN + offset
     for outside in (memory[:first], memory[first + x.numel() :]):
@@ -114,40 +124,40 @@ def values(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", NUMBERS)
-def test_every_op_dtype_and_rounding(on_host, op, dtype):
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_format_dtype_and_rounding(on_host, spec, dtype):
     x = values(9, 160, dtype=dtype)
-    for rounding, blocks in itertools.product(range(len(ROUNDINGS)), (WHOLE, ([0], 0, 0), ([], 1, 32))):
-        assert_follows_cpu(on_host, op, x, blocks, (rounding, 16))
+    for rounding, blocks in itertools.product(ROUNDINGS, (WHOLE, ROWS, ([1], [32]), ([0, 1], [4, 48]))):
+        assert_follows_cpu(on_host, spec, x, blocks, rounding)
 
 
-@pytest.mark.parametrize("rounding", CODES, ids=["nearest", "stochastic16", "stochastic24"])
-@pytest.mark.parametrize("op", ["quantize_fixed", "quantize_block"])
-def test_sizes(on_host, op, rounding):
+@pytest.mark.parametrize("rounding", CODES)
+@pytest.mark.parametrize("spec", ["fixed8.6", "bfp8"])
+def test_sizes(on_host, spec, rounding):
     """Around a vector, a block of random bits and a thread block; and where kernels change over."""
     for n in (0, 1, 3, 4, 127, 128, 129, 1023, 5000):
-        assert_follows_cpu(on_host, op, values(n), WHOLE, rounding)
-        assert_follows_cpu(on_host, op, values(n), WHOLE, rounding, offset=1)
-        assert_follows_cpu(on_host, op, values(3, n), ([0], 0, 0), rounding)
-    assert_follows_cpu(on_host, op, torch.tensor(0.3), WHOLE, rounding)
+        assert_follows_cpu(on_host, spec, values(n), WHOLE, rounding)
+        assert_follows_cpu(on_host, spec, values(n), WHOLE, rounding, offset=1)
+        assert_follows_cpu(on_host, spec, values(3, n), ROWS, rounding)
+    assert_follows_cpu(on_host, spec, torch.tensor(0.3), WHOLE, rounding)
     for n in (16, 32, 64, 1020, 1024, 1028):
-        assert_follows_cpu(on_host, op, values(7, n), ([0], 0, 0), rounding)
-        assert_follows_cpu(on_host, op, values(7, n), ([0], 0, 0), rounding, offset=2)
+        assert_follows_cpu(on_host, spec, values(7, n), ROWS, rounding)
+        assert_follows_cpu(on_host, spec, values(7, n), ROWS, rounding, offset=2)
 
 
-@pytest.mark.parametrize("rounding", CODES, ids=["nearest", "stochastic16", "stochastic24"])
-@pytest.mark.parametrize("op", ["quantize_block", "quantize_nvfp4"])
-def test_runs_along_an_axis(on_host, op, rounding):
+@pytest.mark.parametrize("rounding", CODES)
+@pytest.mark.parametrize("spec", ["bfp8", "nvfp4"])
+def test_runs_along_an_axis(on_host, spec, rounding):
     """Of every length with a kernel of its own and of others, the last of a row short or not."""
     for size, (axis, shape) in itertools.product(
         (1, 8, 16, 24, 32, 64, 128, 256, 1000, 2**63 - 1), [(1, (5, 384)), (1, (5, 100)), (0, (100, 6)), (0, (300,))]
     ):
-        assert_follows_cpu(on_host, op, values(*shape), ([], axis, size), rounding)
+        assert_follows_cpu(on_host, spec, values(*shape), ([axis], [size]), rounding)
 
 
-@pytest.mark.parametrize("rounding", CODES[:2], ids=["nearest", "stochastic16"])
-@pytest.mark.parametrize("op", ["quantize_float", "quantize_block"])
-def test_layouts(on_host, op, rounding):
+@pytest.mark.parametrize("rounding", CODES[:2])
+@pytest.mark.parametrize("spec", ["e4m3", "bfp8"])
+def test_layouts(on_host, spec, rounding):
     x = values(4, 6, 10, 14)
     for laid_out in (
         x.contiguous(memory_format=torch.channels_last),
@@ -158,15 +168,15 @@ def test_layouts(on_host, op, rounding):
         x[:, :1].expand(4, 6, 10, 14),
         x[:, :0],
     ):
-        for blocks in (WHOLE, ([0], 0, 0), ([1], 0, 0), ([0, -1], 0, 0), ([], 1, 4), ([], 3, 16)):
-            assert_follows_cpu(on_host, op, laid_out, blocks, rounding)
+        for blocks in (WHOLE, ROWS, ([1], []), ([0, -1], []), ([1], [4]), ([3], [16]), ([0, 3], [3, 8])):
+            assert_follows_cpu(on_host, spec, laid_out, blocks, rounding)
 
 
 def test_a_list_of_tensors(on_host):
     tensors = [values(30, 40), values(7, 5).t(), values(64, dtype=torch.float64), values(0, 3)]
     due = [x.clone() for x in tensors]
-    arguments = (8, True, -128, 127, [0], 0, 0, ROUNDINGS.index("stochastic"), 16, torch.tensor(KEY), [4, 0, 2**40, 1])
-    on_host.quantize_block_foreach_(tensors, *arguments)
-    torch.ops.swalp_fx.quantize_block_foreach_(due, *arguments)
+    arguments = (*numbers_of("bfp8", ROWS, "stochastic"), torch.tensor(KEY), [4, 0, 2**40, 1])
+    on_host.quantize_foreach_(tensors, *arguments)
+    torch.ops.swalp_fx.quantize_foreach_(due, *arguments)
     for result, expected in zip(tensors, due, strict=True):
         assert_same_bits(result, expected)

@@ -20,12 +20,13 @@ from strategies import (
     MICROSCALING,
     NVFP4,
     POWER_OF_TWO_SCALE,
+    PRODUCTS,
     SCALED_INTEGERS,
     TWOS_COMPLEMENT,
 )
-from tables import assert_same_bits
+from tables import ALL_ROUNDINGS, assert_same_bits
 
-from swalp_fx import FLOAT, parse, quantize
+from swalp_fx import FLOAT, parse, quantize, reference
 from swalp_fx.formats import Integer, Slices
 from swalp_fx.recipe import ROUNDINGS
 
@@ -68,6 +69,15 @@ def test_a_result_is_one_of_two_neighbours(example, rounding, key):
     result = quantize(x, format, rounding, key=key).double()
     assert ((result == below) | (result == above)).all()
     assert (below <= above).all()
+
+
+@law
+@hypothesis.given(tensors, PRODUCTS, st.sampled_from(ALL_ROUNDINGS), keys, dtypes)
+def test_the_op_follows_the_oracle(x, format, rounding, key, dtype):
+    x = x.to(dtype)
+    format = fitting(format, x.shape)
+    due = reference.quantize(x, format, rounding, key=key, stream=3)
+    assert_same_bits(quantize(x, format, rounding, key=key, stream=3), due, x)
 
 
 @law

@@ -227,28 +227,24 @@ def test_the_number_of_threads_is_no_matter(spec, rounding):
 # ---- what the op is to torch ---------------------------------------------------------------------
 
 SPACE = torch.ops.swalp_fx
-OPS = [
-    (SPACE.quantize_fixed.default, SPACE.quantize_fixed_.default, (8, 6, False)),
-    (SPACE.quantize_block.default, SPACE.quantize_block_.default, (8, True, -128, 127, [0], 0, 0)),
-    (SPACE.quantize_float.default, SPACE.quantize_float_.default, (4, 3, 1)),
-    (SPACE.quantize_microscaling.default, SPACE.quantize_microscaling_.default, (4, 3, 1, 8, [], -1, 32)),
-    (SPACE.quantize_integer.default, SPACE.quantize_integer_.default, (8, [], -1, 2)),
-    (SPACE.quantize_nvfp4.default, SPACE.quantize_nvfp4_.default, ([], -1, 16)),
-]
-OP_NAMES = ["fixed", "block", "float", "microscaling", "integer", "nvfp4"]
+# Of each kind of product.
+OPCHECKED = ["fixed8.6", "e4m3", "bfp8[0]", "mxfp8", "int8[-1:2]", "nvfp4", "nf4", "e5m2[2x2]+inf"]
 
 
-@pytest.mark.parametrize("rounding", [0, 1], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("op, op_, numbers", OPS, ids=OP_NAMES)
-def test_opcheck(op, op_, numbers, rounding):
-    key = torch.tensor(5) if rounding == 1 else None
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("spec", OPCHECKED)
+def test_opcheck(spec, rounding):
+    numbers = ops._find(spec, rounding)
+    key = torch.tensor(5) if rounding == "stochastic" else None
     for x in (
         torch.randn(3, 4),
         torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
         torch.randn(()),
     ):
-        torch.library.opcheck(op, (x.requires_grad_(), *numbers, rounding, 16, key, 2))
-        torch.library.opcheck(op_, (x.detach().clone(), *numbers, rounding, 16, key, 2))
+        if "x" in spec and x.dim() < 2:
+            continue
+        torch.library.opcheck(SPACE.quantize.default, (x.requires_grad_(), *numbers, key, 2))
+        torch.library.opcheck(SPACE.quantize_.default, (x.detach().clone(), *numbers, key, 2))
 
 
 # ---- past the dispatcher -----------------------------------------------------------------------------
@@ -276,7 +272,7 @@ def test_plans_are_made_once_for_tensors_alike(monkeypatch):
     made, plans = [], {}
     monkeypatch.setattr(ops, "_PLANS", plans)
     monkeypatch.setattr(ops, "MOST_PLANS", 3)
-    monkeypatch.setattr(ops, "_form", lambda op, form, real=ops._form: made.append(op) or real(op, form))
+    monkeypatch.setattr(ops, "_new_plan", lambda *call, real=ops._new_plan: made.append(call) or real(*call))
     key = torch.tensor(KEY)
     for _ in range(3):
         for x in (torch.rand(3, 4), torch.rand(4, 3).T, torch.rand(3, 4).half()):
@@ -353,27 +349,28 @@ def test_on_a_real_scale_nothing_is_known_to_be_kept(spec):
     assert not keeps(torch.zeros(4, 32), spec)
 
 
-@pytest.mark.parametrize("rounding", [0, 1], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("op, op_, numbers", OPS, ids=OP_NAMES)
-def test_a_list_of_tensors_is_as_many_calls(op, op_, numbers, rounding):
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("spec", OPCHECKED)
+def test_a_list_of_tensors_is_as_many_calls(spec, rounding):
     """Each tensor with its own stream, whatever its size, dtype and layout."""
     tensors = [torch.randn(30, 40), torch.randn(7, 5).t(), torch.randn(64, dtype=torch.float64), torch.randn(0, 3)]
     streams, key = [4, 0, 2**40, 1], torch.tensor(5)
-    due = [op(x, *numbers, rounding, 16, key, stream) for x, stream in zip(tensors, streams, strict=True)]
-    foreach = getattr(SPACE, f"{op_.name().removeprefix('swalp_fx::')}foreach_")
-    foreach(tensors, *numbers, rounding, 16, key, streams)
+    if "x" in spec:
+        tensors[2] = tensors[2].view(4, 16)
+    numbers = ops._find(spec, rounding)
+    due = [SPACE.quantize(x, *numbers, key, stream) for x, stream in zip(tensors, streams, strict=True)]
+    SPACE.quantize_foreach_(tensors, *numbers, key, streams)
     for result, expected in zip(tensors, due, strict=True):
         assert_same_bits(result, expected)
     with pytest.raises(RuntimeError, match="4 tensors but 3 streams; give each tensor one"):
-        foreach(tensors, *numbers, rounding, 16, key, streams[:3])
+        SPACE.quantize_foreach_(tensors, *numbers, key, streams[:3])
 
 
-@pytest.mark.parametrize("op, op_, numbers", OPS, ids=OP_NAMES)
-def test_a_list_with_a_tensor_that_is_refused_is_left_as_it_was(op, op_, numbers):
-    foreach = getattr(SPACE, f"{op_.name().removeprefix('swalp_fx::')}foreach_")
+@pytest.mark.parametrize("spec", OPCHECKED)
+def test_a_list_with_a_tensor_that_is_refused_is_left_as_it_was(spec):
     tensors = [torch.full((3, 3), 0.123456), torch.ones(3, 3, dtype=torch.int64)]
     with pytest.raises(RuntimeError, match="x must be float32, float64, float16 or bfloat16"):
-        foreach(tensors, *numbers, 0, 16, None, [0, 1])
+        SPACE.quantize_foreach_(tensors, *ops._find(spec, "nearest"), None, [0, 1])
     assert torch.equal(tensors[0], torch.full((3, 3), 0.123456))
 
 
@@ -535,71 +532,49 @@ REFUSED_BY_PYTHON = [
 ]
 
 
-NEAREST = (0, 16, None, 0)  # rounding, random_bits, key, stream
 KEY_MESSAGE = "the key must be a tensor of one int64; pass torch.tensor"
+BFP8 = {
+    **{"man": 7, "least": 1, "lowest": -127 / 64, "highest": 127 / 64, "subnormals": True, "beyond": 0, "table": []},
+    **{"scale": 1, "of_scale": [-128, 127, 2], "dims": [], "sizes": []},
+    **{"rounding": 0, "random_bits": 16, "key": None, "stream": 0},
+}
+# What differs from bfp8 -> what is said of it.
 REFUSED_BY_THE_OP = [
-    ("fixed", (X, 1, 0, False, *NEAREST), "wl = 1 is out of range; use 2 to 24"),
-    ("fixed", (X, 25, 0, False, *NEAREST), "wl = 25 is out of range"),
-    ("fixed", (X, 8, 101, False, *NEAREST), "fl = 101 is out of range; use -100 to 100"),
-    ("fixed", (X, 8, -101, False, *NEAREST), "fl = -101 is out of range"),
-    ("fixed", (X.int(), 8, 6, False, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
-    ("fixed", (X, 8, 6, False, 7, 16, None, 0), "rounding = 7 is out of range"),
-    ("fixed", (X, 8, 6, False, -1, 16, None, 0), "rounding = -1 is out of range"),
-    ("fixed", (X, 8, 6, False, 1, 25, torch.tensor(1), 0), "random_bits = 25 is out of range; use 1 to 24"),
-    ("fixed", (X, 8, 6, False, 1, 0, torch.tensor(1), 0), "random_bits = 0 is out of range"),
-    ("fixed", (X, 8, 6, False, 1, 16, None, 0), "stochastic rounding needs a key"),
-    ("fixed", (X, 8, 6, False, 1, 16, torch.tensor(1.0), 0), KEY_MESSAGE),
-    ("fixed", (X, 8, 6, False, 1, 16, torch.tensor([1, 2]), 0), KEY_MESSAGE),
-    ("fixed", (X, 8, 6, False, 1, 16, torch.tensor(1).int(), 0), KEY_MESSAGE),
-    ("block", (X, 8, True, -128, 127, [], 0, 0, 1, 16, torch.tensor([], dtype=torch.long), 0), KEY_MESSAGE),
-    (
-        "block",
-        (X.bool(), 8, True, -128, 127, [], 0, 0, *NEAREST),
-        "x must be float32, float64, float16 or bfloat16, not",
-    ),
-    ("block", (X, 1, True, -128, 127, [], 0, 0, *NEAREST), "wl = 1 is out of range; use 2 to 24"),
-    ("block", (X, 25, True, -128, 127, [], 0, 0, *NEAREST), "wl = 25 is out of range"),
-    (
-        "block",
-        (X, 8, True, -128, 127, [2], 0, 0, *NEAREST),
-        "block dimension 2 does not exist in a tensor of 2 dim.*; use -2 to 1",
-    ),
-    ("block", (X, 8, True, -128, 127, [0, -3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
-    ("block", (X, 8, True, -129, 127, [], 0, 0, *NEAREST), "smallest_exponent = -129 is out of range; use -128 to 0"),
-    ("block", (X, 8, True, -128, 128, [], 0, 0, *NEAREST), "largest_exponent = 128 is out of range; use 0 to 127"),
-    (
-        "block",
-        (X, 8, True, -128, 127, [], 2, 4, *NEAREST),
-        "block axis 2 does not exist in a tensor of 2 dim.*; use -2 to 1",
-    ),
-    ("block", (X, 8, True, -128, 127, [], -3, 4, *NEAREST), "block axis -3 does not exist"),
-    (
-        "block",
-        (X, 8, True, -128, 127, [], -1, -1, *NEAREST),
-        "block size = -1 is out of range; use 0 .no runs. or more",
-    ),
-    ("float", (X.long(), 4, 3, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16, not"),
-    ("float", (X, 1, 3, 0, *NEAREST), "exp = 1 is out of range; use 2 to 8"),
-    ("float", (X, 9, 3, 0, *NEAREST), "exp = 9 is out of range"),
-    ("float", (X, 4, -1, 0, *NEAREST), "man = -1 is out of range; use 0 to 23"),
-    ("float", (X, 4, 24, 0, *NEAREST), "man = 24 is out of range"),
-    ("float", (X, 4, 3, 3, *NEAREST), "top = 3 is out of range"),
-    ("float", (X, 8, 7, 1, *NEAREST), "top = 1 is out of range; use 0 to 0"),
-    ("float", (X, 4, 3, 1, 1, 16, torch.tensor(1.0), 0), KEY_MESSAGE),
-    ("microscaling", (X.short(), 4, 3, 1, 8, [], -1, 32, *NEAREST), "x must be float32, float64, float16 or bfloat16"),
-    ("microscaling", (X, 6, 3, 1, 8, [], -1, 32, *NEAREST), "exp = 6 is out of range; use 2 to 5"),
-    ("microscaling", (X, 4, 23, 1, 8, [], -1, 32, *NEAREST), "man = 23 is out of range; use 0 to 22"),
-    ("microscaling", (X, 4, 3, 3, 8, [], -1, 32, *NEAREST), "top = 3 is out of range; use 0 to 2"),
-    ("microscaling", (X, 4, 3, 1, 32, [], -1, 32, *NEAREST), "largest_exponent = 32 is out of range; use 0 to 31"),
-    ("microscaling", (X, 4, 3, 1, 8, [], 2, 32, *NEAREST), "block axis 2 does not exist"),
-    ("integer", (X.to(torch.complex64), 8, [], 0, 0, *NEAREST), "x must be float32, float64, float16 or bfloat16"),
-    ("integer", (X, 1, [], 0, 0, *NEAREST), "wl = 1 is out of range; use 2 to 16"),
-    ("integer", (X, 17, [], 0, 0, *NEAREST), "wl = 17 is out of range"),
-    ("integer", (X, 8, [-3], 0, 0, *NEAREST), "block dimension -3 does not exist"),
-    ("nvfp4", (X.byte(), [], -1, 16, *NEAREST), "x must be float32, float64, float16 or bfloat16"),
-    ("nvfp4", (X, [], 2, 16, *NEAREST), "block axis 2 does not exist"),
-    ("nvfp4", (X, [], -1, -16, *NEAREST), "block size = -16 is out of range"),
-    ("nvfp4", (X, [], -1, 16, 1, 16, torch.tensor([1, 2]), 0), KEY_MESSAGE),
+    ({"man": -1}, "man = -1 is out of range; use 0 to 23"),
+    ({"man": 24}, "man = 24 is out of range"),
+    ({"least": -127}, "least = -127 is out of range; use -126 to 126"),
+    ({"highest": 0}, "highest = 0 is out of range; use a positive number"),
+    ({"beyond": 4}, "beyond = 4 is out of range; use 0 to 3"),
+    ({"table": [1.0]}, "the table does not ascend"),
+    ({"table": [1.0, 0.0]}, "the table does not ascend; sort it"),
+    ({"table": [0.0] * 257}, "numbers of the table = 257 is out of range; use 0 to 256"),
+    ({"scale": 6}, "scale = 6 is out of range; use 0 to 5"),
+    ({"of_scale": [1.0]}, "of_scale has 1 numbers; give it 3"),
+    ({"of_scale": [-129, 127, 2]}, "smallest exponent = -129 is out of range; use -128 to 0"),
+    ({"of_scale": [-128, 128, 2]}, "largest exponent = 128 is out of range; use 0 to 127"),
+    ({"of_scale": [-128, 127, 1]}, "significand = 1 is out of range"),
+    ({"scale": 3, "of_scale": [0]}, "static scale = 0 is out of range"),
+    ({"scale": 4, "of_scale": [23, 0, 1]}, "man of scales = 23 is out of range; use 0 to 22"),
+    ({"dims": [2]}, "block dimension 2 does not exist in a tensor of 2 dim.*; use -2 to 1"),
+    ({"dims": [0, -3]}, "block dimension -3 does not exist"),
+    ({"dims": [2], "sizes": [4]}, "block axis 2 does not exist in a tensor of 2 dim.*; use -2 to 1"),
+    ({"dims": [-1], "sizes": [0]}, "block size = 0 is out of range; use 1 or more"),
+    ({"dims": [-1], "sizes": [4, 4]}, "1 dims but 2 sizes; give each one"),
+    ({"dims": [0, 1, 2], "sizes": [4, 4, 4]}, "the block has 3 axes, and x 2; use a tensor with more"),
+    ({"rounding": 7}, "rounding = 7 is out of range"),
+    ({"rounding": -1}, "rounding = -1 is out of range"),
+    ({"random_bits": 25}, "random_bits = 25 is out of range; use 1 to 24"),
+    ({"random_bits": 0}, "random_bits = 0 is out of range"),
+    ({"rounding": 1}, "stochastic rounding needs a key"),
+    ({"rounding": 1, "key": torch.tensor(1.0)}, KEY_MESSAGE),
+    ({"rounding": 1, "key": torch.tensor([1, 2])}, KEY_MESSAGE),
+    ({"rounding": 1, "key": torch.tensor(1).int()}, KEY_MESSAGE),
+    ({"rounding": 1, "key": torch.tensor([], dtype=torch.long)}, KEY_MESSAGE),
+    *[
+        ({"x": X.to(dtype)}, "x must be float32, float64, float16 or bfloat16, not")
+        for dtype in (torch.int, torch.bool)
+    ],
+    ({"x": X.to(torch.complex64)}, "x must be float32, float64, float16 or bfloat16"),
 ]
 
 
@@ -611,10 +586,10 @@ def test_refusals(call, error, message):
 
 
 @pytest.mark.parametrize("form", ["", "_"], ids=["fresh", "in place"])
-@pytest.mark.parametrize("op, arguments, message", REFUSED_BY_THE_OP)
-def test_refusals_by_the_op(op, arguments, message, form):
-    x, *rest = arguments
-    before = x.clone()
-    with pytest.raises(RuntimeError, match=f"^swalp_fx::quantize_{op}: {message}"):
-        getattr(SPACE, f"quantize_{op}{form}")(x, *rest)
-    assert torch.equal(x, before)
+@pytest.mark.parametrize("changes, message", REFUSED_BY_THE_OP)
+def test_refusals_by_the_op(changes, message, form):
+    arguments = {"x": X, **BFP8, **changes}
+    before = arguments["x"].clone()
+    with pytest.raises(RuntimeError, match=f"^swalp_fx::quantize: {message}"):
+        getattr(SPACE, f"quantize{form}")(*arguments.values())
+    assert torch.equal(arguments["x"], before)

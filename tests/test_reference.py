@@ -5,14 +5,18 @@ import math
 
 import gfloat
 import gfloat.formats
+import hypothesis
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy
 import pytest
 import torch
+from strategies import GRIDS_ON_POWERS_OF_TWO
 from tables import ALL_ROUNDINGS, FORMATS, REAL_SCALE, assert_same_bits, draws, every_half, hard_values
 
 from swalp_fx import Format, FormatError, RecipeError, parse
 from swalp_fx.formats import Integer, PowerOfTwo, Runs, Slices, named
+from swalp_fx.recipe import parse_rounding
 from swalp_fx.reference import quantize, quantize_number, random_draws
 
 # ---- the law for one number, and the same for tensors --------------------------------------------
@@ -37,9 +41,28 @@ def test_tensors_follow_the_law_for_one_number(spec, rounding):
             assert_same_bits(result, torch.tensor(law, dtype=torch.float64).to(dtype), x)
 
 
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=500)
+@hypothesis.given(
+    st.lists(st.floats(width=32), min_size=1, max_size=12)
+    | st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=12),
+    GRIDS_ON_POWERS_OF_TWO,
+    st.sampled_from(ALL_ROUNDINGS),
+    st.randoms(use_true_random=False),
+)
+def test_every_grid_on_a_power_of_two_follows_the_law_for_one_number(values, format, rounding, random):
+    given = torch.tensor([random.randrange(2 ** parse_rounding(rounding)[1]) for _ in values])
+    maximum = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    law = [
+        quantize_number(v, format, rounding, draw=draw, maximum=maximum)
+        for v, draw in zip(values, given.tolist(), strict=True)
+    ]
+    x = torch.tensor(values, dtype=torch.float64)
+    assert_same_bits(quantize(x, format, rounding, draws=given), torch.tensor(law, dtype=torch.float64), x)
+
+
 # ---- worked values -------------------------------------------------------------------------------
 
-# The block of a BlockFloat value holds 1.97 too: exponent 0, and step 2^-(wl-2).
+# The block of a value on a shared scale holds 1.97 too: of bfp, exponent 0, and step 2^-(wl-2).
 EXAMPLES = [
     # spec, rounding, x, result
     ("fixed8.6", "nearest", 0.3, 19 / 64),
@@ -85,6 +108,25 @@ EXAMPLES = [
     ("e2m1", "nearest", 0.25, 0.0),
     ("fp16", "nearest", 65519.0, 65504.0),
     ("fp16", "nearest", 65520.0, 65504.0),
+    ("fp16+inf", "nearest", 65519.0, 65504.0),
+    ("fp16+inf", "nearest", 65520.0, math.inf),
+    ("fp16+inf", "toward_zero", 1e9, 65504.0),
+    ("fp16+inf", "down", -65505.0, -math.inf),
+    ("e4m3+tonan", "nearest", 464.0, 448.0),
+    ("e4m3+tonan", "nearest_away", 464.0, math.nan),
+    ("e4m3+tonan", "nearest", -math.inf, math.nan),
+    ("e4m3fnuz", "nearest", 1e9, 240.0),
+    ("e4m3+bias11", "nearest", 2**-14, 0.0),
+    ("e4m3+bias11", "nearest", 1.001 * 2**-14, 2**-13),
+    ("e4m3+flush", "nearest", 2**-7, 0.0),
+    ("e4m3+flush", "nearest", 1.001 * 2**-7, 2**-6),
+    ("e4m3+flush", "up", 1e-30, 2**-6),
+    ("fixed8.8+unsigned", "nearest", 0.75, 0.75),
+    ("fixed8.8+unsigned", "nearest", -0.75, -0.0),
+    ("fixed8.8+unsigned", "nearest", 2.0, 255 / 256),
+    ("bfp4+ceil", "nearest", 0.375, 0.5),  # 1.97 takes the exponent 1
+    ("bfp4+even", "nearest", 0.375, 0.5),  # and has it once it is rounded to 3 bits
+    ("bfp4+rceil", "nearest", 0.375, 0.5),  # and saturates on 1.75
     ("bf16", "nearest", 1 + 2**-8, 1.0),
     ("bf16", "nearest", 1 + 3 * 2**-8, 1 + 2**-6),
 ]

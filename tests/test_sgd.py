@@ -287,6 +287,6 @@ def test_the_op_takes_nothing_that_is_not_alike():
     before = w.clone(), g.clone()
     group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False}
     for weights, gradients in [([w], [g]), ([w, w], [g]), ([w], [g.double()]), ([w], [g[:2]])]:
-        with pytest.raises(RuntimeError, match="swalp_fx::quantize_block: "):
+        with pytest.raises(RuntimeError, match="swalp_fx::quantize: "):
             sgd.sgd_(weights, gradients, [], group, "bfp8[0]", "nearest", key=torch.tensor(1), streams=([], [], []))
     assert torch.equal(w, before[0]) and torch.equal(g, before[1])

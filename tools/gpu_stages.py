@@ -269,6 +269,6 @@ def _kernels(step: Callable[[], None]) -> dict[str, tuple[int, float]]:
 
 
 def _short(kernel: str) -> str:
-    """``quantize_rows<float, BlockFloat, RoundStochastic>`` of a kernel's whole signature."""
+    """``quantize_rows<float, OnPowerOfTwo<Integers>, RoundStochastic>`` of a kernel's whole signature."""
     kernel = re.sub(r"\(anonymous namespace\)|swalp_fx::|^void |::$", "", kernel)
     return kernel.split("(")[0].lstrip(":")[:90]

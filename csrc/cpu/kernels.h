@@ -152,6 +152,21 @@ __attribute__((noinline)) void maxima_of_blocks(const Layout& layout, const S* x
   });
 }
 
+// The same of positive numbers and of negative ones.
+template <class S, class Bits>
+__attribute__((noinline)) void extremes_of_blocks(const Layout& layout, const S* x, Bits* positive, Bits* negative) {
+  Boxes::of_memory(layout, false).for_each([&](auto each) {
+    each([&](const Layout& box) {
+      for_each_run(box, [&](Place p) {
+        for (int64_t i = 0; i < box.inner().size; ++i, box.inner().advance(p, 1)) {
+          const auto value = static_cast<Compute<S>>(x[p.memory]);
+          raise(&(value < 0 ? negative : positive)[p.block], finite_magnitude(value));
+        }
+      });
+    });
+  });
+}
+
 // kSize neighbours with one quantizer. Not unrolled: the loop is what the compiler vectorises.
 template <int kSize, class S, class Q, class Round>
 inline void quantize_tile(const Q& quantizer, const S* x, S* y, const Round& round, const uint32_t* draw) {
@@ -275,8 +290,8 @@ typename Ieee<Compute<S>>::Bits maximum_of_all(const Cover& cover, const S* x) {
 }
 
 // Whether neighbours that lie in different blocks are rounded side by side; else one by one, in half of the code.
-template <class S, class Round>
-constexpr bool kSideBySide = !std::is_same_v<S, double> && !std::is_same_v<Round, RoundOther>;
+template <class S, class Format, class Round>
+constexpr bool kSideBySide = !Format::rare && !std::is_same_v<S, double> && !std::is_same_v<Round, RoundOther>;
 
 // Neighbours that lie in different blocks, `lanes` of them, again and again. `maxima` are those of `period` neighbours.
 template <class S, class Format, class Round>
@@ -331,7 +346,8 @@ auto source(const Random& random) {
   }
 }
 
-// What all boxes of a tensor have in common. maxima: of the blocks, or nullptr where each run is one, and whole.
+// What all boxes of a tensor have in common. maxima: of the blocks, or nullptr where each run is one, and whole. negative:
+// of an affine scale's blocks, instead of a maximum of the tensor.
 template <class S, class Format, class Round>
 struct Rounder {
   using T = Compute<S>;
@@ -340,6 +356,7 @@ struct Rounder {
   const Round& round;
   T tensor_maximum;
   const Bits* maxima;
+  const Bits* negative;
 
   template <class Source>
   void box(const Layout& box, const S* x, S* y, Source& draws) const {
@@ -352,13 +369,19 @@ struct Rounder {
       if (Format::shared != Shared::Nothing) {
         maximum = maxima == nullptr ? maximum_of_run(x + p.memory, inner.size) : maxima[p.block];
       }
-      format.template with_quantizer<T>(maximum, tensor_maximum, [&](const auto& quantizer) {
+      format.template with_quantizer<T>(maximum, beside(p.block), [&](const auto& quantizer) {
         run(x + p.memory, y + p.memory, inner.size, p.index, quantizer, draws);
       });
     });
   }
 
  private:
+  // What a quantizer is made from beside the maximum of its block.
+  T beside(int64_t block) const {
+    if constexpr (Format::rare) return negative == nullptr ? tensor_maximum : bit_cast<T>(negative[block]);
+    return tensor_maximum;
+  }
+
   template <class Q, class Source>
   void run(const S* x, S* y, int64_t n, int64_t index, const Q& quantizer, Source& draws) const {
     if constexpr (Round::draws) {
@@ -374,25 +397,25 @@ struct Rounder {
   // Not from a window on the draws, which may be less than all lanes.
   void lanes_of(const Layout&, const S*, S*, Draws&) const {}
   void lanes_of(const Layout& box, const S* x, S* y, const Made& draws) const {
-    const int64_t apart = box.inner().step.block;
-    if constexpr (!kSideBySide<S, Round>) {
-      return for_each_run(box, [&](Place p) {
+    if constexpr (!kSideBySide<S, Format, Round>) {
+      for_each_run(box, [&](Place p) {
         for (int64_t i = 0; i < box.inner().size; ++i, box.inner().advance(p, 1)) {
-          format.template with_quantizer<T>(maxima[p.block], tensor_maximum, [&](const auto& quantizer) {
+          format.template with_quantizer<T>(maxima[p.block], beside(p.block), [&](const auto& quantizer) {
             const uint32_t* draw = Round::draws ? draws.draw + p.index : nullptr;
             quantize_run(x + p.memory, y + p.memory, 1, draw, quantizer, round);
           });
         }
       });
+    } else {
+      for_each_lanes(box, [&](const Place& p, int64_t lanes, int64_t count) {
+        Bits each[kMostLanes];
+        const int64_t period = period_of(lanes, count);
+        for (int64_t i = 0; i < lanes; ++i) each[i] = maxima[p.block + i * box.inner().step.block];
+        for (int64_t i = lanes; i < period; ++i) each[i] = each[i - lanes];
+        const uint32_t* draw = Round::draws ? draws.draw + p.index : nullptr;
+        quantize_lanes(format, x + p.memory, y + p.memory, count, draw, each, lanes, period, tensor_maximum, round);
+      });
     }
-    for_each_lanes(box, [&](const Place& p, int64_t lanes, int64_t count) {
-      Bits each[kMostLanes];
-      const int64_t period = period_of(lanes, count);
-      for (int64_t i = 0; i < lanes; ++i) each[i] = maxima[p.block + i * apart];
-      for (int64_t i = lanes; i < period; ++i) each[i] = each[i - lanes];
-      const uint32_t* draw = Round::draws ? draws.draw + p.index : nullptr;
-      quantize_lanes(format, x + p.memory, y + p.memory, count, draw, each, lanes, period, tensor_maximum, round);
-    });
   }
 };
 
@@ -435,10 +458,12 @@ void quantize(const Format& format, const Cover& cover, const S* x, S* y, const 
   constexpr bool kShares = Format::shared != Shared::Nothing;
   T tensor_maximum = 0;
   if (Format::shared == Shared::BlockAndTensor) tensor_maximum = bit_cast<T>(maximum_of_all(cover, x));
-  std::vector<Bits> maxima;
+  std::vector<Bits> maxima, negative;
+  bool affine = false;
+  if constexpr (Format::rare) affine = format.scale == ScaleKind::Affine;
   for (const Layout& given : cover.layouts) {
     const Layout layout = Round::draws ? given : in_memory_order(given);
-    if constexpr (kShares && !std::is_same_v<S, double>) {
+    if constexpr (kShares && !Format::rare && !std::is_same_v<S, double>) {
       if (are_tiles(layout)) {
         quantize_layout_of_tiles(format, layout, x, y, tensor_maximum, round, random);
         continue;
@@ -446,12 +471,18 @@ void quantize(const Format& format, const Cover& cover, const S* x, S* y, const 
     }
     const bool direct = is_direct(layout, Round::draws);
     // A row that is a block, and whole, is read twice by one thread; other blocks wait for all threads' maxima.
-    const bool rows = kShares && direct && layout.blocks_are_rows() && layout.inner().size <= Boxes::kWholeRow;
+    const bool rows = kShares && !affine && direct && layout.blocks_are_rows() && layout.inner().size <= Boxes::kWholeRow;
     if (kShares && !rows) {
       maxima.resize(cover.blocks);
-      maxima_of_blocks(layout, x, maxima.data());
+      if (affine) {
+        negative.resize(cover.blocks);
+        extremes_of_blocks(layout, x, maxima.data(), negative.data());
+      } else {
+        maxima_of_blocks(layout, x, maxima.data());
+      }
     }
-    const Rounder<S, Format, Round> rounder{format, round, tensor_maximum, rows ? nullptr : maxima.data()};
+    const Rounder<S, Format, Round> rounder{format, round, tensor_maximum, rows ? nullptr : maxima.data(),
+                                            affine ? negative.data() : nullptr};
     if (!direct) {
       quantize_boxes(rounder, layout, x, y, random);
       continue;

@@ -120,22 +120,20 @@ const Isa kIsa = best_isa();
 struct Cpu {
   static constexpr Gaps most_gaps = Gaps::Some;
 
-  template <class Format>
-  static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
+  static void run(const Numbers& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
     run_at(format, cover, x.scalar_type(), x.const_data_ptr(), y.mutable_data_ptr(), drawing);
   }
 
   // A list of tensors, in one loop.
-  template <class OneCall>
-  static void in_place(std::vector<OneCall>& calls) {
+  static void in_place(std::vector<Call<Cpu>>& calls) {
     const auto in_place = [&](size_t i, const Cover& piece) { calls[i].dense ? calls[i].in_place(piece) : calls[i].in_place(); };
     for_each_piece(calls.data(), calls.size(), in_place);
   }
 
   template <class Forms>
-  static void register_more(torch::stable::detail::StableLibrary& m, const std::string& name) {
-    m.impl((name + "_sgd_").c_str(), TORCH_BOX(&CpuForms<Forms>::sgd));
-    m.impl((name + "_plan").c_str(), TORCH_BOX(&CpuForms<Forms>::plan));
+  static void register_more(torch::stable::detail::StableLibrary& m) {
+    m.impl("quantize_sgd_", TORCH_BOX(&CpuForms<Forms>::sgd));
+    m.impl("quantize_plan", TORCH_BOX(&CpuForms<Forms>::plan));
   }
 
  private:
@@ -184,7 +182,7 @@ struct Cpu {
   // Steps of a call's outermost loop that make a piece; 0 if it has to be done whole, by all threads.
   template <class OneCall>
   static int64_t steps_in_piece(const OneCall& call) {
-    constexpr auto shared = decltype(call.format)::shared;
+    const Shared shared = call.format.shared();
     const Cover& cover = call.cover;
     if (!call.dense || cover.layouts.empty()) return 0;
     const Layout& layout = cover.layouts.front();
@@ -221,35 +219,37 @@ struct Cpu {
   template <class Forms>
   struct CpuForms;
 
-  template <class Device, class Op, class Format, class... Numbers>
-  struct CpuForms<Forms<Device, Op, Format, Numbers...>> {
-    using Of = Forms<Device, Op, Format, Numbers...>;
+  template <class Device, class... N>
+  struct CpuForms<Forms<Device, N...>> {
+    using Of = Forms<Device, N...>;
 
     // A plan of this call, which is the caller's to delete; 0 if x is not dense.
-    static int64_t plan(Tensor x, Numbers... numbers, int64_t rounding, int64_t bits, Key key, int64_t stream) {
-      const auto call = Of::call(x, {numbers...}, rounding, bits, key, stream);
-      return call.dense ? reinterpret_cast<int64_t>(new PlanOf<Format>(call)) : 0;
+    static int64_t plan(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key,
+                        int64_t stream) {
+      const Call<Cpu> call(x, numbers(format...), dims, sizes, rounding, bits, key, stream);
+      return call.dense ? reinterpret_cast<int64_t>(new PlanOf(call)) : 0;
     }
 
     // A step of torch.optim.SGD in one pass: a thread rounds a piece of the gradients, updates, and rounds what it has
     // updated while that is in its cache. A role without streams is not rounded.
     static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta, double lr,
-                    double momentum, double undamped, double weight_decay, bool nesterov, bool maximize, Numbers... numbers,
-                    int64_t rounding, int64_t bits, Key key, std::vector<int64_t> weight_streams,
+                    double momentum, double undamped, double weight_decay, bool nesterov, bool maximize, N... format,
+                    Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, std::vector<int64_t> weight_streams,
                     std::vector<int64_t> gradient_streams, std::vector<int64_t> momentum_streams) {
+      const Numbers n = numbers(format...);
       const Sgd step{static_cast<float>(lr),           static_cast<float>(momentum), static_cast<float>(undamped),
                      static_cast<float>(weight_decay), nesterov,                     maximize};
       const auto calls = [&](const std::vector<Tensor>& xs, const std::vector<int64_t>& streams) {
         check_alike(weights, xs);
         const std::vector<int64_t> none(xs.size());
-        check_list(Op::name, xs, streams.empty() ? none : streams);
-        return Of::calls(xs, {numbers...}, rounding, bits, key, streams.empty() ? none : streams);
+        check_list(kOp, xs, streams.empty() ? none : streams);
+        return Of::calls(xs, n, dims, sizes, rounding, bits, key, streams.empty() ? none : streams);
       };
       auto of_weights = calls(weights, weight_streams), of_gradients = calls(gradients, gradient_streams);
       std::vector<Tensor> all = weights;
       all.insert(all.end(), gradients.begin(), gradients.end());
       all.insert(all.end(), momenta.begin(), momenta.end());
-      require(!share_memory(all), Op::name, "weights, gradients or momenta share memory; use the optimizer's own step");
+      require(!share_memory(all), kOp, "weights, gradients or momenta share memory; use the optimizer's own step");
       auto of_momenta = calls(momenta.empty() ? gradients : momenta, momentum_streams);
       for_each_piece(of_weights.data(), of_weights.size(), [&](size_t i, const Cover& piece) {
         if (!gradient_streams.empty()) of_gradients[i].in_place(piece);
@@ -260,14 +260,14 @@ struct Cpu {
     }
 
     static void check_alike(const std::vector<Tensor>& weights, const std::vector<Tensor>& xs) {
-      require(weights.size() == xs.size(), Op::name, weights.size(), " weights but ", xs.size(),
+      require(weights.size() == xs.size(), kOp, weights.size(), " weights but ", xs.size(),
               " gradients or momenta; give each weight one");
       for (size_t i = 0; i < xs.size(); ++i) {
         bool alike = xs[i].scalar_type() == ScalarType::Float && is_dense(xs[i]) && xs[i].dim() == weights[i].dim();
         for (int64_t d = 0; alike && d < xs[i].dim(); ++d) {
           alike = xs[i].size(d) == weights[i].size(d) && xs[i].stride(d) == weights[i].stride(d);
         }
-        require(alike, Op::name, "weight, gradient and momentum ", i,
+        require(alike, kOp, "weight, gradient and momentum ", i,
                 " must be dense float32 of one shape and strides; use the optimizer's own step");
       }
     }
@@ -294,18 +294,15 @@ struct Cpu {
     });
   }
 
-  template <class Format>
   struct PlanOf final : Plan {
-    const char* op;
-    Format format;
+    Numbers format;
     Cover cover;
     ScalarType type;
     Drawing drawing;
     static constexpr bool dense = true;
 
-    template <class OneCall>
-    explicit PlanOf(const OneCall& call)
-        : op(OneCall::op), format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
+    explicit PlanOf(const Call<Cpu>& call)
+        : format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
       drawing.key.reset();
     }
 
@@ -319,22 +316,20 @@ struct Cpu {
 
     // Where rounding to nearest keeps a number, every rounding does, as long as scales are powers of two.
     bool keeps(const void* from) const override {
-      if constexpr (Format::exact) {
-        check_memory(from);
-        std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
-        if (!kept) return false;
-        for_each_piece(this, 1, [&](size_t, const Cover& piece) {
-          if (kept && !keeps_piece(piece, from)) kept = false;
-        });
-        return kept;
-      }
-      return false;
+      if (!format.is_exact()) return false;
+      check_memory(from);
+      std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
+      if (!kept) return false;
+      for_each_piece(this, 1, [&](size_t, const Cover& piece) {
+        if (kept && !keeps_piece(piece, from)) kept = false;
+      });
+      return kept;
     }
 
    private:
     // Sizes and strides are the plan's, but whoever has them may have no memory.
     void check_memory(const void* x) const {
-      require(cover.layouts.empty() || x != nullptr, op, kNoMemory);
+      require(cover.layouts.empty() || x != nullptr, kOp, kNoMemory);
     }
 
     bool keeps_piece(const Cover& piece, const void* from) const {
@@ -344,43 +339,38 @@ struct Cpu {
         changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
         if (changed) return;
         const S* x = static_cast<const S*>(from);
-        run_on(kIsa, format, piece, x, const_cast<S*>(x), Look{{}, &changed}, Random());
+        with_format(format, [&](const auto& product) {
+          run_on(kIsa, product, piece, x, const_cast<S*>(x), Look{{}, &changed}, Random());
+        });
       });
       return !changed;
     }
   };
 
-  template <class Format>
-  static void run_at(const Format& format, const Cover& cover, ScalarType type, const void* x, void* y,
+  static void run_at(const Numbers& format, const Cover& cover, ScalarType type, const void* x, void* y,
                      const Drawing& drawing) {
     with_scalar(type, [&](auto zero) {
       using S = decltype(zero);
       const S* from = static_cast<const S*>(x);
       S* to = static_cast<S*>(y);
-      const auto run_with = [&](const auto& round) {
-        // What training does not use is not worth compiling three times.
-        if constexpr (std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
-          return portable::quantize(format, cover, from, to, round, drawing.random);
-        } else {
-          run_on(kIsa, format, cover, from, to, round, drawing.random);
-        }
-      };
-      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
+      with_format(format, [&](const auto& product) {
+        const auto run_with = [&](const auto& round) { run_on(kIsa, product, cover, from, to, round, drawing.random); };
+        with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
+      });
     });
   }
 
-  template <class... Arguments>
-  static void run_on(Isa isa, const Arguments&... arguments) {
-    switch (isa) {
+  template <class Format, class S, class Round>
+  static void run_on(Isa isa, const Format& format, const Cover& cover, const S* x, S* y, const Round& round,
+                     const Random& random) {
+    // What training does not use is not worth compiling three times.
+    if constexpr (!Format::rare && !std::is_same_v<Round, RoundOther>) {
 #ifdef SWALP_X86
-      case Isa::Avx512:
-        return avx512::quantize(arguments...);
-      case Isa::Avx2:
-        return avx2::quantize(arguments...);
+      if (isa == Isa::Avx512) return avx512::quantize(format, cover, x, y, round, random);
+      if (isa == Isa::Avx2) return avx2::quantize(format, cover, x, y, round, random);
 #endif
-      default:
-        return portable::quantize(arguments...);
     }
+    portable::quantize(format, cover, x, y, round, random);
   }
 };
 

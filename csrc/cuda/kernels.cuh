@@ -315,20 +315,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- any layout -------------------------------------------------------------------------------------
 
+// beside: the maximum of the tensor, or, if of_blocks, another of each block.
 template <class S, class Format, class Round>
 __global__ void __launch_bounds__(kThreads)
     quantize_elements(const Format format, const Round round, const Layout layout, const S* x, S* y,
                       const typename Ieee<Compute<S>>::Bits* maxima,
-                      const typename Ieee<Compute<S>>::Bits* tensor_maximum, const Random drawn, const uint64_t* key) {
+                      const typename Ieee<Compute<S>>::Bits* beside, bool of_blocks, const Random drawn, const uint64_t* key) {
   using T = Compute<S>;
   using Bits = typename Ieee<T>::Bits;
   const Random random = Round::draws ? with_key(drawn, key) : drawn;
-  const T most = Format::shared == Shared::BlockAndTensor ? bit_cast<T>(*tensor_maximum) : T(0);
   for (int64_t i = thread_number(); i < layout.numel; i += thread_count()) {
     const Place p = place_of(layout, i);
     const Bits maximum = Format::shared == Shared::Nothing ? Bits(0) : maxima[p.block];
+    const T second = Format::shared == Shared::BlockAndTensor ? bit_cast<T>(beside[of_blocks ? p.block : 0]) : T(0);
     const uint32_t draw = Round::draws ? draw_at(random, p.index) : 0u;
-    format.template with_quantizer<T>(maximum, most, [&](const auto& quantizer) {
+    format.template with_quantizer<T>(maximum, second, [&](const auto& quantizer) {
       y[p.memory] = static_cast<S>(quantizer.apply(static_cast<T>(x[p.memory]), draw, round));
     });
   }
@@ -367,6 +368,18 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (maximum > 0 && (least != greatest || threadIdx.x % 32 == 0)) raise(&maxima[block], maximum);
+  }
+}
+
+// The maxima of the positive numbers of any blocks, and of the magnitudes of the negative ones.
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    block_extremes(const Layout layout, const S* x, typename Ieee<Compute<S>>::Bits* positive,
+                   typename Ieee<Compute<S>>::Bits* negative) {
+  for (int64_t i = thread_number(); i < layout.numel; i += thread_count()) {
+    const Place p = place_of(layout, i);
+    const auto value = static_cast<Compute<S>>(x[p.memory]);
+    raise(&(value < 0 ? negative : positive)[p.block], finite_magnitude(value));
   }
 }
 

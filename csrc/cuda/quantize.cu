@@ -94,8 +94,8 @@ bool is_aligned(const S* x, int elements = kVector) {
 
 // What training uses has kernels that move four elements at a time; the rest is served one element at a time, which takes
 // longer, but half of the module's size.
-template <class S, class Round>
-constexpr bool is_fast = !std::is_same_v<Round, RoundOther> && !std::is_same_v<S, double>;
+template <class S, class Format, class Round>
+constexpr bool is_fast = !Format::rare && !std::is_same_v<Round, RoundOther> && !std::is_same_v<S, double>;
 
 // One op's launches, on the current stream of the tensor's device.
 template <class S, class Format, class Round>
@@ -134,7 +134,7 @@ struct Launch {
   }
 
  private:
-  static constexpr bool kFast = is_fast<S, Round>;
+  static constexpr bool kFast = is_fast<S, Format, Round>;
 
   // Whether kernels for contiguous memory serve the layout; if so, they have.
   bool contiguous(const Cover& cover) const {
@@ -183,13 +183,25 @@ struct Launch {
   }
 
   void anywhere(const Cover& cover) const {
+    bool affine = false;
+    if constexpr (Format::rare) affine = format.scale == ScaleKind::Affine;
     std::optional<Tensor> of_blocks, most;
     const Bits *known = nullptr, *of_tensor = nullptr;
     if constexpr (Format::shared != Shared::Nothing) {
-      of_blocks = maxima_anywhere(cover);
-      known = data(*of_blocks);
+      if (!affine) {
+        of_blocks = maxima_anywhere(cover);
+        known = data(*of_blocks);
+      }
     }
-    if constexpr (Format::shared == Shared::BlockAndTensor) {
+    if (affine) {
+      most = zeros(cover.blocks);
+      of_tensor = data(*most);
+      of_blocks = zeros(cover.blocks);
+      known = data(*of_blocks);
+      for (const Layout& layout : cover.layouts) {
+        launch(block_extremes<S>, (layout.numel + kThreads - 1) / kThreads, kThreads, layout, x, data(*of_blocks), data(*most));
+      }
+    } else if constexpr (Format::shared == Shared::BlockAndTensor) {
       most = zeros(1);
       of_tensor = data(*most);
       launch(maximum_of_maxima<Bits>, (cover.blocks + kThreads - 1) / kThreads, kThreads, known, cover.blocks, data(*most));
@@ -205,7 +217,7 @@ struct Launch {
         }
       }
       launch(quantize_elements<S, Format, Round>, (layout.numel + kThreads - 1) / kThreads, kThreads, format, round, layout,
-             x, y, known, of_tensor, random, key);
+             x, y, known, of_tensor, affine, random, key);
     }
   }
 
@@ -221,33 +233,31 @@ struct Launch {
 };
 
 struct Cuda {
-  template <class Forms>
-  static void register_more(torch::stable::detail::StableLibrary&, const std::string&) {}
+  using OneCall = Call<Cuda>;
 
-  template <class Format>
-  static void run(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    with_scalar(x.scalar_type(), [&](auto zero) { run_as<decltype(zero)>(format, cover, x, y, drawing); });
+  template <class Forms>
+  static void register_more(torch::stable::detail::StableLibrary&) {}
+
+  static void run(const Numbers& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
+    with_scalar(x.scalar_type(), [&](auto zero) {
+      with_format(format, [&](const auto& product) { run_as<decltype(zero)>(product, cover, x, y, drawing); });
+    });
   }
 
   // A list of tensors: the small ones in as few launches as take them, each other one in its own.
-  template <class OneCall>
   static void in_place(std::vector<OneCall>& calls) {
-    if constexpr (std::decay_t<decltype(calls[0].format)>::shared == Shared::BlockAndTensor) {
-      for (OneCall& call : calls) call.in_place();
-    } else {
-      std::map<std::pair<int32_t, ScalarType>, std::vector<OneCall*>> small;
-      for (OneCall& call : calls) {
-        if (row_of_item(call) > 0) {
-          small[{call.x.get_device(), call.x.scalar_type()}].push_back(&call);
-        } else {
-          call.in_place();
-        }
+    std::map<std::pair<int32_t, ScalarType>, std::vector<OneCall*>> small;
+    for (OneCall& call : calls) {
+      if (row_of_item(call) > 0) {
+        small[{call.x.get_device(), call.x.scalar_type()}].push_back(&call);
+      } else {
+        call.in_place();
       }
-      for (const auto& [kind, items] : small) {
-        for (size_t i = 0; i < items.size(); i += kMostItems) {
-          const std::vector<OneCall*> some(items.begin() + i, items.begin() + std::min(items.size(), i + kMostItems));
-          with_scalar(kind.second, [&](auto zero) { launch_items<decltype(zero)>(some); });
-        }
+    }
+    for (const auto& [kind, items] : small) {
+      for (size_t i = 0; i < items.size(); i += kMostItems) {
+        const std::vector<OneCall*> some(items.begin() + i, items.begin() + std::min(items.size(), i + kMostItems));
+        with_scalar(kind.second, [&](auto zero) { launch_items<decltype(zero)>(some); });
       }
     }
   }
@@ -282,28 +292,41 @@ struct Cuda {
     });
   }
 
+  // Calls f with the functors of a call's format and rounding.
+  template <class S, class F>
+  static void with_functors(const OneCall& call, const F& f) {
+    const Drawing& drawing = call.drawing;
+    with_format(call.format, [&](const auto& product) {
+      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, product.magnitude_bits(),
+                                [&](const auto& round) { f(product, round); });
+    });
+  }
+
+  // Whether quantize_items serves a format.
+  template <class S, class Format, class Round>
+  static constexpr bool kItems = is_fast<S, Format, Round> && Format::shared != Shared::BlockAndTensor;
+
   // The elements in a row of a call's tensor as an Item; 0 where it is none.
-  template <class OneCall>
   static int64_t row_of_item(const OneCall& call) {
-    constexpr auto shared = std::decay_t<decltype(call.format)>::shared;
     if (!call.dense || call.cover.layouts.size() != 1) return 0;
     const Layout& given = call.cover.layouts.front();
     const Drawing& drawing = call.drawing;
     const bool draws = drawing.rounding == Rounding::Stochastic;
-    bool fast = false;
+    bool served = false;
     with_scalar(call.x.scalar_type(), [&](auto zero) {
       using S = decltype(zero);
-      with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, call.format.magnitude_bits(), [&](const auto& round) {
-        fast = is_fast<S, std::decay_t<decltype(round)>> && is_aligned(static_cast<const S*>(call.x.const_data_ptr()));
+      with_functors<S>(call, [&](const auto& product, const auto& round) {
+        served = kItems<S, std::decay_t<decltype(product)>, std::decay_t<decltype(round)>> &&
+                 is_aligned(static_cast<const S*>(call.x.const_data_ptr()));
       });
     });
     const Layout layout = draws ? given : in_memory_order(given);
-    if (layout.numel > kLargestItem || !fast || !in_order(layout)) return 0;
+    if (layout.numel > kLargestItem || !served || !in_order(layout)) return 0;
     if (draws && drawing.random.draws_per_word() != kDrawsPerWord) return 0;
-    return shared == Shared::Nothing ? kHeld : rows_in_memory(layout, call.cover.blocks);
+    return call.format.shared() == Shared::Nothing ? kHeld : rows_in_memory(layout, call.cover.blocks);
   }
 
-  template <class S, class OneCall>
+  template <class S>
   static void launch_items(const std::vector<OneCall*>& calls) {
     const OneCall& any = *calls.front();
     const torch::stable::accelerator::DeviceGuard guard(any.x.get_device());
@@ -318,12 +341,12 @@ struct Cuda {
     }
     const cudaLaunchConfig_t config{dim3(blocks), dim3(threads), 0, current_stream(any.x)};
     const Drawing& drawing = any.drawing;
-    with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, any.format.magnitude_bits(), [&](const auto& round) {
-      using Format = std::decay_t<decltype(any.format)>;
+    with_functors<S>(any, [&](const auto& product, const auto& round) {
+      using Format = std::decay_t<decltype(product)>;
       using Round = std::decay_t<decltype(round)>;
-      if constexpr (is_fast<S, Round>) {  // as row_of_item has seen
-        STD_CUDA_CHECK(cudaLaunchKernelEx(&config, quantize_items<S, Format, Round>, any.format, round, items,
-                                          drawing.random, key_on_device(drawing)));
+      if constexpr (kItems<S, Format, Round>) {  // as row_of_item has seen
+        STD_CUDA_CHECK(cudaLaunchKernelEx(&config, quantize_items<S, Format, Round>, product, round, items, drawing.random,
+                                          key_on_device(drawing)));
       }
     });
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import require
@@ -17,6 +18,19 @@ class Block:
     def size(self) -> int | None:
         """Elements of a block, if that does not depend on the tensor."""
         return None
+
+    @property
+    def rank(self) -> int:
+        """Axes that a tensor has at least."""
+        raise NotImplementedError
+
+    def along(self, axis: int) -> Block:
+        """The same, ``axis`` being the contraction axis."""
+        return self
+
+    def of_tensor(self, rank: int, axis: int) -> Block:
+        """The block of a tensor of ``rank`` axes; one with a single axis or none, and fewer than the block, is one."""
+        return WHOLE if rank < min(2, self.rank) else self.along(axis)
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,10 @@ class Slices(Block):
             all(isinstance(d, int) for d in self.dims) and len(set(self.dims)) == len(self.dims),
             f"blocks: dims {self.dims!r} must be distinct integers; leave them out for one block a tensor",
         )
+
+    @property
+    def rank(self) -> int:
+        return _rank(self.dims)
 
     def __str__(self) -> str:
         return f"[{','.join(map(str, self.dims))}]"
@@ -65,6 +83,10 @@ class Runs(Block):
     def size(self) -> int:
         return math.prod(size for _, size in self.runs)
 
+    @property
+    def rank(self) -> int:
+        return max(len(self.runs), _rank([axis for axis, _ in self.runs]))
+
     def __str__(self) -> str:
         return f"[{','.join(f'{axis}:{size}' for axis, size in self.runs)}]"
 
@@ -73,7 +95,8 @@ class Runs(Block):
 class Rectangle(Block):
     """``rows`` of dimension 0 by ``columns`` of the contraction axis, every other axis being apart: ``[128x128]``.
 
-    The contraction axis is the last one, unless a graph says which it is, and makes Runs of it.
+    The contraction axis is the last one, unless a graph says which it is, and makes Runs of it. Where that is dimension
+    0, as of a transposed convolution's weight, rows are of dimension 1.
     """
 
     rows: int
@@ -83,13 +106,14 @@ class Rectangle(Block):
         _check_size(self.rows)
         _check_size(self.columns)
 
+    rank = 2
+
     @property
     def size(self) -> int:
         return self.rows * self.columns
 
     def along(self, axis: int) -> Runs:
-        """The same, ``axis`` being the contraction axis."""
-        return Runs(((0, self.rows), (axis, self.columns)))
+        return Runs(((0 if axis else 1, self.rows), (axis, self.columns)))
 
     def __str__(self) -> str:
         return f"[{self.rows}x{self.columns}]"
@@ -104,6 +128,8 @@ class Channel(Block):
     def __post_init__(self) -> None:
         _check_size(self.count)
 
+    rank = 2
+
     @property
     def size(self) -> int:
         return self.count
@@ -113,6 +139,10 @@ class Channel(Block):
 
     def __str__(self) -> str:
         return f"[c:{self.count}]"
+
+
+def _rank(dims: Iterable[int]) -> int:
+    return max((d + 1 if d >= 0 else -d for d in dims), default=0)
 
 
 def _check_size(size: int) -> None:

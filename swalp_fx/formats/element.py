@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from .errors import require
-from .float32 import LARGEST, to_float32
+from .float32 import to_float32
 
 __all__ = ["SIGNS", "TOPS", "Codebook", "Element", "Float", "Grid", "Integer", "Top", "posit"]
 
@@ -71,6 +71,11 @@ class Element:
     @property
     def min_subnormal(self) -> float:
         """The smallest positive number: the step of an integer grid."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> Grid:
+        """Of integers and floats: what a compiled op takes."""
         raise NotImplementedError
 
     @property
@@ -216,17 +221,17 @@ class Float(Element):
 
     def _check_range(self) -> None:
         require(
-            isinstance(self.bias, int) and -120 <= self.bias <= 127,
-            f"float: bias {self.bias!r} is out of range; use -120 to 127",
+            isinstance(self.bias, int) and (-100 <= self.bias <= 80 or self.bias == self.default_bias),
+            f"float: bias {self.bias!r} is out of range; use -100 to 80",
         )
         require(
-            self.max <= LARGEST or self.bias != self.default_bias,
-            f"float: with {self.exp} exponent bits top {self.top!r} goes beyond float32; use top 'ieee'",
+            self.exp < 8 or (self.top, self.bias) == ("ieee", 127),
+            f"float: with 8 exponent bits top {self.top!r} goes beyond float32; use top 'ieee'",
         )
         require(
-            self.max <= LARGEST,
-            f"float: with bias {self.bias} the largest number goes beyond float32; use a bias of "
-            f"{self.bias + self.max_exponent - 127} or more",
+            self.max <= 2.0**101 or self.exp == 8,
+            f"float: with bias {self.bias} the largest number goes beyond 2^101; use a bias of "
+            f"{self.bias + self.max_exponent - 100} or more",
         )
 
     @property

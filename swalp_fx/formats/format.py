@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .block import WHOLE, Block
 from .element import Codebook, Element, Float, Integer
@@ -89,11 +89,15 @@ class Format:
         """The smallest and the largest scale; 1 and 1 where there is none to share."""
         return self.scale.range if self.scale else (1.0, 1.0)
 
+    def of_tensor(self, rank: int, axis: int) -> Format:
+        """The format of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
+        block = self.block.of_tensor(rank, axis)
+        return self if block == self.block else replace(self, block=block)
+
     @property
     def keeps_infinity(self) -> bool:
         """Whether an infinity stays one."""
-        has_one = self.element.has_infinity and self.scale is None
-        return self.overflow == "infinity" or (self.overflow == "saturate" and has_one)
+        return self.overflow == "infinity" or (self.overflow == "saturate" and self.element.has_infinity)
 
     @property
     def keeps_subsets(self) -> bool:

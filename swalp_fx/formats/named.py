@@ -62,6 +62,7 @@ MXFP6_E2M3 = STEMS["mxfp6_e2m3"]
 MXFP4 = STEMS["mxfp4"]
 MXINT8 = STEMS["mxint8"]
 NVFP4 = STEMS["nvfp4"]
+NF4 = STEMS["nf4"]
 
 # Name -> format: every constant of this module, in lower case. A name that is not the format's spec is another for it.
 PRESETS: dict[str, Format] = {"float": FLOAT} | {

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "../../csrc/cuda/kernels.cuh"
+#include "../../csrc/numbers.h"
 
 namespace swalp_fx {
 namespace {
@@ -285,7 +286,7 @@ void check_elements(const Format& format, const Round& round, int bits) {
       for (const Layout& layout : c.layouts) {
         ++elements.launches;
         cuda_on_host::launch(quantize_elements<S, Format, Round>, 1 + below(3), 64, format, round, layout, from.data(),
-                             y, maxima.data(), &most, key.passed, key.pointer);
+                             y, maxima.data(), &most, false, key.passed, key.pointer);
       }
       for (const Place& p : of_memory) {
         const S due = law<S>(format, round, x[p.memory], maxima[p.block], bit_cast<Compute<S>>(most), random, p.index);
@@ -411,12 +412,14 @@ void check_maximum_of_maxima() {
 // ---- what runs --------------------------------------------------------------------------------------
 
 template <class S, class Format>
-void check_format(const Format& format) {
+void check_product(const Format& format) {
   const auto check = [&](Rounding rounding, int bits, bool contiguous) {
     with_rounding<Compute<S>>(rounding, bits, format.magnitude_bits(), [&](const auto& round) {
       if constexpr (!std::is_same_v<std::decay_t<decltype(round)>, RoundOther>) {
         if (!contiguous) check_elements<S>(format, round, bits);
-        if (contiguous) check_contiguous<S>(format, round, bits);
+        if constexpr (!Format::rare) {
+          if (contiguous) check_contiguous<S>(format, round, bits);
+        }
         if constexpr (Format::shared != Shared::BlockAndTensor && std::decay_t<decltype(round)>::draws) {
           if (contiguous) check_tiles<S>(format, round, bits);
         }
@@ -432,9 +435,28 @@ void check_format(const Format& format) {
 }
 
 template <class S>
+void check_format(const Numbers& numbers) {
+  with_format(numbers, [](const auto& product) { check_product<S>(product); });
+}
+
+// ---- formats ------------------------------------------------------------------------------------------
+
+using OfScale = std::array<double, 3>;
+
+Numbers on(const Grid& grid, ScaleKind scale = ScaleKind::None, const OfScale& of_scale = {}) {
+  return {grid, {}, scale, of_scale};
+}
+const Grid kInteger8{7, 1, -127.0f / 64, 127.0f / 64}, kTwos4{3, 1, -2.0f, 1.75f}, kE4m3{3, -6, -448.0f, 448.0f};
+const Grid kE2m1{1, 0, -6.0f, 6.0f}, kE5m2{2, -14, -57344.0f, 57344.0f, true, Beyond::SaturateButInfinity};
+const Grid kBf16{7, -126, -0x1.FEp127f, 0x1.FEp127f, true, Beyond::Infinity};
+const OfScale kE8m0{-127, 127, 2}, kExp8{-128, 127, 2}, kCeil{-127, 127, 1 + 0x1p-52}, kInner{3, -6, 448};
+const Numbers kBfp8 = on(kInteger8, ScaleKind::PowerOfTwo, kExp8);
+const Numbers kTernary{{}, {-1.0f, 0.0f, 1.0f}, ScaleKind::Absmax, {}};
+
+template <class S>
 void check_main_formats() {
-  check_format<S>(BlockFloat{8, true, -128, 127});
-  check_format<S>(Float{4, 3, 1});
+  check_format<S>(kBfp8);
+  check_format<S>(on(kE4m3));
   check_maxima<S>();
 }
 
@@ -445,15 +467,21 @@ void check_everything() {
   check_main_formats<BFloat16>();
   check_maximum_of_maxima<uint32_t>();
   check_maximum_of_maxima<uint64_t>();
-  check_format<float>(FixedPoint{8, 6, false});
-  check_format<float>(Microscaling{4, 3, 1, 8});
-  check_format<float>(BlockFloat{8, true, -127, 127});
-  check_format<float>(ScaledInteger{8});
-  check_format<float>(Nvfp4{});
-  check_format<BFloat16>(Microscaling{2, 1, 2, 2});
+  check_format<float>(on(kTwos4));
+  check_format<float>(on(kE4m3, ScaleKind::PowerOfTwo, kE8m0));
+  check_format<float>(on(kE5m2, ScaleKind::PowerOfTwo, kCeil));
+  check_format<float>(on(kInteger8, ScaleKind::Absmax));
+  check_format<float>(on(kE5m2, ScaleKind::Absmax));
+  check_format<float>(on(kE2m1, ScaleKind::TwoLevel, kInner));
+  check_format<float>(on(kBf16));
+  check_format<float>(on(kBf16, ScaleKind::PowerOfTwo, kE8m0));
+  check_format<float>(on(kInteger8, ScaleKind::Static, {0.37}));
+  check_format<float>(kTernary);
+  check_format<BFloat16>(on(kE2m1, ScaleKind::PowerOfTwo, kE8m0));
   for (const Rounding r : {Rounding::TowardZero, Rounding::Down, Rounding::Up, Rounding::NearestAway, Rounding::NearestUp}) {
-    check_elements<float>(BlockFloat{4, false, -128, 127}, RoundOther{r}, 16);
-    check_elements<float>(Float{5, 2, 0}, RoundOther{r}, 16);
+    for (const Numbers& numbers : {on(kTwos4, ScaleKind::PowerOfTwo, kExp8), on(kE5m2), kTernary}) {
+      with_format(numbers, [&](const auto& product) { check_elements<float>(product, RoundOther{r}, 16); });
+    }
   }
 }
 

@@ -1,0 +1,279 @@
+// Elements: numbers on a scale of 1, to which a value is clamped and rounded. Each mirrors a class of
+// swalp_fx/formats/element.py.
+#pragma once
+
+#include "philox.h"
+#include "round.h"
+
+namespace swalp_fx {
+
+// What a number becomes that lies beyond the largest, or rounds to more. Infinities are such numbers.
+enum class Beyond : int { Saturate, SaturateButInfinity, Infinity, Nan };
+constexpr int kBeyonds = 4;
+
+// Numbers from `lowest` to `highest`, of which those near v have a step of 2^(max(exponent of v, least) - man). Integers
+// are a grid of one step: their least exponent is the highest that they have. Bounds are float32 numbers.
+struct Grid {
+  int man = 0, least = 0;
+  float lowest = 0, highest = 0;
+  bool subnormals = true;  // false: below 2^least there is zero alone
+  Beyond beyond = Beyond::Saturate;
+};
+
+// A clamp that lets NaN through.
+template <class T>
+SWALP_HD T clamp(T v, T lo, T hi) {
+  v = v < lo ? lo : v;
+  return v > hi ? hi : v;
+}
+
+// Elements take a power-of-two scale 2^e into their grid, and so need no division, where 2^e, their steps and what
+// RoundNearest adds are normal numbers of T.
+template <class T>
+SWALP_HD bool takes_in(int smallest_step, int largest_step) {
+  return (smallest_step > -Ieee<T>::bias) & (largest_step + Ieee<T>::mantissa <= Ieee<T>::bias);
+}
+
+// The bits of a normal power of two times 2^e, which is normal too.
+template <class T>
+SWALP_HD Step<T> scaled_step(T power, int e) {
+  return bit_cast<Step<T>>(power) + (static_cast<Step<T>>(e) << Ieee<T>::mantissa);
+}
+
+// Each element gives v clamped to its range and rounded, with the sign of x. Where a rounding loses NaN, an element may keep
+// it all the same.
+
+// ---- integers -------------------------------------------------------------------------------------------
+
+// A grid of one step, times a power of two. The bounds are on the grid, so that clamping first changes no result.
+template <class T>
+struct IntegerElement {
+  static constexpr bool keeps_nan = false;
+  T lo, hi;
+  Step<T> step;  // one for all, so that RoundNearest has its own, shorter way: it scales, and keeps the sign
+  IntegerElement() = default;
+  SWALP_HD explicit IntegerElement(const Grid& grid, T power = T(1))
+      : lo(static_cast<T>(grid.lowest) * power),
+        hi(static_cast<T>(grid.highest) * power),
+        step(scaled_step<T>(power, grid.least - grid.man)) {}
+  template <class Round>
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
+    const T clamped = clamp(v, lo, hi);
+    if constexpr (std::is_base_of_v<RoundNearest, Round>) {
+      return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
+    }
+    return with_sign(round_to_step(std::fabs(clamped), step, x, draw), x);
+  }
+};
+
+// ---- tails: what floats do beyond their largest number ------------------------------------------------
+//
+// Each says to what a magnitude is brought down before it is rounded, and makes a result of a rounded one. The functor of
+// any tail serves the others' formats too, with more work.
+
+template <class T>
+struct Saturates {
+  static constexpr bool keeps_nan = false, flushes = false;
+  T max;
+  Saturates() = default;
+  SWALP_HD Saturates(Beyond, T largest, T) : max(largest) {}
+  template <class Round>
+  SWALP_HD T most(const Round&, T) const {
+    return max;
+  }
+  SWALP_HD T result(T magnitude, T x) const { return with_sign(magnitude, x); }
+};
+
+// An infinity stays one, where the format has it.
+template <class T>
+struct KeepsInfinity {
+  static constexpr bool keeps_nan = true, flushes = false;
+  T max, of_x;  // an x beyond the second is kept
+  KeepsInfinity() = default;
+  SWALP_HD KeepsInfinity(Beyond beyond, T largest, T)
+      : max(largest),
+        of_x(beyond == Beyond::SaturateButInfinity ? std::numeric_limits<T>::max() : std::numeric_limits<T>::infinity()) {}
+  template <class Round>
+  SWALP_HD T most(const Round&, T) const {
+    return max;
+  }
+  SWALP_HD T result(T magnitude, T x) const { return std::fabs(x) <= of_x ? with_sign(magnitude, x) : x; }
+};
+
+// Overflow to infinity or NaN: magnitudes come down to one step beyond the largest, and what rounds to that is over it.
+template <class T>
+struct AnyTail {
+  static constexpr bool keeps_nan = true, flushes = true;
+  T max, clamped;
+  T of_result, of_x;  // no result and no x is beyond these
+  T over;             // what they become where one is, plus the magnitude of x: an infinity that is kept, and NaN, are x's
+  AnyTail() = default;
+  SWALP_HD AnyTail(Beyond beyond, T largest, T last_step)
+      : max(largest),
+        clamped(largest),
+        of_result(std::numeric_limits<T>::infinity()),
+        of_x(KeepsInfinity<T>(beyond, largest, last_step).of_x),
+        over(0) {
+    if (beyond == Beyond::Infinity || beyond == Beyond::Nan) {
+      clamped = max + last_step;
+      of_result = max;
+      over = beyond == Beyond::Nan ? std::numeric_limits<T>::quiet_NaN() : std::numeric_limits<T>::infinity();
+    }
+  }
+  template <class Round>
+  SWALP_HD T most(const Round& round, T x) const {
+    return is_toward_zero(round, x) ? max : clamped;
+  }
+  SWALP_HD T result(T magnitude, T x) const {
+    const T of_number = std::fabs(x);
+    return with_sign((magnitude <= of_result) & (of_number <= of_x) ? magnitude : over + of_number, x);
+  }
+};
+
+// ---- floats ---------------------------------------------------------------------------------------------
+
+// Floats times a power of two: the step of v is 2^(max(exponent of v, least) - man).
+template <class T, template <class> class Tail>
+struct FloatElement {
+  static constexpr bool keeps_nan = Tail<T>::keeps_nan;
+  Step<T> lowest, per_binade;  // the bits of 2^least; what makes a binade's bits those of its step
+  Step<T> below;               // the bits of the step below 2^least
+  Tail<T> tail;
+
+  FloatElement() = default;
+  SWALP_HD explicit FloatElement(const Grid& grid, T power = T(1))
+      : lowest(scaled_step<T>(power, grid.least)),
+        per_binade(static_cast<Step<T>>(grid.man) << Ieee<T>::mantissa),
+        below(grid.subnormals ? lowest - per_binade : lowest) {
+    const T max = static_cast<T>(grid.highest) * power;
+    tail = Tail<T>(grid.beyond, max, bit_cast<T>(binade_of(max) - per_binade));
+  }
+
+  template <class Round>
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
+    T magnitude = std::fabs(v);
+    const T most = tail.most(round_to_step, x);
+    magnitude = magnitude > most ? most : magnitude;
+    const Step<T> binade = binade_of(magnitude);
+    Step<T> step = larger(binade, lowest) - per_binade;
+    if constexpr (Tail<T>::flushes) step = binade < lowest ? below : step;
+    return tail.result(round_to_step(magnitude, step, x, draw), x);
+  }
+
+ private:
+  SWALP_HD static Step<T> binade_of(T magnitude) {
+    return bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << Ieee<T>::mantissa);
+  }
+};
+
+// Floats of as many exponents as T = float has: v is scaled to its own binade, since steps are beyond T at both ends.
+template <class T, template <class> class Tail>
+struct WideFloatElement {
+  static constexpr bool keeps_nan = true;
+  Step<T> lowest, step;  // of the numbers from 1 to 2
+  int dropped;           // places of T that the format lacks
+  bool subnormals;
+  Tail<T> tail;
+
+  // The last step, 2^(127 - man), takes the largest number to 2^128, which is float's infinity.
+  SWALP_HD explicit WideFloatElement(const Grid& grid)
+      : lowest(bit_cast<Step<T>>(power_of_two<T>(grid.least))),
+        step(bit_cast<Step<T>>(power_of_two<T>(-grid.man))),
+        dropped(Ieee<T>::mantissa - grid.man),
+        subnormals(grid.subnormals),
+        tail(grid.beyond, static_cast<T>(grid.highest), power_of_two<T>(127) * bit_cast<T>(step)) {}
+
+  template <class Round>
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
+    constexpr int m = Ieee<T>::mantissa;
+    using Integer = typename Ieee<T>::Integer;
+    T magnitude = std::fabs(v);
+    const T most = tail.most(round_to_step, x);
+    magnitude = magnitude > most ? most : magnitude;
+    if constexpr (Tail<T>::flushes) {
+      if (!subnormals && magnitude < bit_cast<T>(lowest)) {
+        // One step, from zero to the least number: made 2^m times as large, and so far from the least of T.
+        const T q = round_to_step(magnitude * power_of_two<T>(m), lowest + (Step<T>(m) << m), x, draw);
+        return with_sign(q * power_of_two<T>(-m), x);
+      }
+    }
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Round, RoundStochasticWide>) {
+      // Exponents are T's own, so that a carry in the pattern is one in value. Of the draw, which has as many bits as are
+      // dropped or more, the lower ones decide nothing. What becomes of NaN here, the tail mends.
+      const Step<T> sum = bit_cast<Step<T>>(magnitude) + (draw >> (round_to_step.bits - dropped));
+      return tail.result(bit_cast<T>(sum & (~Step<T>(0) << dropped)), x);
+    }
+    const Step<T> binade = bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << m);
+    const Step<T> bounded = larger(binade, lowest);
+    // Below 2^-e = 2^-(bias - 1) comes 2^-bias, the largest subnormal power of two.
+    const auto rest = static_cast<Integer>((Step<T>(2 * Ieee<T>::bias) << m) - bounded);
+    const T inverse = bit_cast<T>(rest > (Integer(1) << (m - 1)) ? rest : Integer(1) << (m - 1));
+    return tail.result(round_to_step(magnitude * inverse, step, x, draw) * bit_cast<T>(bounded), x);
+  }
+};
+
+// ---- tables ---------------------------------------------------------------------------------------------
+
+// The numbers of a table, in ascending order.
+struct Table {
+  static constexpr int kMost = 256;
+  float at[kMost];
+  int size = 0;
+  int half = 0;  // the largest power of two below the size
+  int zero = 0;  // the number whose index counts as even where a tie is between two
+  float reach = 0;
+};
+
+template <class T>
+struct TableElement {
+  static constexpr bool keeps_nan = true;
+  const Table& table;
+
+  template <class Round>
+  SWALP_HD T round(T v, T x, uint32_t draw, const Round& round) const {
+    if (!(v == v)) return v;
+    if (v == T(0) && x != T(0)) v = with_sign(std::numeric_limits<T>::min(), x);  // a quotient that has underflowed
+    const T clamped = clamp(v, static_cast<T>(table.at[0]), static_cast<T>(table.at[table.size - 1]));
+    int below = 0;
+    for (int half = table.half; half > 0; half /= 2) {
+      const int at = below + half;
+      const bool beyond = (at < table.size - 1) & (static_cast<T>(table.at[at & (Table::kMost - 1)]) <= clamped);
+      below += half & -static_cast<int>(beyond);  // not a choice: compilers turn that into a branch, which is a guess
+    }
+    const T low = static_cast<T>(table.at[below]), high = static_cast<T>(table.at[below + 1]);
+    const bool up = goes_up(clamped, low, high, ((below - table.zero) & 1) != 0, x, draw, round);
+    const T q = static_cast<T>(table.at[below + static_cast<int>(up)]);
+    return q == T(0) ? with_sign(q, x) : q;
+  }
+
+ private:
+  template <class Round>
+  SWALP_HD static bool goes_up(T v, T low, T high, bool odd, T x, uint32_t draw, const Round& round) {
+    const bool negative = bit_cast<Step<T>>(x) >> (8 * sizeof(T) - 1) != 0;
+    if constexpr (Round::draws) {
+      const T resolution = power_of_two<T>(round.bits);
+      const T rest = std::fabs(v - (negative ? high : low)) / (high - low);
+      const bool away = std::rint(rest * resolution) + static_cast<T>(static_cast<int32_t>(draw)) >= resolution;
+      return away != negative;
+    } else {
+      if (v == high) return true;
+      const double at = v, middle = (static_cast<double>(low) + static_cast<double>(high)) / 2;
+      switch (round.rounding) {
+        case Rounding::Nearest:
+          return (at > middle) | ((at == middle) & odd);
+        case Rounding::NearestAway:
+          return (at > middle) | ((at == middle) & !negative);
+        case Rounding::NearestUp:
+          return at >= middle;
+        case Rounding::Down:
+          return false;
+        case Rounding::Up:
+          return v > low;
+        default:  // toward zero
+          return v > low && negative;
+      }
+    }
+  }
+};
+
+}  // namespace swalp_fx

@@ -1,0 +1,92 @@
+// Scales: what divides a value before it is rounded and multiplies it after, and how that follows from what a block
+// holds. Each mirrors a class of swalp_fx/formats/scale.py.
+#pragma once
+
+#include "portable.h"
+
+namespace swalp_fx {
+
+struct UnitScale {
+  template <class T>
+  SWALP_HD T divide(T x) const {
+    return x;
+  }
+  template <class T>
+  SWALP_HD T multiply(T q) const {
+    return q;
+  }
+};
+
+// 2^e for |e| up to 252, in two factors: 2^-e itself can lie beyond the numbers of float. Products are exact unless they
+// underflow, far below every step.
+template <class T>
+struct FarScale {
+  T down[2], up[2];
+  FarScale() = default;
+  SWALP_HD explicit FarScale(int e) {
+    const int half = e >> 1;
+    down[0] = power_of_two<T>(-half);
+    down[1] = power_of_two<T>(half - e);
+    up[0] = power_of_two<T>(half);
+    up[1] = power_of_two<T>(e - half);
+  }
+  SWALP_HD T divide(T x) const { return x * down[0] * down[1]; }
+  SWALP_HD T multiply(T q) const { return q * up[0] * up[1]; }
+};
+
+// Any positive number: the quotient and the product are rounded to nearest even.
+template <class T>
+struct RealScale {
+  T scale;
+  SWALP_HD T divide(T x) const { return x / scale; }
+  SWALP_HD T multiply(T q) const { return q * scale; }
+};
+
+// The exponent of a block's scale: floor(log2 maximum), or one more from some significand on, less that of the element's
+// largest number. A block with nothing finite but zeros takes the largest scale, under which zeros stay zero and
+// infinities saturate. `maximum` holds the bits of the block's largest finite magnitude: an exponent is read off them,
+// because a float32 log2 gives 3 for 2^3 (1 - 2^-24).
+struct SharedExponent {
+  int less = 0;
+  int smallest = 0, largest = 0;  // that can be stored
+  uint64_t carry = 0;             // in units of a double's last place: what, from that significand on, carries to the next exponent
+
+  template <class T>
+  SWALP_HD typename Ieee<T>::Bits carried(typename Ieee<T>::Bits maximum) const {
+    return maximum + static_cast<typename Ieee<T>::Bits>(carry >> (Ieee<double>::mantissa - Ieee<T>::mantissa));
+  }
+  template <class T>
+  SWALP_HD int of(typename Ieee<T>::Bits maximum) const {
+    const bool normal = maximum >> Ieee<T>::mantissa != 0;
+    // A subnormal in units of its last place is an integer, hence normal.
+    const auto bits = normal ? maximum : bit_cast<typename Ieee<T>::Bits>(static_cast<T>(maximum));
+    const int unit = normal ? 0 : 1 - Ieee<T>::bias - Ieee<T>::mantissa;
+    const int e = static_cast<int>(carried<T>(bits) >> Ieee<T>::mantissa) - Ieee<T>::bias + unit - less;
+    return maximum == 0 || e > largest ? largest : e < smallest ? smallest : e;
+  }
+  // The same where the maximum is normal and the exponent within its bounds.
+  template <class T>
+  SWALP_HD int of_normal(typename Ieee<T>::Bits maximum) const {
+    return static_cast<int>(carried<T>(maximum) >> Ieee<T>::mantissa) - Ieee<T>::bias - less;
+  }
+  template <class T>
+  SWALP_HD bool is_normal(typename Ieee<T>::Bits maximum) const {
+    const int e = of_normal<T>(maximum);
+    return (maximum >> Ieee<T>::mantissa != 0) & (e >= smallest) & (e <= largest);
+  }
+};
+
+// A float32 scale, kept finite and above zero.
+template <class T>
+SWALP_HD T real_scale(float scale, T element_max) {
+  constexpr float most = std::numeric_limits<float>::max();
+  return scale > 0.0f ? static_cast<T>(scale < most ? scale : most) : static_cast<T>(most) / element_max;
+}
+
+// The scale under which `maximum` becomes the largest of an element.
+template <class T>
+SWALP_HD T absmax_scale(typename Ieee<T>::Bits maximum, T element_max) {
+  return real_scale<T>(static_cast<float>(bit_cast<T>(maximum) / element_max), element_max);
+}
+
+}  // namespace swalp_fx
