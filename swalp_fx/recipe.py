@@ -237,6 +237,12 @@ class Recipe:
         rule = next((rule for rule in self.rules if rule.matches(named)), None)
         return self if rule is None else replace(self, **rule.formats())  # type: ignore[arg-type]
 
+    def of_tensor(self, rank: int, axis: int) -> Recipe:
+        """The recipe of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
+        formats = {role: format for role in _FORMATS if (format := getattr(self, role)) is not None}
+        fitting = {role: fits for role, format in formats.items() if (fits := format.of_tensor(rank, axis)) != format}
+        return replace(self, **fitting) if fitting else self
+
     def excludes(self, name: str) -> bool:
         return any(matches(pattern, self._named(name)) for pattern in self.exclude)
 

@@ -11,8 +11,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import UNPACK, ConvertError
 from ..formats import FLOAT
+from ..passes.fit import of_parameter
 from ..passes.names import parameter_subjects
-from ..recipe import Recipe
+from ..recipe import Recipe, Subject
 from .conversion import conversion_of
 
 __all__ = ["refuse_unfit"]
@@ -54,6 +55,7 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
         if isinstance(parameter, UninitializedParameter):
             raise ConvertError(f"cannot convert: parameter {name} has no shape yet; run the model on one batch first")
     subjects = parameter_subjects(model)
+    _refuse_misfits(model, recipe, subjects)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         _refuse_hooked(path, module)
@@ -63,6 +65,19 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
                 f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its forward, "
                 "where a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight in float"
             )
+
+
+def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[Subject, ...]]) -> None:
+    """Raises ConvertError for a parameter that has fewer axes than the block of a format of its."""
+    for name, parameter in model.named_parameters():
+        here = of_parameter(recipe, subjects[name], parameter.dim())
+        for letter, role in (("W", "weight"), ("G", "gradient"), ("M", "momentum")):
+            format = getattr(here, role)
+            if parameter.is_floating_point() and format.block.rank > parameter.dim() > 1:
+                raise ConvertError(
+                    f"parameter {name} has {parameter.dim()} dimensions, and {format} needs {format.block.rank}; "
+                    f"give it another format by a rule, such as Rule({name!r}, {letter}='float')"
+                )
 
 
 def _refuse_hooked(path: str, module: Any) -> None:

@@ -13,6 +13,7 @@ from .assign import assign
 from .captured import ARGUMENT, HOLDS, Scope
 from .classify import OUT, classify
 from .elide import elide
+from .fit import of_parameter
 from .insert import insert
 from .names import NAME, PART, originals, parameter_subjects
 from .reuse import reuse
@@ -57,6 +58,8 @@ def recipes_of_parameters(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]
 
     What a parametrization derives a weight from is no weight: the graph rounds what is derived, the step does not.
     """
-    recipes = {name: recipe.at(*subjects) for name, subjects in parameter_subjects(model).items()}
+    parameters = dict(model.named_parameters())
+    subjects = parameter_subjects(model)
+    recipes = {name: of_parameter(recipe, each, parameters[name].dim()) for name, each in subjects.items()}
     floats = dict.fromkeys(originals(model), FLOAT)
     return {name: replace(each, weight=floats.get(name, each.weight)) for name, each in recipes.items()}

@@ -13,6 +13,7 @@ from ..random import stream_of
 from ..recipe import Recipe, Subject
 from .captured import LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
+from .fit import contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
 from .tables import LAYER_PARTS
@@ -66,6 +67,7 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
         return fc
     """
     placed = _placed(graph, recipe, scope)
+    axes = contraction_axes(graph)
     for node in graph.nodes:
         weight = output = None
         if node.meta[PART] == "parameter":
@@ -73,9 +75,9 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
         elif node in placed:
             here = recipe.at(subject(node))
             if identity or here.activation != FLOAT or here.error != FLOAT:
-                formats = str(here.activation), str(here.error), recipe.rounding
+                activation, error = (fitted(each, node, axes[node]) for each in (here.activation, here.error))
                 returned = is_rounded_where_returned(recipe, scope) or _is_kept(node)
-                output = Output(_output_stream(node, scope), *formats, returned=returned)
+                output = Output(_output_stream(node, scope), activation, error, recipe.rounding, returned)
         if weight or output:
             node.meta[SITE] = Site(weight, output)
     return graph
@@ -101,7 +103,7 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         subjects = scope.parameters[name]
     else:  # rounded where a checkpoint is called, and read in it; or a weight is derived of it, which is rounded
         return None
-    format = recipe.at(*subjects).weight
+    format = of_parameter(recipe, subjects, 2 if value is None else value.dim()).weight
     return Weight(name, _free(scope, name), str(format), recipe.rounding) if identity or format != FLOAT else None
 
 

@@ -22,6 +22,7 @@ from .. import nodes
 from ..formats import FLOAT, Format, parse
 from ..recipe import Recipe, Subject
 from .captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
+from .fit import contraction_axes, fitted, of_parameter
 
 __all__ = ["VerifyError", "verify"]
 
@@ -193,6 +194,7 @@ class _Proof:
         self.model = _Model(captured)
         self.key = next(iter(graph.nodes)) if keyed else None
         self.old: dict[Node, Node] = {}  # node of the graph -> what it was
+        self.axes = contraction_axes(captured)
         self.returns_rounded = recipe.quantize_logits or not scope.returns
 
     def run(self) -> None:
@@ -256,7 +258,8 @@ class _Proof:
             return None
         if name not in self.scope.parameters:
             return None
-        here = self.recipe.at(*self.scope.parameters[name])
+        rank = 2 if value is None else value.dim()
+        here = of_parameter(self.recipe, self.scope.parameters[name], rank)
         return (str(here.weight), here.rounding) if self.identity or here.weight != FLOAT else None
 
     def _output_formats(self, node: Node, ends: set[Node]) -> tuple[str, ...] | None:
@@ -282,7 +285,10 @@ class _Proof:
             return None
         here = self.recipe.at(self.model.subject(node))
         is_float = here.activation == FLOAT == here.error and not self.identity
-        return None if is_float else (str(here.activation), str(here.error), here.rounding)
+        if is_float:
+            return None
+        activation, error = (fitted(each, node, self.axes[node]) for each in (here.activation, here.error))
+        return activation, error, here.rounding
 
     def _randomness(self) -> None:
         seen: dict[int, Node] = {}

@@ -1,0 +1,84 @@
+"""Formats on one tensor: a block along the contraction axis runs along the axis that the operation says.
+
+What an operation contracts is in one table, CONTRACTED; whatever computes no products has the axis of what it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..formats import Format
+from ..recipe import Recipe, Subject
+from .captured import LAYER
+from .operations import name_of
+from .tables import PARTS
+
+__all__ = ["contraction_axes", "fitted", "of_parameter"]
+
+LAST = -1
+# The start of an operation's name -> the contraction axis of its weight, and of what it reads and gives.
+CONTRACTED = {
+    "conv_transpose": (0, 1),
+    "ConvTranspose": (0, 1),
+    "conv": (1, 1),
+    "Conv": (1, 1),
+    "DeformConv": (1, 1),
+    "deform_conv": (1, 1),
+}
+OTHERWISE = (1, LAST)  # linear's: its weight is [outputs, inputs]
+_PRODUCTS = frozenset(PARTS["compute"].split())
+
+
+def _contracted(names: Iterable[str]) -> tuple[int, int] | None:
+    found = (axes for name in names for start, axes in CONTRACTED.items() if name.startswith(start))
+    return next(found, None)
+
+
+def of_parameter(recipe: Recipe, subjects: tuple[Subject, ...], rank: int) -> Recipe:
+    """The recipe of a parameter of ``rank`` axes, its rule applied, its blocks along its layer's contraction axis."""
+    names = (kind for _, kinds in subjects for kind in kinds)
+    axis, _ = _contracted(names) or OTHERWISE
+    return recipe.at(*subjects).of_tensor(rank, axis)
+
+
+def contraction_axes(graph: Graph) -> dict[Node, int]:
+    """The contraction axis of what each node gives. Of what a graph is given, it is that of its readers."""
+    axes: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            readers = (_of_operation(user) for user in node.users)
+            axes[node] = next((axis for axis in readers if axis is not None), LAST)
+            continue
+        own = _of_operation(node)
+        same_rank = (axes[source] for source in node.all_input_nodes if _rank(source) == _rank(node))
+        axes[node] = own if own is not None else next(same_rank, LAST)
+    return axes
+
+
+def _of_operation(node: Node) -> int | None:
+    """The axis that products of this node fix; None if it has none."""
+    names = [name_of(node)] if node.op.startswith("call") else []
+    if LAYER in node.meta:
+        names.append(node.meta[LAYER].kind.__name__)
+    if axes := _contracted(names):
+        return axes[1]
+    return LAST if _PRODUCTS.intersection(names) else None
+
+
+def _rank(node: Node) -> int | None:
+    """Axes of what ``node`` gives: of the first tensor, where it gives several."""
+    value = node.meta.get("example_value")
+    while isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()), None)
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def fitted(format: Format, node: Node, axis: int) -> str:
+    """The spec of what ``node`` gives, in ``format``."""
+    rank = _rank(node)
+    return str(format.of_tensor(2 if rank is None else rank, axis))

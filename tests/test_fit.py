@@ -1,0 +1,96 @@
+"""Blocks along the contraction axis: which axis that is, in graphs and in steps, and which parameters fit no block."""
+
+import copy
+
+import pytest
+import torch
+from graphs import rewritten
+from torch import nn
+
+import swalp_fx
+from swalp_fx import ConvertError, convert, quantize
+
+
+class Both(nn.Module):
+    """Convolutions and a linear layer, an activation behind each, and a reshape from four axes to two."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.up = nn.ConvTranspose2d(8, 6, 2)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.up(torch.relu(self.conv(x))))
+        return torch.relu(self.fc(x.flatten(2).mean(2)))
+
+
+X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+def formats_of(recipe, target):
+    """What each node of ``target`` rounds to, in order."""
+    graph = rewritten(Both(), f"{recipe} rounding=nearest in_place=false quantize_logits=true", X).graph
+    return [node.args[3:-1] for node in graph.nodes if node.target is target]
+
+
+@pytest.mark.parametrize(
+    "spec, due",
+    [
+        # conv, its bias, the transposed convolution, its bias, the linear layer, its bias
+        ("bfp8[c:4]", ["bfp8[1:4]", "bfp8", "bfp8[0:4]", "bfp8", "bfp8[1:4]", "bfp8"]),
+        ("e4m3[4x2]", ["e4m3[0:4,1:2]", "e4m3[]", "e4m3[1:4,0:2]", "e4m3[]", "e4m3[0:4,1:2]", "e4m3[]"]),
+        ("int8[0:2,1:2]", ["int8[0:2,1:2]", "int8", "int8[0:2,1:2]", "int8", "int8[0:2,1:2]", "int8"]),
+        ("bfp8[1:4]", ["bfp8[1:4]", "bfp8", "bfp8[1:4]", "bfp8", "bfp8[1:4]", "bfp8"]),
+        ("mxfp8[0]", ["mxfp8[0]"] * 6),
+    ],
+)
+def test_a_parameter_has_runs_along_what_its_layer_contracts(spec, due):
+    """And one that has fewer axes than the block is one block."""
+    assert sorted(formats_of(f"W={spec}", swalp_fx.quantize_weight)) == sorted((format,) for format in due)
+
+
+def test_an_output_has_runs_along_channels_where_convolutions_are_and_along_the_last_axis_elsewhere():
+    found = formats_of("A=bfp8[c:4] E=e4m3[1x4]", swalp_fx.quantize_output)
+    channels, last = ("bfp8[1:4]", "e4m3[0:1,1:4]"), ("bfp8[-1:4]", "e4m3[0:1,-1:4]")
+    assert found[:4] == [channels] * 4 and found[-2:] == [last] * 2
+
+
+@pytest.mark.parametrize("spec", ["bfp8[c:4]", "e4m3[4x2]"])
+def test_a_step_rounds_as_the_graph_does(spec):
+    torch.manual_seed(0)
+    model = Both()
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    lp, _ = convert(model, optimizer, f"W={spec} G={spec} M={spec} rounding=nearest")
+    lp(X).square().mean().backward()
+    optimizer.step()
+    axes = {"conv.weight": 1, "up.weight": 0, "fc.weight": 1}
+    for name, parameter in lp.named_parameters():
+        format = swalp_fx.parse(spec).of_tensor(parameter.dim(), axes.get(name, 1))
+        assert not torch.equal(parameter, before.get_parameter(name))
+        if spec.startswith("bfp"):
+            assert torch.equal(quantize(parameter, format), parameter)
+        else:
+            torch.testing.assert_close(quantize(parameter, format), parameter, rtol=2.0**-20, atol=0)
+
+
+def test_a_parameter_that_a_block_does_not_fit_is_named_before_anything_is_changed():
+    model = Both()
+    with pytest.raises(ConvertError, match=r"parameter fc.weight has 2 dimensions, and bfp8\[3\] needs 4") as error:
+        convert(model, None, "W=bfp8[3]")
+    assert "Rule('fc.weight', W='float')" in str(error.value)
+    assert torch.equal(model(X), model(X))
+    rule = swalp_fx.Rule("fc.weight", W="float")
+    convert(model, None, swalp_fx.Recipe.parse("W=bfp8[3]", rules=(rule,)))
+
+
+def test_by_hand_an_axis_has_to_be_named():
+    x = torch.randn(4, 8)
+    with pytest.raises(
+        swalp_fx.FormatError, match=r"\[c:4\] is along an axis that a tensor does not know; name it: \[-1:4\]"
+    ):
+        quantize(x, "bfp8[c:4]")
+    with pytest.raises(RuntimeError, match="the block has 2 axes, and x 1; use a tensor with more"):
+        quantize(x[0], "e4m3[4x2]")
+    assert torch.equal(quantize(x, "e4m3[4x2]"), quantize(x, "e4m3[0:4,1:2]"))
