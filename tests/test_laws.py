@@ -110,7 +110,7 @@ def test_idempotent(x, format, rounding, key):
 
 
 @law
-@hypothesis.given(tensors, POWER_OF_TWO_SCALE, roundings, keys, dtypes, st.integers(0, 2**40 - 1))
+@hypothesis.given(tensors, POWER_OF_TWO_SCALE | PRODUCTS, roundings, keys, dtypes, st.integers(0, 2**40 - 1))
 def test_subsets_are_kept(x, format, rounding, key, dtype, chosen):
     """Of a block, with zeros in place of the others, and alone."""
     hypothesis.assume(format.keeps_subsets)

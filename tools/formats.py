@@ -9,8 +9,7 @@ from tabulate import tabulate
 
 import swalp_fx
 from command import CommandLine, run, show
-from swalp_fx.formats import PRESETS, Format
-from swalp_fx.formats.block import WHOLE
+from swalp_fx.formats import PRESETS, WHOLE, Format
 
 HEADERS = (
     "name",

@@ -6,7 +6,7 @@ and ``PRESETS`` has them by the names that ``parse`` takes. docs/formats.md is t
 """
 
 from . import named
-from .block import Block, Channel, Rectangle, Runs, Slices
+from .block import ROWS, WHOLE, Block, Channel, Rectangle, Runs, Slices
 from .element import Codebook, Element, Float, Grid, Integer, posit
 from .errors import FormatError
 from .format import FLOAT, Format
@@ -18,6 +18,8 @@ from .scale import Absmax, Affine, PowerOfTwo, Scale, Static, TwoLevel
 __all__ = [
     "FLOAT",
     "PRESETS",
+    "ROWS",
+    "WHOLE",
     "Absmax",
     "Affine",
     "Block",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import require
 
-__all__ = ["WHOLE", "Block", "Channel", "Rectangle", "Runs", "Slices"]
+__all__ = ["ROWS", "WHOLE", "Block", "Channel", "Rectangle", "Runs", "Slices"]
 
 
 class Block:
@@ -58,6 +58,7 @@ class Slices(Block):
 
 
 WHOLE = Slices()  # the tensor
+ROWS = Slices((0,))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from .. import nodes
-from ..formats import FLOAT, parse
+from ..formats import FLOAT, ROWS, WHOLE, parse
 from .names import PART
 from .operations import SWITCHES, writes
 from .reuse import OVERWRITES, operation_of, sole_reader
@@ -81,8 +81,7 @@ def _rounds(node: Any, role: int, format: Any) -> bool:
 
 def _is_within_rows(format: Any) -> bool:
     """Whether what shares a scale has the same index of the first dimension, or is all of the tensor."""
-    blocks = parse(format)
-    return getattr(blocks, "tile", None) is None and getattr(blocks, "dims", None) in (None, (0,))
+    return parse(format).block in (WHOLE, ROWS)
 
 
 def _is_dilated(node: Node) -> bool:

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import nodes
-from ..formats import FLOAT, Format, parse
+from ..formats import FLOAT, Format, Slices, parse
 from ..recipe import Recipe, Subject
 from .captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
 from .fit import contraction_axes, fitted, of_parameter
@@ -413,7 +413,7 @@ def _selects(node: Node) -> bool:
 
 def _is_of_rows(format: Format) -> bool:
     """Whether what shares a scale has the same first index, or is the whole tensor."""
-    return getattr(format, "tile", None) is None and not any(getattr(format, "dims", None) or ())
+    return isinstance(format.block, Slices) and not any(format.block.dims)
 
 
 def _require(ok: bool, node: Node | None, complaint: str) -> None:
