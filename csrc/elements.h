@@ -62,7 +62,9 @@ struct IntegerElement {
     if constexpr (std::is_base_of_v<RoundNearest, Round>) {
       return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
     }
-    return with_sign(round_to_step(std::fabs(clamped), step, x, draw), x);
+    // A zero that x is clamped to is no quotient that has underflowed.
+    const T within = (v < lo) | (v > hi) ? clamped : x;
+    return with_sign(round_to_step(std::fabs(clamped), step, within, draw), x);
   }
 };
 
@@ -84,7 +86,7 @@ struct Saturates {
   SWALP_HD T result(T magnitude, T x) const { return with_sign(magnitude, x); }
 };
 
-// An infinity stays one, where the format has it.
+// An infinity stays one, but where it saturates.
 template <class T>
 struct KeepsInfinity {
   static constexpr bool keeps_nan = true, flushes = false;
@@ -92,7 +94,7 @@ struct KeepsInfinity {
   KeepsInfinity() = default;
   SWALP_HD KeepsInfinity(Beyond beyond, T largest, T)
       : max(largest),
-        of_x(beyond == Beyond::SaturateButInfinity ? std::numeric_limits<T>::max() : std::numeric_limits<T>::infinity()) {}
+        of_x(beyond != Beyond::Saturate ? std::numeric_limits<T>::max() : std::numeric_limits<T>::infinity()) {}
   template <class Round>
   SWALP_HD T most(const Round&, T) const {
     return max;

@@ -80,7 +80,8 @@ struct SharedExponent {
 template <class T>
 SWALP_HD T real_scale(float scale, T element_max) {
   constexpr float most = std::numeric_limits<float>::max();
-  return scale > 0.0f ? static_cast<T>(scale < most ? scale : most) : static_cast<T>(most) / element_max;
+  if (scale > 0.0f) return static_cast<T>(scale < most ? scale : most);
+  return static_cast<T>(most) / (element_max > T(1) ? element_max : T(1));
 }
 
 // The scale under which `maximum` becomes the largest of an element.

@@ -254,7 +254,7 @@ _SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
 def _real_scale(maximum: Tensor, largest: float) -> Tensor:
     """maximum / largest in float32, but finite, and as large as can be where nothing sets it."""
     scale = (maximum / largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
-    return torch.where(scale > 0, scale, torch.tensor(FLOAT32_MAX, dtype=maximum.dtype) / largest)
+    return torch.where(scale > 0, scale, torch.tensor(FLOAT32_MAX, dtype=maximum.dtype) / max(largest, 1.0))
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -373,7 +373,7 @@ def _on_table(y: Tensor, x: Tensor, element: Codebook, how: _How) -> Tensor:
     """
     table = torch.tensor(element.values, dtype=y.dtype)
     clamped = y.clamp(element.min, element.max).nan_to_num()
-    index = torch.searchsorted(table, clamped, right=True).clamp(1, len(table) - 1) - 1
+    index = torch.searchsorted(table, clamped.contiguous(), right=True).clamp(1, len(table) - 1) - 1
     low, high = table[index], table[index + 1]
     negative = torch.signbit(x)
     if how.name == "stochastic":

@@ -17,6 +17,7 @@ from strategies import (
     EVERY_FORMAT,
     FIXED,
     FLOATS,
+    GRIDS_ON_POWERS_OF_TWO,
     MICROSCALING,
     NVFP4,
     POWER_OF_TWO_SCALE,
@@ -27,7 +28,7 @@ from strategies import (
 from tables import ALL_ROUNDINGS, assert_same_bits
 
 from swalp_fx import FLOAT, parse, quantize, reference
-from swalp_fx.formats import Integer, Slices
+from swalp_fx.formats import Integer, Runs, Slices
 from swalp_fx.recipe import ROUNDINGS
 
 # Examples follow from each test's name, so that a failure repeats on any machine.
@@ -49,6 +50,9 @@ tensors = st.one_of(
     st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=40),
     st.lists(st.integers(-64, 64).map(lambda i: i / 16), min_size=1, max_size=40),
 ).map(torch.tensor)
+with_infinities = st.tuples(tensors, st.integers(0, 9)).map(
+    lambda drawn: torch.cat([drawn[0], torch.tensor([math.inf, -math.inf, math.nan, -0.0, 0.0])[: drawn[1]]])
+)
 # A real scale must not underflow: of these, no maximum does after all divisions.
 moderate = tensors.map(lambda x: torch.where(x.abs() < 2.0**-100, 0.0, x.clamp(-(2.0**100), 2.0**100)))
 
@@ -71,8 +75,8 @@ def test_a_result_is_one_of_two_neighbours(example, rounding, key):
     assert (below <= above).all()
 
 
-@law
-@hypothesis.given(tensors, PRODUCTS, st.sampled_from(ALL_ROUNDINGS), keys, dtypes)
+@hypothesis.settings(law, max_examples=1000)
+@hypothesis.given(with_infinities, PRODUCTS, st.sampled_from(ALL_ROUNDINGS), keys, dtypes)
 def test_the_op_follows_the_oracle(x, format, rounding, key, dtype):
     x = x.to(dtype)
     format = fitting(format, x.shape)
@@ -110,7 +114,9 @@ def test_idempotent(x, format, rounding, key):
 
 
 @law
-@hypothesis.given(tensors, POWER_OF_TWO_SCALE | PRODUCTS, roundings, keys, dtypes, st.integers(0, 2**40 - 1))
+@hypothesis.given(
+    tensors, POWER_OF_TWO_SCALE | GRIDS_ON_POWERS_OF_TWO, roundings, keys, dtypes, st.integers(0, 2**40 - 1)
+)
 def test_subsets_are_kept(x, format, rounding, key, dtype, chosen):
     """Of a block, with zeros in place of the others, and alone."""
     hypothesis.assume(format.keeps_subsets)
@@ -244,6 +250,25 @@ def test_layout_is_no_matter(rows, columns, seed, format, rounding, key):
     expanded = x[:, :1].expand(rows, columns)
     due = quantize(expanded.contiguous(), format, rounding, key=key)
     assert_same_bits(quantize(expanded, format, rounding, key=key), due)
+
+
+@law
+@hypothesis.given(
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(0, 2**32),
+    PRODUCTS.filter(lambda format: format.scale_bits),
+    roundings,
+    keys,
+)
+def test_rectangles_follow_the_oracle_in_any_layout(shape, size, seed, format, rounding, key):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.exp2(12 * torch.randn(shape[0], 1, generator=generator))
+    x.view(-1)[::11], x.view(-1)[3::17], x.view(-1)[::7] = math.inf, math.nan, 0.0
+    format = dataclasses.replace(format, block=Runs(((0, size[0]), (1, size[1]))))
+    due = reference.quantize(x, format, rounding, key=key)
+    assert_same_bits(quantize(x, format, rounding, key=key), due, x)
+    assert_same_bits(quantize(x.t().contiguous().t(), format, rounding, key=key), due, x)
 
 
 @law

@@ -105,14 +105,19 @@ class Format:
         have become zero: what is left of a block is on the grid of its own scale.
 
         A smaller maximum has a smaller power of two for its scale, and so a finer grid. It reaches as far as that
-        maximum if the rule says so, or if the highest binade has every significand: that of E4M3 ends at 1.75.
+        maximum if the rule sees to it, or if the highest binade has every significand: that of E4M3 ends at 1.75. Under
+        "ceil" an infinity saturates to a number whose own scale is larger. What a half type stores may lie beside a
+        number of a codebook, and beyond the largest, where that does not saturate.
         """
+        if self.overflow != "saturate" or isinstance(self.element, Codebook):
+            return False
         if self.scale is None:
             return True
-        if not isinstance(self.scale, PowerOfTwo) or isinstance(self.element, Codebook):
+        if not isinstance(self.scale, PowerOfTwo):
             return False
-        reaches = self.scale.rule in ("ceil", "rceil") and self.min == -self.max
-        return reaches or self.element.fills_top_binade
+        if self.scale.rule == "rceil":
+            return self.min == -self.max
+        return self.scale.rule != "ceil" and self.element.fills_top_binade
 
 
 def _lone_block(f: Format) -> str | None:
