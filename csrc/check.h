@@ -194,7 +194,8 @@ struct Call {
       : x(std::move(input)),
         format(f),
         drawing(checked_drawing(x, rounding, bits, key, stream)),
-        blocks(blocks_of(kOp, x, dims, sizes)),
+        // What shares nothing has no blocks, whatever dims say.
+        blocks(f.shared() == Shared::Nothing ? Blocks(x.dim(), Blocks::kSpanned) : blocks_of(kOp, x, dims, sizes)),
         cover(make_cover(x, blocks, most_gaps<Device>())),
         dense(cover.dense) {
     if (dense || !cover.layouts.empty()) return;
