@@ -470,3 +470,18 @@ def test_refusals_of_values(build, message):
 
 def test_format_errors_are_value_errors():
     assert issubclass(FormatError, ValueError)
+
+
+def test_a_new_name_is_the_line_that_the_page_shows():
+    """The first change of CONTRIBUTING.md, made to a copy of formats/named.py."""
+    page = Path(__file__).parent.parent.joinpath("CONTRIBUTING.md").read_text()
+    removed, imported, _, before, line = page.split("```diff\n")[1].split("```")[0].splitlines()
+    source = Path(named.__file__).read_text()
+    for old, new in ((removed[1:], imported[1:]), (before[1:], f"{before[1:]}\n{line[1:]}")):
+        assert source.count(f"{old}\n") == 1
+        source = source.replace(f"{old}\n", f"{new}\n")
+    changed = {"__name__": named.__name__, "__package__": named.__package__}
+    exec(source, changed)
+    new = changed["PRESETS"]["mxfp8_2d"]
+    assert str(new) == "mxfp8[32x32]" and parse(str(new)) == new
+    assert '`parse("mxfp8_2d")`' in page and "`mxfp8[32x32]`" in page

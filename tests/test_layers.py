@@ -39,7 +39,7 @@ NEVER = [
     ("passes", "optimizer"),
 ]
 # The proof reads what the capture has written. What the passes write it does not.
-PROOF = {"formats", "nodes", "recipe", "passes.captured"}
+PROOF = {"formats", "nodes", "recipe", "passes.captured", "passes.fit"}  # fit: which axis a product contracts
 OUTSIDE = {"torch", "tabulate", *sys.stdlib_module_names}
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -282,7 +282,7 @@ class TestReport:
             (["resnet81"], "unknown model 'resnet81'; use resnet18"),
             ([""], "unknown model ''; use convnet"),
             (["convnet", "--recipe", "bfp"], "'bfp'"),
-            (["convnet", "--recipe", "bfp8[5]"], "recipe 'bfp8[5]' does not fit the model: block dimension 5"),
+            (["convnet", "--recipe", "bfp8[5]"], "parameter 0.weight has 4 dimensions, and bfp8[5] needs 6; give it"),
             (["convnet", "--recipe", "bfp8[0] A=bfp8[3]"], "does not exist in a tensor of 2 dimensions; use -2 to 1"),
             (["convnet", "--num-classes", "0"], "--num-classes: '0' is not a whole number of 1 or more"),
             (["convnet", "--channels", "0"], "--channels: '0' is not a whole number of 1 or more"),
