@@ -6,7 +6,7 @@
 
 namespace swalp_fx {
 
-// The codes are those of ROUNDINGS in swalp_fx/recipe.py.
+// The codes are those of ROUNDINGS in swalp_fx/recipe/rounding.py.
 enum class Rounding : int { Nearest, Stochastic, TowardZero, Down, Up, NearestAway, NearestUp };
 constexpr int kRoundings = 7;
 

@@ -1,0 +1,30 @@
+"""A recipe: one format for each role of Algorithm 2, how to round to them, where, and with which exceptions.
+
+roles        the letters of the paper's Algorithm 2
+rounding     the roundings by name
+patterns     what a rule, an include or an exclude names in a model
+rule         an exception
+recipe       all of them, as one frozen value
+text         its text
+"""
+
+from .errors import RecipeError
+from .patterns import Subject, matches
+from .recipe import PLACEMENTS, Recipe
+from .roles import LETTERS, ROLES
+from .rounding import RANDOM_BITS, ROUNDINGS, parse_rounding
+from .rule import Rule
+
+__all__ = [
+    "LETTERS",
+    "PLACEMENTS",
+    "RANDOM_BITS",
+    "ROLES",
+    "ROUNDINGS",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "Subject",
+    "matches",
+    "parse_rounding",
+]

@@ -1,0 +1,9 @@
+"""What is raised where a recipe is wrong."""
+
+from __future__ import annotations
+
+__all__ = ["RecipeError"]
+
+
+class RecipeError(ValueError):
+    """A recipe that names a role, a rounding, a layer or a value that does not exist."""

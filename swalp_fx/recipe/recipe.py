@@ -1,0 +1,181 @@
+"""The recipe itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from ..formats import FLOAT, Format, parse
+from ..nearest import did_you_mean
+from .errors import RecipeError
+from .patterns import Subject, around, matches, unmatched
+from .roles import ROLES, once
+from .rounding import parse_rounding
+from .rule import Rule
+from .text import read
+
+__all__ = ["PLACEMENTS", "Recipe"]
+
+_FORMATS = (*ROLES.values(), "accumulator", "average")
+# Which layer outputs are rounded; passes/assign.py has the rule of each.
+PLACEMENTS = ("every", "compute", "compute+activation", "group")
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """Which format each role is kept in, and where. Fields of formats take specs too, and go by their letters.
+
+    ``Recipe.parse(str(recipe)) == recipe`` for every recipe without rules, so it fits in a log line or a checkpoint.
+    Rules are printed, and have no text that parse reads.
+    """
+
+    weight: Format = FLOAT
+    activation: Format = FLOAT
+    error: Format = FLOAT
+    gradient: Format = FLOAT
+    momentum: Format = FLOAT
+    accumulator: Format | None = None  # what the optimizer steps on; None: the weights themselves
+    average: Format = FLOAT  # of the averaged weights, Q_SWA in the paper's section 5.1
+    average_rounding: str = "nearest"  # how each update of it is rounded; to nearest it stalls, see averaging.Average
+    rounding: str = "stochastic"
+    placement: str = "every"  # which layer outputs are rounded
+    include: tuple[str, ...] = ()  # globs: layer outputs rounded though the placement leaves them out
+    exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
+    quantize_input: bool = False
+    quantize_logits: bool = False  # what the model returns
+    # Round where a number already lies, if nothing else reads it there, and not at all if it is known to be rounded:
+    # the same numbers, sooner.
+    in_place: bool = True
+    rules: tuple[Rule, ...] = ()  # in order: the first that matches wins
+    _path: ClassVar[str] = ""  # see ``within``
+
+    def __init__(self, **values: Any) -> None:
+        given = once(values.items(), "a recipe", FIELDS)
+        for field in fields(self):
+            object.__setattr__(self, field.name, given.get(field.name, field.default))
+        self._refuse_unfit()
+
+    def _refuse_unfit(self) -> None:
+        for role in _FORMATS:
+            value = getattr(self, role)
+            if value is not None or role != "accumulator":
+                object.__setattr__(self, role, parse(value))
+        parse_rounding(self.rounding)
+        parse_rounding(self.average_rounding)
+        if self.placement not in PLACEMENTS:
+            remedy = did_you_mean(str(self.placement), PLACEMENTS, f"use one of {', '.join(PLACEMENTS)}")
+            raise RecipeError(f"unknown placement {self.placement!r}; {remedy}")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        for name in ("quantize_input", "quantize_logits", "in_place"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}")
+        if isinstance(self.rules, Rule) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise RecipeError(f"rules must be a tuple of Rule, not {self.rules!r}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    @classmethod
+    def parse(cls, text: str | Recipe, **changes: Any) -> Recipe:
+        """The recipe that ``text`` names: a spec for all of W A E G M, then exceptions; ``changes`` come last.
+
+        ``"bfp8[0]"``, ``"bfp8[0] M=float"``, ``"W=e4m3 A=e4m3 E=e5m2 rounding=nearest"``,
+        ``"bfp8[0] placement=compute+activation exclude=relu,*.shortcut quantize_input=true"``.
+        """
+        if not isinstance(text, str | Recipe):
+            remedy = f"; use {str(text)!r}" if isinstance(text, Format) else ""
+            raise RecipeError(f"a recipe must be a string or a Recipe, not {type(text).__name__} {text!r}{remedy}")
+        values = {} if isinstance(text, Recipe) else read(text, FIELDS)
+        values |= once(changes.items(), f"recipe {str(text)!r}", FIELDS)
+        if isinstance(text, str) and not any(role in values for role in _FORMATS):
+            raise RecipeError(f"recipe {text!r} names no format; put one first: {f'bfp8[0] {text.strip()}'!r}")
+        if isinstance(text, Recipe):
+            return replace(text, **values) if values else text
+        return cls(**values)
+
+    def within(self, path: str) -> Recipe:
+        """The same recipe for what was named ``path`` in a model: patterns see the names that its layers had there."""
+        new = replace(self)
+        object.__setattr__(new, "_path", self._named(path))
+        return new
+
+    @property
+    def is_within(self) -> bool:
+        return bool(self._path)
+
+    def _named(self, name: str) -> str:
+        return f"{self._path}.{name}" if self._path else name
+
+    def at(self, *subjects: Subject) -> Recipe:
+        """The recipe of one layer's output or one parameter, its rule applied."""
+        named = [(self._named(name), kinds) for name, kinds in subjects]
+        rule = next((rule for rule in self.rules if rule.matches(named)), None)
+        return self if rule is None else replace(self, **rule.formats())  # type: ignore[arg-type]
+
+    def of_tensor(self, rank: int, axis: int) -> Recipe:
+        """The recipe of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
+        formats = {role: format for role in _FORMATS if (format := getattr(self, role)) is not None}
+        fitting = {role: fits for role, format in formats.items() if (fits := format.of_tensor(rank, axis)) != format}
+        return replace(self, **fitting) if fitting else self
+
+    def excludes(self, name: str) -> bool:
+        return any(matches(pattern, self._named(name)) for pattern in self.exclude)
+
+    def includes(self, name: str) -> bool:
+        return any(matches(pattern, self._named(name)) for pattern in self.include)
+
+    def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
+        """(pattern, what to raise) of each rule, include and exclude that matches none of ``subjects``.
+
+        Raises RecipeError for a rule that means single calls of a layer, and sets what all its calls share.
+        """
+        names = {each: None for name, _ in subjects for each in around(name)}
+        for rule in self.rules:
+            if not rule.matches(subjects):
+                kinds = sorted({kind for _, each in subjects for kind in each})
+                by_name = any(matches(rule.match, name) for name, _ in subjects)
+                what = f"kind={rule.kind!r} of rule {rule.match!r}" if by_name else f"rule {rule.match!r}"
+                error = unmatched(what, rule.kind or "" if by_name else rule.match, kinds if by_name else names)
+                yield rule.kind or "" if by_name else rule.match, error
+            rule.refuse_shared(subjects)
+        for field in ("include", "exclude"):
+            for pattern in getattr(self, field):
+                if not any(matches(pattern, name) for name, _ in subjects):
+                    yield pattern, unmatched(f"{field} {pattern!r}", pattern, names)
+
+    def __str__(self) -> str:
+        rules = [f"rules=[{'; '.join(map(str, self.rules))}]"] if self.rules else []
+        return " ".join([self._text(), *rules])
+
+    def __repr__(self) -> str:
+        rules = f", rules={self.rules!r}" if self.rules else ""
+        return f"Recipe.parse({self._text()!r}{rules})"
+
+    def _text(self) -> str:
+        """What parse reads: all but the rules."""
+        words = [f"{letter}={getattr(self, role)}" for letter, role in ROLES.items()]
+        formats = {getattr(self, role) for role in ROLES.values()}
+        if len(formats) == 1:
+            words = [str(formats.pop())]
+        default = {field.name: field.default for field in fields(self)}
+        for name in ("accumulator", "average", "average_rounding", "rounding", "placement"):
+            if getattr(self, name) != default[name]:
+                words.append(f"{name}={getattr(self, name)}")
+        words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]
+        words += [f"{name}=true" for name in ("quantize_input", "quantize_logits") if getattr(self, name)]
+        words += [] if self.in_place else ["in_place=false"]
+        return " ".join(words)
+
+
+FIELDS = tuple(field.name for field in fields(Recipe))
+
+
+def _globs(field: str, globs: Any) -> tuple[str, ...]:
+    if isinstance(globs, str) or not all(isinstance(each, str) for each in globs):
+        raise RecipeError(f"{field} must be a tuple of globs, such as ('layer1.*',), not {globs!r}")
+    for each in globs:
+        # These separate words and globs in a recipe's text; no module's name holds them.
+        if not each or re.search(r"[\s;,]", each):
+            raise RecipeError(f"{field}: {each!r} is no glob of a qualified name")
+    return tuple(globs)
