@@ -16,7 +16,7 @@ from .measure import Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
 from .optimizer import SWALP
-from .recipe import Recipe, RecipeError, Rule
+from .recipe import Quantizer, Recipe, RecipeError, Rule
 from .report import report
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Graphs",
     "Measures",
     "NotRewritten",
+    "Quantizer",
     "Recipe",
     "RecipeError",
     "Rewritten",

@@ -27,7 +27,7 @@ from .formats import FLOAT
 from .graphs import conversion_in, inlined, is_quantizer
 from .ops import quantize
 from .passes.names import place
-from .recipe import LETTERS
+from .recipe import LETTERS, Quantizer
 from .table import table
 
 __all__ = ["Measures", "Rounded", "measure"]
@@ -242,7 +242,8 @@ class _Watch:
             roles = "W" if node.target is nodes.quantize_weight else "AE"
             for role, spec in zip(roles, node.args[3:], strict=False):  # behind the formats stands how to round
                 if spec != str(FLOAT):
-                    self.measures.setdefault((place(node.args[0]), role), Rounded(str(spec)))
+                    format = str(Quantizer.parse(spec).format)
+                    self.measures.setdefault((place(node.args[0]), role), Rounded(format))
 
     def count(self, node: Node, role: str, x: Tensor, q: Tensor) -> None:
         rounded = self.measures.get((place(node.args[0]), role))  # type: ignore[arg-type]
@@ -274,11 +275,11 @@ class _Run(Interpreter):
         return result
 
     def _count_error(self, n: Node, key: Tensor | None, stream: int, spec: str, rounding: str) -> Callable[..., None]:
-        rounding = nodes.rounding_under(key, rounding)
+        format, rounding = nodes.how(spec, rounding, key)
 
         def hook(error: Tensor) -> None:
             # What the node's backward is about to do, with its very random bits.
-            self.watch.count(n, "E", error, quantize(error, spec, rounding, key=key, stream=stream))
+            self.watch.count(n, "E", error, quantize(error, format, rounding, key=key, stream=stream))
 
         return hook
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import random
 from .ops import has_tangents, is_transformed, keeps, quantize, round_, rounded
+from .recipe import split
 
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
 
@@ -36,9 +37,11 @@ def _public(function: _Function) -> _Function:
     return function
 
 
-def rounding_under(key: Tensor | None, rounding: str) -> str:
-    """``rounding``, but to nearest where it wants a key and there is none."""
-    return "nearest" if key is None and rounding.startswith("stochastic") else rounding
+def how(quantizer: str, rounding: str, key: Tensor | None) -> tuple[str, str]:
+    """(format, rounding) of a quantizer's text: its own rounding, or else ``rounding``; but to nearest where that wants
+    a key and there is none."""
+    format, rounding = split(quantizer, rounding)
+    return format, "nearest" if key is None and rounding.startswith("stochastic") else rounding
 
 
 class _QuantizeWeight(Function):
@@ -68,13 +71,14 @@ class _QuantizeOutput(Function):
         key: Tensor | None,
         stream: int,
         activation: str,
-        error: str,
         rounding: str,
+        error: str,
+        error_rounding: str,
         in_place: str,
         kept: str,
     ) -> Tensor:
         ctx.materialize_grads = False
-        ctx.how = ("float" if "E" in kept else error, rounding, key, stream | ERROR_STREAM)
+        ctx.how = ("float" if "E" in kept else error, error_rounding, key, stream | ERROR_STREAM)
         ctx.in_place = "E" in in_place
         if "A" in kept:
             return x.detach()
@@ -86,7 +90,7 @@ class _QuantizeOutput(Function):
     @staticmethod
     def backward(ctx: Any, error: Tensor | None) -> tuple[Tensor | None, ...]:
         if error is None:
-            return (None,) * 8
+            return (None,) * 9
         if torch.is_grad_enabled() or has_tangents():  # a derivative of the gradient is wanted too
             spec, rounding, key, stream = ctx.how
             error = quantize(error, spec, rounding, key=key, stream=stream)
@@ -94,7 +98,7 @@ class _QuantizeOutput(Function):
             error = round_(error, *ctx.how)
         elif ctx.how[0] != "float":
             error = rounded(error, *ctx.how)
-        return error, None, None, None, None, None, None, None
+        return error, None, None, None, None, None, None, None, None
 
 
 class _QuantizeOutputApart(Function):
@@ -106,12 +110,14 @@ class _QuantizeOutputApart(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, key: Tensor | None, stream: int, activation: str, error: str, rounding: str) -> Tensor:
+    def forward(
+        x: Tensor, key: Tensor | None, stream: int, activation: str, rounding: str, error: str, error_rounding: str
+    ) -> Tensor:
         return quantize(x, activation, rounding, key=key, stream=stream)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, ctx.stream, _, ctx.error, ctx.rounding = inputs
+        _, key, ctx.stream, _, _, ctx.error, ctx.rounding = inputs
         ctx.materialize_grads = False
         ctx.save_for_backward(key)
 
@@ -120,7 +126,7 @@ class _QuantizeOutputApart(Function):
         if error is not None:
             (key,) = ctx.saved_tensors
             error = quantize(error, ctx.error, ctx.rounding, key=key, stream=ctx.stream | ERROR_STREAM)
-        return error, None, None, None, None, None
+        return error, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -148,28 +154,29 @@ def draw_key(training: bool) -> Tensor | None:
 
 @_public
 def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rounding: str) -> Tensor:
-    """Q_W(x): x itself if rounding is known to keep it, as it keeps what a step has rounded; else a new tensor.
+    """Q_W(x) for the text of a quantizer; ``rounding`` is that of one without.
 
+    It is x itself if rounding is known to keep it, as it keeps what a step has rounded; else a new tensor.
     Under a tracer it is always a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it
     is whole. Like the parameter itself, the result requires its gradient in whatever mode it is made: it may be first
     read in a no_grad block, and again outside of it.
     """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
+    format, rounding = how(weight, rounding, key)
     # A copy's memory, page faults and random words cost a forward more than reading the weight.
-    if keeps(x, weight):
+    if keeps(x, format):
         return x
-    rounding = rounding_under(key, rounding)
     if torch.is_grad_enabled():
-        return _straight_through(x, weight, rounding, key, stream)
+        return _straight_through(x, format, rounding, key, stream)
     with torch.inference_mode(False):  # which enables gradients
-        return _straight_through(x, weight, rounding, key, stream)
+        return _straight_through(x, format, rounding, key, stream)
 
 
-def _straight_through(x: Tensor, weight: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
+def _straight_through(x: Tensor, format: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
     if is_transformed():
-        return quantize(x, weight, rounding, key=key, stream=stream)
-    return _QuantizeWeight.apply(x, weight, rounding, key, stream)
+        return quantize(x, format, rounding, key=key, stream=stream)
+    return _QuantizeWeight.apply(x, format, rounding, key, stream)
 
 
 @_public
@@ -183,7 +190,8 @@ def quantize_output(
     in_place: str = "",
     kept: str = "",
 ) -> Any:
-    """Q_A(x) forward and Q_E of the error signal backward.
+    """Q_A(x) forward and Q_E of the error signal backward, for the texts of two quantizers; ``rounding`` is that of one
+    without.
 
     ``x`` is a layer's output: a tensor, or any nest of tensors, each then under a stream of its own. Without letters in
     what follows, a floating tensor gives a new one, never itself or a view; anything else (indices, sizes, None) passes
@@ -198,16 +206,16 @@ def quantize_output(
     if has_torch_function((x, key)):
         arguments = (x, key, stream, activation, error, rounding)
         return handle_torch_function(quantize_output, (x, key), *arguments, in_place=in_place, kept=kept)
-    how = activation, error, rounding_under(key, rounding)
+    roles = *how(activation, rounding, key), *how(error, rounding, key)
     if isinstance(x, Tensor):
         if x.requires_grad and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             with torch.enable_grad():  # x was written into, in a no_grad block, and has a gradient all the same
-                return _quantized(x, key, stream, *how, in_place, kept)
-        return _quantized(x, key, stream, *how, in_place, kept)
+                return _quantized(x, key, stream, *roles, in_place, kept)
+        return _quantized(x, key, stream, *roles, in_place, kept)
     leaves, structure = pytree.tree_flatten(x)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            leaves[i] = _quantized(leaf, key, stream + i * TENSOR_STREAM, *how, "", "")
+            leaves[i] = _quantized(leaf, key, stream + i * TENSOR_STREAM, *roles, "", "")
     return pytree.tree_unflatten(leaves, structure)
 
 
@@ -216,22 +224,23 @@ def _quantized(
     key: Tensor | None,
     stream: int,
     activation: str,
-    error: str,
     rounding: str,
+    error: str,
+    error_rounding: str,
     in_place: str,
     kept: str,
 ) -> Tensor:
     if not x.is_floating_point():
         return x
     if is_transformed():
-        return _QuantizeOutputApart.apply(x, key, stream, activation, error, rounding)
+        return _QuantizeOutputApart.apply(x, key, stream, activation, rounding, error, error_rounding)
     if (in_place or kept) and torch.compiler.is_compiling():
         in_place = kept = ""
     if "E" in kept and ("A" in kept or "A" in in_place) and not x._is_view():  # nothing for autograd to see
         if "A" not in kept:
             round_(x.detach(), activation, rounding, key, stream)
         return x
-    return _QuantizeOutput.apply(x, key, stream, activation, error, rounding, in_place, kept)
+    return _QuantizeOutput.apply(x, key, stream, activation, rounding, error, error_rounding, in_place, kept)
 
 
 @_public

@@ -33,7 +33,7 @@ from .formats import FLOAT, Format
 from .moments import ends_in
 from .ops import quantize_foreach_
 from .random import fold_in, is_captured
-from .recipe import Recipe
+from .recipe import Quantizer, Recipe
 from .sgd import in_one_pass
 from .warn import warn
 
@@ -95,7 +95,8 @@ class SWALP:
         self._local = local if callable(local) else functools.partial(dict, local)
         self._accumulators: dict[str, Tensor] = {}
         self._read_model()
-        self._average = Average(recipe.average, recipe.average_rounding)
+        average = recipe.resolved().average
+        self._average = Average(average.format, average.rounding or "nearest")
         self._seed = torch.initial_seed()
         self._steps = 0
         self._optimizer: Optimizer | None = None
@@ -119,7 +120,7 @@ class SWALP:
                 self._accumulators.pop(name, None)
         self._names = list(self._parameters)
         local = self._local()
-        recipes = [local.get(name, self.recipe) for name in self._names]
+        recipes = [local.get(name, self.recipe).resolved() for name in self._names]
         # One object for all that are equal, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
         self._streams = [_streams(index) for index in range(len(self._names))]
@@ -201,12 +202,13 @@ class SWALP:
         pairs = [
             (group, self._index[p]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
-        ending = [i for group, i in pairs if ends_in(optimizer, group, self._recipes[i].momentum)]
+        ending = [i for group, i in pairs if ends_in(optimizer, group, self._recipes[i].momentum.format)]
         if ending:
+            format = self._recipes[ending[0]].momentum.format
             others = f"and {len(ending) - 1} more " if len(ending) > 1 else ""
             warn(
                 f"{type(optimizer).__name__} divides one moment by another, and may diverge with the momentum of "
-                f"{self._names[ending[0]]!r} {others}in {self._recipes[ending[0]].momentum}; keep it in float: M=float"
+                f"{self._names[ending[0]]!r} {others}in {format}; keep it in float: M=float"
             )
 
     def detach(self) -> None:
@@ -393,7 +395,7 @@ class SWALP:
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
-            if recipe.gradient == FLOAT and recipe.momentum == FLOAT:  # SGD's momentum buffer is as sparse
+            if not (recipe.gradient.rounds or recipe.momentum.rounds):  # SGD's momentum buffer is as sparse
                 continue
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(
@@ -437,17 +439,17 @@ class SWALP:
     def _round(self, role: str, tensors: Iterable[tuple[int, int, Tensor]], step: _Step) -> None:
         """Round ``tensors``, each (upper half of its stream, index of its parameter, tensor), to the role's formats.
 
-        One call for each format and rounding, because a small tensor's rounding takes less time than the call.
+        One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
-        calls: defaultdict[tuple[Format, str], tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
+        calls: defaultdict[Quantizer, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
         for half, index, tensor in tensors:
-            recipe = self._recipes[index]
-            if (format := getattr(recipe, role)) != FLOAT:
-                xs, streams = calls[format, recipe.rounding]
+            quantizer: Quantizer = getattr(self._recipes[index], role)
+            if quantizer.rounds:
+                xs, streams = calls[quantizer]
                 xs.append(tensor)
                 streams.append(half << 32 | index)
-        for (format, rounding), (xs, streams) in calls.items():
-            quantize_foreach_(xs, format, rounding, key=step.key, streams=streams)
+        for quantizer, (xs, streams) in calls.items():
+            quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _accumulator(self, index: int, parameter: nn.Parameter) -> Tensor:
         """The parameter's accumulator, on its device; at first a copy of the parameter."""
@@ -512,8 +514,8 @@ def _attached_to(optimizer: Optimizer) -> SWALP | None:
 
 def _steps_low(recipe: Recipe) -> bool:
     """Whether a step in ``recipe`` rounds anything."""
-    formats = (recipe.weight, recipe.gradient, recipe.momentum, recipe.accumulator)
-    return any(format not in (FLOAT, None) for format in formats)
+    quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.accumulator)
+    return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
 
 
 def _is_running(frame: FrameType) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .audit import Audit, audited
 from .capture import Conversion
 from .capture.methods import set_on
-from .formats import FLOAT, parse
+from .formats import FLOAT
 from .graphs import conversion_in, inlined
 from .passes.names import PART, place
-from .recipe import ROLES
+from .recipe import ROLES, Quantizer
 from .rows import DERIVED, Row, operation_of, rows
 from .table import WIDTH, folded_rows, listed, paragraph, table
 
@@ -89,9 +89,14 @@ def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> It
         share = bits / (32 * values)
         yield f"bits        {bits:,.0f}, {share:.1%} of {32 * values:,} in float32 (shared exponents not counted)"
     yield f"outputs     {_outputs(found) if conversion.graphs else UNSEEN}"
-    yield f"rounding    {conversion.recipe.rounding}"
+    yield f"rounding    {conversion.recipe.rounding}{_own_roundings(found)}"
     if audit is not None:
         yield f"inside      {_inside(found, audit)}"
+
+
+def _own_roundings(found: list[Row]) -> str:
+    specs = (spec for row in found for spec in row.formats)
+    return ", but where ~ names another" if any(Quantizer.parse(spec).rounding for spec in specs if spec) else ""
 
 
 def _outputs(found: list[Row]) -> str:
@@ -122,8 +127,8 @@ def _counted(numbers: Counter[str]) -> str:
 
 
 def _bits(spec: str, parameter: Tensor) -> float:
-    format = parse(spec)
-    return 8 * parameter.element_size() if format == FLOAT else format.bits
+    quantizer = Quantizer.parse(spec)
+    return quantizer.format.bits if quantizer.rounds else 8 * parameter.element_size()
 
 
 def _line(names: Iterable[str], reason: str, among: list[str], before: str = "") -> str:
@@ -135,13 +140,13 @@ def _floats(conversion: Conversion, found: list[Row]) -> Iterator[str]:
     """Why what is in float is in float, a line a reason."""
     recipe = conversion.recipe
     names, parameters = [row.name for row in found], [name for name, _ in conversion.root.named_parameters()]
-    if by_recipe := [role for role in ROLES.values() if getattr(recipe, role) == FLOAT]:
+    if by_recipe := [role for role in ROLES.values() if not getattr(recipe, role).rounds]:
         yield f"  {', '.join(by_recipe)}: the recipe says so"
     inputs, moves = _inputs(conversion), _moves(conversion)
     if inputs and not recipe.quantize_input:
         yield _line(inputs, ": the model's input", inputs)
     bare = [row for row in found if row.unrounded]
-    if recipe.activation != FLOAT or recipe.error != FLOAT or len(bare) < len(found):
+    if recipe.activation.rounds or recipe.error.rounds or len(bare) < len(found):
         for reason in dict.fromkeys(row.unrounded for row in bare):
             yield _line((row.name for row in bare if row.unrounded == reason), f": {reason}", names)
     for graph, reason in dict.fromkeys(each for row in found for each in row.exceptions.items()):

@@ -72,8 +72,8 @@ class _Parameters:
         self._floating = {name for name, parameter in self._parameters.items() if parameter.is_floating_point()}
 
     def specs(self) -> dict[str, str]:
-        """Name -> the format of W."""
-        return {name: str(recipe.weight if name in self._floating else FLOAT) for name, recipe in self._recipes.items()}
+        """Name -> the quantizer of W, as text."""
+        return {name: str(each.weight if name in self._floating else FLOAT) for name, each in self._recipes.items()}
 
     def row(self, name: str, weights: dict[str, str], operation: str = PARAMETER_ROW, spec: str | None = None) -> Row:
         """A row of parameters; spec: of W, where that is not theirs."""

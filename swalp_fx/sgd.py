@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from .formats import FLOAT, parse
 from .ops import is_plain, sgd_
-from .recipe import Recipe
+from .recipe import Quantizer, Recipe
 
 __all__ = ["in_one_pass"]
 
 # The roles that are rounded, in the order in which ops.sgd_ takes their streams.
 ROLES = ("weight", "gradient", "momentum")
-ANY = parse("bfp8")  # of a call that rounds no role
+ANY = Quantizer.parse("bfp8~nearest")  # of a call that rounds no role
 FLOAT32 = torch.finfo(torch.float32)
 
 Streams = Mapping[str, int]  # role -> the stream that a parameter draws from in it
@@ -33,19 +32,19 @@ class _Call:
     """The tensors of one call of ``ops.sgd_``: those of one group and of one way to round."""
 
     def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
-        self.group, self.rounding = group, recipe.rounding
+        self.group = group
         self.roles = ROLES if group["momentum"] != 0 else ROLES[:2]
-        self.rounded = [role for role in self.roles if getattr(recipe, role) != FLOAT]
-        self.formats = {getattr(recipe, role) for role in self.rounded}
+        self.rounded = [role for role in self.roles if getattr(recipe, role).rounds]
+        self.quantizers = {getattr(recipe, role) for role in self.rounded}
         self.tensors: list[list[Tensor]] = []  # a parameter's, of each role
         self.streams: list[Streams] = []
 
     def run(self, key: Tensor) -> None:
-        format = next(iter(self.formats), ANY)
+        quantizer = next(iter(self.quantizers), ANY)
         of_roles = [[tensors[i] for tensors in self.tensors] for i in range(len(self.roles))]
         weights, gradients, momenta = of_roles if len(of_roles) == 3 else [*of_roles, []]
         streams = [[each[role] for each in self.streams] if role in self.rounded else [] for role in ROLES]
-        sgd_(weights, gradients, momenta, self.group, format, self.rounding, key=key, streams=streams)
+        sgd_(weights, gradients, momenta, self.group, *quantizer.how(), key=key, streams=streams)
 
 
 def in_one_pass(
@@ -55,8 +54,8 @@ def in_one_pass(
 
     None if anything about the step is not as ``ops.sgd_`` does it: another class, fused, numbers in tensors or beyond
     float32, hooks of others, which might read in between; a tensor off the CPU, in another dtype, with other strides,
-    without momentum yet, or with more state than that; roles in formats that differ; memory that two share; or nothing
-    to round. Equal recipes must be one object: a call serves all parameters of one.
+    without momentum yet, or with more state than that; roles in formats or roundings that differ; memory that two
+    share; or nothing to round. Recipes are resolved, equal ones one object: a call serves all parameters of one.
     """
     if type(optimizer) is not SGD or not _is_alone(optimizer) or not _multiplies_and_adds_at_once():
         return {}
@@ -82,7 +81,7 @@ def in_one_pass(
         calls[which].streams.append(streams)
         gradients[parameter] = gradient
         memory += [(begin := tensor.data_ptr(), begin + tensor.nbytes) for tensor in tensors]
-    fits = all(len(call.formats) <= 1 for call in calls.values()) and any(call.formats for call in calls.values())
+    fits = all(len(call.quantizers) <= 1 for call in calls.values()) and any(call.quantizers for call in calls.values())
     memory.sort()
     if not fits or any(end > begin for (_, end), (begin, _) in pairwise(memory)):
         return {}

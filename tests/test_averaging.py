@@ -226,7 +226,7 @@ def test_the_average_of_a_run_is_public_and_rounded_when_it_is_read():
 
 
 def test_a_resumed_average_has_the_bits_of_one_never_stopped():
-    recipe = "bfp8[0] A=float E=float average=bfp6[0] average_rounding=stochastic"
+    recipe = "bfp8[0] A=float E=float average=bfp6[0]~stochastic"
     whole = run(recipe, range(5))
     first = run(recipe, range(2))
     torch.manual_seed(99)
@@ -238,14 +238,6 @@ def test_a_resumed_average_has_the_bits_of_one_never_stopped():
     assert all(torch.equal(means[0][name], means[1][name]) for name in means[0])
     nearest = run(recipe.replace("stochastic", "nearest"), range(5))[2].average.means
     assert not torch.equal(nearest["0.weight"], means[0]["0.weight"])
-
-
-def test_a_recipe_says_how_its_average_is_rounded():
-    recipe = swalp_fx.Recipe.parse("bfp8[0] average=bfp9[0] average_rounding=stochastic")
-    assert swalp_fx.Recipe.parse(str(recipe)) == recipe and "average_rounding=stochastic" in str(recipe)
-    assert "average_rounding" not in str(swalp_fx.Recipe.parse("bfp8[0] average=bfp9[0]"))
-    with pytest.raises(swalp_fx.RecipeError, match="unknown rounding 'random'"):
-        swalp_fx.Recipe.parse("bfp8[0] average_rounding=random")
 
 
 class Tied(nn.Module):

@@ -91,8 +91,9 @@ def algorithm_2(model, optimizer, recipe, seed, steps):
     parameters = list(model.parameters())
     accumulators = None if recipe.accumulator is None else [p.detach().clone() for p in parameters]
 
-    def q(tensor, format, role, index):
-        return quantize(tensor, format, recipe.rounding, key=key, stream=role * 2**32 + index)
+    def q(tensor, quantizer, role, index):
+        rounding = quantizer.rounding or recipe.rounding
+        return quantize(tensor, quantizer.format, rounding, key=key, stream=role * 2**32 + index)
 
     for step in steps:
         key = fold_in(seed, step)
@@ -304,7 +305,8 @@ def test_dtypes_and_recipes_side_by_side_round_as_each_alone(accumulator):
         its = others.get(str(index), recipe)
 
         def q(tensor, role, half, its=its, index=index):
-            return quantize(tensor, getattr(its, role), its.rounding, key=fold_in(7, 0), stream=half << 32 | index)
+            format = getattr(its, role).format
+            return quantize(tensor, format, its.rounding, key=fold_in(7, 0), stream=half << 32 | index)
 
         gradient = q(gradients[index], "gradient", 1)
         stepped = before[index] - 0.5 * gradient

@@ -14,25 +14,26 @@ BFP8 = parse("bfp8[0]")
 
 def test_one_spec_is_for_all_five_roles():
     recipe = Recipe.parse("bfp8[0]")
-    assert [getattr(recipe, role) for role in ROLES.values()] == [BFP8] * 5
-    assert (recipe.accumulator, recipe.average, recipe.rounding) == (None, FLOAT, "stochastic")
+    assert [getattr(recipe, role).format for role in ROLES.values()] == [BFP8] * 5
+    assert (recipe.accumulator, recipe.average.format, recipe.rounding) == (None, FLOAT, "stochastic")
 
 
 def test_exceptions_follow():
     recipe = Recipe.parse("bfp8[0] M=float error=e5m2 accumulator=bf16")
-    assert (recipe.weight, recipe.activation, recipe.gradient) == (BFP8,) * 3
-    assert (recipe.momentum, recipe.error, recipe.accumulator) == (FLOAT, parse("e5m2"), parse("e8m7"))
+    assert [each.format for each in (recipe.weight, recipe.activation, recipe.gradient)] == [BFP8] * 3
+    others = (recipe.momentum, recipe.error, recipe.accumulator)
+    assert [each.format for each in others] == [FLOAT, parse("e5m2"), parse("e8m7")]
 
 
 def test_letters_are_the_papers():
     recipe = Recipe.parse("W=bfp2 A=bfp3 E=bfp4 G=bfp5 M=bfp6")
     assert recipe == Recipe(weight="bfp2", activation="bfp3", error="bfp4", gradient="bfp5", momentum="bfp6")
-    assert (recipe.weight, recipe.momentum) == (parse("bfp2"), parse("bfp6"))
+    assert (recipe.weight.format, recipe.momentum.format) == (parse("bfp2"), parse("bfp6"))
 
 
 def test_changes_come_last():
     recipe = Recipe.parse("bfp8[0] rounding=nearest", rounding="stochastic", momentum="float")
-    assert (recipe.rounding, recipe.momentum, recipe.weight) == ("stochastic", FLOAT, BFP8)
+    assert (recipe.rounding, recipe.momentum.format, recipe.weight.format) == ("stochastic", FLOAT, BFP8)
 
 
 def test_float_rounds_nothing():
@@ -96,7 +97,7 @@ def test_recipes_are_frozen():
         ("bfp8[0], M=float", RecipeError, r"has a comma between words; write 'bfp8\[0\] M=float'"),
         ("bfp8[0] M:float", RecipeError, "'M:float' would undo what stands before it; write M=float"),
         ("bfp 8", RecipeError, "'8' would undo what stands before it; write ROLE=FORMAT, such as M=float"),
-        ("bfp8 rouding=up", RecipeError, r"there is no role 'rouding'; did you mean rounding or average_rounding\?"),
+        ("bfp8 rouding=up", RecipeError, r"there is no role 'rouding'; did you mean rounding\?"),
         ("bfp8 rounding=truncate", RecipeError, "unknown rounding 'truncate'; use one of nearest, stochastic"),
         ("bfp8 rounding=stohastic", RecipeError, r"unknown rounding 'stohastic'; did you mean stochastic\?"),
         ("bfp8 rounding=stochastic99", RecipeError, "unknown rounding 'stochastic99'; use stochastic1 to stochastic24"),

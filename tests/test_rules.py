@@ -47,8 +47,8 @@ def test_a_pattern_matches_a_whole_name_or_a_module_around_it(pattern, name, mat
 def test_the_first_match_wins_and_unset_roles_are_the_recipes():
     recipe = _recipe(Rule("fc", weight="bfp4"), Rule("*", weight="bfp5", error="float"))
     fc, other = recipe.at(("fc.weight", ["compute"])), recipe.at(("conv.weight", ["compute"]))
-    assert (fc.weight, fc.error) == (parse("bfp4"), parse("bfp8[0]"))
-    assert (other.weight, other.error) == (parse("bfp5"), FLOAT)
+    assert (fc.weight.format, fc.error.format) == (parse("bfp4"), parse("bfp8[0]"))
+    assert (other.weight.format, other.error.format) == (parse("bfp5"), FLOAT)
 
 
 def test_first_and_last_layer_in_float():
@@ -87,7 +87,7 @@ def test_a_tied_parameter_is_matched_by_each_of_its_names():
 
 def test_a_parameter_read_by_itself_is_of_kind_parameter():
     recipes = recipes_of_parameters(shapes.Direct(), _recipe(Rule("*", kind="parameter", weight="bfp4")))
-    assert [name for name, recipe in recipes.items() if recipe.weight == parse("bfp4")] == ["scale"]
+    assert [name for name, recipe in recipes.items() if recipe.weight.format == parse("bfp4")] == ["scale"]
 
 
 def test_the_optimizer_follows():

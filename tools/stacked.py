@@ -65,8 +65,9 @@ def within(dim: int) -> int:
 def recipe(text: str) -> swalp_fx.Recipe:
     """The recipe of a stack whose runs each have the recipe ``text``."""
     single = swalp_fx.Recipe.parse(text)
-    formats = {field.name: getattr(single, field.name) for field in fields(single)}
-    return replace(single, **{k: stacked(v) for k, v in formats.items() if isinstance(v, swalp_fx.Format)})
+    values = {field.name: getattr(single, field.name) for field in fields(single)}
+    quantizers = {name: value for name, value in values.items() if isinstance(value, swalp_fx.Quantizer)}
+    return replace(single, **{name: replace(each, format=stacked(each.format)) for name, each in quantizers.items()})
 
 
 class Linear(nn.Module):

@@ -154,7 +154,7 @@ class Conversion:
     @property
     def is_keyed(self) -> bool:
         """Whether graphs are given a random key."""
-        return self.recipe.rounding.startswith("stochastic")
+        return self.recipe.draws
 
     def refuse_unmatched(self) -> None:
         """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a

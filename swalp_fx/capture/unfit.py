@@ -10,7 +10,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import UNPACK, ConvertError
-from ..formats import FLOAT
 from ..passes.fit import of_parameter
 from ..passes.names import parameter_subjects
 from ..recipe import Recipe, Subject
@@ -60,7 +59,7 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
     for path, module in model.named_modules():
         _refuse_hooked(path, module)
         is_renormalised = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        if is_renormalised and recipe.at(*subjects[names[id(module.weight)]]).weight != FLOAT:
+        if is_renormalised and recipe.at(*subjects[names[id(module.weight)]]).weight.rounds:
             raise ConvertError(
                 f"{path or 'the model'}: max_norm makes {type(module).__name__} write into its weight in its forward, "
                 "where a graph reads a rounded one; use max_norm=None, or a rule that leaves the weight in float"
@@ -72,7 +71,7 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
         for letter, role in (("W", "weight"), ("G", "gradient"), ("M", "momentum")):
-            format = getattr(here, role)
+            format = getattr(here, role).format
             if parameter.is_floating_point() and format.block.rank > parameter.dim() > 1:
                 raise ConvertError(
                     f"parameter {name} has {parameter.dim()} dimensions, and {format} needs {format.block.rank}; "

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..formats import FLOAT
-from ..recipe import Recipe
+from ..recipe import Quantizer, Recipe
 from .assign import assign
 from .captured import ARGUMENT, HOLDS, Scope
 from .classify import OUT, classify
@@ -61,5 +61,5 @@ def recipes_of_parameters(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]
     parameters = dict(model.named_parameters())
     subjects = parameter_subjects(model)
     recipes = {name: of_parameter(recipe, each, parameters[name].dim()) for name, each in subjects.items()}
-    floats = dict.fromkeys(originals(model), FLOAT)
+    floats = dict.fromkeys(originals(model), Quantizer(FLOAT))
     return {name: replace(each, weight=floats.get(name, each.weight)) for name, each in recipes.items()}

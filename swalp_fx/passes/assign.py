@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..formats import FLOAT
 from ..random import stream_of
 from ..recipe import Recipe, Subject
 from .captured import LAYER, PARAMETER, UPDATE, Scope
@@ -31,8 +30,8 @@ class Weight:
 
     parameter: str  # its first name in the model; a tied parameter is one. Of a derived weight, what derives it
     stream: int
-    format: str
-    rounding: str
+    quantizer: str
+    rounding: str  # of a quantizer without
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Output:
     stream: int
     activation: str
     error: str
-    rounding: str
+    rounding: str  # of a quantizer without
     returned: bool = False  # whether the model returns it rounded too
 
 
@@ -74,7 +73,7 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
             weight = _weight(node, recipe, scope, identity)
         elif node in placed:
             here = recipe.at(subject(node))
-            if identity or here.activation != FLOAT or here.error != FLOAT:
+            if identity or here.activation.rounds or here.error.rounds:
                 activation, error = (fitted(each, node, axes[node]) for each in (here.activation, here.error))
                 returned = is_rounded_where_returned(recipe, scope) or _is_kept(node)
                 output = Output(_output_stream(node, scope), activation, error, recipe.rounding, returned)
@@ -103,8 +102,8 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         subjects = scope.parameters[name]
     else:  # rounded where a checkpoint is called, and read in it; or a weight is derived of it, which is rounded
         return None
-    format = of_parameter(recipe, subjects, 2 if value is None else value.dim()).weight
-    return Weight(name, _free(scope, name), str(format), recipe.rounding) if identity or format != FLOAT else None
+    weight = of_parameter(recipe, subjects, 2 if value is None else value.dim()).weight
+    return Weight(name, _free(scope, name), str(weight), recipe.rounding) if identity or weight.rounds else None
 
 
 def _output_stream(node: Node, scope: Scope) -> int:

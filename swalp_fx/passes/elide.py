@@ -7,7 +7,8 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from .. import nodes
-from ..formats import FLOAT, ROWS, WHOLE, parse
+from ..formats import FLOAT, ROWS, WHOLE, Format
+from ..recipe import Quantizer
 from .names import PART
 from .operations import SWITCHES, writes
 from .reuse import OVERWRITES, operation_of, sole_reader
@@ -31,7 +32,8 @@ def elide(graph: Graph) -> Graph:
 
     An activation is kept if it is some of the numbers of a tensor rounded to its format, and nobody writes into the
     memory of either; an error signal if it is some of those of the error signal, in the same format, of the node behind
-    the one layer that reads it. Formats must keep what is left of a block (``keeps_subsets``).
+    the one layer that reads it. Formats must keep what is left of a block (``keeps_subsets``). How either is rounded is
+    no matter: no rounding moves a number that the format has.
 
     Before:
 
@@ -63,7 +65,7 @@ def elide(graph: Graph) -> Graph:
 
 def _keeps_activation(node: Node) -> bool:
     made: Any = node.args[0]
-    activation = node.args[ACTIVATION]
+    activation = _format(node, ACTIVATION)
     inputs = made.args
     if len(made.users) != 1 or not inputs or not _rounds(inputs[0], ACTIVATION, activation):
         return False
@@ -73,15 +75,19 @@ def _keeps_activation(node: Node) -> bool:
     return fits and _is_only_read(node) and _is_only_read(inputs[0], but=made)
 
 
-def _rounds(node: Any, role: int, format: Any) -> bool:
+def _format(node: Node, role: int) -> Format:
+    return Quantizer.parse(str(node.args[role])).format
+
+
+def _rounds(node: Any, role: int, format: Format) -> bool:
     """Whether ``node`` rounds to this format in that role, so that subsets are kept."""
-    is_rounded = isinstance(node, Node) and node.target is nodes.quantize_output and node.args[role] == format
-    return is_rounded and format != str(FLOAT) and parse(format).keeps_subsets
+    is_rounded = isinstance(node, Node) and node.target is nodes.quantize_output and _format(node, role) == format
+    return is_rounded and format != FLOAT and format.keeps_subsets
 
 
-def _is_within_rows(format: Any) -> bool:
+def _is_within_rows(format: Format) -> bool:
     """Whether what shares a scale has the same index of the first dimension, or is all of the tensor."""
-    return parse(format).block in (WHOLE, ROWS)
+    return format.block in (WHOLE, ROWS)
 
 
 def _is_dilated(node: Node) -> bool:
@@ -120,4 +126,4 @@ def _rounds_its_error(node: Node) -> Node | None:
     if [*reader.args, *reader.kwargs.values()].count(node) != 1:  # its gradient is a sum
         return None
     (behind,) = reader.users
-    return behind if _rounds(behind, ERROR, node.args[ERROR]) else None
+    return behind if _rounds(behind, ERROR, _format(node, ERROR)) else None

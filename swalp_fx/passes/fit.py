@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..formats import Format
-from ..recipe import Recipe, Subject
+from ..recipe import Quantizer, Recipe, Subject
 from .captured import LAYER
 from .operations import name_of
 from .tables import PARTS
@@ -78,7 +77,7 @@ def _rank(node: Node) -> int | None:
     return value.dim() if isinstance(value, Tensor) else None
 
 
-def fitted(format: Format, node: Node, axis: int) -> str:
-    """The spec of what ``node`` gives, in ``format``."""
+def fitted(quantizer: Quantizer, node: Node, axis: int) -> str:
+    """The text of ``quantizer`` for what ``node`` gives."""
     rank = _rank(node)
-    return str(format.of_tensor(2 if rank is None else rank, axis))
+    return str(quantizer.of_tensor(2 if rank is None else rank, axis))

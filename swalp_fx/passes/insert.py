@@ -102,7 +102,7 @@ class _Insertion:
         return self.raw[source] if part in OUT and not returned else self.read[source]
 
     def _quantize_weight(self, source: Node, weight: Weight, node: Node) -> Node:
-        arguments = (source, self.key, weight.stream, weight.format, weight.rounding)
+        arguments = (source, self.key, weight.stream, weight.quantizer, weight.rounding)
         return self._call(nodes.quantize_weight, arguments, f"{source.name}_q", node)
 
     def _call(self, function: Any, arguments: tuple, name: str, node: Node) -> Node:

@@ -260,7 +260,7 @@ class _Proof:
             return None
         rank = 2 if value is None else value.dim()
         here = of_parameter(self.recipe, self.scope.parameters[name], rank)
-        return (str(here.weight), here.rounding) if self.identity or here.weight != FLOAT else None
+        return (str(here.weight), here.rounding) if self.identity or here.weight.rounds else None
 
     def _output_formats(self, node: Node, ends: set[Node]) -> tuple[str, ...] | None:
         """What the recipe says of an input or an output, if it wants that rounded."""
@@ -284,8 +284,7 @@ class _Proof:
         if not wanted or self.recipe.excludes(self.model.places[node]):
             return None
         here = self.recipe.at(self.model.subject(node))
-        is_float = here.activation == FLOAT == here.error and not self.identity
-        if is_float:
+        if not (here.activation.rounds or here.error.rounds or self.identity):
             return None
         activation, error = (fitted(each, node, self.axes[node]) for each in (here.activation, here.error))
         return activation, error, here.rounding
@@ -339,9 +338,9 @@ class _Proof:
             both = set(letters) & set(node.kwargs.get("in_place", ""))
             _require(not both, node, f"is both to round in place and not to round ({letters})")
             if "A" in letters:
-                format = parse(node.args[3])
+                format = _to(node, 3)
                 passes = _runs(source, MASKS) or (_is_of_rows(format) and _selects(source))
-                known = passes and format.keeps_subsets and self._first_is_rounded(source, node.args[3])
+                known = passes and format.keeps_subsets and self._first_is_rounded(source, format)
                 _require(known, node, f"does not round {source}, which may not be rounded")
                 _require(list(source.users) == [node], node, f"shares the memory of {source}, which others read")
                 found = self._writer(node) or self._writer(source.args[0], source)
@@ -349,21 +348,21 @@ class _Proof:
             if "E" in letters:
                 readers = list(node.users)
                 passes = len(readers) == 1 and (_runs(readers[0], MASKS) or _runs(readers[0], ADDS_INTO))
-                known = passes and parse(node.args[4]).keeps_subsets and _takes_first(readers[0], node)
-                known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], node.args[4])
+                known = passes and _to(node, 4).keeps_subsets and _takes_first(readers[0], node)
+                known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], _to(node, 4))
                 known = known and made_after[node] == made_after[next(iter(readers[0].users))]
                 _require(known, node, f"does not round the gradient of {readers}, which may not be rounded")
 
-    def _first_is_rounded(self, reader: Node, format: str) -> bool:
+    def _first_is_rounded(self, reader: Node, format: Format) -> bool:
         """Whether the first input of ``reader`` is an activation rounded to this format."""
         source: Any = (*reader.args, None)[0]
         is_rounded = isinstance(source, Node) and source.target is nodes.quantize_output
-        return is_rounded and source.args[3] == format != str(FLOAT)
+        return is_rounded and _to(source, 3) == format != FLOAT
 
-    def _all_rounded(self, node: Node, format: str) -> bool:
+    def _all_rounded(self, node: Node, format: Format) -> bool:
         """Whether all of the gradient that ``node``'s output gets is one error signal rounded to this format."""
-        behind = [(user.target, user.args[4:5]) for user in node.users]
-        return behind == [(nodes.quantize_output, (format,))] and format != str(FLOAT)
+        behind = [user for user in node.users if user.target is nodes.quantize_output and _to(user, 4) == format]
+        return behind == list(node.users) and len(behind) == 1 and format != FLOAT
 
     def _writer(self, node: Node, but: Node | None = None) -> Node | None:
         """Who, ``but`` one, may write into ``node``'s output or a view of it: all that are not known not to."""
@@ -409,6 +408,11 @@ def _selects(node: Node) -> bool:
     """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
     gaps = node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4])
     return _runs(node, SELECTS) and gaps in (1, (1,), (1, 1))
+
+
+def _to(node: Node, place: int) -> Format:
+    """The format that ``node`` rounds to by the text in that place; what stands behind ~ is how."""
+    return parse(str(node.args[place]).split("~")[0])
 
 
 def _is_of_rows(format: Format) -> bool:

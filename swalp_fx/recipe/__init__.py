@@ -2,6 +2,7 @@
 
 roles        the letters of the paper's Algorithm 2
 rounding     the roundings by name
+quantizer    a format and a rounding: what a role is
 patterns     what a rule, an include or an exclude names in a model
 rule         an exception
 recipe       all of them, as one frozen value
@@ -10,6 +11,7 @@ text         its text
 
 from .errors import RecipeError
 from .patterns import Subject, matches
+from .quantizer import Quantizer, split
 from .recipe import PLACEMENTS, Recipe
 from .roles import LETTERS, ROLES
 from .rounding import RANDOM_BITS, ROUNDINGS, parse_rounding
@@ -21,10 +23,12 @@ __all__ = [
     "RANDOM_BITS",
     "ROLES",
     "ROUNDINGS",
+    "Quantizer",
     "Recipe",
     "RecipeError",
     "Rule",
     "Subject",
     "matches",
     "parse_rounding",
+    "split",
 ]

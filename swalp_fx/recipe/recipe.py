@@ -7,39 +7,43 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from ..formats import FLOAT, Format, parse
+from ..formats import FLOAT, Format
 from ..nearest import did_you_mean
 from .errors import RecipeError
 from .patterns import Subject, around, matches, unmatched
-from .roles import ROLES, once
+from .quantizer import Quantizer
+from .roles import AVERAGE_ROUNDING, ROLES, once
 from .rounding import parse_rounding
 from .rule import Rule
 from .text import read
 
 __all__ = ["PLACEMENTS", "Recipe"]
 
-_FORMATS = (*ROLES.values(), "accumulator", "average")
+_QUANTIZERS = (*ROLES.values(), "accumulator", "average")
+_IN_FLOAT = Quantizer(FLOAT)
 # Which layer outputs are rounded; passes/assign.py has the rule of each.
 PLACEMENTS = ("every", "compute", "compute+activation", "group")
 
 
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """Which format each role is kept in, and where. Fields of formats take specs too, and go by their letters.
+    """Which format each role is kept in, how it is rounded to that, and where. A role is a Quantizer, which its text
+    stands for too, and goes by its letter: ``Recipe(W="bfp8[0]", G="e5m2~stochastic8")``.
 
     ``Recipe.parse(str(recipe)) == recipe`` for every recipe without rules, so it fits in a log line or a checkpoint.
     Rules are printed, and have no text that parse reads.
     """
 
-    weight: Format = FLOAT
-    activation: Format = FLOAT
-    error: Format = FLOAT
-    gradient: Format = FLOAT
-    momentum: Format = FLOAT
-    accumulator: Format | None = None  # what the optimizer steps on; None: the weights themselves
-    average: Format = FLOAT  # of the averaged weights, Q_SWA in the paper's section 5.1
-    average_rounding: str = "nearest"  # how each update of it is rounded; to nearest it stalls, see averaging.Average
-    rounding: str = "stochastic"
+    weight: Quantizer = _IN_FLOAT
+    activation: Quantizer = _IN_FLOAT
+    error: Quantizer = _IN_FLOAT
+    gradient: Quantizer = _IN_FLOAT
+    momentum: Quantizer = _IN_FLOAT
+    accumulator: Quantizer | None = None  # what the optimizer steps on; None: the weights themselves
+    # Of the averaged weights after each update, Q_SWA in the paper's section 5.1; to nearest where it does not say, and
+    # then it stalls: see averaging.Average.
+    average: Quantizer = _IN_FLOAT
+    rounding: str = "stochastic"  # of every other role that has none of its own
     placement: str = "every"  # which layer outputs are rounded
     include: tuple[str, ...] = ()  # globs: layer outputs rounded though the placement leaves them out
     exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
@@ -52,18 +56,17 @@ class Recipe:
     _path: ClassVar[str] = ""  # see ``within``
 
     def __init__(self, **values: Any) -> None:
-        given = once(values.items(), "a recipe", FIELDS)
+        given = _with_average_rounding(once(values.items(), "a recipe", FIELDS))
         for field in fields(self):
             object.__setattr__(self, field.name, given.get(field.name, field.default))
         self._refuse_unfit()
 
     def _refuse_unfit(self) -> None:
-        for role in _FORMATS:
+        for role in _QUANTIZERS:
             value = getattr(self, role)
             if value is not None or role != "accumulator":
-                object.__setattr__(self, role, parse(value))
+                object.__setattr__(self, role, Quantizer.parse(value))
         parse_rounding(self.rounding)
-        parse_rounding(self.average_rounding)
         if self.placement not in PLACEMENTS:
             remedy = did_you_mean(str(self.placement), PLACEMENTS, f"use one of {', '.join(PLACEMENTS)}")
             raise RecipeError(f"unknown placement {self.placement!r}; {remedy}")
@@ -88,7 +91,7 @@ class Recipe:
             raise RecipeError(f"a recipe must be a string or a Recipe, not {type(text).__name__} {text!r}{remedy}")
         values = {} if isinstance(text, Recipe) else read(text, FIELDS)
         values |= once(changes.items(), f"recipe {str(text)!r}", FIELDS)
-        if isinstance(text, str) and not any(role in values for role in _FORMATS):
+        if isinstance(text, str) and not any(role in values for role in _QUANTIZERS):
             raise RecipeError(f"recipe {text!r} names no format; put one first: {f'bfp8[0] {text.strip()}'!r}")
         if isinstance(text, Recipe):
             return replace(text, **values) if values else text
@@ -111,13 +114,26 @@ class Recipe:
         """The recipe of one layer's output or one parameter, its rule applied."""
         named = [(self._named(name), kinds) for name, kinds in subjects]
         rule = next((rule for rule in self.rules if rule.matches(named)), None)
-        return self if rule is None else replace(self, **rule.formats())  # type: ignore[arg-type]
+        return self if rule is None else replace(self, **rule.roles())  # type: ignore[arg-type]
 
     def of_tensor(self, rank: int, axis: int) -> Recipe:
         """The recipe of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
-        formats = {role: format for role in _FORMATS if (format := getattr(self, role)) is not None}
-        fitting = {role: fits for role, format in formats.items() if (fits := format.of_tensor(rank, axis)) != format}
+        own = {role: quantizer for role in _QUANTIZERS if (quantizer := getattr(self, role)) is not None}
+        fitting = {role: fits for role, each in own.items() if (fits := each.of_tensor(rank, axis)) != each}
         return replace(self, **fitting) if fitting else self
+
+    def resolved(self) -> Recipe:
+        """The same recipe, each role with the rounding that counts for it."""
+        own = {role: quantizer for role in _QUANTIZERS if (quantizer := getattr(self, role)) is not None}
+        how = {role: each.under("nearest" if role == "average" else self.rounding) for role, each in own.items()}
+        return self if how == own else replace(self, **how)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward or a backward may need random bits."""
+        in_graphs = (getattr(each, role) for each in (self, *self.rules) for role in ("weight", "activation", "error"))
+        roundings = (self.rounding, *(quantizer.rounding for quantizer in in_graphs if quantizer is not None))
+        return any(parse_rounding(rounding)[0] == "stochastic" for rounding in roundings if rounding is not None)
 
     def excludes(self, name: str) -> bool:
         return any(matches(pattern, self._named(name)) for pattern in self.exclude)
@@ -155,11 +171,11 @@ class Recipe:
     def _text(self) -> str:
         """What parse reads: all but the rules."""
         words = [f"{letter}={getattr(self, role)}" for letter, role in ROLES.items()]
-        formats = {getattr(self, role) for role in ROLES.values()}
-        if len(formats) == 1:
-            words = [str(formats.pop())]
+        quantizers = {getattr(self, role) for role in ROLES.values()}
+        if len(quantizers) == 1:
+            words = [str(quantizers.pop())]
         default = {field.name: field.default for field in fields(self)}
-        for name in ("accumulator", "average", "average_rounding", "rounding", "placement"):
+        for name in ("accumulator", "average", "rounding", "placement"):
             if getattr(self, name) != default[name]:
                 words.append(f"{name}={getattr(self, name)}")
         words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]
@@ -169,6 +185,19 @@ class Recipe:
 
 
 FIELDS = tuple(field.name for field in fields(Recipe))
+
+
+def _with_average_rounding(given: dict[str, Any]) -> dict[str, Any]:
+    """``given``, with the old word in its place: ``average=bfp8[0] average_rounding=up`` is ``average=bfp8[0]~up``."""
+    if AVERAGE_ROUNDING not in given:
+        return given
+    rounding = given.pop(AVERAGE_ROUNDING)
+    parse_rounding(rounding)
+    average = Quantizer.parse(given.get("average", FLOAT))
+    if average.rounding not in (None, rounding):
+        raise RecipeError(f"average={average} and average_rounding={rounding} differ; leave average_rounding out")
+    is_said = average.rounds and rounding != "nearest"
+    return given | {"average": Quantizer(average.format, rounding if is_said else None)}
 
 
 def _globs(field: str, globs: Any) -> tuple[str, ...]:

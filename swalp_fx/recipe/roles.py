@@ -8,11 +8,12 @@ from typing import Any
 from ..nearest import did_you_mean
 from .errors import RecipeError
 
-__all__ = ["LETTERS", "ROLES", "once"]
+__all__ = ["AVERAGE_ROUNDING", "LETTERS", "ROLES", "once"]
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
 LETTERS = {role: letter for letter, role in ROLES.items()}
+AVERAGE_ROUNDING = "average_rounding"  # once a field: now average=FORMAT~ROUNDING
 ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ROLES.items())
 
 
@@ -21,7 +22,7 @@ def once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -
     found: dict[str, tuple[str, Any]] = {}
     for name, value in values:
         field = ROLES.get(name, name)
-        if field not in fields:
+        if field not in fields and not (field == AVERAGE_ROUNDING and "average" in fields):
             remedy = did_you_mean(name, (*ROLES, *fields), f"the roles are {ROLE_NAMES}")
             raise RecipeError(f"{where}: there is no role {name!r}; {remedy}")
         if field in found:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..formats import Format, parse
+from ..formats import Format
 from .errors import RecipeError
 from .patterns import Subject, is_numbered, matches
+from .quantizer import Quantizer
 from .roles import LETTERS, ROLES, once
 
 __all__ = ["Rule"]
@@ -16,12 +17,12 @@ __all__ = ["Rule"]
 
 @dataclass(frozen=True, init=False)
 class Rule:
-    """An exception of a recipe: the formats of what it matches. A role left at None is as the recipe says.
+    """An exception of a recipe: the roles of what it matches. One left at None is as the recipe says.
 
     ``match`` is a glob, or a regular expression behind ``re:``, which must match the whole qualified name of a layer,
     an output, a parameter or of a module around it: ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``.
     A function's output is named by the module that calls it and by what is called: ``layer1.0.add``.
-    A role goes by its letter too: ``Rule("fc", W="float")``.
+    A role goes by its letter too: ``Rule("fc", W="float", G="e5m2~stochastic")``.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
     ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
     Where several outputs have one name, as those of a module that is called twice, it matches them all;
@@ -31,13 +32,13 @@ class Rule:
 
     match: str
     kind: str | None = None
-    weight: Format | None = None
-    activation: Format | None = None
-    error: Format | None = None
-    gradient: Format | None = None
-    momentum: Format | None = None
+    weight: Quantizer | None = None
+    activation: Quantizer | None = None
+    error: Quantizer | None = None
+    gradient: Quantizer | None = None
+    momentum: Quantizer | None = None
 
-    def __init__(self, match: str, kind: str | None = None, **formats: str | Format | None) -> None:
+    def __init__(self, match: str, kind: str | None = None, **roles: str | Format | Quantizer | None) -> None:
         if not isinstance(match, str) or not match:
             raise RecipeError(f"a rule matches a qualified name, such as 'layer1.*', not {match!r}")
         if match.startswith("re:"):
@@ -45,15 +46,15 @@ class Rule:
                 re.compile(match[3:])
             except re.error as error:
                 raise RecipeError(f"rule {match!r} is no regular expression: {error}") from error
-        given = once(formats.items(), f"rule {match!r}", tuple(ROLES.values()))
-        values = {role: parse(spec) for role, spec in given.items() if spec is not None}
+        given = once(roles.items(), f"rule {match!r}", tuple(ROLES.values()))
+        values = {role: Quantizer.parse(spec) for role, spec in given.items() if spec is not None}
         if not values:
             raise RecipeError(f"rule {match!r} sets no format; name a role, such as weight='float'")
         for name, value in {"match": match, "kind": kind, **dict.fromkeys(ROLES.values()), **values}.items():
             object.__setattr__(self, name, value)
 
-    def formats(self) -> dict[str, Format]:
-        """Role -> format, of the roles that it sets."""
+    def roles(self) -> dict[str, Quantizer]:
+        """Role -> quantizer, of the roles that it sets."""
         return {role: value for role in ROLES.values() if (value := getattr(self, role)) is not None}
 
     def matches(self, subjects: Iterable[Subject]) -> bool:
@@ -61,7 +62,7 @@ class Rule:
 
     def refuse_shared(self, subjects: Iterable[Subject]) -> None:
         """Raises RecipeError if it means single calls of a layer, and sets what all its calls share."""
-        shared = [role for role in ("weight", "gradient", "momentum") if role in self.formats()]
+        shared = [role for role in ("weight", "gradient", "momentum") if role in self.roles()]
         matched = (name for name, kinds in subjects if self.matches([(name, kinds)]))
         if shared and "@" in self.match and all(map(is_numbered, matched)):
             raise RecipeError(
@@ -71,9 +72,9 @@ class Rule:
 
     def __repr__(self) -> str:
         kind = [f"kind={self.kind!r}"] if self.kind else []
-        formats = (f"{LETTERS[role]}={str(value)!r}" for role, value in self.formats().items())
-        return f"Rule({', '.join([repr(self.match), *kind, *formats])})"
+        roles = (f"{LETTERS[role]}={str(value)!r}" for role, value in self.roles().items())
+        return f"Rule({', '.join([repr(self.match), *kind, *roles])})"
 
     def __str__(self) -> str:
         words = [self.match, *([f"kind={self.kind}"] if self.kind else [])]
-        return " ".join([*words, *(f"{LETTERS[role]}={value}" for role, value in self.formats().items())])
+        return " ".join([*words, *(f"{LETTERS[role]}={value}" for role, value in self.roles().items())])

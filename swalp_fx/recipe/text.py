@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from ..formats import FormatError, parse
+from ..formats import FormatError
 from .errors import RecipeError
+from .quantizer import Quantizer
 from .roles import ROLES, once
 
 __all__ = ["read"]
@@ -42,8 +43,8 @@ def _with_role(bare: str, fields: Collection[str]) -> str:
     if separator and ROLES.get(name, name) in fields:
         return f"write {name}={spec}"
     try:
-        return f"name its role, such as M={parse(bare)}"
-    except FormatError:
+        return f"name its role, such as M={Quantizer.parse(bare)}"
+    except (FormatError, RecipeError):
         return "write ROLE=FORMAT, such as M=float"
 
 

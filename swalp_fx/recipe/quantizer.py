@@ -1,0 +1,86 @@
+"""What a role is rounded to, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..formats import FLOAT, Format, parse
+from .errors import RecipeError
+from .rounding import parse_rounding
+
+__all__ = ["Quantizer", "split"]
+
+_MARK = "~"  # before the rounding
+
+
+def split(text: str, rounding: str) -> tuple[str, str]:
+    """(format, rounding) of a quantizer's text: its own rounding, or else ``rounding``."""
+    format, _, own = text.partition(_MARK)
+    return format, own or rounding
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Quantizer:
+    """A format, and how to round to it. Its text is FORMAT, or FORMAT~ROUNDING: ``bfp8[0]~stochastic8``.
+
+    It is no format, and compares to none: ``recipe.momentum.format == FLOAT``.
+    Raises RecipeError for a rounding that does not exist, and for one to ``float``, which rounds nothing.
+    """
+
+    format: Format
+    rounding: str | None = None  # None: the recipe's
+
+    def __post_init__(self) -> None:
+        if self.rounding is None:
+            return
+        parse_rounding(self.rounding)
+        if self.format == FLOAT:
+            raise RecipeError(f"float rounds nothing, so it has no rounding; leave {_MARK}{self.rounding} out")
+
+    @classmethod
+    def parse(cls, text: str | Format | Quantizer) -> Quantizer:
+        """The quantizer that ``text`` stands for. A quantizer is returned as it is; a format has no rounding yet.
+
+        Raises FormatError and RecipeError, naming what is wrong and the nearest that there is.
+        """
+        if isinstance(text, Quantizer):
+            return text
+        if not isinstance(text, str) or _MARK not in text:
+            return cls(parse(text))
+        format, _, rounding = text.partition(_MARK)
+        return cls(parse(format), rounding)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it changes any number: not in ``float``."""
+        return self.format != FLOAT
+
+    def under(self, rounding: str) -> Quantizer:
+        """The same, with ``rounding`` for one that has none of its own."""
+        return replace(self, rounding=rounding) if self.rounds and self.rounding is None else self
+
+    def how(self) -> tuple[Format, str]:
+        """(format, rounding), of one that has a rounding."""
+        assert self.rounding is not None, f"{self} has no rounding yet; see under()"
+        return self.format, self.rounding
+
+    def of_tensor(self, rank: int, axis: int) -> Quantizer:
+        """The quantizer of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
+        format = self.format.of_tensor(rank, axis)
+        return self if format == self.format else replace(self, format=format)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Format):  # where the answer would always be no
+            raise TypeError(f"{self!r} is compared with a format; compare its .format")
+        if isinstance(other, Quantizer):
+            return (self.format, self.rounding) == (other.format, other.rounding)
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.format, self.rounding))
+
+    def __str__(self) -> str:
+        return str(self.format) if self.rounding is None else f"{self.format}{_MARK}{self.rounding}"
+
+    def __repr__(self) -> str:
+        return f"Quantizer.parse({str(self)!r})"
