@@ -3,9 +3,9 @@
 Algorithm 2 of the SWALP paper, in the order of its authors' code:
 
     gradients    <- Q_G(gradients)       before the update, after accumulation and all-reduce
-    update of the accumulators, or of the weights themselves where the recipe has no accumulator
-    accumulators <- Q_accumulator(accumulators)
-    weights      <- Q_W(accumulators)
+    update of the masters, or of the weights themselves where the recipe has no master
+    masters      <- Q_master(masters)
+    weights      <- Q_W(masters)
     momentum     <- Q_M(momentum)        the optimizer's floating state of the parameter's shape
 
 The pass hangs on the optimizer's step hooks, so the optimizer keeps its type, its schedulers and
@@ -29,11 +29,11 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .averaging import Average, mean_dtype, recalibrate
-from .formats import FLOAT, Format
+from .formats import FLOAT, Format, FormatError
 from .moments import ends_in
 from .ops import quantize_foreach_
 from .random import fold_in, is_captured
-from .recipe import Quantizer, Recipe
+from .recipe import Quantizer, Recipe, RecipeError
 from .sgd import in_one_pass
 from .warn import warn
 
@@ -41,14 +41,14 @@ __all__ = ["SWALP"]
 
 # Role numbers, the upper half of a stream id. Momentum is last: an optimizer's second state tensor
 # of a parameter takes the next number up, and so on. The average's is 0.
-GRADIENT, ACCUMULATOR, WEIGHT, MOMENTUM = 1, 2, 3, 4
+GRADIENT, MASTER, WEIGHT, MOMENTUM = 1, 2, 3, 4
 
 # What torch.optim counts in tensors without dimensions, which the shape of a parameter without
 # dimensions cannot tell from its moments: Adam's step, ASGD's eta and mu, NAdam's mu_product.
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 
-VERSION = 1
-KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "accumulators")
+VERSION = 2
+KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "masters")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Step:
     frame: FrameType  # of the call that fired the pre-hook
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
-    ready: bool = False  # gradients rounded, accumulators in the place of the weights
+    ready: bool = False  # gradients rounded, masters in the place of the weights
     # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
@@ -93,7 +93,7 @@ class SWALP:
         self._float_copy = float_copy
         self.recipe = recipe = Recipe.parse(recipe)
         self._local = local if callable(local) else functools.partial(dict, local)
-        self._accumulators: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor] = {}
         self._read_model()
         average = recipe.resolved().average
         self._average = Average(average.format, average.rounding or "nearest")
@@ -105,7 +105,7 @@ class SWALP:
         self._may_average_float = False  # what update_average() warned of
 
     def _read_model(self) -> None:
-        """Take over the model's parameters of this moment. An accumulator of another parameter than before starts again
+        """Take over the model's parameters of this moment. A master of another parameter than before starts again
         from that."""
         before = vars(self).get("_parameters", {})
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
@@ -117,7 +117,7 @@ class SWALP:
         ]
         for name in before:
             if before[name] is not self._parameters.get(name):
-                self._accumulators.pop(name, None)
+                self._masters.pop(name, None)
         self._names = list(self._parameters)
         local = self._local()
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
@@ -142,8 +142,8 @@ class SWALP:
     def attach(self, optimizer: Optimizer) -> None:
         """Make every later ``optimizer.step()`` a low-precision step. Changes no value.
 
-        With accumulators, what the user writes into the weights between two steps does not reach
-        the accumulators; detach() and attach() start them again from the weights.
+        With masters, what the user writes into the weights between two steps does not reach
+        the masters; detach() and attach() start them again from the weights.
 
         Warns of momentum in a format in which the optimizer may diverge: M=float for Adam and its like.
         Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
@@ -214,14 +214,14 @@ class SWALP:
     def detach(self) -> None:
         """Take the hooks off, if they are on; the weights stay as they are.
 
-        The accumulators are dropped, so that a later attach() starts from the weights of that moment.
+        The masters are dropped, so that a later attach() starts from the weights of that moment.
         """
         if self._optimizer is None:
             return
         for handle in self._handles:
             handle.remove()
         self._optimizer, self._handles = None, []
-        self._accumulators.clear()
+        self._masters.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": [], "_step": None}
@@ -270,7 +270,7 @@ class SWALP:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, seed, average and accumulators: all that a resumed run needs, beside the model's
+        """Counters, seed, average and masters: all that a resumed run needs, beside the model's
         and the optimizer's own states, to give the bits of a run that was not stopped.
 
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step.
@@ -282,7 +282,7 @@ class SWALP:
             "step": self._steps,
             "n_averaged": self.n_averaged,
             "average": dict(self._average.means),
-            "accumulators": dict(self._accumulators),
+            "masters": dict(self._masters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -291,19 +291,20 @@ class SWALP:
         Raises ValueError, before anything is changed, if the state is of another version, another
         recipe or another model.
         """
-        average, accumulators = self._checked(state)
+        state = _of_this_version(state)
+        average, masters = self._checked(state)
         self._seed, self._steps = state["seed"], state["step"]
         self._average.n_averaged, self._average.means = state["n_averaged"], average
-        self._accumulators = accumulators
+        self._masters = masters
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of the state's average and accumulators, once all of it has been found to fit."""
+        """Copies of the state's average and masters, once all of it has been found to fit."""
         if not isinstance(state, Mapping) or set(state) != set(KEYS):
             found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"a SWALP state holds {', '.join(KEYS)}, not {found}; pass what state_dict() returned")
         if state["version"] != VERSION:
             raise ValueError(f"the state is of version {state['version']!r}, and this SWALP reads version {VERSION}")
-        if state["recipe"] != str(self.recipe):
+        if not _is_text_of(self.recipe, state["recipe"]):
             raise ValueError(
                 f"the state is of recipe {state['recipe']!r}, not {str(self.recipe)!r}; "
                 "convert with the former to resume"
@@ -319,8 +320,8 @@ class SWALP:
             )
         if average and not state["n_averaged"]:
             raise ValueError("the state has an average of 0 models; pass what state_dict() returned")
-        accumulated = {} if self.recipe.accumulator is None else {n: p.dtype for n, p in self._parameters.items()}
-        return average, self._copied("accumulators", state["accumulators"], accumulated)
+        masters = {} if self.recipe.master is None else {n: p.dtype for n, p in self._parameters.items()}
+        return average, self._copied("masters", state["masters"], masters)
 
     def _copied(self, what: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """Copies of ``tensors`` on their parameters' devices; each must be one of ``dtypes`` and fit."""
@@ -360,7 +361,7 @@ class SWALP:
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
 
     def _rounding(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
-        """``closure``, after which the gradients it left are rounded and the accumulators in place."""
+        """``closure``, after which the gradients it left are rounded and the masters in place."""
 
         def rounding_closure() -> Any:
             if step.ready:
@@ -372,20 +373,20 @@ class SWALP:
         return rounding_closure
 
     def _prepare(self, step: _Step) -> None:
-        """Round the gradients, and put the accumulators in the place of the weights."""
+        """Round the gradients, and put the masters in the place of the weights."""
         self._refuse_sparse(step)
         with torch.no_grad():
             self._step_in_one_pass(step)
             gradients = ((GRADIENT, index, p.grad) for index, p in step.parameters if p.grad is not None)
             self._round("gradient", gradients, step)
-            if self.recipe.accumulator is not None:
+            if self.recipe.master is not None:
                 for index, parameter in step.parameters:
-                    parameter.copy_(self._accumulator(index, parameter))
+                    parameter.copy_(self._master(index, parameter))
         step.ready = True
 
     def _step_in_one_pass(self, step: _Step) -> None:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
-        if self.recipe.accumulator is not None or self._optimizer is None:
+        if self.recipe.master is not None or self._optimizer is None:
             return
         parameters = ((parameter, self._recipes[index], self._streams[index]) for index, parameter in step.parameters)
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
@@ -421,10 +422,10 @@ class SWALP:
         self._steps += 1
 
     def _round_weights(self, step: _Step) -> None:
-        if self.recipe.accumulator is not None:
-            self._round("accumulator", ((ACCUMULATOR, *each) for each in step.parameters), step)
+        if self.recipe.master is not None:
+            self._round("master", ((MASTER, *each) for each in step.parameters), step)
             for index, parameter in step.parameters:
-                self._accumulators[self._names[index]].copy_(parameter)
+                self._masters[self._names[index]].copy_(parameter)
         self._round("weight", ((WEIGHT, *each) for each in step.parameters), step)
 
     def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
@@ -451,14 +452,14 @@ class SWALP:
         for quantizer, (xs, streams) in calls.items():
             quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
-    def _accumulator(self, index: int, parameter: nn.Parameter) -> Tensor:
-        """The parameter's accumulator, on its device; at first a copy of the parameter."""
+    def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
+        """The parameter's master, on its device; at first a copy of the parameter."""
         name = self._names[index]
-        accumulator = self._accumulators.get(name)
-        if accumulator is None:
-            accumulator = parameter.detach().clone()
-        self._accumulators[name] = accumulator.to(parameter.device)
-        return self._accumulators[name]
+        master = self._masters.get(name)
+        if master is None:
+            master = parameter.detach().clone()
+        self._masters[name] = master.to(parameter.device)
+        return self._masters[name]
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
         """(index in the model, parameter) of what ``optimizer`` trains, frozen parameters left out.
@@ -489,6 +490,21 @@ class SWALP:
         return trained
 
 
+def _of_this_version(state: Any) -> Any:
+    """A state of version 1, which had another word for masters, as one of this version."""
+    if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
+        return {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": VERSION}
+    return state
+
+
+def _is_text_of(recipe: Recipe, text: Any) -> bool:
+    """Whether ``text``, which may have been written with older words, stands for ``recipe``."""
+    try:
+        return Recipe.parse(text) == recipe
+    except (FormatError, RecipeError):
+        return False
+
+
 def _streams(index: int) -> dict[str, int]:
     return {"weight": WEIGHT << 32 | index, "gradient": GRADIENT << 32 | index, "momentum": MOMENTUM << 32 | index}
 
@@ -514,7 +530,7 @@ def _attached_to(optimizer: Optimizer) -> SWALP | None:
 
 def _steps_low(recipe: Recipe) -> bool:
     """Whether a step in ``recipe`` rounds anything."""
-    quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.accumulator)
+    quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.master)
     return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
 
 

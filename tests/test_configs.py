@@ -63,7 +63,7 @@ def test_the_authors_outputs_are_rounded_where_their_networks_round_them(name):
     recipe = swalp_fx.Recipe.parse(plan.recipe)
     for field, value in models.REFERENCE_PLACEMENT[plan.settings.model].items():
         assert getattr(recipe, field) == value
-    assert str(recipe.accumulator) == str(recipe.weight) == "bfp8[0]+twos" and str(recipe.activation) == "bfp8+twos"
+    assert str(recipe.master) == str(recipe.weight) == "bfp8[0]+twos" and str(recipe.activation) == "bfp8+twos"
 
 
 def test_options_stand_above_the_file():

@@ -31,7 +31,7 @@ OPTIMIZERS = {
 # Every role in a format of its own, so that no two can be mistaken for one another.
 RECIPE = "W=bfp8[0] G=fixed8.9 M=bfp10[0] A=float E=float"
 ORDERS = list(itertools.permutations(range(3)))  # of model, optimizer and swalp
-ACCUMULATORS = {"none": {}, "rounded": {"accumulator": "fixed16.12"}, "float": {"accumulator": "float"}}
+MASTERS = {"none": {}, "rounded": {"master": "fixed16.12"}, "float": {"master": "float"}}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,7 +89,7 @@ def same(a, b):
 def algorithm_2(model, optimizer, recipe, seed, steps):
     """The plain loop: what the pass must do, written out for one optimizer that has no hooks."""
     parameters = list(model.parameters())
-    accumulators = None if recipe.accumulator is None else [p.detach().clone() for p in parameters]
+    masters = None if recipe.master is None else [p.detach().clone() for p in parameters]
 
     def q(tensor, quantizer, role, index):
         rounding = quantizer.rounding or recipe.rounding
@@ -101,35 +101,35 @@ def algorithm_2(model, optimizer, recipe, seed, steps):
         loss_of(model, step).backward()
         for i, p in enumerate(parameters):
             p.grad = q(p.grad, recipe.gradient, 1, i)
-        if accumulators is not None:
-            for p, accumulator in zip(parameters, accumulators, strict=True):
-                p.data.copy_(accumulator)
+        if masters is not None:
+            for p, master in zip(parameters, masters, strict=True):
+                p.data.copy_(master)
         optimizer.step()
         for i, p in enumerate(parameters):
-            if accumulators is not None:
-                accumulators[i] = q(p.data, recipe.accumulator, 2, i)
-                p.data.copy_(accumulators[i])
+            if masters is not None:
+                masters[i] = q(p.data, recipe.master, 2, i)
+                p.data.copy_(masters[i])
             p.data.copy_(q(p.data, recipe.weight, 3, i))
             moments = {k: v for k, v in optimizer.state.get(p, {}).items() if k != "step" and v is not None}
             for slot, name in enumerate(sorted(moments)):
                 optimizer.state[p][name] = q(moments[name], recipe.momentum, 4 + slot, i)
-    return accumulators
+    return masters
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("master", MASTERS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_is_algorithm_2(name, accumulator, rounding):
-    model, optimizer, swalp = setup(OPTIMIZERS[name], rounding=rounding, **ACCUMULATORS[accumulator])
+def test_a_step_is_algorithm_2(name, master, rounding):
+    model, optimizer, swalp = setup(OPTIMIZERS[name], rounding=rounding, **MASTERS[master])
     train(model, optimizer, range(4))
 
     plain = net()
     reference = OPTIMIZERS[name](plain.parameters())
-    accumulators = algorithm_2(plain, reference, swalp.recipe, 7, range(4))
+    masters = algorithm_2(plain, reference, swalp.recipe, 7, range(4))
 
     assert same(values(model, optimizer), values(plain, reference))
     assert same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
-    assert same(list(swalp.state_dict()["accumulators"].values()), accumulators or [])
+    assert same(list(swalp.state_dict()["masters"].values()), masters or [])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -142,11 +142,11 @@ def test_a_float_recipe_is_the_plain_optimizer(name):
     assert same(values(model, optimizer), values(plain, reference))
 
 
-def test_float_accumulators_follow_the_plain_optimizer():
-    """With gradients exact, the accumulators of a linear loss are the plain run's weights."""
+def test_float_masters_follow_the_plain_optimizer():
+    """With gradients exact, the masters of a linear loss are the plain run's weights."""
     model = nn.Linear(4, 2)
     plain = copy.deepcopy(model)
-    _, optimizer, swalp = setup(recipe="W=bfp4", model=model, accumulator="float")
+    _, optimizer, swalp = setup(recipe="W=bfp4", model=model, master="float")
     reference = OPTIMIZERS["momentum"](plain.parameters())
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     for step in range(3):
@@ -154,7 +154,7 @@ def test_float_accumulators_follow_the_plain_optimizer():
             each_optimizer.zero_grad()
             each(x * step).sum().backward()
             each_optimizer.step()
-    assert same(swalp.state_dict()["accumulators"], dict(plain.named_parameters()))
+    assert same(swalp.state_dict()["masters"], dict(plain.named_parameters()))
     assert torch.equal(model.weight, quantize(model.weight, "bfp4"))
     assert not torch.equal(model.weight, plain.weight)
 
@@ -163,7 +163,7 @@ def test_attaching_changes_no_value_and_draws_nothing():
     model = net()
     before, rng = copy.deepcopy(values(model)), torch.get_rng_state()
     optimizer = OPTIMIZERS["adam"](model.parameters())
-    SWALP(model, Recipe.parse(RECIPE, accumulator="float")).attach(optimizer)
+    SWALP(model, Recipe.parse(RECIPE, master="float")).attach(optimizer)
     assert same(values(model), before)
     assert torch.equal(torch.get_rng_state(), rng)
     assert not optimizer.state
@@ -271,10 +271,10 @@ def test_counters_of_a_parameter_without_dimensions_are_no_momentum(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("accumulator", ["none", "float"])
-def test_other_dtypes_step_and_keep_their_dtype(dtype, accumulator):
+@pytest.mark.parametrize("master", ["none", "float"])
+def test_other_dtypes_step_and_keep_their_dtype(dtype, master):
     model = nn.Linear(4, 2).to(dtype)
-    _, optimizer, swalp = setup(model=model, **ACCUMULATORS[accumulator])
+    _, optimizer, swalp = setup(model=model, **MASTERS[master])
     model(torch.ones(3, 4, dtype=dtype)).sum().backward()
     optimizer.step()
     assert torch.equal(model.weight, quantize(model.weight, "bfp8[0]")) and model.weight.dtype == dtype
@@ -285,12 +285,12 @@ def test_other_dtypes_step_and_keep_their_dtype(dtype, accumulator):
 # The user's own loop
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_dtypes_and_recipes_side_by_side_round_as_each_alone(accumulator):
+@pytest.mark.parametrize("master", MASTERS)
+def test_dtypes_and_recipes_side_by_side_round_as_each_alone(master):
     """A step's tensors are rounded together; each must still get what a call of its own would give it."""
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float32)
     model = nn.ParameterList([torch.randn(5, 4, dtype=dtype) for dtype in dtypes])
-    changes = ACCUMULATORS[accumulator]
+    changes = MASTERS[master]
     recipe = Recipe.parse(RECIPE, **changes)
     others = {"3": Recipe.parse("fixed8.5 M=float", rounding="up", **changes), "4": Recipe.parse("float", **changes)}
     gradients = [torch.randn_like(p) for p in model]
@@ -310,8 +310,8 @@ def test_dtypes_and_recipes_side_by_side_round_as_each_alone(accumulator):
 
         gradient = q(gradients[index], "gradient", 1)
         stepped = before[index] - 0.5 * gradient
-        if its.accumulator is not None:
-            stepped = q(stepped, "accumulator", 2)
+        if its.master is not None:
+            stepped = q(stepped, "master", 2)
         assert same(p.grad, gradient)
         assert same(p.detach(), q(stepped, "weight", 3))
         assert same(optimizer.state[p]["momentum_buffer"], q(gradient, "momentum", 4))
@@ -375,15 +375,15 @@ def test_zero_grad_either_way(set_to_none):
 
 
 @pytest.mark.parametrize("keyword", [True, False])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("master", MASTERS)
 @pytest.mark.parametrize("name", ["momentum", "adam"])
-def test_gradients_computed_in_a_closure_are_rounded(name, accumulator, keyword):
-    model, optimizer, swalp = setup(OPTIMIZERS[name], **ACCUMULATORS[accumulator])
+def test_gradients_computed_in_a_closure_are_rounded(name, master, keyword):
+    model, optimizer, swalp = setup(OPTIMIZERS[name], **MASTERS[master])
     losses = []
     for step in range(3):
 
         def closure(step=step):
-            for p in model.parameters():  # the low-precision weights, not the accumulators
+            for p in model.parameters():  # the low-precision weights, not the masters
                 assert step == 0 or torch.equal(p, quantize(p, "bfp8[0]"))
             optimizer.zero_grad()
             loss = loss_of(model, step)
@@ -409,9 +409,9 @@ class Decayed(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("with_closure", [True, False])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_subclass_that_calls_super_does_the_work_once(accumulator, with_closure):
-    model, optimizer, swalp = setup(lambda p: Decayed(p, lr=0.1, momentum=0.9), **ACCUMULATORS[accumulator])
+@pytest.mark.parametrize("master", MASTERS)
+def test_a_subclass_that_calls_super_does_the_work_once(master, with_closure):
+    model, optimizer, swalp = setup(lambda p: Decayed(p, lr=0.1, momentum=0.9), **MASTERS[master])
     for step in range(3):
         optimizer.zero_grad()
         if with_closure:
@@ -441,9 +441,9 @@ class Breaks(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_step_that_raised_is_no_step(accumulator):
-    model, optimizer, swalp = setup(lambda p: Breaks(p, lr=0.1, momentum=0.9), **ACCUMULATORS[accumulator])
+@pytest.mark.parametrize("master", MASTERS)
+def test_a_step_that_raised_is_no_step(master):
+    model, optimizer, swalp = setup(lambda p: Breaks(p, lr=0.1, momentum=0.9), **MASTERS[master])
     train(model, optimizer, [0])
     optimizer.broken = True
     with pytest.raises(MemoryError) as held:  # a held traceback keeps the dead frames alive
@@ -459,9 +459,9 @@ def test_a_step_that_raised_is_no_step(accumulator):
     del held
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_closure_that_raised_is_no_step(accumulator):
-    model, optimizer, swalp = setup(**ACCUMULATORS[accumulator])
+@pytest.mark.parametrize("master", MASTERS)
+def test_a_closure_that_raised_is_no_step(master):
+    model, optimizer, swalp = setup(**MASTERS[master])
     before = copy.deepcopy(dict(model.named_parameters()))
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
@@ -538,10 +538,10 @@ def run_on(model, optimizer, swalp, steps):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("master", MASTERS)
 @pytest.mark.parametrize("name", ["momentum", "nesterov", "adam", "amsgrad"])
-def test_a_resumed_run_has_the_bits_of_one_never_stopped(name, accumulator, stop):
-    changes = {**ACCUMULATORS[accumulator], "average": "bfp16"}
+def test_a_resumed_run_has_the_bits_of_one_never_stopped(name, master, stop):
+    changes = {**MASTERS[master], "average": "bfp16"}
     whole = setup(OPTIMIZERS[name], **changes)
     run_on(*whole, range(5))
 
@@ -562,14 +562,14 @@ def test_a_resumed_run_has_the_bits_of_one_never_stopped(name, accumulator, stop
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
 def test_states_load_in_any_order_before_or_after_attaching(order, attach_first):
-    whole = setup(accumulator="fixed16.12")
+    whole = setup(master="fixed16.12")
     run_on(*whole, range(3))
     states = copy.deepcopy([part.state_dict() for part in whole])
     run_on(*whole, range(3, 5))
 
     model = net(99)
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    parts = model, optimizer, SWALP(model, Recipe.parse(RECIPE, accumulator="fixed16.12"))
+    parts = model, optimizer, SWALP(model, Recipe.parse(RECIPE, master="fixed16.12"))
     if attach_first:
         parts[2].attach(optimizer)
     for i in order:
@@ -581,7 +581,7 @@ def test_states_load_in_any_order_before_or_after_attaching(order, attach_first)
 
 
 def test_a_loaded_state_is_a_copy():
-    first, second = setup(accumulator="float"), setup(accumulator="float")
+    first, second = setup(master="float"), setup(master="float")
     run_on(*first, range(2))
     state = first[2].state_dict()
     before = copy.deepcopy(state)
@@ -600,7 +600,7 @@ def by_pickle(parts):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle])
 def test_a_copy_made_together_goes_on_alone(duplicate, order):
-    parts = setup(accumulator="float")
+    parts = setup(master="float")
     run_on(*parts, range(2))
     copied = duplicate(tuple(parts[i] for i in order))
     twin = tuple(copied[order.index(i)] for i in range(3))
@@ -632,9 +632,9 @@ def test_an_optimizer_copied_alone_is_an_ordinary_one():
     assert swalp.state_dict()["step"] == 0
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_detach_changes_no_value_and_the_optimizer_is_ordinary_again(accumulator):
-    model, optimizer, swalp = setup(**ACCUMULATORS[accumulator])
+@pytest.mark.parametrize("master", MASTERS)
+def test_detach_changes_no_value_and_the_optimizer_is_ordinary_again(master):
+    model, optimizer, swalp = setup(**MASTERS[master])
     train(model, optimizer, range(2))
     plain = copy.deepcopy(model)
     reference = OPTIMIZERS["momentum"](plain.parameters())
@@ -647,8 +647,8 @@ def test_detach_changes_no_value_and_the_optimizer_is_ordinary_again(accumulator
     assert same(values(model, optimizer), values(plain, reference))
 
 
-def test_a_second_attach_starts_the_accumulators_from_the_weights_of_that_moment():
-    model, optimizer, swalp = setup(recipe="W=bfp4", accumulator="float")
+def test_a_second_attach_starts_the_masters_from_the_weights_of_that_moment():
+    model, optimizer, swalp = setup(recipe="W=bfp4", master="float")
     train(model, optimizer, range(2))
     swalp.detach()
     with torch.no_grad():
@@ -656,7 +656,7 @@ def test_a_second_attach_starts_the_accumulators_from_the_weights_of_that_moment
     other = torch.optim.SGD(model.parameters(), lr=0.0)
     swalp.attach(other)
     train(model, other, range(1))
-    assert torch.equal(swalp.state_dict()["accumulators"]["0.weight"], torch.full((8, 6), 3.0))
+    assert torch.equal(swalp.state_dict()["masters"]["0.weight"], torch.full((8, 6), 3.0))
 
 
 # What is refused: one sentence, and nothing changed
@@ -725,11 +725,11 @@ class TestRefusedByStep:
         message = r"Adam unscales the gradients of a GradScaler inside its step, .*; use fused=False"
         self.unchanged(model, optimizer, swalp, message, lambda: scaler.step(optimizer))
 
-    @pytest.mark.parametrize("accumulator", ACCUMULATORS)
+    @pytest.mark.parametrize("master", MASTERS)
     @pytest.mark.parametrize("with_closure", [True, False])
-    def test_a_sparse_gradient(self, with_closure, accumulator):
+    def test_a_sparse_gradient(self, with_closure, master):
         model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
-        _, optimizer, swalp = setup(OPTIMIZERS["sgd"], RECIPE, model, **ACCUMULATORS[accumulator])
+        _, optimizer, swalp = setup(OPTIMIZERS["sgd"], RECIPE, model, **MASTERS[master])
         before = copy.deepcopy(values(model, optimizer, swalp))
 
         def closure():
@@ -798,7 +798,7 @@ def with_value(*path, value):
     [
         (without("seed"), r"a SWALP state holds version, .*, not version, recipe, step"),
         (with_value("extra", value=1), r"a SWALP state holds .*, extra; pass what state_dict\(\) returned"),
-        (with_value("version", value=2), r"of version 2, and this SWALP reads version 1"),
+        (with_value("version", value=3), r"of version 3, and this SWALP reads version 2"),
         (with_value("recipe", value="bfp6"), r"of recipe 'bfp6', not 'W=bfp8\[0\] .*'; convert with the former"),
         (with_value("step", value=1.5), r"step must be a whole number, not 1.5"),
         (with_value("n_averaged", value=-1), r"n_averaged must be a whole number, not -1"),
@@ -814,14 +814,14 @@ def with_value(*path, value):
             r"average has '0.weight' as \(2, 2\) torch.float32, and this model needs \(8, 6\) torch.float32",
         ),
         (
-            with_value("accumulators", "0.weight", value=torch.ones(8, 6).double()),
-            r"accumulators has '0.weight' as \(8, 6\) torch.float64, and .* \(8, 6\) torch.float32",
+            with_value("masters", "0.weight", value=torch.ones(8, 6).double()),
+            r"masters has '0.weight' as \(8, 6\) torch.float64, and .* \(8, 6\) torch.float32",
         ),
-        (with_value("accumulators", "x", value=torch.ones(2)), r"accumulators has 'x', which this model does not"),
+        (with_value("masters", "x", value=torch.ones(2)), r"masters has 'x', which this model does not"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_before_anything_changes(change, message):
-    parts = setup(accumulator="float")
+    parts = setup(master="float")
     run_on(*parts, range(2))
     state = copy.deepcopy(parts[2].state_dict())
     change(state)
@@ -831,10 +831,22 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(change, me
     assert same(values(*parts), before)
 
 
-def test_accumulators_are_refused_by_a_recipe_without():
+def test_a_state_of_version_1_is_read():
+    """It called masters accumulators, in its recipe too."""
+    parts = setup(master="fixed16.12", average="bfp9~up")
+    run_on(*parts, range(2))
+    state = parts[2].state_dict()
+    old = {("accumulators" if key == "masters" else key): value for key, value in state.items()} | {"version": 1}
+    old["recipe"] = f"{RECIPE} accumulator=fixed16.12 average=bfp9 average_rounding=up"
+    again = setup(master="fixed16.12", average="bfp9~up")[2]
+    again.load_state_dict(old)
+    assert same(again.state_dict(), state)
+
+
+def test_masters_are_refused_by_a_recipe_without():
     parts = setup()
-    state = {**parts[2].state_dict(), "accumulators": {"0.weight": torch.ones(8, 6)}}
-    with pytest.raises(ValueError, match=r"accumulators has '0.weight', which this model does not"):
+    state = {**parts[2].state_dict(), "masters": {"0.weight": torch.ones(8, 6)}}
+    with pytest.raises(ValueError, match=r"masters has '0.weight', which this model does not"):
         parts[2].load_state_dict(state)
 
 
@@ -849,11 +861,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_rounding_on_cuda_draws_what_the_cpu_draws():
     def rounded(device):
         model = net().to(device)
-        _, optimizer, swalp = setup(model=model, accumulator="fixed16.12")
+        _, optimizer, swalp = setup(model=model, master="fixed16.12")
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.123)
         optimizer.step()
-        return [dict(model.to("cpu").named_parameters()), {k: v.cpu() for k, v in swalp._accumulators.items()}]
+        return [dict(model.to("cpu").named_parameters()), {k: v.cpu() for k, v in swalp._masters.items()}]
 
     assert same(rounded("cuda"), rounded("cpu"))
 
@@ -861,7 +873,7 @@ def test_rounding_on_cuda_draws_what_the_cpu_draws():
 @pytest.mark.gpu
 @needs_cuda
 def test_a_model_may_move_after_its_state_was_loaded():
-    first = setup(accumulator="float")
+    first = setup(master="float")
     run_on(*first, range(2))
     model = net(99)
     swalp = SWALP(model, first[2].recipe)
@@ -873,7 +885,7 @@ def test_a_model_may_move_after_its_state_was_loaded():
         p.grad = torch.ones_like(p)
     optimizer.step()
     swalp.update_average()
-    assert all(t.is_cuda for t in swalp.state_dict()["accumulators"].values())
+    assert all(t.is_cuda for t in swalp.state_dict()["masters"].values())
     assert all(t.is_cuda for t in swalp.state_dict()["average"].values())
 
 

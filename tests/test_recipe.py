@@ -15,13 +15,13 @@ BFP8 = parse("bfp8[0]")
 def test_one_spec_is_for_all_five_roles():
     recipe = Recipe.parse("bfp8[0]")
     assert [getattr(recipe, role).format for role in ROLES.values()] == [BFP8] * 5
-    assert (recipe.accumulator, recipe.average.format, recipe.rounding) == (None, FLOAT, "stochastic")
+    assert (recipe.master, recipe.average.format, recipe.rounding) == (None, FLOAT, "stochastic")
 
 
 def test_exceptions_follow():
-    recipe = Recipe.parse("bfp8[0] M=float error=e5m2 accumulator=bf16")
+    recipe = Recipe.parse("bfp8[0] M=float error=e5m2 master=bf16")
     assert [each.format for each in (recipe.weight, recipe.activation, recipe.gradient)] == [BFP8] * 3
-    others = (recipe.momentum, recipe.error, recipe.accumulator)
+    others = (recipe.momentum, recipe.error, recipe.master)
     assert [each.format for each in others] == [FLOAT, parse("e5m2"), parse("e8m7")]
 
 
@@ -47,9 +47,9 @@ def test_float_rounds_nothing():
         "bfp8[0]",
         "bfp8[0] rounding=nearest",
         "W=e4m3 A=e4m3 E=e5m2 G=e5m2 M=bf16",
-        "bfp8[0,1] accumulator=fp16 average=bfp12+twos",
+        "bfp8[0,1] master=fp16 average=bfp12+twos",
         "fixed8.6 M=float rounding=toward_zero",
-        "bfp8 accumulator=float",
+        "bfp8 master=float",
         "bfp8 quantize_logits=true in_place=false",
     ],
 )
@@ -59,6 +59,14 @@ def test_round_trip(text):
     assert Recipe.parse(recipe) is recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert hash(recipe) == hash(Recipe.parse(str(recipe)))
+
+
+def test_the_old_word_for_masters_is_read():
+    recipe = Recipe.parse("bfp8 accumulator=fixed16.12")
+    assert recipe == Recipe.parse("bfp8", accumulator="fixed16.12") == Recipe.parse("bfp8 master=fixed16.12")
+    assert str(recipe) == "bfp8 master=fixed16.12"
+    with pytest.raises(RecipeError, match="sets master twice, accumulator=bf16 and master=fp16"):
+        Recipe.parse("bfp8 accumulator=bf16 master=fp16")
 
 
 def test_changes_apply_to_a_recipe_too():

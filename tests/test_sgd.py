@@ -208,7 +208,7 @@ LEFT = {
     "formats that differ": (group_of(momentum=0.9), "W=bfp8[0] G=bfp8[0] M=bfp10[0]"),
     "nothing rounded": (group_of(momentum=0.9), "float"),
     "only outputs rounded": (group_of(momentum=0.9), "A=bfp8[0] E=bfp8[0]"),
-    "accumulators": (group_of(momentum=0.9), "bfp8[0] accumulator=float"),
+    "masters": (group_of(momentum=0.9), "bfp8[0] master=float"),
     "float64": (lambda m: torch.optim.SGD(m.double().parameters(), lr=0.1), "bfp8[0]"),
     "gaps": (lambda m: torch.optim.SGD(strided(m).parameters(), lr=0.1), "bfp8[0]"),
 }

@@ -22,7 +22,7 @@ def trained():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    lp, swalp = swalp_fx.convert(model, optimizer, f"{SPEC} rounding=nearest accumulator=float")
+    lp, swalp = swalp_fx.convert(model, optimizer, f"{SPEC} rounding=nearest master=float")
     step(lp, optimizer)
     swalp.update_average()
     return lp, swalp, optimizer

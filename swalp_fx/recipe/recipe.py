@@ -19,7 +19,7 @@ from .text import read
 
 __all__ = ["PLACEMENTS", "Recipe"]
 
-_QUANTIZERS = (*ROLES.values(), "accumulator", "average")
+_QUANTIZERS = (*ROLES.values(), "master", "average")
 _IN_FLOAT = Quantizer(FLOAT)
 # Which layer outputs are rounded; passes/assign.py has the rule of each.
 PLACEMENTS = ("every", "compute", "compute+activation", "group")
@@ -39,7 +39,7 @@ class Recipe:
     error: Quantizer = _IN_FLOAT
     gradient: Quantizer = _IN_FLOAT
     momentum: Quantizer = _IN_FLOAT
-    accumulator: Quantizer | None = None  # what the optimizer steps on; None: the weights themselves
+    master: Quantizer | None = None  # what the optimizer steps on; None: the weights themselves
     # Of the averaged weights after each update, Q_SWA in the paper's section 5.1; to nearest where it does not say, and
     # then it stalls: see averaging.Average.
     average: Quantizer = _IN_FLOAT
@@ -64,7 +64,7 @@ class Recipe:
     def _refuse_unfit(self) -> None:
         for role in _QUANTIZERS:
             value = getattr(self, role)
-            if value is not None or role != "accumulator":
+            if value is not None or role != "master":
                 object.__setattr__(self, role, Quantizer.parse(value))
         parse_rounding(self.rounding)
         if self.placement not in PLACEMENTS:
@@ -175,7 +175,7 @@ class Recipe:
         if len(quantizers) == 1:
             words = [str(quantizers.pop())]
         default = {field.name: field.default for field in fields(self)}
-        for name in ("accumulator", "average", "rounding", "placement"):
+        for name in ("master", "average", "rounding", "placement"):
             if getattr(self, name) != default[name]:
                 words.append(f"{name}={getattr(self, name)}")
         words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]

@@ -14,6 +14,7 @@ __all__ = ["AVERAGE_ROUNDING", "LETTERS", "ROLES", "once"]
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
 LETTERS = {role: letter for letter, role in ROLES.items()}
 AVERAGE_ROUNDING = "average_rounding"  # once a field: now average=FORMAT~ROUNDING
+_FIELDS = {**ROLES, "accumulator": "master"}  # letters, and the old word: hardware's accumulator is a product's
 ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ROLES.items())
 
 
@@ -21,7 +22,7 @@ def once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -
     """Field -> value, of values by field or letter. Raises RecipeError for what is none of ``fields``, and twice."""
     found: dict[str, tuple[str, Any]] = {}
     for name, value in values:
-        field = ROLES.get(name, name)
+        field = _FIELDS.get(name, name)
         if field not in fields and not (field == AVERAGE_ROUNDING and "average" in fields):
             remedy = did_you_mean(name, (*ROLES, *fields), f"the roles are {ROLE_NAMES}")
             raise RecipeError(f"{where}: there is no role {name!r}; {remedy}")
