@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
-from .formats import FLOAT, Format
+from .formats import Format
+from .recipe import Recipe
 
 __all__ = ["ends_in"]
 
@@ -22,6 +23,7 @@ __all__ = ["ends_in"]
 class _Need(NamedTuple):
     """What a format must have for the moments of an optimizer, in powers of two."""
 
+    states: tuple[str, ...]  # those that are a divisor, or that it is made of
     block: float  # the largest over the smallest number of a block, where blocks have a scale
     below_one: float  # one over the smallest number, where there is no scale
     precision: float = 0  # the steps of an octave
@@ -31,27 +33,35 @@ class _Need(NamedTuple):
 # than this, some run ends above the loss that it began with; with this, none does. Nor does any of torch's other
 # optimizers, in 25 formats from mxfp4 to bfp24[0]. `pytest -m slow tests/test_moments.py` measures both sides of each
 # bound again (AMD EPYC, 2 cores, AVX-512, torch 2.14.1, 2026-11-26).
-_ADAM = _Need(block=24, below_one=60)  # diverges in bfp24, mxfp8 and e6m8; not in mxfp8_e5m2 and e7m0
+_ADAM = _Need(("exp_avg_sq",), block=24, below_one=60)  # diverges in bfp24, mxfp8 and e6m8; not in mxfp8_e5m2 and e7m0
 _NEEDS: tuple[tuple[type[Optimizer], Callable[[dict[str, Any]], bool], _Need], ...] = (
+    (Adam, lambda group: bool(group.get("amsgrad")), _ADAM._replace(states=("exp_avg_sq", "max_exp_avg_sq"))),
     (Adam, lambda group: True, _ADAM),
     (NAdam, lambda group: True, _ADAM),
     (RAdam, lambda group: True, _ADAM),
     # Divides by a largest magnitude, and not by the root of a square: diverges in bfp13[0] and fixed16.15.
-    (Adamax, lambda group: True, _Need(block=14, below_one=16)),
+    (Adamax, lambda group: True, _Need(("exp_inf",), block=14, below_one=16)),
     # Divides by the root of a difference of moments, which must not be below zero: diverges in mxfp8_e5m2 and e8m3.
-    (RMSprop, lambda group: group["centered"], _Need(block=math.inf, below_one=60, precision=4)),
+    (
+        RMSprop,
+        lambda group: group["centered"],
+        _Need(("square_avg", "grad_avg"), block=math.inf, below_one=60, precision=4),
+    ),
 )
 
 
-def ends_in(optimizer: Optimizer, group: dict[str, Any], momentum: Format) -> bool:
-    """Whether ``optimizer``, or what it is a subclass of, may diverge on a group whose moments are in ``momentum``."""
-    if momentum == FLOAT:
-        return False
-    reach = -math.log2(momentum.min_subnormal)
-    precision = math.log2(momentum.min_normal / momentum.min_subnormal)
+def ends_in(optimizer: Optimizer, group: dict[str, Any], recipe: Recipe) -> str | None:
+    """The state in whose format ``optimizer``, or what it is a subclass of, may diverge on a group; None if in none."""
     for kind, is_so, need in _NEEDS:
         if isinstance(optimizer, kind) and is_so(group):
-            if momentum.scale_bits:
-                return reach + math.log2(momentum.max) < need.block
-            return reach < need.below_one or precision < need.precision
-    return False
+            states = ((name, recipe.state(name)) for name in need.states)
+            return next((name for name, each in states if each.rounds and not _has(each.format, need)), None)
+    return None
+
+
+def _has(format: Format, need: _Need) -> bool:
+    reach = -math.log2(format.min_subnormal)
+    precision = math.log2(format.min_normal / format.min_subnormal)
+    if format.scale_bits:
+        return reach + math.log2(format.max) >= need.block
+    return reach >= need.below_one and precision >= need.precision

@@ -6,7 +6,8 @@ Algorithm 2 of the SWALP paper, in the order of its authors' code:
     update of the masters, or of the weights themselves where the recipe has no master
     masters      <- Q_master(masters)
     weights      <- Q_W(masters)
-    momentum     <- Q_M(momentum)        the optimizer's floating state of the parameter's shape
+    momentum     <- Q_M(momentum)        the optimizer's floating state of the parameter's shape,
+                                         and any other that the recipe names
 
 The pass hangs on the optimizer's step hooks, so the optimizer keeps its type, its schedulers and
 its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is one pass over memory.
@@ -35,17 +36,15 @@ from .ops import quantize_foreach_
 from .random import fold_in, is_captured
 from .recipe import Quantizer, Recipe, RecipeError
 from .sgd import in_one_pass
+from .states import refuse_misnamed, states_of
 from .warn import warn
 
 __all__ = ["SWALP"]
 
-# Role numbers, the upper half of a stream id. Momentum is last: an optimizer's second state tensor
+# The upper half of a stream id, by role. Momentum is last: an optimizer's second state tensor
 # of a parameter takes the next number up, and so on. The average's is 0.
-GRADIENT, MASTER, WEIGHT, MOMENTUM = 1, 2, 3, 4
-
-# What torch.optim counts in tensors without dimensions, which the shape of a parameter without
-# dimensions cannot tell from its moments: Adam's step, ASGD's eta and mu, NAdam's mu_product.
-COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
+STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
+MOMENTUM = STREAMS["momentum"]
 
 VERSION = 2
 KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "masters")
@@ -147,7 +146,8 @@ class SWALP:
 
         Warns of momentum in a format in which the optimizer may diverge: M=float for Adam and its like.
         Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
-        parameter that is not the model's or that is complex, LBFGS, a differentiable step.
+        parameter that is not the model's or that is complex, LBFGS, a differentiable step, a state
+        that the recipe names and the optimizer does not have.
         """
         self.refuse(optimizer)
         if _attached_to(optimizer) is not None:
@@ -189,7 +189,10 @@ class SWALP:
             raise ValueError(
                 f"{name} has differentiable=True, and rounding in place has no gradient; use differentiable=False"
             )
-        self._trained(optimizer)
+        trained = [
+            (self._names[index], parameter, self._recipes[index]) for index, parameter in self._trained(optimizer)
+        ]
+        refuse_misnamed(optimizer, trained)
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -202,13 +205,15 @@ class SWALP:
         pairs = [
             (group, self._index[p]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
-        ending = [i for group, i in pairs if ends_in(optimizer, group, self._recipes[i].momentum.format)]
+        ending = [(i, name) for group, i in pairs if (name := ends_in(optimizer, group, self._recipes[i])) is not None]
         if ending:
-            format = self._recipes[ending[0]].momentum.format
+            index, state = ending[0]
+            recipe = self._recipes[index]
             others = f"and {len(ending) - 1} more " if len(ending) > 1 else ""
+            what, word = (state, f"state.{state}") if state in dict(recipe.states) else ("momentum", "M")
             warn(
-                f"{type(optimizer).__name__} divides one moment by another, and may diverge with the momentum of "
-                f"{self._names[ending[0]]!r} {others}in {format}; keep it in float: M=float"
+                f"{type(optimizer).__name__} divides one moment by another, and may diverge with the {what} of "
+                f"{self._names[index]!r} {others}in {recipe.state(state).format}; keep it in float: {word}=float"
             )
 
     def detach(self) -> None:
@@ -377,8 +382,8 @@ class SWALP:
         self._refuse_sparse(step)
         with torch.no_grad():
             self._step_in_one_pass(step)
-            gradients = ((GRADIENT, index, p.grad) for index, p in step.parameters if p.grad is not None)
-            self._round("gradient", gradients, step)
+            gradients = ((index, p.grad) for index, p in step.parameters if p.grad is not None)
+            self._round(self._in_role("gradient", gradients), step)
             if self.recipe.master is not None:
                 for index, parameter in step.parameters:
                     parameter.copy_(self._master(index, parameter))
@@ -396,7 +401,10 @@ class SWALP:
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
-            if not (recipe.gradient.rounds or recipe.momentum.rounds):  # SGD's momentum buffer is as sparse
+            states = (recipe.momentum, *(quantizer for _, quantizer in recipe.states))
+            if not any(
+                quantizer.rounds for quantizer in (recipe.gradient, *states)
+            ):  # SGD's momentum buffer is as sparse
                 continue
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(
@@ -423,28 +431,33 @@ class SWALP:
 
     def _round_weights(self, step: _Step) -> None:
         if self.recipe.master is not None:
-            self._round("master", ((MASTER, *each) for each in step.parameters), step)
+            self._round(self._in_role("master", step.parameters), step)
             for index, parameter in step.parameters:
                 self._masters[self._names[index]].copy_(parameter)
-        self._round("weight", ((WEIGHT, *each) for each in step.parameters), step)
+        self._round(self._in_role("weight", step.parameters), step)
 
     def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
-        # By sorted name, because a loaded state may hold them in another order.
-        moments = (
-            (MOMENTUM + slot, index, tensor)
+        states = (
+            (quantizer, MOMENTUM + slot, index, tensor)
             for index, parameter in step.parameters
-            for slot, (_, tensor) in enumerate(sorted(_moments(optimizer, parameter)))
+            for slot, (tensor, quantizer) in enumerate(states_of(optimizer, parameter, self._recipes[index]))
         )
-        self._round("momentum", moments, step)
+        self._round(states, step)
 
-    def _round(self, role: str, tensors: Iterable[tuple[int, int, Tensor]], step: _Step) -> None:
-        """Round ``tensors``, each (upper half of its stream, index of its parameter, tensor), to the role's formats.
+    def _in_role(
+        self, role: str, tensors: Iterable[tuple[int, Tensor]]
+    ) -> Iterator[tuple[Quantizer, int, int, Tensor]]:
+        """What ``_round`` takes, of (index of its parameter, tensor)."""
+        for index, tensor in tensors:
+            yield getattr(self._recipes[index], role), STREAMS[role], index, tensor
+
+    def _round(self, tensors: Iterable[tuple[Quantizer, int, int, Tensor]], step: _Step) -> None:
+        """Round ``tensors``, each (how, upper half of its stream, index of its parameter, tensor).
 
         One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
         calls: defaultdict[Quantizer, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
-        for half, index, tensor in tensors:
-            quantizer: Quantizer = getattr(self._recipes[index], role)
+        for quantizer, half, index, tensor in tensors:
             if quantizer.rounds:
                 xs, streams = calls[quantizer]
                 xs.append(tensor)
@@ -506,7 +519,7 @@ def _is_text_of(recipe: Recipe, text: Any) -> bool:
 
 
 def _streams(index: int) -> dict[str, int]:
-    return {"weight": WEIGHT << 32 | index, "gradient": GRADIENT << 32 | index, "momentum": MOMENTUM << 32 | index}
+    return {role: half << 32 | index for role, half in STREAMS.items()}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
@@ -530,7 +543,7 @@ def _attached_to(optimizer: Optimizer) -> SWALP | None:
 
 def _steps_low(recipe: Recipe) -> bool:
     """Whether a step in ``recipe`` rounds anything."""
-    quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.master)
+    quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.master, *dict(recipe.states).values())
     return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
 
 
@@ -540,11 +553,3 @@ def _is_running(frame: FrameType) -> bool:
     while caller is not None and caller is not frame:
         caller = caller.f_back
     return caller is not None
-
-
-def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the optimizer's floating state of the parameter's shape."""
-    for name, value in optimizer.state.get(parameter, {}).items():
-        moment = isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS
-        if moment and value.shape == parameter.shape:
-            yield name, value

@@ -22,6 +22,7 @@ __all__ = ["in_one_pass"]
 
 # The roles that are rounded, in the order in which ops.sgd_ takes their streams.
 ROLES = ("weight", "gradient", "momentum")
+MOMENTUM = "momentum_buffer"  # the state
 ANY = Quantizer.parse("bfp8~nearest")  # of a call that rounds no role
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -34,8 +35,9 @@ class _Call:
     def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
         self.group = group
         self.roles = ROLES if group["momentum"] != 0 else ROLES[:2]
-        self.rounded = [role for role in self.roles if getattr(recipe, role).rounds]
-        self.quantizers = {getattr(recipe, role) for role in self.rounded}
+        of_roles = {**{role: getattr(recipe, role) for role in ROLES}, "momentum": recipe.state(MOMENTUM)}
+        self.rounded = [role for role in self.roles if of_roles[role].rounds]
+        self.quantizers = {of_roles[role] for role in self.rounded}
         self.tensors: list[list[Tensor]] = []  # a parameter's, of each role
         self.streams: list[Streams] = []
 
@@ -72,7 +74,7 @@ def in_one_pass(
         group = groups[parameter]
         state = optimizer.state.get(parameter, {})
         tensors = [parameter, gradient, *state.values()]
-        if list(state) != (["momentum_buffer"] if group["momentum"] != 0 else []) or not _are_alike(tensors):
+        if list(state) != ([MOMENTUM] if group["momentum"] != 0 else []) or not _are_alike(tensors):
             return {}
         which = id(group), id(recipe)
         if which not in calls:

@@ -106,7 +106,7 @@ def test_convert_warns_at_the_users_line_and_a_rule_may_be_the_remedy():
 def test_a_group_without_the_option_is_not_centered():
     model = nn.Linear(4, 2)
     optimizer = optim.RMSprop(model.parameters())
-    assert not ends_in(optimizer, optimizer.param_groups[0], parse("bfp8"))
+    assert not ends_in(optimizer, optimizer.param_groups[0], Recipe(momentum="bfp8"))
 
 
 def final_loss(make, spec):

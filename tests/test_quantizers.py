@@ -1,5 +1,6 @@
 """Each role has a rounding of its own: as text, in graphs, in steps and in the average."""
 
+import copy
 import dataclasses
 import pickle
 
@@ -153,13 +154,15 @@ def test_a_rule_has_roundings_too():
 
 def test_a_number_that_is_rounded_to_a_format_is_in_it_whatever_the_rounding():
     """So that the second rounding of a mask is left out, both ways, as between equal roundings."""
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    layers = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
     rules = (Rule("1", A="bfp6[0]~up", E="bfp6[0]~down"),)
     x = torch.randn(4, 6)
     found = []
     for in_place in (True, False):
         torch.manual_seed(1)
-        lp, _ = convert(nn.Sequential(*model), recipe=Recipe.parse("bfp6[0]", rules=rules, in_place=in_place))
+        lp, _ = convert(
+            copy.deepcopy(nn.Sequential(*layers)), recipe=Recipe.parse("bfp6[0]", rules=rules, in_place=in_place)
+        )
         lp.zero_grad()
         torch.manual_seed(2)
         output = lp(x)

@@ -67,7 +67,11 @@ def recipe(text: str) -> swalp_fx.Recipe:
     single = swalp_fx.Recipe.parse(text)
     values = {field.name: getattr(single, field.name) for field in fields(single)}
     quantizers = {name: value for name, value in values.items() if isinstance(value, swalp_fx.Quantizer)}
-    return replace(single, **{name: replace(each, format=stacked(each.format)) for name, each in quantizers.items()})
+    return replace(single, states=_stacked(dict(single.states)), **_stacked(quantizers))
+
+
+def _stacked(quantizers: dict[str, swalp_fx.Quantizer]) -> dict[str, Any]:
+    return {name: replace(each, format=stacked(each.format)) for name, each in quantizers.items()}
 
 
 class Linear(nn.Module):

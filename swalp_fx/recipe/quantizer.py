@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..formats import FLOAT, Format, parse
 from .errors import RecipeError
 from .rounding import parse_rounding
 
-__all__ = ["Quantizer", "split"]
+__all__ = ["Quantizer", "States", "as_states", "split"]
 
 _MARK = "~"  # before the rounding
 
@@ -84,3 +86,13 @@ class Quantizer:
 
     def __repr__(self) -> str:
         return f"Quantizer.parse({str(self)!r})"
+
+
+States = tuple[tuple[str, Quantizer], ...]  # name of an optimizer's state -> quantizer, sorted by name
+
+
+def as_states(states: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> States:
+    """Each name once, sorted."""
+    return tuple(
+        sorted(((name, Quantizer.parse(text)) for name, text in dict(states).items()), key=lambda each: each[0])
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -11,8 +11,8 @@ from ..formats import FLOAT, Format
 from ..nearest import did_you_mean
 from .errors import RecipeError
 from .patterns import Subject, around, matches, unmatched
-from .quantizer import Quantizer
-from .roles import AVERAGE_ROUNDING, ROLES, once
+from .quantizer import Quantizer, States, as_states
+from .roles import AVERAGE_ROUNDING, ROLES, STATE, once
 from .rounding import parse_rounding
 from .rule import Rule
 from .text import read
@@ -43,7 +43,9 @@ class Recipe:
     # Of the averaged weights after each update, Q_SWA in the paper's section 5.1; to nearest where it does not say, and
     # then it stalls: see averaging.Average.
     average: Quantizer = _IN_FLOAT
-    rounding: str = "stochastic"  # of every other role that has none of its own
+    # Of the optimizer, by name: ``state.exp_avg_sq=bf16~stochastic``. ``momentum`` is of those that are not named.
+    states: States = ()
+    rounding: str = "stochastic"  # of every role but the average that has none of its own
     placement: str = "every"  # which layer outputs are rounded
     include: tuple[str, ...] = ()  # globs: layer outputs rounded though the placement leaves them out
     exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
@@ -66,6 +68,7 @@ class Recipe:
             value = getattr(self, role)
             if value is not None or role != "master":
                 object.__setattr__(self, role, Quantizer.parse(value))
+        object.__setattr__(self, "states", as_states(self.states))
         parse_rounding(self.rounding)
         if self.placement not in PLACEMENTS:
             remedy = did_you_mean(str(self.placement), PLACEMENTS, f"use one of {', '.join(PLACEMENTS)}")
@@ -90,7 +93,11 @@ class Recipe:
             remedy = f"; use {str(text)!r}" if isinstance(text, Format) else ""
             raise RecipeError(f"a recipe must be a string or a Recipe, not {type(text).__name__} {text!r}{remedy}")
         values = {} if isinstance(text, Recipe) else read(text, FIELDS)
-        values |= once(changes.items(), f"recipe {str(text)!r}", FIELDS)
+        changed = once(changes.items(), f"recipe {str(text)!r}", FIELDS)
+        if "states" in changed:
+            before = text.states if isinstance(text, Recipe) else values.get("states", {})
+            changed["states"] = {**dict(before), **changed["states"]}
+        values |= changed
         if isinstance(text, str) and not any(role in values for role in _QUANTIZERS):
             raise RecipeError(f"recipe {text!r} names no format; put one first: {f'bfp8[0] {text.strip()}'!r}")
         if isinstance(text, Recipe):
@@ -114,19 +121,32 @@ class Recipe:
         """The recipe of one layer's output or one parameter, its rule applied."""
         named = [(self._named(name), kinds) for name, kinds in subjects]
         rule = next((rule for rule in self.rules if rule.matches(named)), None)
-        return self if rule is None else replace(self, **rule.roles())  # type: ignore[arg-type]
+        if rule is None:
+            return self
+        return replace(self, states={**dict(self.states), **dict(rule.states)}, **rule.roles())  # type: ignore[arg-type]
+
+    def state(self, name: str) -> Quantizer:
+        """How the state of that name of an optimizer is rounded."""
+        return dict(self.states).get(name, self.momentum)
 
     def of_tensor(self, rank: int, axis: int) -> Recipe:
         """The recipe of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
-        own = {role: quantizer for role in _QUANTIZERS if (quantizer := getattr(self, role)) is not None}
-        fitting = {role: fits for role, each in own.items() if (fits := each.of_tensor(rank, axis)) != each}
-        return replace(self, **fitting) if fitting else self
+        return self._with_each(lambda role, quantizer: quantizer.of_tensor(rank, axis))
 
     def resolved(self) -> Recipe:
         """The same recipe, each role with the rounding that counts for it."""
-        own = {role: quantizer for role in _QUANTIZERS if (quantizer := getattr(self, role)) is not None}
-        how = {role: each.under("nearest" if role == "average" else self.rounding) for role, each in own.items()}
-        return self if how == own else replace(self, **how)
+        return self._with_each(
+            lambda role, quantizer: quantizer.under("nearest" if role == "average" else self.rounding)
+        )
+
+    def _with_each(self, change: Callable[[str, Quantizer], Quantizer]) -> Recipe:
+        """The recipe with ``change(role, quantizer)`` in the place of each; itself where that changes nothing."""
+        before = {role: quantizer for role in _QUANTIZERS if (quantizer := getattr(self, role)) is not None}
+        after = {role: change(role, quantizer) for role, quantizer in before.items()}
+        states = tuple((name, change("momentum", quantizer)) for name, quantizer in self.states)
+        if after == before and states == self.states:
+            return self
+        return replace(self, states=states, **after)  # type: ignore[arg-type]
 
     @property
     def draws(self) -> bool:
@@ -178,6 +198,7 @@ class Recipe:
         for name in ("master", "average", "rounding", "placement"):
             if getattr(self, name) != default[name]:
                 words.append(f"{name}={getattr(self, name)}")
+        words += [f"{STATE}{name}={quantizer}" for name, quantizer in self.states]
         words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]
         words += [f"{name}=true" for name in ("quantize_input", "quantize_logits") if getattr(self, name)]
         words += [] if self.in_place else ["in_place=false"]

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from ..nearest import did_you_mean
 from .errors import RecipeError
 
-__all__ = ["AVERAGE_ROUNDING", "LETTERS", "ROLES", "once"]
+__all__ = ["AVERAGE_ROUNDING", "LETTERS", "ROLES", "STATE", "once"]
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
 LETTERS = {role: letter for letter, role in ROLES.items()}
+STATE = "state."  # before the name of an optimizer's state
 AVERAGE_ROUNDING = "average_rounding"  # once a field: now average=FORMAT~ROUNDING
 _FIELDS = {**ROLES, "accumulator": "master"}  # letters, and the old word: hardware's accumulator is a product's
 ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ROLES.items())
 
 
 def once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -> dict[str, Any]:
-    """Field -> value, of values by field or letter. Raises RecipeError for what is none of ``fields``, and twice."""
+    """Field -> value, of values by field, letter or ``state.NAME``; of the last together, ``states`` is a mapping.
+
+    Raises RecipeError for what is none of ``fields``, and twice.
+    """
     found: dict[str, tuple[str, Any]] = {}
-    for name, value in values:
+    for name, value in _each(values, where):
         field = _FIELDS.get(name, name)
-        if field not in fields and not (field == AVERAGE_ROUNDING and "average" in fields):
+        if not _is_among(field, fields):
             remedy = did_you_mean(name, (*ROLES, *fields), f"the roles are {ROLE_NAMES}")
             raise RecipeError(f"{where}: there is no role {name!r}; {remedy}")
         if field in found:
             before, first = found[field]
             raise RecipeError(f"{where} sets {field} twice, {before}={first} and {name}={value}; leave one out")
         found[field] = name, value
-    return {field: value for field, (_, value) in found.items()}
+    given = {field: value for field, (_, value) in found.items() if not field.startswith(STATE)}
+    states = {field[len(STATE) :]: value for field, (_, value) in found.items() if field.startswith(STATE)}
+    return given | ({"states": states} if states else {})
+
+
+def _each(values: Iterable[Iterable[Any]], where: str) -> Iterator[tuple[str, Any]]:
+    """The values, each state by itself."""
+    for name, value in values:
+        if name != "states":
+            yield name, value
+            continue
+        try:
+            states = dict(value)
+        except (TypeError, ValueError):
+            raise RecipeError(f"{where}: states maps names to formats, such as {STATE}exp_avg_sq=bf16") from None
+        yield from ((f"{STATE}{each}", quantizer) for each, quantizer in states.items())
+
+
+def _is_among(field: str, fields: Collection[str]) -> bool:
+    if field.startswith(STATE):
+        return "states" in fields and field[len(STATE) :].isidentifier()
+    return field in fields or (field == AVERAGE_ROUNDING and "average" in fields)

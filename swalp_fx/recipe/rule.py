@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from ..formats import Format
 from .errors import RecipeError
 from .patterns import Subject, is_numbered, matches
-from .quantizer import Quantizer
+from .quantizer import Quantizer, States, as_states
 from .roles import LETTERS, ROLES, once
 
 __all__ = ["Rule"]
@@ -22,7 +22,8 @@ class Rule:
     ``match`` is a glob, or a regular expression behind ``re:``, which must match the whole qualified name of a layer,
     an output, a parameter or of a module around it: ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``.
     A function's output is named by the module that calls it and by what is called: ``layer1.0.add``.
-    A role goes by its letter too: ``Rule("fc", W="float", G="e5m2~stochastic")``.
+    A role goes by its letter too: ``Rule("fc", W="float", G="e5m2~stochastic")``. ``states`` maps names of an
+    optimizer's states to formats, as in a recipe.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
     ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
     Where several outputs have one name, as those of a module that is called twice, it matches them all;
@@ -37,8 +38,9 @@ class Rule:
     error: Quantizer | None = None
     gradient: Quantizer | None = None
     momentum: Quantizer | None = None
+    states: States = ()  # of the optimizer, by name, sorted
 
-    def __init__(self, match: str, kind: str | None = None, **roles: str | Format | Quantizer | None) -> None:
+    def __init__(self, match: str, kind: str | None = None, **roles: Any) -> None:
         if not isinstance(match, str) or not match:
             raise RecipeError(f"a rule matches a qualified name, such as 'layer1.*', not {match!r}")
         if match.startswith("re:"):
@@ -46,11 +48,13 @@ class Rule:
                 re.compile(match[3:])
             except re.error as error:
                 raise RecipeError(f"rule {match!r} is no regular expression: {error}") from error
-        given = once(roles.items(), f"rule {match!r}", tuple(ROLES.values()))
+        given = once(roles.items(), f"rule {match!r}", (*ROLES.values(), "states"))
+        states = as_states(given.pop("states", ()))
         values = {role: Quantizer.parse(spec) for role, spec in given.items() if spec is not None}
-        if not values:
+        if not (values or states):
             raise RecipeError(f"rule {match!r} sets no format; name a role, such as weight='float'")
-        for name, value in {"match": match, "kind": kind, **dict.fromkeys(ROLES.values()), **values}.items():
+        unset = dict.fromkeys(ROLES.values())
+        for name, value in {"match": match, "kind": kind, **unset, **values, "states": states}.items():
             object.__setattr__(self, name, value)
 
     def roles(self) -> dict[str, Quantizer]:

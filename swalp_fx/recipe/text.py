@@ -33,7 +33,7 @@ def read(text: str, fields: Collection[str]) -> dict[str, Any]:
         raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
     values: dict[str, Any] = {role: spec for spec in everywhere for role in ROLES.values()}
     given = once((word.split("=", 1) for word in named), where, fields)
-    values |= {field: _READ.get(field, str)(value) for field, value in given.items()}
+    values |= {field: _READ[field](value) if field in _READ else value for field, value in given.items()}
     return values
 
 

@@ -1,0 +1,228 @@
+"""States of an optimizer that a recipe names: how they are rounded; those that it does not have are refused."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from test_optimizer import loss_of, net, same, setup, train, values
+from torch import nn
+
+from swalp_fx import Recipe, RecipeError, Rule, convert, quantize
+from swalp_fx.optimizer import SWALP
+from swalp_fx.random import fold_in
+
+optim = torch.optim
+QUIET = "W=float A=float E=float G=float M=float"
+
+# Optimizer -> its states that may be rounded, in its configuration here.
+STATES = {
+    "SGD": (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), {"momentum_buffer"}),
+    "plain SGD": (lambda p: optim.SGD(p, lr=0.1), set()),
+    "Adam": (lambda p: optim.Adam(p), {"exp_avg", "exp_avg_sq"}),
+    "AMSGrad": (lambda p: optim.AdamW(p, amsgrad=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+    "fused": (lambda p: optim.Adam(p, fused=True), {"exp_avg", "exp_avg_sq"}),
+    "NAdam": (lambda p: optim.NAdam(p), {"exp_avg", "exp_avg_sq"}),
+    "Adamax": (lambda p: optim.Adamax(p), {"exp_avg", "exp_inf"}),
+    "RMSprop": (lambda p: optim.RMSprop(p, centered=True), {"square_avg", "grad_avg"}),
+    "Adagrad": (lambda p: optim.Adagrad(p), {"sum"}),
+    "Adadelta": (lambda p: optim.Adadelta(p), {"square_avg", "acc_delta"}),
+    "ASGD": (lambda p: optim.ASGD(p), {"ax"}),
+    "Rprop": (lambda p: optim.Rprop(p), {"prev", "step_size"}),
+    "Adafactor": (lambda p: optim.Adafactor(p), {"row_var", "col_var", "variance"}),
+}
+
+
+class Mine(optim.Optimizer):
+    """Of a user, with attributes of its own, which the optimizer's pickle leaves out."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.decay, self.seen, self.dropout = 0.9, [], nn.Dropout()
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.seen.append(p)
+                state = self.state[p]
+                state.setdefault("trace", torch.zeros_like(p)).mul_(self.decay).add_(self.dropout(p.grad))
+                with torch.no_grad():
+                    p.sub_(group["lr"] * state["trace"])
+
+
+class NeedsAnArgument(optim.SGD):
+    def step(self, loss):
+        super().step()
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_states_that_an_optimizer_has_are_known_before_its_first_step(name):
+    make, states = STATES[name]
+    model = net()
+    optimizer = make(model.parameters())
+    before = copy.deepcopy(values(model, optimizer)), torch.get_rng_state()
+    for state in states:
+        swalp = SWALP(model, Recipe.parse(f"{QUIET} state.{state}=bf16"))
+        swalp.attach(optimizer)
+        swalp.detach()
+    for other in {"exp_avg", "momentum_buffer", "step", "eta"} - states:
+        with pytest.raises(RecipeError, match=f"has no state '{other}' to round"):
+            SWALP(model, Recipe.parse(f"{QUIET} state.{other}=bf16")).attach(optimizer)
+    assert same(before[0], values(model, optimizer)) and torch.equal(before[1], torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "message"),
+    [
+        (lambda p: optim.Adam(p), "exp_avg_sqr", "Adam has no state 'exp_avg_sqr' to round; did you mean exp_avg_sq"),
+        (lambda p: optim.Adam(p), "velocity", "Adam has no state 'velocity' to round; it has exp_avg, exp_avg_sq"),
+        (lambda p: optim.SGD(p, lr=1), "momentum_buffer", "to round; it has none that could be rounded"),
+        (Mine, "traces", "Mine has no state 'traces' to round; did you mean trace"),
+        (
+            lambda p: NeedsAnArgument(p, lr=0.1),
+            "momentum_buffer",
+            r"states NeedsAnArgument has cannot be told before its first step, .* \(TypeError.*; attach it after that",
+        ),
+    ],
+)
+def test_a_state_that_the_optimizer_does_not_have_is_refused_before_anything_changes(make, state, message):
+    model = net()
+    optimizer = make(model.parameters())
+    with pytest.raises(RecipeError, match=message) as caught:
+        convert(model, optimizer, recipe=f"bfp8[0] state.{state}=bf16")
+    assert "\n" not in str(caught.value)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer.state
+    convert(model, optimizer, recipe="bfp8[0] M=float")  # the model is not converted yet
+
+
+def test_an_optimizer_of_a_user_is_tried_without_its_own_memory():
+    model = net()
+    optimizer = Mine(model.parameters())
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 1)  # sets a step on the optimizer
+    state = torch.get_rng_state()
+    SWALP(model, Recipe.parse(f"{QUIET} state.trace=bfp4~up")).attach(optimizer)
+    assert optimizer.seen == [] and not optimizer.state and torch.equal(state, torch.get_rng_state())
+    train(model, optimizer, range(1))
+    scheduler.step()
+    assert all(torch.equal(quantize(s["trace"], "bfp4"), s["trace"]) for s in optimizer.state.values())
+
+
+def test_an_optimizer_that_no_copy_of_can_step_is_attached_after_its_first_step():
+    model = net()
+    optimizer = NeedsAnArgument(model.parameters(), lr=0.1, momentum=0.9)
+    loss_of(model, 0).backward()
+    optimizer.step(None)
+    SWALP(model, Recipe.parse(f"{QUIET} state.momentum_buffer=bfp4")).attach(optimizer)
+    with pytest.raises(RecipeError, match="has no state 'exp_avg' to round; it has momentum_buffer"):
+        SWALP(model, Recipe.parse(f"{QUIET} state.exp_avg=bfp4")).refuse(optimizer)
+
+
+def test_a_format_that_does_not_fit_a_state_is_refused():
+    model = nn.ParameterList([torch.randn(4, 3)])
+    message = "state 'exp_avg' of parameter 0 cannot be rounded to .*"
+    with pytest.raises(RecipeError, match=message):
+        SWALP(model, Recipe.parse(f"{QUIET} state.exp_avg=bfp8[3]")).attach(optim.Adam(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.*divides one moment by another")
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_a_named_state_is_rounded_its_own_way_and_M_is_of_the_others(rounding):
+    recipe = f"W=float A=float E=float G=float M=bfp10[0] state.exp_avg_sq=e8m7~down rounding={rounding}"
+    model, optimizer, _ = setup(lambda p: optim.AdamW(p, amsgrad=True), recipe)
+    train(model, optimizer, range(2))
+    plain = net()
+    reference = optim.AdamW(plain.parameters(), amsgrad=True)
+    for step in range(2):
+        train(plain, reference, [step])
+        for index, p in enumerate(plain.parameters()):
+            state, key = reference.state[p], fold_in(7, step)
+            for slot, name in enumerate(("exp_avg", "exp_avg_sq", "max_exp_avg_sq")):
+                how = ("e8m7", "down") if name == "exp_avg_sq" else ("bfp10[0]", rounding)
+                state[name] = quantize(state[name], *how, key=key, stream=(4 + slot) << 32 | index)
+    assert same(values(model, optimizer), values(plain, reference))
+
+
+def test_naming_every_state_is_naming_M():
+    """The streams are the same, and one pass is one pass."""
+    found = []
+    for recipe in ("bfp8[0] M=bfp8[0]", "bfp8[0] M=float state.momentum_buffer=bfp8[0]"):
+        model, optimizer, _ = setup(recipe=f"{recipe} A=float E=float")
+        train(model, optimizer, range(3))
+        found.append(values(model, optimizer))
+    assert same(*found)
+
+
+def test_a_state_of_another_shape_is_rounded_only_if_it_is_named():
+    model, optimizer, _ = setup(lambda p: optim.Adafactor(p), f"{QUIET} M=bfp4".replace("M=float ", ""))
+    train(model, optimizer, range(1))
+    weight = next(iter(model.parameters()))
+    row = optimizer.state[weight]["row_var"]
+    assert not torch.equal(quantize(row, "bfp4"), row)
+    model, optimizer, _ = setup(lambda p: optim.Adafactor(p), f"{QUIET} state.row_var=bfp4~up state.col_var=bfp4~up")
+    train(model, optimizer, range(1))
+    for name in ("row_var", "col_var"):
+        found = optimizer.state[next(iter(model.parameters()))][name]
+        assert torch.equal(quantize(found, "bfp4"), found)
+
+
+def test_a_rule_names_states_too():
+    recipe = Recipe.parse(
+        f"{QUIET} state.exp_avg=bfp4~up", rules=(Rule("3", states={"exp_avg": "float", "exp_avg_sq": "e8m3"}),)
+    )
+    model = net()
+    optimizer = optim.Adam(model.parameters())
+    convert(model, optimizer, recipe=recipe)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    first, last = optimizer.state[model[0].weight], optimizer.state[model[3].weight]
+    assert torch.equal(quantize(first["exp_avg"], "bfp4"), first["exp_avg"])
+    assert not torch.equal(quantize(last["exp_avg"], "bfp4"), last["exp_avg"])
+    assert torch.equal(quantize(last["exp_avg_sq"], "e8m3"), last["exp_avg_sq"])
+    assert not torch.equal(quantize(first["exp_avg_sq"], "e8m3"), first["exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "amsgrad", "warned"),
+    [
+        ("bfp8[0] state.exp_avg_sq=float", False, None),
+        ("bfp8[0] state.exp_avg_sq=float", True, "momentum of '0.weight' and 5 more in bfp8.0.; keep .*: M=float"),
+        ("bfp8[0] M=float state.exp_avg=bfp8[0]", False, None),
+        (
+            "bfp8[0] M=float state.exp_avg_sq=bfp8[0]",
+            False,
+            "exp_avg_sq of '0.weight' and 5 more in bfp8.0.; keep it in float: state.exp_avg_sq=float",
+        ),
+    ],
+)
+def test_the_warning_of_moments_speaks_of_the_state_that_divides(recipe, amsgrad, warned):
+    model = net()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        SWALP(model, Recipe.parse(recipe)).attach(optim.Adam(model.parameters(), amsgrad=amsgrad))
+    assert len(found) == (warned is not None) and all(re.search(warned, str(each.message)) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe.parse("bfp8 state.=float"), "there is no role 'state.'"),
+        (lambda: Recipe.parse("bfp8 state.a=float state.a=bf16"), "sets state.a twice"),
+        (lambda: Recipe.parse("bfp8 states=bf16"), "states maps names to formats, such as state.exp_avg_sq=bf16"),
+        (lambda: Recipe.parse("bfp8 state.a=bpf8"), "unknown format spec 'bpf8'"),
+        (lambda: Rule("fc", states={"a b": "float"}), "rule 'fc': there is no role 'state.a b'"),
+    ],
+)
+def test_words_for_states_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_states_are_a_part_of_a_recipe():
+    recipe = Recipe.parse("bfp8[0] state.exp_avg_sq=bf16~stochastic state.exp_avg=float")
+    assert recipe.states == Recipe(states={"exp_avg": "float", "exp_avg_sq": "bf16~stochastic"}).states
+    assert str(recipe) == "bfp8[0] state.exp_avg=float state.exp_avg_sq=e8m7~stochastic"
+    assert Recipe.parse(str(recipe)) == recipe and hash(Recipe.parse(str(recipe))) == hash(recipe)
+    changed = Recipe.parse(recipe, **{"state.exp_avg": "bf16"})
+    assert dict(changed.states)["exp_avg_sq"] == dict(recipe.states)["exp_avg_sq"]
+    assert changed == Recipe.parse("bfp8[0] state.exp_avg=bf16 state.exp_avg_sq=bf16~stochastic")
