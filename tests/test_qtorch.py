@@ -31,6 +31,7 @@ def test_without_qpytorch_the_remedy_is_said(tool, monkeypatch, capsys):
         (["--bits", "1"], "--bits: '1' is not a whole number of 2 to 16"),
         (["--epochs", "1"], "--epochs: '1' is not a whole number of 2 or more"),
         (["--seeds", "0"], "--seeds: '0' is not a whole number of 1 or more"),
+        (["--own", "--bits", "4"], "argument --bits: not allowed with argument --own"),
     ],
 )
 def test_bad_options_are_refused(words, said, capsys):
@@ -88,9 +89,28 @@ def test_qpytorch_rounds_what_it_is_told_to():
     assert all(torch.equal(swalp_fx.quantize(w, "bfp4[0]"), w) for w in (model[0].weight, model[2].weight))
 
 
-def test_the_three_train_on_the_same_digits(capsys):
+def test_its_own_recipe_has_a_rounding_a_role():
+    recipe = swalp_fx.Recipe.parse(qpytorch.OWN).resolved()
+    roles = {role: str(getattr(recipe, role)) for role in ("weight", "activation", "error", "gradient")}
+    assert set(roles.values()) == {"e5m2+finite~nearest_away"}
+    assert {str(recipe.momentum), str(recipe.master)} == {"e6m9+finite~stochastic"}
+
+
+def test_the_loss_is_unscaled_before_the_gradients_are_rounded():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer.register_step_pre_hook(train_qtorch._unscale)
+    swalp_fx.SWALP(nn.ParameterList([weight]), qpytorch.OWN).attach(optimizer)
+    weight.grad = torch.tensor([1000.0, 1300.0, -2000.0])
+    optimizer.step()
+    due = swalp_fx.quantize(torch.tensor([1.0, 1.3, -2.0]), "e5m2+finite", "nearest_away")
+    assert torch.equal(weight.grad, due)
+
+
+@pytest.mark.parametrize("recipe", [["--bits", "5"], ["--own"]])
+def test_the_three_train_on_the_same_digits(recipe, capsys):
     pytest.importorskip("qtorch")
-    train_qtorch.main(["--dataset", "digits", "--epochs", "4", "--samples", "640", "--seeds", "1"])
+    train_qtorch.main([*recipe, "--dataset", "digits", "--epochs", "4", "--samples", "640", "--seeds", "1"])
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("| ")][1:]
     averages = [float(row.split("|")[3]) for row in rows]

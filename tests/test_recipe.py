@@ -51,6 +51,8 @@ def test_float_rounds_nothing():
         "fixed8.6 M=float rounding=toward_zero",
         "bfp8 master=float",
         "bfp8 quantize_logits=true in_place=false",
+        'bfp8[0]~up include="a b","re:x{1,2}" rules=[fc W=float; "a;b=[c]" kind="d e" A={-1,0,1} E=e4m3[1x128]~up]',
+        "bfp8 rules=[layer[12].* W=int8[-1:32]+asym state.exp_avg=float;]; M=float",
     ],
 )
 def test_round_trip(text):
@@ -122,7 +124,20 @@ def test_recipes_are_frozen():
         ("W=e4m3 weight=e5m2", RecipeError, "sets weight twice, W=e4m3 and weight=e5m2; leave one out"),
         ("W=e4m3 W=e5m2", RecipeError, "sets weight twice, W=e4m3 and W=e5m2; leave one out"),
         ("bfp8 rounding=up rounding=down", RecipeError, "sets rounding twice, rounding=up and rounding=down"),
-        ("bfp8 rules=[fc W=float]", RecipeError, r"pass them: Recipe.parse\(text, rules=\(Rule\(...\),\)\)"),
+        ("bfp8 rules=[fc W=float] rules=[fc W=float]", RecipeError, "rules are one list, such as"),
+        ("bfp8 rules=[a]b W=float]", RecipeError, "quote a pattern that has brackets"),
+        (
+            "bfp8 rules=[a b W=float]",
+            RecipeError,
+            "rule 'a b W=float' is no pattern .* quote a pattern that has spaces",
+        ),
+        ("bfp8 rules=[W=float]", RecipeError, "rule 'W=float' is no pattern with words behind it, such as fc W=float"),
+        ("bfp8 rules=[fc]", RecipeError, "rule 'fc' sets no format"),
+        ("bfp8 rules=[fc w=float]", RecipeError, r"rule 'fc': there is no role 'w'; did you mean W\?"),
+        ("bfp8 rules=[fc W=float W=bfp4]", RecipeError, "rule 'fc' sets weight twice"),
+        ('bfp8 exclude="fc', RecipeError, "has a quote without its end"),
+        ('bfp8 exclude="a b", fc', RecipeError, "has a space within a word; write 'bfp8 exclude=\"a b\",fc'"),
+        ("rules=[fc W=bfp8]", RecipeError, "names no format; put one first"),
         ("bpf8[0]", FormatError, r"unknown format spec 'bpf8\[0\]'; did you mean bfp8\[0\]\?"),
         ("W=fp8", FormatError, r"unknown format spec 'fp8'; did you mean e4m3, e5m2 or mxfp8\?"),
         ("bfp88", FormatError, "word length 88 is out of range"),
@@ -165,7 +180,7 @@ def test_letters_name_roles_wherever_roles_are_named():
         (Recipe(weight="bfp8"), "Recipe.parse('W=bfp8 A=float E=float G=float M=float')"),
         (
             Recipe.parse("bfp8", rules=(Rule("fc", "Linear", weight="float", E="e5m2"),)),
-            "Recipe.parse('bfp8', rules=(Rule('fc', kind='Linear', W='float', E='e5m2'),))",
+            "Recipe.parse('bfp8 rules=[fc kind=Linear W=float E=e5m2]')",
         ),
     ],
 )

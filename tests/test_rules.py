@@ -153,7 +153,11 @@ def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_names(rule, mes
         (lambda: Rule("fc"), "rule 'fc' sets no format"),
         (lambda: _recipe("fc"), "rules must be a tuple of Rule"),
         (lambda: Recipe(rules=Rule("fc", weight="float")), "rules must be a tuple of Rule"),
-        (lambda: Recipe.parse("bfp8 rules=fc"), "rules are not read from text"),
+        (lambda: Recipe.parse("bfp8 rules=fc"), r"rules are one list, such as rules=\[fc W=float"),
+        (
+            lambda: Rule("fc", kind="", weight="float"),
+            "rule 'fc': a kind is a part, a type or a function's name, not ''",
+        ),
     ],
 )
 def test_bad_rules_are_refused(make, message):

@@ -11,8 +11,15 @@ from torch import nn
 
 from command import CommandLine, sentence
 
-__all__ = ["in_low_precision", "refuse_missing", "versions"]
+__all__ = ["OWN", "SCALE", "in_its_own", "in_low_precision", "refuse_missing", "versions"]
 
+# The recipe of its example on CIFAR-10 (examples/tutorial/CIFAR10_Low_Precision_Training_Example.ipynb), and what the
+# loss is multiplied by there.
+OWN = (
+    "e5m2+finite rounding=nearest_away M=e6m9+finite~stochastic master=e6m9+finite~stochastic "
+    "placement=compute+activation"
+)
+SCALE = 1000.0
 NOT_ROUNDED = (nn.Dropout, nn.Identity, nn.Flatten)
 
 
@@ -40,10 +47,29 @@ def in_low_precision(
     number = BlockFloatingPoint(wl=bits, dim=0)
     both = {"forward_number": number, "backward_number": number}
     both |= {"forward_rounding": "stochastic", "backward_rounding": "stochastic"}
-    *layers, _ = (module for module in model.modules() if not any(True for _ in module.children()))
-    behind = Quantizer(**both)
-    for layer in layers:
-        if isinstance(layer, rounded) and not isinstance(layer, NOT_ROUNDED):
-            layer.register_forward_hook(lambda module, inputs, output: behind(output))
+    _put_behind(model, Quantizer(**both), rounded)
     one = quantizer(forward_number=number, forward_rounding="stochastic")
     return OptimLP(optimizer, weight_quant=one, grad_quant=one, momentum_quant=one)
+
+
+def in_its_own(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """As in its example: what ``OWN`` says, for a loss times ``SCALE``. Raises ImportError without it."""
+    from qtorch import FloatingPoint
+    from qtorch.optim import OptimLP
+    from qtorch.quant import Quantizer, quantizer
+
+    bit_8, bit_16 = FloatingPoint(exp=5, man=2), FloatingPoint(exp=6, man=9)
+    both = {"forward_number": bit_8, "backward_number": bit_8}
+    _put_behind(model, Quantizer(**both), (nn.Conv2d, nn.Linear, nn.ReLU))
+    nearest = quantizer(forward_number=bit_8, forward_rounding="nearest")
+    stochastic = quantizer(forward_number=bit_16, forward_rounding="stochastic")
+    how = {"weight_quant": nearest, "grad_quant": nearest, "momentum_quant": stochastic, "acc_quant": stochastic}
+    return OptimLP(optimizer, **how, grad_scaling=1 / SCALE)
+
+
+def _put_behind(model: nn.Module, quantize: nn.Module, rounded: tuple[type, ...]) -> None:
+    """Rounds what each layer of a type in ``rounded`` gives, but for the last layer."""
+    *layers, _ = (module for module in model.modules() if not any(True for _ in module.children()))
+    for layer in layers:
+        if isinstance(layer, rounded) and not isinstance(layer, NOT_ROUNDED):
+            layer.register_forward_hook(lambda module, inputs, output: quantize(output))

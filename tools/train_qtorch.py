@@ -1,5 +1,8 @@
 """Trains one network in float, with QPyTorch and with swalp_fx, by turns: python tools/train_qtorch.py
 
+--own is the recipe of QPyTorch's example on CIFAR-10 instead: W, A, E and G in 8-bit floats to nearest, M and the
+master in 16-bit floats stochastically, the loss multiplied by 1000.
+
 The small convnet. Both round W, A, E, G and M to block floating point with one exponent a row, stochastically; outputs
 behind convolutions and linear layers but the last, as in QPyTorch's SWALP example. Each element of a bias has an
 exponent of its own, as QPyTorch's dim=0 has it. Each batch goes to the three in turn, so that whatever slows the
@@ -45,10 +48,19 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return Settings(**{**EVERYWHERE, **DEFAULTS[args.dataset], **own})
 
 
-def contenders(model: nn.Module, settings: Settings, bits: int) -> list[Contender]:
-    """Float, QPyTorch and swalp_fx, each with a copy of ``model``."""
+def contenders(model: nn.Module, settings: Settings, bits: int | None) -> list[Contender]:
+    """Float, QPyTorch and swalp_fx, each with a copy of ``model``; without ``bits``, in QPyTorch's own recipe."""
     exact, theirs, ours = (copy.deepcopy(model) for _ in range(3))
     sgd, of_theirs, of_ours = (OPTIMIZERS["sgd"].make(each.parameters(), settings) for each in (exact, theirs, ours))
+    if bits is None:
+        lower = qpytorch.in_its_own(theirs, of_theirs)
+        of_ours.register_step_pre_hook(_unscale)  # before the optimizer pass rounds
+        module, _ = swalp_fx.convert(ours, of_ours, recipe=f"{qpytorch.OWN} exclude={CLASSIFIER}")
+        return [
+            Contender("float", exact, sgd),
+            Contender("QPyTorch, its example", theirs, lower, scale=qpytorch.SCALE),
+            Contender("swalp_fx, the same recipe", module, of_ours, scale=qpytorch.SCALE),
+        ]
     lower = qpytorch.in_low_precision(theirs, of_theirs, bits, (nn.Conv2d, nn.Linear))
     module, _ = swalp_fx.convert(ours, of_ours, recipe=recipe_of(bits))
     return [
@@ -58,6 +70,12 @@ def contenders(model: nn.Module, settings: Settings, bits: int) -> list[Contende
     ]
 
 
+def _unscale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad.mul_(1 / qpytorch.SCALE)
+
+
 def recipe_of(bits: int) -> swalp_fx.Recipe:
     """What QPyTorch's numbers of ``dim=0`` are here: of a bias each element has an exponent of its own."""
     each = f"bfp{bits}[-1:1]"
@@ -65,7 +83,7 @@ def recipe_of(bits: int) -> swalp_fx.Recipe:
     return swalp_fx.Recipe.parse(text, rules=(swalp_fx.Rule("*.bias", W=each, G=each, M=each),))
 
 
-def train(dataset: data.Dataset, settings: Settings, bits: int, on_step: Callable[[], Any]) -> dict[str, dict]:
+def train(dataset: data.Dataset, settings: Settings, bits: int | None, on_step: Callable[[], Any]) -> dict[str, dict]:
     """Of each contender: test errors in %, ``warm-up`` at its end and ``average``; ``ms`` of CPU time, of a step."""
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, dataset.classes, *dataset.shape)
@@ -132,7 +150,9 @@ def command_line() -> CommandLine:
         prog="train_qtorch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--bits", type=number(int, 2, "a whole number of 2 to 16", high=17), default=5, help="default: %(default)s")
+    recipe = parser.add_mutually_exclusive_group().add_argument
+    recipe("--bits", type=number(int, 2, "a whole number of 2 to 16", high=17), default=5, help="default: %(default)s")
+    recipe("--own", action="store_true", help="the recipe of QPyTorch's example on CIFAR-10")
     add("--seeds", type=count, default=5, metavar="N", help="default: %(default)s")
     add("--epochs", type=number(int, 2, "a whole number of 2 or more"), default=8, help="default: %(default)s")
     add("--samples", type=count, default=3000, metavar="N", help="of an epoch (default: %(default)s)")
@@ -155,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     dataset = replace(dataset, epoch=args.samples)
     with bar("qtorch", args.seeds * args.epochs * len(dataset.train(settings.batch_size))) as progress:
-        runs = [train(dataset, replace(settings, seed=seed), args.bits, progress.update) for seed in range(args.seeds)]
+        bits = None if args.own else args.bits
+        runs = [train(dataset, replace(settings, seed=seed), bits, progress.update) for seed in range(args.seeds)]
     show(f"{table(runs)}\n\n{qpytorch.versions()}, {machine()}, {date.today()}")
 
 

@@ -7,6 +7,7 @@ patterns     what a rule, an include or an exclude names in a model
 rule         an exception
 recipe       all of them, as one frozen value
 text         its text
+document     and its JSON
 """
 
 from .errors import RecipeError

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from ..formats import FLOAT, Format
 from ..nearest import did_you_mean
+from .document import from_json, to_json
 from .errors import RecipeError
 from .patterns import Subject, around, matches, unmatched
 from .quantizer import Quantizer, States, as_states
-from .roles import AVERAGE_ROUNDING, ROLES, STATE, once
+from .roles import AVERAGE_ROUNDING, ROLES, once
 from .rounding import parse_rounding
 from .rule import Rule
-from .text import read
+from .text import read, text
 
 __all__ = ["PLACEMENTS", "Recipe"]
 
@@ -30,8 +30,7 @@ class Recipe:
     """Which format each role is kept in, how it is rounded to that, and where. A role is a Quantizer, which its text
     stands for too, and goes by its letter: ``Recipe(W="bfp8[0]", G="e5m2~stochastic8")``.
 
-    ``Recipe.parse(str(recipe)) == recipe`` for every recipe without rules, so it fits in a log line or a checkpoint.
-    Rules are printed, and have no text that parse reads.
+    ``Recipe.parse(str(recipe)) == recipe``, rules included, so it fits in a log line or a checkpoint.
     """
 
     weight: Quantizer = _IN_FLOAT
@@ -87,7 +86,8 @@ class Recipe:
         """The recipe that ``text`` names: a spec for all of W A E G M, then exceptions; ``changes`` come last.
 
         ``"bfp8[0]"``, ``"bfp8[0] M=float"``, ``"W=e4m3 A=e4m3 E=e5m2 rounding=nearest"``,
-        ``"bfp8[0] placement=compute+activation exclude=relu,*.shortcut quantize_input=true"``.
+        ``"bfp8[0] placement=compute+activation exclude=relu,*.shortcut quantize_input=true"``,
+        ``'bfp8[0] rounding=nearest G=bfp8[0]~stochastic rules=[fc W=float; "a b" kind=Conv2d A=bfp4]'``.
         """
         if not isinstance(text, str | Recipe):
             remedy = f"; use {str(text)!r}" if isinstance(text, Format) else ""
@@ -181,28 +181,22 @@ class Recipe:
                     yield pattern, unmatched(f"{field} {pattern!r}", pattern, names)
 
     def __str__(self) -> str:
-        rules = [f"rules=[{'; '.join(map(str, self.rules))}]"] if self.rules else []
-        return " ".join([self._text(), *rules])
+        return text(self)
 
     def __repr__(self) -> str:
-        rules = f", rules={self.rules!r}" if self.rules else ""
-        return f"Recipe.parse({self._text()!r}{rules})"
+        return f"Recipe.parse({str(self)!r})"
 
-    def _text(self) -> str:
-        """What parse reads: all but the rules."""
-        words = [f"{letter}={getattr(self, role)}" for letter, role in ROLES.items()]
-        quantizers = {getattr(self, role) for role in ROLES.values()}
-        if len(quantizers) == 1:
-            words = [str(quantizers.pop())]
-        default = {field.name: field.default for field in fields(self)}
-        for name in ("master", "average", "rounding", "placement"):
-            if getattr(self, name) != default[name]:
-                words.append(f"{name}={getattr(self, name)}")
-        words += [f"{STATE}{name}={quantizer}" for name, quantizer in self.states]
-        words += [f"{name}={','.join(globs)}" for name in ("include", "exclude") if (globs := getattr(self, name))]
-        words += [f"{name}=true" for name in ("quantize_input", "quantize_logits") if getattr(self, name)]
-        words += [] if self.in_place else ["in_place=false"]
-        return " ".join(words)
+    def to_json(self) -> str:
+        """A JSON object with every field, in their order: ``Recipe.from_json(recipe.to_json()) == recipe``."""
+        return to_json(self, FIELDS)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe of a JSON object; a field that it leaves out is as in ``Recipe()``.
+
+        Raises RecipeError for what is no such object, and for an unknown key, with the nearest there is.
+        """
+        return cls(**from_json(text, FIELDS))
 
 
 FIELDS = tuple(field.name for field in fields(Recipe))
@@ -224,8 +218,6 @@ def _with_average_rounding(given: dict[str, Any]) -> dict[str, Any]:
 def _globs(field: str, globs: Any) -> tuple[str, ...]:
     if isinstance(globs, str) or not all(isinstance(each, str) for each in globs):
         raise RecipeError(f"{field} must be a tuple of globs, such as ('layer1.*',), not {globs!r}")
-    for each in globs:
-        # These separate words and globs in a recipe's text; no module's name holds them.
-        if not each or re.search(r"[\s;,]", each):
-            raise RecipeError(f"{field}: {each!r} is no glob of a qualified name")
+    if "" in globs:
+        raise RecipeError(f"{field}: '' is no glob of a qualified name; leave it out")
     return tuple(globs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..nearest import did_you_mean
@@ -46,10 +46,10 @@ def _each(values: Iterable[Iterable[Any]], where: str) -> Iterator[tuple[str, An
             yield name, value
             continue
         try:
-            states = dict(value)
+            states = [(f"{STATE}{each}", how) for each, how in (value.items() if isinstance(value, Mapping) else value)]
         except (TypeError, ValueError):
             raise RecipeError(f"{where}: states maps names to formats, such as {STATE}exp_avg_sq=bf16") from None
-        yield from ((f"{STATE}{each}", quantizer) for each, quantizer in states.items())
+        yield from states
 
 
 def _is_among(field: str, fields: Collection[str]) -> bool:

@@ -12,7 +12,9 @@ from .patterns import Subject, is_numbered, matches
 from .quantizer import Quantizer, States, as_states
 from .roles import LETTERS, ROLES, once
 
-__all__ = ["Rule"]
+__all__ = ["FIELDS_OF_RULE", "Rule"]
+
+FIELDS_OF_RULE = (*ROLES.values(), "states")  # that it may set
 
 
 @dataclass(frozen=True, init=False)
@@ -43,12 +45,14 @@ class Rule:
     def __init__(self, match: str, kind: str | None = None, **roles: Any) -> None:
         if not isinstance(match, str) or not match:
             raise RecipeError(f"a rule matches a qualified name, such as 'layer1.*', not {match!r}")
+        if kind is not None and not (isinstance(kind, str) and kind):
+            raise RecipeError(f"rule {match!r}: a kind is a part, a type or a function's name, not {kind!r}")
         if match.startswith("re:"):
             try:
                 re.compile(match[3:])
             except re.error as error:
                 raise RecipeError(f"rule {match!r} is no regular expression: {error}") from error
-        given = once(roles.items(), f"rule {match!r}", (*ROLES.values(), "states"))
+        given = once(roles.items(), f"rule {match!r}", FIELDS_OF_RULE)
         states = as_states(given.pop("states", ()))
         values = {role: Quantizer.parse(spec) for role, spec in given.items() if spec is not None}
         if not (values or states):
@@ -75,10 +79,8 @@ class Rule:
             )
 
     def __repr__(self) -> str:
-        kind = [f"kind={self.kind!r}"] if self.kind else []
-        roles = (f"{LETTERS[role]}={str(value)!r}" for role, value in self.roles().items())
+        kind = [f"kind={self.kind!r}"] if self.kind is not None else []
+        roles = [f"{LETTERS[role]}={str(value)!r}" for role, value in self.roles().items()]
+        if self.states:
+            roles.append(f"states={ {name: str(quantizer) for name, quantizer in self.states} }")
         return f"Rule({', '.join([repr(self.match), *kind, *roles])})"
-
-    def __str__(self) -> str:
-        words = [self.match, *([f"kind={self.kind}"] if self.kind else [])]
-        return " ".join([*words, *(f"{LETTERS[role]}={value}" for role, value in self.roles().items())])

@@ -1,40 +1,137 @@
-"""The text of a recipe."""
+"""The text of a recipe: ``bfp8[0] M=float rules=[fc W=float; "a b" kind=Conv2d A=bfp4~up]``.
+
+Words stand between spaces or semicolons, a format for all roles first. Between quotes a pattern may hold anything, and
+a quote twice.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..formats import FormatError
 from .errors import RecipeError
 from .quantizer import Quantizer
-from .roles import ROLES, once
+from .roles import LETTERS, ROLES, STATE, once
+from .rule import FIELDS_OF_RULE, Rule
 
-__all__ = ["read"]
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+__all__ = ["read", "rule_text", "text"]
+
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+_PLAIN = re.compile(r"[\w.*?@:+-](?:[\w.*?@:+-]|\[[\w!-]+\])*")  # what needs no quotes: c.?[01] needs none
+# Brackets in it are those of formats, and of globs.
+_RULES = re.compile(r"(?:^|(?<=[\s;]))rules=\[((?:[^\[\]]|\[[^\[\]]*\])*)\](?=$|[\s;])")
+
+
+# ---- recipe -> text --------------------------------------------------------------------------------------------------
+
+
+def text(recipe: Recipe) -> str:
+    """What ``read`` reads; roles and fields that are as ever are left out."""
+    quantizers = {getattr(recipe, role) for role in ROLES.values()}
+    alike = len(quantizers) == 1
+    words = (
+        [str(quantizers.pop())] if alike else [f"{letter}={getattr(recipe, role)}" for letter, role in ROLES.items()]
+    )
+    default = type(recipe)
+    for name in ("master", "average", "rounding", "placement"):
+        if (value := getattr(recipe, name)) != getattr(default, name):
+            words.append(f"{name}={value}")
+    words += _states(recipe.states)
+    for name in ("include", "exclude"):
+        if globs := getattr(recipe, name):
+            words.append(f"{name}={','.join(map(_quoted, globs))}")
+    for name in ("quantize_input", "quantize_logits", "in_place"):
+        if (value := getattr(recipe, name)) != getattr(default, name):
+            words.append(f"{name}={str(value).lower()}")
+    words += [f"rules=[{'; '.join(map(rule_text, recipe.rules))}]"] if recipe.rules else []
+    return " ".join(words)
+
+
+def rule_text(rule: Rule) -> str:
+    kind = [f"kind={_quoted(rule.kind)}"] if rule.kind is not None else []
+    roles = (f"{LETTERS[role]}={quantizer}" for role, quantizer in rule.roles().items())
+    return " ".join([_quoted(rule.match), *kind, *roles, *_states(rule.states)])
+
+
+def _states(states: Any) -> list[str]:
+    return [f"{STATE}{name}={quantizer}" for name, quantizer in states]
+
+
+def _quoted(text: str) -> str:
+    """``text``, between quotes if it needs them."""
+    return text if _PLAIN.fullmatch(text) else '"' + text.replace('"', '""') + '"'
+
+
+# ---- text -> fields --------------------------------------------------------------------------------------------------
+
+
+class _Quotes:
+    """What stands between quotes, out of the way of what splits words: ``"a b"`` is ``"0"`` until it is read."""
+
+    def __init__(self, text: str) -> None:
+        self._strings: list[str] = []
+        self.text = _QUOTED.sub(self._keep, text)
+
+    def _keep(self, match: re.Match[str]) -> str:
+        self._strings.append(match[1].replace('""', '"'))
+        return f'"{len(self._strings) - 1}"'
+
+    def read(self, word: str) -> str:
+        """``word`` with what stood there, and no quotes."""
+        return _QUOTED.sub(lambda match: self._strings[int(match[1])], word)
+
+    def shown(self, text: str) -> str:
+        """``text`` as it was written."""
+        return _QUOTED.sub(lambda match: '"' + self._strings[int(match[1])].replace('"', '""') + '"', text)
 
 
 def read(text: str, fields: Collection[str]) -> dict[str, Any]:
     """Field -> value, of a recipe's text."""
     text = text.strip()
     where = f"recipe {text!r}"
-    if re.search(r"(^|[\s;])rules\s*=", text):
-        raise RecipeError("rules are not read from text; pass them: Recipe.parse(text, rules=(Rule(...),))")
-    if (spaced := re.sub(r",\s*(?=\w+\s*=)", " ", text)) != text:
-        raise RecipeError(f"{where} has a comma between words; write {spaced!r}")
-    if (tight := re.sub(r"\s*=\s*|(?<=,)\s+|\s+(?=[\[(])", lambda gap: gap[0].strip(), text)) != text:
-        raise RecipeError(f"{where} has a space within a word; write {tight!r}")
-    words = re.split(r"[\s;]+", text.strip(";"))
-    everywhere, named = (words[:1], words[1:]) if "=" not in words[0] else ([], words)
-    if (bare := next((word for word in named if "=" not in word), None)) is not None:
-        if ROLES.get(bare, bare) in fields:
-            raise RecipeError(f"{where}: {bare!r} lacks its value; write {bare}=...")
-        remedy = _with_role(bare, fields) if everywhere else "put it first"
-        raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
-    values: dict[str, Any] = {role: spec for spec in everywhere for role in ROLES.values()}
-    given = once((word.split("=", 1) for word in named), where, fields)
-    values |= {field: _READ[field](value) if field in _READ else value for field, value in given.items()}
+    quotes = _Quotes(text)
+    _refuse_misspelt(quotes, where)
+    rules = _RULES.findall(quotes.text)
+    words = list(filter(None, re.split(r"[\s;]+", _RULES.sub("", quotes.text))))
+    if len(rules) > 1 or any(word.startswith("rules=") for word in words):
+        example = 'rules=[fc W=float; "a b" kind=Conv2d A=bfp4]'
+        raise RecipeError(f"{where}: rules are one list, such as {example}; quote a pattern that has brackets")
+    if not words and not rules:
+        words = [""]
+    everywhere, named = (words[:1], words[1:]) if words and "=" not in words[0] else ([], words)
+    _refuse_bare(named, everywhere, fields, where)
+    values: dict[str, Any] = {role: quotes.read(spec) for spec in everywhere for role in ROLES.values()}
+    values |= _valued(once(_pairs(named), where, fields), quotes)
+    if rules:
+        values["rules"] = tuple(_rules(rules[0], quotes, where))
     return values
+
+
+def _refuse_misspelt(quotes: _Quotes, where: str) -> None:
+    """Raises RecipeError for spaces and commas that are none between words, with the words that were meant."""
+    text = quotes.text
+    if text.count('"') % 2:
+        raise RecipeError(f'{where} has a quote without its end; write a quote within quotes twice: "a""b"')
+    if (spaced := re.sub(r",\s*(?=\w+\s*=)", " ", text)) != text:
+        raise RecipeError(f"{where} has a comma between words; write {quotes.shown(spaced)!r}")
+    if (tight := re.sub(r"\s*=\s*|(?<=,)\s+|\s+(?=[\[(])", lambda gap: gap[0].strip(), text)) != text:
+        raise RecipeError(f"{where} has a space within a word; write {quotes.shown(tight)!r}")
+
+
+def _refuse_bare(named: list[str], everywhere: list[str], fields: Collection[str], where: str) -> None:
+    """Raises RecipeError for a word without ``=`` behind the first."""
+    bare = next((word for word in named if "=" not in word), None)
+    if bare is None:
+        return
+    if ROLES.get(bare, bare) in fields:
+        raise RecipeError(f"{where}: {bare!r} lacks its value; write {bare}=...")
+    remedy = _with_role(bare, fields) if everywhere else "put it first"
+    raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
 
 
 def _with_role(bare: str, fields: Collection[str]) -> str:
@@ -48,18 +145,36 @@ def _with_role(bare: str, fields: Collection[str]) -> str:
         return "write ROLE=FORMAT, such as M=float"
 
 
-def _read_globs(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+def _pairs(words: list[str]) -> Iterator[list[str]]:
+    return (word.split("=", 1) for word in words)
 
 
-def _read_bool(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text, text)
+def _valued(given: dict[str, Any], quotes: _Quotes) -> dict[str, Any]:
+    """What the texts of fields mean."""
+    values: dict[str, Any] = {}
+    for field, value in given.items():
+        if field in ("include", "exclude"):
+            values[field] = tuple(map(quotes.read, value.split(",")))
+        elif field in ("quantize_input", "quantize_logits", "in_place"):
+            values[field] = {"true": True, "false": False}.get(value, value)
+        elif field == "states":
+            values[field] = {name: quotes.read(each) for name, each in value.items()}
+        else:
+            values[field] = quotes.read(value)
+    return values
 
 
-_READ = {
-    "include": _read_globs,
-    "exclude": _read_globs,
-    "quantize_input": _read_bool,
-    "quantize_logits": _read_bool,
-    "in_place": _read_bool,
-}  # field -> what its text means
+def _rules(body: str, quotes: _Quotes, where: str) -> Iterator[Rule]:
+    for text in body.split(";"):
+        if not (words := text.split()):
+            continue
+        pattern, *named = words
+        wrong = next((word for word in named if "=" not in word), None)
+        if wrong is not None or "=" in pattern:
+            shown = quotes.shown(text.strip())
+            raise RecipeError(
+                f"{where}: rule {shown!r} is no pattern with words behind it, such as fc W=float; quote a pattern that "
+                "has spaces, semicolons or ="
+            )
+        match = quotes.read(pattern)
+        yield Rule(match, **_valued(once(_pairs(named), f"rule {match!r}", ("kind", *FIELDS_OF_RULE)), quotes))
