@@ -1,10 +1,13 @@
 """tools/train_qtorch.py, compare_qtorch.py and qpytorch.py; what needs QPyTorch runs where it is installed."""
 
+import copy
+import itertools
 import re
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from refusal import refusal
 from torch import nn
 
@@ -105,6 +108,32 @@ def test_the_loss_is_unscaled_before_the_gradients_are_rounded():
     optimizer.step()
     due = swalp_fx.quantize(torch.tensor([1.0, 1.3, -2.0]), "e5m2+finite", "nearest_away")
     assert torch.equal(weight.grad, due)
+
+
+def test_its_own_recipe_to_nearest_has_the_same_bits_here_in_every_role():
+    """Stochastic roundings cannot be compared: no seed reaches theirs."""
+    pytest.importorskip("qtorch")
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    theirs = models.build("convnet", digits.classes, *digits.shape)
+    with torch.no_grad():
+        for p in theirs.parameters():  # initial weights are not rounded there
+            p.copy_(swalp_fx.quantize(p, "e5m2+finite", "nearest_away"))
+    ours = copy.deepcopy(theirs)
+    sgd, optimizer = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (theirs, ours))
+    lower = qpytorch.in_its_own(theirs, sgd, "nearest")
+    optimizer.register_step_pre_hook(train_qtorch._unscale)
+    recipe = qpytorch.OWN.replace("~stochastic", "")
+    _, swalp = swalp_fx.convert(ours, optimizer, recipe=f"{recipe} exclude={train_qtorch.CLASSIFIER}")
+    for inputs, targets in itertools.islice(digits.train(32, 0), 10):
+        for model, each in ((theirs, lower), (ours, optimizer)):
+            each.zero_grad()
+            (qpytorch.SCALE * F.cross_entropy(model(inputs), targets)).backward()
+            each.step()
+        masters = swalp.state_dict()["masters"].values()
+        for p, q, master in zip(theirs.parameters(), ours.parameters(), masters, strict=True):
+            assert torch.equal(p, q) and torch.equal(p.grad, q.grad) and torch.equal(lower.weight_acc[p], master)
+            assert torch.equal(sgd.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("recipe", [["--bits", "5"], ["--own"]])

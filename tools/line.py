@@ -172,6 +172,8 @@ class Line:
             raise data.DataError(f"{path} was made by another version of train.py; give another --out")
         for name, now in self._settings().items():
             then = state["settings"][name]
+            if name == "recipe" and swalp_fx.Recipe.parse(then) == swalp_fx.Recipe.parse(now):
+                continue  # though it may be written with older words
             if now != then and not (name == "epochs" and now >= len(state["epochs"])):
                 option = "--" + name.replace("_", "-")
                 raise data.DataError(f"{path} was made with {option} {then}, not {now}; give the same or another --out")

@@ -52,18 +52,24 @@ def in_low_precision(
     return OptimLP(optimizer, weight_quant=one, grad_quant=one, momentum_quant=one)
 
 
-def in_its_own(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """As in its example: what ``OWN`` says, for a loss times ``SCALE``. Raises ImportError without it."""
+def in_its_own(
+    model: nn.Module, optimizer: torch.optim.Optimizer, of_step: str = "stochastic"
+) -> torch.optim.Optimizer:
+    """As in its example: what ``OWN`` says, for a loss times ``SCALE``. Raises ImportError without it.
+
+    of_step: how M and the master are rounded.
+    """
     from qtorch import FloatingPoint
     from qtorch.optim import OptimLP
     from qtorch.quant import Quantizer, quantizer
 
     bit_8, bit_16 = FloatingPoint(exp=5, man=2), FloatingPoint(exp=6, man=9)
     both = {"forward_number": bit_8, "backward_number": bit_8}
+    both |= {"forward_rounding": "nearest", "backward_rounding": "nearest"}
     _put_behind(model, Quantizer(**both), (nn.Conv2d, nn.Linear, nn.ReLU))
     nearest = quantizer(forward_number=bit_8, forward_rounding="nearest")
-    stochastic = quantizer(forward_number=bit_16, forward_rounding="stochastic")
-    how = {"weight_quant": nearest, "grad_quant": nearest, "momentum_quant": stochastic, "acc_quant": stochastic}
+    of_states = quantizer(forward_number=bit_16, forward_rounding=of_step)
+    how = {"weight_quant": nearest, "grad_quant": nearest, "momentum_quant": of_states, "acc_quant": of_states}
     return OptimLP(optimizer, **how, grad_scaling=1 / SCALE)
 
 
