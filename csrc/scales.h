@@ -81,7 +81,7 @@ template <class T>
 SWALP_HD T real_scale(float scale, T element_max) {
   constexpr float most = std::numeric_limits<float>::max();
   if (scale > 0.0f) return static_cast<T>(scale < most ? scale : most);
-  return static_cast<T>(most) / (element_max > T(1) ? element_max : T(1));
+  return static_cast<T>(most / (element_max > T(1) ? static_cast<float>(element_max) : 1.0f));
 }
 
 // The scale under which `maximum` becomes the largest of an element.

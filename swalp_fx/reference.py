@@ -254,7 +254,8 @@ _SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
 def _real_scale(maximum: Tensor, largest: float) -> Tensor:
     """maximum / largest in float32, but finite, and as large as can be where nothing sets it."""
     scale = (maximum / largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
-    return torch.where(scale > 0, scale, torch.tensor(FLOAT32_MAX, dtype=maximum.dtype) / max(largest, 1.0))
+    most = torch.tensor(FLOAT32_MAX, dtype=torch.float32) / max(largest, 1.0)
+    return torch.where(scale > 0, scale, most.to(maximum.dtype))
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -105,6 +105,15 @@ def test_the_last_run_of_an_axis_may_be_short(shape, spec):
             assert_follows_oracle(laid_out, spec, rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_of_zeros_has_a_float32_for_its_scale(dtype):
+    """It shows where a codebook has no zero: the lowest number comes out, times a scale that a float32 holds."""
+    scale = torch.tensor(torch.finfo(torch.float32).max) / 11
+    x = torch.zeros(3, dtype=dtype)
+    assert_same_bits(quantize(x, "{1,11}[]"), scale.to(dtype).expand(3))
+    assert_same_bits(reference.quantize(x, "{1,11}[]"), scale.to(dtype).expand(3))
+
+
 @pytest.mark.parametrize("largest", [2.0**-149, 3e-42, 1e-41, 1e-40, 1e-38])
 def test_a_scale_that_underflows_makes_no_nan_of_zeros(largest):
     x = torch.zeros(3, 16)
