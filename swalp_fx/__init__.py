@@ -3,6 +3,7 @@
 from .averaging import Average, recalibrate
 from .capture import Graphs, Rewritten
 from .check import Check, check
+from .codes import Codes, decode, encode
 from .convert import Converted, convert, in_float, restore
 from .draw import draw
 from .errors import ConvertError, NotRewritten
@@ -24,6 +25,7 @@ __all__ = [
     "SWALP",
     "Average",
     "Check",
+    "Codes",
     "ConvertError",
     "Converted",
     "Format",
@@ -40,8 +42,10 @@ __all__ = [
     "check",
     "checkpointed",
     "convert",
+    "decode",
     "draw",
     "draw_key",
+    "encode",
     "in_float",
     "measure",
     "parse",

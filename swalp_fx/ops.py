@@ -180,19 +180,20 @@ def _beside(x: Tensor, key: Tensor | None) -> Tensor | None:
     return key.to(x.device) if key is not None and torch.compiler.is_compiling() else key
 
 
-def _require_floating(x: Tensor) -> None:
+def require_floating(x: Tensor, name: str = "quantize") -> None:
+    """Raises TypeError, in the words of ``name``, unless ``x`` is one dense floating-point tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"quantize takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
+        raise TypeError(f"{name} takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
     if not x.is_floating_point():
-        raise TypeError(f"quantize takes a floating-point tensor, not {x.dtype}; convert it with .float() first")
-    _require_strided(x)
+        raise TypeError(f"{name} takes a floating-point tensor, not {x.dtype}; convert it with .float() first")
+    _require_strided(x, name)
 
 
-def _require_strided(x: Tensor) -> None:
+def _require_strided(x: Tensor, name: str = "quantize") -> None:
     if x.is_nested:
-        raise TypeError("quantize takes one tensor, not a nested one; round each of x.unbind()")
+        raise TypeError(f"{name} takes one tensor, not a nested one; round each of x.unbind()")
     if x.layout is not torch.strided:
-        raise TypeError(f"quantize takes a dense tensor, not one in {x.layout}; convert it with .to_dense() first")
+        raise TypeError(f"{name} takes a dense tensor, not one in {x.layout}; convert it with .to_dense() first")
 
 
 def _require_no_gradient(x: Tensor, name: str) -> None:
@@ -200,7 +201,7 @@ def _require_no_gradient(x: Tensor, name: str) -> None:
         raise RuntimeError(f"{name} has no gradient, and x requires one; call it under torch.no_grad()")
 
 
-def _draws(rounding: str, key: Tensor | int | None, generator: torch.Generator | None) -> Tensor | None:
+def key_of(rounding: str, key: Tensor | int | None, generator: torch.Generator | None = None) -> Tensor | None:
     """The key to draw from, if ``rounding`` draws at all."""
     if not rounding.startswith("stochastic"):
         return None
@@ -278,8 +279,8 @@ def quantize(
     has no memory, or no such block dimension).
     """
     how = _find(format, rounding)
-    _require_floating(x)
-    key = _draws(rounding, key, generator)
+    require_floating(x)
+    key = key_of(rounding, key, generator)
     if how is None:
         return x.clone()
     if is_transformed():
@@ -385,9 +386,9 @@ def quantize_(
     Raises what ``quantize`` does, and RuntimeError if elements of ``x`` share memory, as in an expanded tensor.
     """
     how = _find(format, rounding)
-    _require_floating(x)
+    require_floating(x)
     _require_no_gradient(x, "quantize_")
-    key = _draws(rounding, key, generator)
+    key = key_of(rounding, key, generator)
     return x if how is None else round_(x, format, rounding, key, stream)
 
 
@@ -409,9 +410,9 @@ def quantize_foreach_(
     if len(xs) != len(streams):
         raise ValueError(f"{len(xs)} tensors but {len(streams)} streams; give each tensor one")
     for x in xs:
-        _require_floating(x)
+        require_floating(x)
         _require_no_gradient(x, "quantize_foreach_")
-    key = _draws(rounding, key, generator)
+    key = key_of(rounding, key, generator)
     if how is None:
         return
     calls: defaultdict[torch.device, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -459,5 +460,5 @@ def sgd_(
     assert how is not None
     of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
     switches = [group["nesterov"], group["maximize"]]
-    _SGD(weights, gradients, momenta, *of_group, *switches, *how, _draws(rounding, key, None), *streams)
+    _SGD(weights, gradients, momenta, *of_group, *switches, *how, key_of(rounding, key), *streams)
     torch.autograd.graph.increment_version([*weights, *gradients, *momenta])

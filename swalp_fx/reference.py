@@ -41,7 +41,17 @@ from .formats.scale import RULES
 from .random import COUNTERS, MASK, MULTIPLIERS, ROUNDS, WEYL, draws_per_word
 from .recipe import RANDOM_BITS, parse_rounding
 
-__all__ = ["quantize", "quantize_number", "random_draws"]
+__all__ = [
+    "lowest_beside",
+    "power_of_two",
+    "product_of_levels",
+    "quantize",
+    "quantize_number",
+    "quotient",
+    "random_draws",
+    "scale_of",
+    "two_levels",
+]
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -174,27 +184,27 @@ def quantize(
         draws = random_draws(key, stream, x.numel(), bits)
     how = _How(name, bits, None if draws is None else draws.reshape(x.shape))
     computed = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    scale = _SCALES[type(format.scale)](computed, format)
+    scale = scale_of(computed, format)
     if isinstance(format.element, Codebook):
-        q = _on_table(_quotient(computed, scale), computed, format.element, how) * scale
+        q = _on_table(quotient(computed, scale), computed, format.element, how) * scale
     elif format.scale is None or isinstance(format.scale, PowerOfTwo):
         q = _on_grid(computed.double(), scale.double(), format, how)
     elif isinstance(format.scale, Affine):
-        q = _beside_zero_point(_quotient(computed, scale), computed, scale, format, how) * scale
+        q = _beside_zero_point(quotient(computed, scale), computed, scale, format, how) * scale
     else:
-        y = _quotient(computed, scale)
+        y = quotient(computed, scale)
         q = _on_grid(y.double(), torch.ones((), dtype=torch.float64), format, how).to(computed.dtype) * scale
     if format.keeps_infinity or format.overflow == "nan":
         q = torch.where(computed.isinf(), computed * (1.0 if format.keeps_infinity else math.nan), q)
     return torch.where(computed.isnan(), computed, q).to(x.dtype)
 
 
-def _quotient(computed: Tensor, scale: Tensor) -> Tensor:
+def quotient(computed: Tensor, scale: Tensor) -> Tensor:
     """computed / scale, rounded to the compute type."""
-    quotient = computed / scale
+    y = computed / scale
     # One that underflows is far below every step, but no zero: directed roundings still see its sign.
     tiny = torch.tensor(torch.finfo(computed.dtype).tiny, dtype=computed.dtype)
-    return torch.where((quotient == 0) & (computed != 0), torch.copysign(tiny, computed), quotient)
+    return torch.where((y == 0) & (computed != 0), torch.copysign(tiny, computed), y)
 
 
 # ---- scales: of each block, of a shape that broadcasts to the tensor's ----------------------------
@@ -212,7 +222,7 @@ def _power_of_two_scale(x: Tensor, format: Format) -> Tensor:
     exponent = _exponent(maximum)
     significand = torch.frexp(maximum).mantissa * 2
     exponent = exponent + (significand >= RULES[scale.rule](format.element)) - format.element.max_exponent
-    return _power_of_two(torch.where(maximum > 0, exponent, largest).clamp(smallest, largest)).to(x.dtype)
+    return power_of_two(torch.where(maximum > 0, exponent, largest).clamp(smallest, largest)).to(x.dtype)
 
 
 def _absmax_scale(x: Tensor, format: Format) -> Tensor:
@@ -230,15 +240,23 @@ def _affine_scale(x: Tensor, format: Format) -> Tensor:
     return _real_scale(_block_maximum(x, format.block) + _block_maximum(-x, format.block), highest - lowest)
 
 
-def _two_level_scale(x: Tensor, format: Format) -> Tensor:
+def two_levels(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """The float of each block, and the float32 of the tensor, whose product a two-level scale is."""
     assert isinstance(format.scale, TwoLevel)
     maximum, inner = _block_maximum(x.abs(), format.block), format.scale.inner
     outer = _real_scale(maximum.amax(), format.element.reach * inner.max)
-    of_block = quantize(maximum / format.element.reach / outer, Format(inner)).clamp(min=inner.min_subnormal)
+    return quantize(maximum / format.element.reach / outer, Format(inner)).clamp(min=inner.min_subnormal), outer
+
+
+def product_of_levels(of_block: Tensor, outer: Tensor) -> Tensor:
     scale = of_block * outer
     # The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
     info = torch.finfo(scale.dtype)
     return torch.where(scale > 0, scale, info.smallest_normal * info.eps)
+
+
+def _two_level_scale(x: Tensor, format: Format) -> Tensor:
+    return product_of_levels(*two_levels(x, format))
 
 
 _SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
@@ -251,6 +269,11 @@ _SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
 }
 
 
+def scale_of(x: Tensor, format: Format) -> Tensor:
+    """The scale of each block of ``x``, float32 or float64, of a shape that broadcasts to x's."""
+    return _SCALES[type(format.scale)](x, format)
+
+
 def _real_scale(maximum: Tensor, largest: float) -> Tensor:
     """maximum / largest in float32, but finite, and as large as can be where nothing sets it."""
     scale = (maximum / largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
@@ -258,7 +281,8 @@ def _real_scale(maximum: Tensor, largest: float) -> Tensor:
     return torch.where(scale > 0, scale, most.to(maximum.dtype))
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64."""
     # From the bits of float64: torch.ldexp computes its power in float32.
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
@@ -319,11 +343,11 @@ def _grid(v: Tensor, element: Element) -> tuple[Tensor, Tensor, Tensor]:
     """Lowest number, largest number and step, each of a shape that broadcasts to v's."""
     lo, hi = (torch.tensor(each, dtype=torch.float64) for each in (element.min, element.max))
     if isinstance(element, Integer):
-        return lo, hi, _power_of_two(torch.tensor(-element.point))
+        return lo, hi, power_of_two(torch.tensor(-element.point))
     assert isinstance(element, Float)
     # Of the numbers beyond the largest, the step is the largest's.
     magnitude = torch.minimum(v.abs(), hi).nan_to_num()
-    step = _power_of_two(
+    step = power_of_two(
         torch.where(magnitude > 0, _exponent(magnitude), 0).clamp(min=element.min_exponent) - element.man
     )
     return lo, hi, torch.where(magnitude < element.min_normal, element.min_subnormal, step)
@@ -356,11 +380,18 @@ def _goes_away(rest: Tensor, step: Tensor, odd: Tensor, v: Tensor, how: _How) ->
     return (rest > step / 2) | ((rest == step / 2) & (v > 0))
 
 
+def lowest_beside(minimum: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """The lowest integer of a block with a zero point, ``minimum`` being its lowest number, or zero."""
+    assert isinstance(format.element, Integer)
+    first, last = format.element.bounds
+    return (minimum / scale).round().clamp(min=first - last)
+
+
 def _beside_zero_point(y: Tensor, x: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
     """Integers whose range is moved by a whole number, so that it holds the block's own: from ``lowest`` on."""
     assert isinstance(format.element, Integer)
     first, last = format.element.bounds
-    lowest = -(_block_maximum(-x, format.block) / scale).round().clamp(max=last - first).double()
+    lowest = lowest_beside(-_block_maximum(-x, format.block), scale, format).double()
     v = y.double()
     clamped = torch.minimum(torch.maximum(v, lowest), lowest + (last - first))
     return _round(clamped, v, torch.ones((), dtype=torch.float64), how).to(y.dtype)

@@ -32,7 +32,7 @@ BLOCKS = st.one_of(
 # ---- products ------------------------------------------------------------------------------------
 
 
-def _valid(build, *parts):
+def valid(build, *parts):
     """What ``build`` makes of parts that go together."""
 
     def attempt(*values):
@@ -45,7 +45,7 @@ def _valid(build, *parts):
 
 
 INTEGERS = st.builds(Integer, st.integers(2, 16), st.integers(-20, 20), st.sampled_from([*SIGNS]))
-EVERY_FLOAT = _valid(
+EVERY_FLOAT = valid(
     Float,
     st.integers(2, 8),
     st.integers(0, 10) | st.integers(0, 23),
@@ -55,7 +55,7 @@ EVERY_FLOAT = _valid(
 )
 _numbers = st.floats(-100, 100, width=16).map(lambda value: value + 0.0)
 _tables = st.lists(_numbers, min_size=2, max_size=20, unique=True).map(lambda values: tuple(sorted(values)))
-CODEBOOKS = st.sampled_from([named.NORMAL_FLOAT_4, posit(8, 1), posit(5, 2)]) | _valid(Codebook, _tables)
+CODEBOOKS = st.sampled_from([named.NORMAL_FLOAT_4, posit(8, 1), posit(5, 2)]) | valid(Codebook, _tables)
 ELEMENTS = INTEGERS | EVERY_FLOAT | CODEBOOKS
 POWERS_OF_TWO = st.builds(PowerOfTwo, st.integers(2, 8), st.booleans(), st.sampled_from([*RULES]))
 SCALES = st.one_of(
@@ -67,10 +67,10 @@ SCALES = st.one_of(
     st.just(Affine()),
 )
 _overflows = st.sampled_from(OVERFLOWS)
-PRODUCTS = _valid(Format, ELEMENTS, SCALES, BLOCKS | st.just(Slices()), _overflows | st.just("saturate"))
+PRODUCTS = valid(Format, ELEMENTS, SCALES, BLOCKS | st.just(Slices()), _overflows | st.just("saturate"))
 # Those that have a law for single numbers.
 _grids = INTEGERS | EVERY_FLOAT
-GRIDS_ON_POWERS_OF_TWO = _valid(Format, _grids, st.none() | POWERS_OF_TWO, st.just(Slices()), _overflows)
+GRIDS_ON_POWERS_OF_TWO = valid(Format, _grids, st.none() | POWERS_OF_TWO, st.just(Slices()), _overflows)
 
 # ---- families ------------------------------------------------------------------------------------
 

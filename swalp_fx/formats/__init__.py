@@ -7,7 +7,7 @@ and ``PRESETS`` has them by the names that ``parse`` takes. docs/formats.md is t
 
 from . import named
 from .block import ROWS, WHOLE, Block, Channel, Rectangle, Runs, Slices
-from .element import Codebook, Element, Float, Grid, Integer, posit
+from .element import Codebook, Element, Float, Grid, Integer, Posit, posit
 from .errors import FormatError
 from .format import FLOAT, Format
 from .grammar import parse
@@ -31,6 +31,7 @@ __all__ = [
     "FormatError",
     "Grid",
     "Integer",
+    "Posit",
     "PowerOfTwo",
     "Rectangle",
     "Runs",

@@ -9,10 +9,10 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from .errors import require
+from .errors import FormatError, require
 from .float32 import to_float32
 
-__all__ = ["SIGNS", "TOPS", "Codebook", "Element", "Float", "Grid", "Integer", "Top", "posit"]
+__all__ = ["SIGNS", "TOPS", "Codebook", "Element", "Float", "Grid", "Integer", "Posit", "Top", "posit"]
 
 # A float32 significand has 24 bits: an integer grid of up to 24 bits is held exactly.
 MAX_WORD_LENGTH = 24
@@ -51,6 +51,13 @@ class Element:
     @property
     def codes(self) -> int:
         """How many codes stand for finite numbers; where there are two zeros they count as two."""
+        raise NotImplementedError
+
+    def number(self, code: int) -> float:
+        """What ``code``, of ``bits`` bits and without a sign of its own, stands for.
+
+        Raises FormatError for a code that stands for nothing.
+        """
         raise NotImplementedError
 
     @property
@@ -137,6 +144,19 @@ class Integer(Element):
     @property
     def codes(self) -> int:
         return SIGNS[self.sign](self.wl)[2]
+
+    @property
+    def has_sign_bit(self) -> bool:
+        """Whether a code is a sign and a magnitude; elsewhere it is two's complement, or has no sign."""
+        return self.sign == "mag"
+
+    def number(self, code: int) -> float:
+        if self.sign == "unsigned":
+            return code * self.min_subnormal
+        sign, rest = divmod(code, 2 ** (self.wl - 1))
+        if self.has_sign_bit:
+            return math.copysign(rest, -sign) * self.min_subnormal
+        return (rest - sign * 2 ** (self.wl - 1)) * self.min_subnormal
 
     @property
     def min(self) -> float:
@@ -268,15 +288,44 @@ class Float(Element):
         return 2.0 ** (self.min_exponent - self.man) if self.subnormals else self.min_normal
 
     @property
-    def _largest(self) -> int:
+    def largest_code(self) -> int:
         """The code of ``max``: exponent field, then mantissa field."""
         top, binade = TOPS[self.top], 2**self.man
         return (2**self.exp - top.binade) * binade - top.codes - 1
 
     @property
+    def has_signed_zero(self) -> bool:
+        return TOPS[self.top].signed_zero
+
+    @property
+    def infinity_code(self) -> int | None:
+        """The code of +infinity, behind that of ``max``."""
+        return self.largest_code + 1 if self.has_infinity else None
+
+    @property
+    def nan_code(self) -> int | None:
+        """The code that a NaN gets, of IEEE 754's the quiet one. Without mantissa bits there is no room for any."""
+        if not self.has_nan or (self.top == "ieee" and self.man == 0):
+            return None
+        if not self.has_signed_zero:
+            return 2 ** (self.bits - 1)
+        return self.largest_code + 1 + (2 ** (self.man - 1) if self.has_infinity else 0)
+
+    def number(self, code: int) -> float:
+        sign, magnitude = divmod(code, 2 ** (self.bits - 1))
+        if sign and not magnitude and not self.has_signed_zero:
+            return math.nan
+        if magnitude > self.largest_code:
+            return math.copysign(math.inf, -sign) if magnitude == self.infinity_code else math.nan
+        exponent, mantissa = divmod(magnitude, 2**self.man)
+        # Without subnormals their codes are read as zeros.
+        significand = 2**self.man + mantissa if exponent else mantissa * self.subnormals
+        return math.copysign(math.ldexp(significand, max(exponent, 1) - self.bias - self.man), -sign)
+
+    @property
     def codes(self) -> int:
         flushed = 0 if self.subnormals else 2**self.man - 1
-        return 2 * (self._largest + 1 - flushed) - (not TOPS[self.top].signed_zero)
+        return 2 * (self.largest_code + 1 - flushed) - (not TOPS[self.top].signed_zero)
 
     @property
     def min(self) -> float:
@@ -284,7 +333,7 @@ class Float(Element):
 
     @property
     def max(self) -> float:
-        exponent, mantissa = divmod(self._largest, 2**self.man)
+        exponent, mantissa = divmod(self.largest_code, 2**self.man)
         return math.ldexp(1 + mantissa / 2**self.man, exponent - self.bias)
 
     @property
@@ -341,6 +390,17 @@ class Codebook(Element):
         return len(self.values)
 
     @property
+    def first_code(self) -> int:
+        """The code of the lowest number, from which on codes count up, modulo 2^bits."""
+        return 0
+
+    def number(self, code: int) -> float:
+        index = (code - self.first_code) % 2**self.bits
+        if index >= len(self.values):
+            raise FormatError(f"code {code:#x} stands for no number of {self}")
+        return self.values[index]
+
+    @property
     def min(self) -> float:
         return self.values[0]
 
@@ -361,12 +421,20 @@ class Codebook(Element):
         return max(-self.min, self.max)
 
 
-def posit(bits: int, es: int) -> Codebook:
+class Posit(Codebook):
+    """A codebook whose codes are in two's complement: zero's is 0, and that of NaR is left out."""
+
+    @property
+    def first_code(self) -> int:
+        return 2**self.bits - self.first
+
+
+def posit(bits: int, es: int) -> Posit:
     """The posits of ``bits`` bits, ``es`` of them exponent bits (Gustafson and Yonemoto, 2017); NaR is left out."""
     require(3 <= bits <= 8, f"posit: {bits} bits are out of range; use 3 to 8")
     require(0 <= es <= 3, f"posit: {es} exponent bits are out of range; use 0 to 3")
     positive = [_posit(code, bits, es) for code in range(1, 2 ** (bits - 1))]
-    return Codebook((*(-value for value in reversed(positive)), 0.0, *positive))
+    return Posit((*(-value for value in reversed(positive)), 0.0, *positive))
 
 
 def _posit(code: int, bits: int, es: int) -> float:

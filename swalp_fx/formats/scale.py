@@ -80,6 +80,11 @@ class PowerOfTwo(Scale):
         return self.bits
 
     @property
+    def bias(self) -> int:
+        """What a stored exponent is above e."""
+        return 2 ** (self.bits - 1) - 1 if self.biased else 0
+
+    @property
     def exponents(self) -> tuple[int, int]:
         """The lowest and the highest exponent."""
         half = 2 ** (self.bits - 1)

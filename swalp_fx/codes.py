@@ -1,0 +1,130 @@
+"""Integer codes and scales: what hardware would store for a tensor, and the tensor that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference, stored, tiles
+from .codecs import code_of, number_of, pack, unpack
+from .formats import FLOAT, Affine, Format, FormatError, Integer, parse
+from .ops import key_of, quantize, require_floating
+from .stored import whole
+
+__all__ = ["Codes", "decode", "encode"]
+
+WHOLE_NUMBERS = Format(Integer(24, 0, "twos"))  # more than a scaled integer has
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Codes:
+    """The codes of a tensor's elements, side by side, and the scales of its blocks.
+
+    packed: uint8, the elements in row-major order, ``format.element_bits`` each. Code 0 is in the low bits of byte 0;
+        a code that goes on in the next byte goes on in its low bits.
+    scales: one tensor or two, with an entry for each block, of as many dimensions as x; none without a shared scale.
+        A power of two is its exponent: uint8 where it is biased, as E8M0's, int8 elsewhere. A real scale is float32.
+        With a zero point its code comes second. Two levels are the codes of the blocks' floats, then one float32.
+    shape, dtype: of the tensor.
+    """
+
+    packed: Tensor
+    scales: tuple[Tensor, ...]
+    format: Format
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def integers(self) -> Tensor:
+        """Each element's code as an int64 of the tensor's shape, 0 to 2^bits - 1."""
+        return unpack(self.packed, self.shape.numel(), self.format.element_bits).view(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and of the scales."""
+        return sum(each.nbytes for each in (self.packed, *self.scales))
+
+    def hex(self) -> str:
+        """The packed codes in hexadecimal, byte after byte."""
+        return bytes(self.packed.tolist()).hex()
+
+    def __repr__(self) -> str:
+        return f"Codes({self.format}, shape {tuple(self.shape)}, {self.dtype}, {self.nbytes:,} bytes)"
+
+
+@torch.no_grad()
+def encode(
+    x: Tensor, format: str | Format, rounding: str = "nearest", *, key: Tensor | int | None = None, stream: int = 0
+) -> Codes:
+    """The codes of ``quantize(x, format, rounding, key=key, stream=stream)``, on x's device.
+
+    ``decode`` gives the same numbers. Zero keeps its sign where the format has two zeros.
+
+    x: float32, float64, bfloat16 or float16, any shape and layout. It gets no gradient.
+    Raises what ``quantize`` does; FormatError for ``float``, which rounds nothing; and ValueError for an infinity or a
+    NaN that the format has no code for.
+    """
+    format = parse(format)
+    if format == FLOAT:
+        raise FormatError("float rounds nothing, and has no codes; keep the tensor, or use e8m23 for float32's numbers")
+    require_floating(x, "encode")
+    computed = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    sizes = tiles.sizes(x.shape, format.block)
+    if not x.numel():
+        return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, x.shape, x.dtype)
+    key = key_of(rounding, key)
+    return Codes(*_by_quotients(computed, format, sizes, rounding, key, stream), format, x.shape, x.dtype)
+
+
+@torch.no_grad()
+def decode(codes: Codes) -> Tensor:
+    """The numbers that ``codes`` stand for: contiguous, of the shape, dtype and device of the tensor encoded."""
+    dtype = torch.promote_types(codes.dtype, torch.float32)
+    if not codes.shape.numel():
+        return torch.empty(codes.shape, dtype=codes.dtype, device=codes.packed.device)
+    format, sizes = codes.format, tiles.sizes(codes.shape, codes.format.block)
+    if isinstance(format.scale, Affine):
+        lowest = _of_elements(stored.lowest_of(codes.scales, format, dtype), codes.shape, sizes)
+        q = number_of(codes.integers, whole(format), dtype) - whole(format).bounds[0] + lowest
+    else:
+        q = number_of(codes.integers, format.element, dtype)
+    return (q * _of_elements(stored.load(codes.scales, format, dtype), codes.shape, sizes)).to(codes.dtype)
+
+
+def _of_elements(of_blocks: Tensor, shape: torch.Size, sizes: list[int]) -> Tensor:
+    return tiles.spread(of_blocks, shape, sizes) if of_blocks.dim() else of_blocks
+
+
+def _by_quotients(
+    x: Tensor, format: Format, sizes: list[int], rounding: str, key: Tensor | None, stream: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The packed codes and the scales: quotients are rounded to the element by itself."""
+    scales = stored.store(tiles.extremes(x, sizes), format)
+    scale = stored.load(scales, format, x.dtype)
+    y = x if format.scale is None else reference.quotient(x, _of_elements(scale, x.shape, sizes))
+    grid = WHOLE_NUMBERS if isinstance(format.scale, Affine) else Format(format.element, overflow=format.overflow)
+    q = quantize(y, grid, rounding, key=key, stream=stream)
+    _refuse_uncoded(x, q, format)
+    if isinstance(format.scale, Affine):
+        first, last = whole(format).bounds
+        lowest = _of_elements(stored.lowest_of(scales, format, x.dtype), x.shape, sizes)
+        moved = torch.minimum(torch.maximum(q, lowest), lowest + (last - first)) - lowest + first
+        codes = code_of(moved, whole(format))
+    else:
+        codes = code_of(q, format.element)
+    return pack(codes, format.element_bits), scales
+
+
+def _refuse_uncoded(x: Tensor, q: Tensor, format: Format) -> None:
+    """Raises ValueError for an infinity that becomes a number, and for a NaN without a code."""
+    element = format.element
+    uncoded = ~x.isfinite() & q.isfinite()
+    if getattr(element, "nan_code", None) is None:
+        uncoded = uncoded | q.isnan()
+    if bool(uncoded.any()):
+        at = tuple(uncoded.nonzero()[0].tolist())
+        raise ValueError(
+            f"encode: x is {x[at].item()} at {list(at)}, and {format} has no code for that; replace it first"
+        )
