@@ -33,6 +33,7 @@ from .averaging import Average, mean_dtype, recalibrate
 from .formats import FLOAT, Format, FormatError
 from .moments import ends_in
 from .ops import quantize_foreach_
+from .packed import packed_state, unpacked_state
 from .random import fold_in, is_captured
 from .recipe import Quantizer, Recipe, RecipeError
 from .sgd import in_one_pass
@@ -344,6 +345,22 @@ class SWALP:
                     f"{expected[0]} {expected[1]}; load a state of this model"
                 )
         return {name: tensor.detach().to(self._parameters[name].device, copy=True) for name, tensor in tensors.items()}
+
+    # Packed checkpoints
+
+    def packed_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """module's state_dict with its weights as codes of the recipe's weight format; docs/codes.md has an example.
+
+        module: the model, or another with its names: a copy, the averaged model. A weight that is off its format's
+            numbers, as all are before the first step, stays as it is.
+        """
+        self._follow_model()
+        formats = {name: recipe.weight for name, recipe in zip(self._names, self._recipes, strict=True)}
+        return packed_state(module, formats)
+
+    def load_packed_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load what ``packed_state_dict`` returned into ``module``: the same bits. Raises what load_state_dict does."""
+        module.load_state_dict(unpacked_state(state))
 
     # One step
 

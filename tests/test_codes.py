@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,6 +15,7 @@ from strategies import ELEMENTS, PRODUCTS, SCALES, valid
 from tables import ALL_ROUNDINGS, FORMATS, every_half, hard_values
 
 import swalp_fx
+import vectors
 from swalp_fx import Format, FormatError, decode, encode, parse, quantize
 from swalp_fx.codecs import code_of, number_of, pack, packed_size, unpack
 from swalp_fx.formats import Codebook, Integer, Rectangle, Runs
@@ -265,6 +268,26 @@ def test_bytes(spec, shape, nbytes):
     assert nbytes <= held <= nbytes + 8  # they are no views of larger memory, which a file would hold too
     assert codes.nbytes == nbytes and f"{nbytes} bytes" in repr(codes).replace(",", "")
     assert len(codes.hex()) == 2 * len(codes.packed)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "codes.md").read_text()
+
+
+def test_the_page_prints_what_it_says(capsys, tmp_path, monkeypatch):
+    first, packed = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    printed, lines = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(first, "docs/codes.md", "exec"), names)
+    assert capsys.readouterr().out == printed
+    exec(compile(packed, "docs/codes.md", "exec"), names)
+    torch.save(names["lp"].state_dict(), "plain.pt")
+    (percent,) = re.findall(r"has (\d+) % of the bytes", PAGE)
+    assert round(100 * Path("packed.pt").stat().st_size / Path("plain.pt").stat().st_size) == int(percent)
+    vectors.main(["mxfp4", "--rounding", "stochastic", "--n", "4"])
+    assert capsys.readouterr().out == lines
 
 
 # ---- randomness, gradients, refusals -------------------------------------------------------------

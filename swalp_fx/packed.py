@@ -1,0 +1,85 @@
+"""Checkpoints in codes: a state_dict whose rounded weights are packed, and back, bit for bit.
+
+Numbers that have been rounded nearly always have the codes of themselves. What has not, the sign of a zero in a format
+with one zero included, is kept beside the codes. A tensor that would not become smaller stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codecs import pack, unpack
+from .codes import Codes, decode, encode
+from .formats import FLOAT, Format, parse
+
+__all__ = ["packed_state", "unpacked_state"]
+
+VERSION = 1
+KEYS = {"version", "packed", "plain"}
+
+
+@torch.no_grad()
+def packed_state(module: nn.Module, formats: Mapping[str, Format]) -> dict[str, Any]:
+    """module's state_dict, its parameters in codes of ``formats``, by name. A tied parameter is packed once.
+
+    Tensors, numbers and strings in dicts and lists: torch.load(weights_only=True) reads it.
+    """
+    first_names: dict[nn.Parameter, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first_names.setdefault(parameter, name)
+    of_first = {
+        name: record
+        for parameter, name in first_names.items()
+        if formats.get(name, FLOAT) != FLOAT and (record := _record(parameter.detach(), formats[name])) is not None
+    }
+    packed = {
+        name: of_first[first_names[parameter]]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if first_names[parameter] in of_first
+    }
+    plain = {name: value for name, value in module.state_dict().items() if name not in packed}
+    return {"version": VERSION, "packed": packed, "plain": plain}
+
+
+@torch.no_grad()
+def unpacked_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict that ``packed_state`` was made of. Raises ValueError for anything else."""
+    if not isinstance(state, Mapping) or set(state) != KEYS or state["version"] != VERSION:
+        raise ValueError("this is no packed state of version 1; pass what packed_state_dict() returned")
+    return {**state["plain"], **{name: _tensor(record) for name, record in state["packed"].items()}}
+
+
+def _record(x: Tensor, format: Format) -> dict[str, Any] | None:
+    """What ``x`` is restored from; None where that takes more room than x, or x holds what has no code."""
+    try:
+        codes = encode(x, format)
+    except ValueError:
+        return None
+    found = decode(codes)
+    other = (found != x).flatten()
+    negative_zero = ((x == 0) & (x.signbit() != found.signbit())).flatten()
+    record = {
+        "format": str(format),
+        "shape": list(x.shape),
+        "dtype": x.dtype,
+        "codes": codes.packed,
+        "scales": list(codes.scales),
+        "zeros": pack(negative_zero.long(), 1) if negative_zero.any() else None,
+        "places": other.nonzero().flatten().to(torch.int64 if x.numel() >= 2**31 else torch.int32),
+        "numbers": x.flatten()[other],
+    }
+    held = [*(value for value in record.values() if isinstance(value, Tensor)), *codes.scales]
+    return record if sum(each.nbytes for each in held) < x.nbytes else None
+
+
+def _tensor(record: Mapping[str, Any]) -> Tensor:
+    shape, format = torch.Size(record["shape"]), parse(record["format"])
+    x = decode(Codes(record["codes"], tuple(record["scales"]), format, shape, record["dtype"])).flatten()
+    if record["zeros"] is not None:
+        x = torch.where(unpack(record["zeros"], x.numel(), 1) > 0, -x, x)
+    x[record["places"].long()] = record["numbers"]
+    return x.view(shape)
