@@ -21,6 +21,7 @@ from .errors import ConvertError
 from .formats import FLOAT
 from .graphs import conversion_in, inlined, is_quantizer
 from .passes.captured import LAYER, MODULE, Layer, calls_around
+from .passes.facts import MEANINGS
 from .passes.names import PART, is_derived, place
 from .passes.operations import name_of
 from .passes.tables import LAYER_PARTS
@@ -28,6 +29,7 @@ from .rows import operation_of, parameter_of
 
 __all__ = ["draw"]
 
+MOVES = ("movement", "exit", *MEANINGS)  # parts that are drawn as movement is; constants, which read nothing, are not
 GATHERS = ("cat", "concat", "concatenate", "stack")
 
 TEXT, PICTURES = (".dot", ".gv"), (".svg", ".png", ".pdf")
@@ -110,7 +112,7 @@ class _Marks:
 
     def _mark(self, node: Node) -> Mark | None:
         part = node.meta.get(PART)
-        is_layer, moves = part in LAYER_PARTS, part in ("movement", "exit")
+        is_layer, moves = part in LAYER_PARTS, part in MOVES
         together = self._together(node)
         read = [source for each in self._sources_of(node) for source in each.all_input_nodes if source not in together]
         sources = list(dict.fromkeys(self._drawn[source] for source in read if source in self._drawn))
@@ -174,7 +176,7 @@ class _Marks:
             return _same(port(node.name))
         if part in LAYER_PARTS:
             return lambda name: box(operation_of(node), name)
-        if part in ("movement", "exit") and node.op != "get_attr":
+        if part in MOVES and node.op != "get_attr":
             return _same(moved(operation_of(node)))
         return None
 

@@ -16,6 +16,7 @@ from .capture import Conversion
 from .capture.methods import set_on
 from .formats import FLOAT
 from .graphs import conversion_in, inlined
+from .nodes import quantize_output
 from .passes.names import PART, place
 from .recipe import ROLES, Quantizer
 from .rows import DERIVED, Row, operation_of, rows
@@ -23,6 +24,11 @@ from .table import WIDTH, folded_rows, listed, paragraph, table
 
 __all__ = ["report"]
 
+MEANT = {
+    "constant": "constants, made of no parameter and of nothing floating that the model is given",
+    "mask": "scales and masks on the way to a softmax",
+    "angle": "angles, which only sin and cos read",
+}
 UNSEEN = "layers are known after the first call: call the model once, or pass an input: report(lp, x)"
 
 
@@ -154,6 +160,11 @@ def _floats(conversion: Conversion, found: list[Row]) -> Iterator[str]:
         yield _line(held, f", in {graph}: {reason}", names)
     if moves:
         yield f"  {', '.join(moves)}: no new numbers"
+    for meaning, why in MEANT.items():
+        if meant := _meant(conversion, meaning):
+            yield _line(meant, f": {why}", meant)
+    if norms := [row.name for row in found if row.is_written_norm]:
+        yield _line(norms, ": a norm is one operation, only what it gives is rounded", names, before="inside ")
     if whole := [row.whole for row in found if row.whole]:
         yield _line(whole, ": called whole, only weights are rounded", names, before="inside ")
     if derived := [name for row in found if row.operation == DERIVED for name in row.weights]:
@@ -176,6 +187,14 @@ def _inputs(conversion: Conversion) -> list[str]:
         if node.meta.get(PART) == "input"
     )
     return list(found)
+
+
+def _meant(conversion: Conversion, meaning: str) -> list[str]:
+    """The places of this meaning that no graph rounds."""
+    graphs = (inlined(made.graph_module).graph for made in conversion.graphs)
+    found = [node for graph in graphs for node in graph.nodes if node.meta.get(PART) == meaning]
+    rounded = {place(node) for node in found if any(user.target is quantize_output for user in node.users)}
+    return [name for name in dict.fromkeys(map(place, found)) if name not in rounded]
 
 
 def _moves(conversion: Conversion) -> list[str]:

@@ -18,7 +18,7 @@ from .passes.captured import LAYER, PARAMETER
 from .passes.classify import OUT
 from .passes.names import PART, is_derived, place
 from .passes.operations import is_torch, name_of
-from .passes.tables import LAYER_PARTS
+from .passes.tables import LAYER_PARTS, layer_part
 from .recipe import Recipe
 
 __all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows"]
@@ -41,6 +41,7 @@ class Row:
     size: int = 0  # values in the parameters that no earlier row has read
     unrounded: str = ""  # why its output is in float, if it is
     whole: str = ""  # the name of the layer or function, if what that computes inside is out of the graph's sight
+    is_written_norm: bool = False  # whether it is a norm that is no layer of PyTorch's
     # Where its output is in float though another graph rounds it: graph -> why.
     exceptions: dict[str, str] = field(default_factory=dict)
 
@@ -133,6 +134,7 @@ def _rows_of(made: Rewritten, recipe: Recipe, parameters: _Parameters) -> Iterat
             weights,
             unrounded="" if output is not None else _why_unrounded(node, recipe),
             whole=_whole(node, together),
+            is_written_norm=_is_written(node) and node.meta[PART] == "norm",
         )
 
 
@@ -190,10 +192,17 @@ def _why_unrounded(node: Node, recipe: Recipe) -> str:
     return f"not in placement {recipe.placement}" if recipe.placement != "every" else "a rule says so"
 
 
+def _is_written(node: Node) -> bool:
+    """Whether ``node`` is of one operation that is no layer of PyTorch's: a norm, or what the recipe calls whole."""
+    return LAYER in node.meta and layer_part(node.meta[LAYER].kind) is None
+
+
 def _whole(node: Node, layer: list[Node]) -> str:
     """The name of what computes much on its own, of which no graph sees the inside; "" if ``node`` does not."""
     if layer:
-        is_whole = issubclass(node.meta[LAYER].kind, WHOLE) or any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
+        kind = node.meta[LAYER].kind
+        is_whole = issubclass(kind, WHOLE) or any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
+        is_whole = is_whole or (_is_written(node) and node.meta[PART] != "norm")
         return (node.meta[LAYER].path or place(node)) if is_whole else ""
     called = _called(node)
     is_foreign = isinstance(called.target, HigherOrderOperator) or (

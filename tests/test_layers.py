@@ -38,8 +38,9 @@ NEVER = [
     ("optimizer", "capture"),
     ("passes", "optimizer"),
 ]
-# The proof reads what the capture has written. What the passes write it does not.
-PROOF = {"formats", "nodes", "recipe", "passes.captured", "passes.fit"}  # fit: which axis a product contracts
+# The proof reads what the capture and the analysis have written, and which axis a product contracts. What the passes
+# make of that it does not.
+PROOF = {"formats", "nodes", "recipe", "passes.captured", "passes.facts", "passes.fit"}
 OUTSIDE = {"torch", "tabulate", *sys.stdlib_module_names}
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

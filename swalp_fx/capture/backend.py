@@ -43,7 +43,7 @@ def backend(
     if owner.name is not None and conversion.recipe.quantize_input:
         frame.guard_attribute(owner.name, "_swalp", "is_entered")
     new = copied(graph_module)
-    graph = prepare(new, inputs, frame, owner, conversion.places, foreign=inner is not None)
+    graph = prepare(new, inputs, frame, owner, conversion.places, conversion.recipe, foreign=inner is not None)
     place, bodies = _place(frame), dict(new.named_children())
     returns = reason is None and (inner is not None or (owner.is_entry and not place and not local.nested))
     enters = not place and (inner is not None or (owner.module is not None and owner.module is local.entered))

@@ -160,6 +160,8 @@ class Conversion:
         """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
         function may give."""
         modules = [path for path, _ in self.root.named_modules()]
+        for error in self.recipe.unmatched_whole(modules):
+            raise error
         for pattern, error in self.recipe.unmatched(list(self._subjects())):
             if self.graphs or not may_name_function(pattern, modules):
                 raise error

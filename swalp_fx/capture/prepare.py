@@ -15,8 +15,23 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ConvertError
-from ..passes.captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Layer, calls_around, is_layer
+from ..passes.captured import (
+    ARGUMENT,
+    CALLS,
+    HOLDS,
+    KEPT,
+    LAYER,
+    MODULE,
+    PARAMETER,
+    STEPS,
+    UPDATE,
+    Layer,
+    calls_around,
+    is_layer,
+)
 from ..passes.operations import name_of, read_after_writes, written_parameter
+from ..passes.tables import layer_part
+from ..recipe import Recipe
 from .dynamo import Frame
 
 if TYPE_CHECKING:
@@ -73,9 +88,16 @@ def copied(graph_module: GraphModule) -> GraphModule:
 
 
 def prepare(
-    graph_module: GraphModule, inputs: Sequence[Any], frame: Frame, owner: Owner, places: Places, *, foreign: bool
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    frame: Frame,
+    owner: Owner,
+    places: Places,
+    recipe: Recipe,
+    *,
+    foreign: bool,
 ) -> Graph:
-    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE and LAYER on its nodes.
+    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE, LAYER and CALLS on its nodes.
 
     foreign: it is compiled by another torch.compile, with what is around the model.
     """
@@ -90,7 +112,7 @@ def prepare(
     if (returned := frame.returned()) is not None:
         for node in graph.output_node().all_input_nodes:
             node.meta[KEPT] = node.name not in returned
-    _prepare_nodes(graph_module, owner, places, foreign)
+    _prepare_nodes(graph_module, owner, places, recipe, foreign)
     for node in graph.find_nodes(op="placeholder"):
         is_outside = all(user.meta.get(MODULE, "") is None for user in node.users)
         if is_outside and node.meta.get(PARAMETER) in places.foreigners:
@@ -151,25 +173,35 @@ def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str |
     return (places.parameter(own) if own is not None else None) or ".".join(filter(None, (path, slot[1])))
 
 
-def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, foreign: bool) -> None:
+def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, recipe: Recipe, foreign: bool) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             value = getattr(graph_module, str(node.target), None)
             node.meta[HOLDS] = "body" if isinstance(value, GraphModule) else "state"
             if isinstance(value, GraphModule):
-                _prepare_nodes(value, owner, places, foreign)
+                _prepare_nodes(value, owner, places, recipe, foreign)
         elif node.op.startswith("call"):
-            _prepare_call(node, owner, places, foreign)
+            around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
+            node.meta[MODULE] = around[-1][1] if around else None if foreign and not owner.is_known else owner.path
+            if owner.module is not None:
+                around = [("", owner.path, owner.module), *around]
+            _prepare_calls(node, around, recipe)
     read_after_writes(graph_module.graph)
 
 
-def _prepare_call(node: Node, owner: Owner, places: Places, foreign: bool) -> None:
-    around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
-    node.meta[MODULE] = around[-1][1] if around else None if foreign and not owner.is_known else owner.path
-    if owner.module is not None and not around:  # a layer that is called by itself
-        around = [("", owner.path, owner.module)]
-    layer = next(((call, path, module) for call, path, module in around if is_layer(module)), None)
-    if layer is not None:
-        call, path, module = layer
-        # What derives a weight carries vectors from call to call, as spectral_norm does: they are no weights.
-        node.meta[LAYER] = Layer("" if isinstance(module, ParametrizationList) else call, path, type(module))
+def _prepare_calls(node: Node, around: Sequence[tuple[str, str, nn.Module]], recipe: Recipe) -> None:
+    """around: (call, path, module) of the calls that ``node`` is computed in, outermost first."""
+    calls = []
+    for call, path, module in around:
+        whole = recipe.is_whole(path)
+        # A frame of a layer's own has no other calls around its nodes.
+        if whole or (whole is None and is_layer(module) and (call or len(around) == 1)):
+            # What derives a weight carries vectors from call to call, as spectral_norm does: they are no weights.
+            derives = isinstance(module, ParametrizationList)
+            part = "parameter" if derives else layer_part(type(module))
+            node.meta[LAYER] = Layer("" if derives else call, path, type(module), part)
+            break
+        if whole is None:
+            calls.append(Layer(call, path, type(module)))
+    node.meta[CALLS] = tuple(calls)
+    node.meta[STEPS] = bool(around) and recipe.is_whole(around[-1][1]) is False

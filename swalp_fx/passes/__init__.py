@@ -1,4 +1,4 @@
-"""The rewrite of a captured graph: classify, assign, insert, elide, reuse, verify."""
+"""The rewrite of a captured graph: analyse, classify, assign, insert, elide, reuse, verify."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..formats import FLOAT
 from ..recipe import Quantizer, Recipe
+from .analyse import analyse
 from .assign import assign
 from .captured import ARGUMENT, HOLDS, Scope
 from .classify import OUT, classify
 from .elide import elide
+from .facts import Origin, facts
 from .fit import of_parameter
 from .insert import insert
 from .names import NAME, PART, originals, parameter_subjects
+from .origin import ORIGIN
 from .reuse import reuse
 from .verify import verify
 
-__all__ = ["assign", "classify", "elide", "insert", "recipes_of_parameters", "reuse", "rewrite", "verify"]
+__all__ = ["analyse", "assign", "classify", "elide", "insert", "recipes_of_parameters", "reuse", "rewrite", "verify"]
 
 
 def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, identity: bool = False) -> Graph:
@@ -28,7 +31,7 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     keyed: whether the random key is an input, the first; without it, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
-    classify(graph)
+    classify(analyse(graph))
     for node in graph.nodes:
         if node.meta[PART] == "nested":
             _rewrite_body(node, recipe, scope, identity)
@@ -49,6 +52,7 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
         part = given.meta.get(PART, "number")
         placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
         placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
+        placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
     inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 

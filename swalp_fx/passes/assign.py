@@ -12,6 +12,7 @@ from ..random import stream_of
 from ..recipe import Recipe, Subject
 from .captured import LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
+from .facts import MEANINGS
 from .fit import contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
@@ -126,7 +127,7 @@ def _free(scope: Scope, *place: str) -> int:
 
 def subjects(graph: Graph) -> Iterator[Subject]:
     """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
-    return (subject(node) for node in graph.nodes if node.meta[PART] in ("input", *LAYER_PARTS))
+    return (subject(node) for node in graph.nodes if node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS))
 
 
 def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
@@ -137,8 +138,8 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
     compute+activation  and those of activations
     group               the last of each group: see _group_ends
 
-    and what the recipe includes, without what it excludes. The model's inputs, and what it only returns, are rounded
-    if the recipe says so.
+    and what the recipe includes, constants too, without what it excludes. The model's inputs, and what it only returns,
+    are rounded if the recipe says so.
     """
     ends = _group_ends(graph) if recipe.placement == "group" else set()
     parts = LAYER_PARTS if recipe.placement == "every" else recipe.placement.split("+")
@@ -146,14 +147,14 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
     placed = set()
     for node in graph.nodes:
         part = node.meta[PART]
-        if part not in ("input", *LAYER_PARTS) or _is_integral(node):
+        if part not in ("input", *LAYER_PARTS, *MEANINGS) or _is_integral(node):
             continue
         name = place(node)
         if part == "input":
             is_number = all(user.meta[PART] == "number" for user in node.users)
             wanted = recipe.quantize_input and scope.enters and not is_number
         else:
-            wanted = node in ends or part in parts or recipe.includes(name)
+            wanted = node in ends or part in parts or recipe.includes(name)  # of a constant, the recipe alone says so
         is_read = _is_read(node) or (returned and bool(node.users))
         if wanted and is_read and not recipe.excludes(name):
             placed.add(node)

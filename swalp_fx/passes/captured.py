@@ -16,11 +16,13 @@ from .tables import layer_part
 
 __all__ = [
     "ARGUMENT",
+    "CALLS",
     "HOLDS",
     "KEPT",
     "LAYER",
     "MODULE",
     "PARAMETER",
+    "STEPS",
     "UPDATE",
     "Layer",
     "Scope",
@@ -37,14 +39,18 @@ UPDATE = "swalp_fx.update"  # true of what a buffer is set to
 # True of what leaves the graph though the frame does not return it: an attribute, or a hook, keeps it.
 KEPT = "swalp_fx.kept"
 LAYER = "swalp_fx.layer"  # a Layer, of what is computed inside one
+CALLS = "swalp_fx.calls"  # the Layers, part unknown, of the calls around a node that may turn out to be one operation
+STEPS = "swalp_fx.steps"  # true of what the recipe says is no part of one operation
 
 
 class Layer(NamedTuple):
-    """One call of a layer of PyTorch's own, which is one operation however many nodes it takes."""
+    """One call of a module that is one operation, however many nodes it takes: a layer of PyTorch's own, a norm written
+    by hand, what the recipe calls whole."""
 
     call: str  # tells calls from one another
     path: str  # its qualified name
     kind: type
+    part: str | None = None  # that it plays
 
 
 @dataclass

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .captured import HOLDS, KEPT, LAYER, MODULE, UPDATE
-from .names import PART, is_derived, name_places
-from .operations import CHECKPOINT, is_torch, name_of, writes
-from .tables import layer_part, part_of
+from .captured import HOLDS, KEPT, LAYER, MODULE, UPDATE, Layer
+from .facts import Origin, facts, is_floating
+from .names import PART, name_places
+from .operations import CHECKPOINT, writes, written
+from .tables import LAYER_PARTS
 
 __all__ = ["OUT", "classify"]
 
@@ -20,7 +19,8 @@ OUT = ("exit", "output", "outside")  # who reads a number of the model as it is
 def classify(graph: Graph) -> Graph:
     """Writes ``node.meta[PART]`` on every node, and ``node.meta[NAME]`` on every place; returns ``graph``.
 
-    A part is one of PARTS, or one of "input", "output", "parameter" (a Parameter, or what a parametrization derives),
+    A part is one of PARTS, one of MEANINGS, or one of "input", "output", "parameter" (a Parameter, or what a
+    parametrization derives),
     "state" (a buffer, read, written, or what is computed of buffers alone), "inside" (of a layer, all but its output),
     "body" (the graph of a checkpoint), "nested" (its call), "operand" (what it is called with), "exit" (movement whose
     result the model only returns) and "outside" (around the model, where that is compiled with what calls it).
@@ -57,31 +57,30 @@ def _part(node: Node) -> str:
         return "outside"
     if node.target is CHECKPOINT:
         return "nested"
-    sources = node.all_input_nodes
-    parts = [source.meta[PART] for source in sources]
     if writes(node) and _part_of_written(node) == "state":
         return "state"
-    if sources and all(part in ("number", "body") for part in parts):
-        return "number"
-    if sources and all(part in ("number", "state") for part in parts):
-        return "state"
-    if (layer := node.meta.get(LAYER)) is not None:
-        return _part_in_layer(node, layer.kind)
-    if node.op == "call_function" and not is_torch(node.target):
-        return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
-    return part_of(name_of(node)) or "arithmetic"
+    known = facts(node)
+    part = _part_in_layer(node, node.meta[LAYER]) if LAYER in node.meta else known.category
+    if known.origin is Origin.CONSTANT:
+        if known.meaning == "constant":
+            return "constant" if part in LAYER_PARTS else part
+        is_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
+        return "state" if is_state else "inside" if part == "inside" else "number"
+    if part in LAYER_PARTS and isinstance(node.meta.get("example_value"), Tensor) and not is_floating(node):
+        return "number"  # indices, truth values
+    return _MEANT.get(known.meaning, part) if part != "inside" else part
 
 
-def _part_in_layer(node: Node, kind: type) -> str:
+_MEANT = {"mask": "mask", "angle": "angle", "mixes": "arithmetic"}
+
+
+def _part_in_layer(node: Node, layer: Layer) -> str:
     """The layer's part for what it gives, "inside" for all else of it: also for what a hook of the layer keeps."""
-    layer = node.meta[LAYER]
     inner = [user for user in node.users if user.meta.get(LAYER) == layer]
     outer = [user for user in node.users if user.meta.get(LAYER) != layer and (user.op != "output" or not inner)]
     if not outer or not _is_tensor(node):
-        return "number" if part_of(name_of(node)) == "number" else "inside"
-    if is_derived(node):
-        return "parameter"
-    return layer_part(kind) or "arithmetic"
+        return "number" if facts(node).category == "number" else "inside"
+    return layer.part or "arithmetic"
 
 
 def _is_tensor(node: Node) -> bool:
@@ -92,8 +91,8 @@ def _is_tensor(node: Node) -> bool:
 
 def _filled(graph: Graph) -> set[Node]:
     """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
-    filled = (_written(node) for node in graph.nodes if writes(node) and len(node.all_input_nodes) > 1)
-    return {node for node in filled if isinstance(node, Node)}
+    filled = (written(node) for node in graph.nodes if writes(node) and len(node.all_input_nodes) > 1)
+    return {node for node in filled if isinstance(node, Node) and facts(node).origin is not Origin.CONSTANT}
 
 
 def _mark_updates(graph: Graph) -> None:
@@ -102,28 +101,20 @@ def _mark_updates(graph: Graph) -> None:
     to the write."""
     updates = {node for node in graph.nodes if node.meta.get(UPDATE)}
     for node in reversed(graph.nodes):
-        if node.meta[PART] == "arithmetic" and node.users and updates.issuperset(node.users):
+        if node.meta[PART] in ("arithmetic", "constant") and node.users and updates.issuperset(node.users):
             updates.add(node)
     for node in graph.nodes:
         reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
         is_state = (node in updates and reads_state) or (writes(node) and _part_of_written(node) == "state")
-        if node.meta[PART] == "arithmetic" and is_state:
+        if node.meta[PART] in ("arithmetic", "norm", "constant") and is_state:
             node.meta[PART] = "state"
 
 
 def _part_of_written(node: Node) -> str | None:
-    written = _written(node)
-    return written.meta[PART] if isinstance(written, Node) else None
+    target = written(node)
+    return target.meta[PART] if isinstance(target, Node) else None
 
 
 def _is_kept(node: Node) -> bool:
     """Whether a buffer, an attribute or a hook keeps ``node``, which is then as a layer would read it."""
     return bool(node.meta.get(UPDATE) or node.meta.get(KEPT))
-
-
-def _written(node: Node) -> Any:
-    """What ``node`` writes into, or into an item of."""
-    written = node.args[0] if node.args else node.all_input_nodes[0]
-    while isinstance(written, Node) and name_of(written) == "getitem":
-        written = written.args[0]
-    return written

@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 from .. import nodes
 from ..formats import FLOAT, ROWS, WHOLE, Format
 from ..recipe import Quantizer
+from .facts import MEANINGS
 from .names import PART
 from .operations import SWITCHES, writes
 from .reuse import OVERWRITES, operation_of, sole_reader
@@ -111,7 +112,7 @@ def _reads(reader: Node, node: Node) -> bool:
     known = part_of(operation) if operation is not None else None
     if part == "movement" or (part == "inside" and known == "movement"):
         return _is_only_read(reader)
-    return part == "number" or (part in (*LAYER_PARTS, "inside") and known is not None)
+    return part == "number" or (part in (*LAYER_PARTS, *MEANINGS, "inside") and known is not None)
 
 
 def _is_another(written: tuple[Any, ...], node: Node) -> bool:

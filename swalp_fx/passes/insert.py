@@ -11,6 +11,7 @@ from .. import nodes
 from .assign import SITE, Output, Site, Weight
 from .captured import KEPT, LAYER, MODULE
 from .classify import OUT
+from .facts import MEANINGS
 from .names import PART, place
 from .tables import LAYER_PARTS
 
@@ -72,7 +73,7 @@ class _Insertion:
 
     def _visit(self, node: Node) -> None:
         new = self.new.node_copy(node, lambda source: self._source(node, source))
-        if node.meta[PART] in ("parameter", *LAYER_PARTS):
+        if node.meta[PART] in ("parameter", *LAYER_PARTS, *MEANINGS):
             new._rename(_spelled(place(node)))
         if node.meta[PART] == "nested":
             body, *operands = new.args

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..recipe import Subject
 from .captured import ARGUMENT, LAYER, PARAMETER, around
+from .facts import MEANINGS
 from .operations import name_of
 from .tables import LAYER_PARTS, layer_part
 
@@ -83,7 +84,7 @@ def name_places(graph: Graph) -> None:
         if node.meta[PART] == "parameter":
             derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
             node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.name
-        elif node.meta[PART] in ("input", *LAYER_PARTS):
+        elif node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
             names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
         elif node.op == "placeholder":
             node.meta[NAME] = node.meta.get(ARGUMENT, node.name)

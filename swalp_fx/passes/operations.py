@@ -24,6 +24,7 @@ __all__ = [
     "read_after_writes",
     "writes",
     "writes_in_place",
+    "written",
     "written_parameter",
 ]
 
@@ -93,6 +94,14 @@ def place_of_inplace(function: Callable[..., Any]) -> int | None:
 def writes(node: Node) -> bool:
     """Whether ``node`` writes into its first argument, whatever it returns: ``x[i] = y`` and ``x += y`` too."""
     return writes_in_place(node) or name_of(node) in ("setitem", *IN_PLACE_OPERATORS)
+
+
+def written(node: Node) -> Argument:
+    """What ``node``, which writes, writes into, or into an item of."""
+    target: Argument = node.args[0] if node.args else node.all_input_nodes[0]
+    while isinstance(target, Node) and name_of(target) == "getitem":
+        target = target.args[0]
+    return target
 
 
 def read_after_writes(graph: Graph) -> None:

@@ -11,7 +11,7 @@ from itertools import chain
 
 import torch
 
-__all__ = ["LAYER_PARTS", "PARTS", "layer_part", "may_name_function", "part_of"]
+__all__ = ["LAYER_PARTS", "PARTS", "READS_VALUES", "layer_part", "may_name_function", "part_of"]
 
 # Part -> the names of what plays it: functions and methods (a trailing underscore, for in place, is dropped), and
 # module types (a subclass plays its base's part).
@@ -65,7 +65,7 @@ PARTS: dict[str, str] = {
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
         drop_block2d drop_block3d pixel_shuffle pixel_unshuffle channel_shuffle unfold fold
         topk sort atleast_1d atleast_2d atleast_3d data fill zero scatter masked_scatter index_copy index_fill
-        _get_data_attr numpy_T matrix_H register_hook
+        _get_data_attr numpy_T matrix_H register_hook view_as_complex view_as_real complex
     """,
     # Sizes, indices, comparisons and fresh constants: not a layer's output. So is whatever is made of these alone.
     "number": """
@@ -80,6 +80,13 @@ PARTS: dict[str, str] = {
         is_grad_enabled _set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode
     """,
 }
+
+# Of the numbers, those that are made of the values they read, and not of sizes alone.
+READS_VALUES = """
+    eq ne lt le gt ge is_ is_not not_ and_ or_ xor invert logical_and logical_or logical_not logical_xor
+    isnan isinf isfinite any all argmax argmin argsort nonzero bucketize searchsorted one_hot bincount long int bool
+    bernoulli normal tensor as_tensor new_tensor item
+"""
 
 # Parts whose output is a layer's output.
 LAYER_PARTS = ("compute", "norm", "activation", "arithmetic", "pooling")

@@ -16,12 +16,12 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import nodes
 from ..formats import FLOAT, Format, Slices, parse
 from ..recipe import Recipe, Subject
 from .captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
+from .facts import FACTS, MEANINGS, Facts, Origin
 from .fit import contraction_axes, fitted, of_parameter
 
 __all__ = ["VerifyError", "verify"]
@@ -31,49 +31,10 @@ class VerifyError(AssertionError):
     """A rewritten graph that is wrong: a defect of the passes, not of the model."""
 
 
-# What makes no new number, by the names of functions, methods, attributes and layer types. All else must be quantized.
-MOVES = re.compile(
-    r"(?:.*flatten|.*squeeze|.*reshape|view|view_as|ravel|permute|Permute|transpose|t|(?:numpy_)?T|mT|(?:matrix_)?H|mH"
-    r"|swap(?:axes|dims)|move(?:dim|axis)|expand(?:_as)?|broadcast_to|repeat|repeat_interleave|tile|.*split"
-    r"|(?:unsafe_)?chunk|unbind|narrow|Flatten|Unflatten|[sg]etitem|cat|concat|concatenate|[hvd]?stack|select"
-    r"|(?:masked|index)_(?:select|fill)|index_copy|fill|zero|(?:masked_)?scatter|gather|take_along_dim|roll|flip|rot90"
-    r"|pad|_\w+PadNd|(?i:.*dropout.*)|(?i:stochastic_?depth)|(?i:drop_?block[23]d)"
-    r"|(?i:(?:pixel_?(?:un)?|channel_?)shuffle)|[uU]nfold|[fF]old|Identity|contiguous|clone|detach|copy|where|to|type"
-    r"|type_as|float|double|half|bfloat16|cpu|cuda|requires_grad_|register_hook|real|imag|data|_get_data_attr|diagonal"
-    r"|tri[lu]|topk|sort|atleast_[123]d)"
-)
-MEASURES = re.compile(
-    r"(?:size|Size|n?dim|ndimension|numel|nelement|shape|stride|len|item|dtype|device|get_device|layout|requires_grad"
-    r"|is_\w+|is_?|is_not|training|eq|ne|lt|le|gt|ge|not_|and_|or_|xor|invert|logical_\w+|is(?:nan|inf|finite)|any|all"
-    r"|arg(?:max|min|sort)|nonzero|bucketize|searchsorted|one_hot|bincount|long|int|bool|zeros|ones|full|empty|arange"
-    r"|linspace|eye|(?:zeros|ones|full|empty|rand|randn|randint)_like|rand|randn|randint|randperm|bernoulli|normal"
-    r"|uniform|new_\w+|(?:as_)?tensor|_assert|warn|_set_grad_enabled|_(?:enter|exit)_(?:autocast|inference_mode))"
-)
 SWITCHES = re.compile(r"_set_grad_enabled|_(?:enter|exit)_\w+")  # what holds for all that follows
 WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
 
-# The parts that a placement or a rule may name; of what makes numbers, the rest is arithmetic.
-PARTS = {
-    "compute": re.compile(
-        r"Linear|Bilinear|_ConvNd|(?:Deform)?Conv(?:Transpose)?[123]d|Embedding(?:Bag)?|MultiheadAttention|RNN(?:Cell)?Base"
-        r"|Transformer(?:(?:En|De)coder(?:Layer)?)?|(?:bi)?linear|(?:deform_)?conv(?:_transpose)?[123]d|embedding(?:_bag)?"
-        r"|matmul|b?mm|mv|dot|inner|outer|einsum|tensordot|add(?:mm|mv|bmm)|baddbmm|scaled_dot_product_attention"
-        r"|multi_head_attention_forward"
-    ),
-    "norm": re.compile(
-        r"_NormBase|(?:Layer|Group|RMS|LocalResponse)Norm|CrossMapLRN2d|FrozenBatchNorm2d"
-        r"|(?:batch|layer|group|instance|rms|local_response)_norm|normalize"
-    ),
-    "activation": re.compile(
-        r"(?i:r?relu6?|(?:leaky_?|p)relu|[sc]?elu|[gs]e?lu|glu|silu|mish|soft(?:plus|sign|min|shrink)|(?:log_?)?softmax"
-        r"|softmax2d|(?:log_?)?sigmoid|tanh(?:shrink)?|hard(?:tanh|sigmoid|swish|shrink)|threshold)|clamp|clip"
-    ),
-    "pooling": re.compile(
-        r"_(?:Adaptive)?(?:Max|Avg)PoolNd|_LPPoolNd|FractionalMaxPool[23]d|Upsample|(?:PS)?RoI(?:Align|Pool)"
-        r"|MultiScaleRoIAlign|(?:adaptive_)?(?:max|avg)_pool[123]d|lp_pool[12]d|interpolate|upsample|grid_sample"
-        r"|mean|sum|a?max|a?min"
-    ),
-}
+LAYERS = ("compute", "norm", "activation", "arithmetic", "pooling")
 
 # What computes its output in new memory, and needs it no more to differentiate.
 FORGETS = re.compile(
@@ -92,10 +53,16 @@ REMAKES = re.compile(
 MASKS = re.compile(r"relu_?")
 SELECTS = re.compile(r"(?:adaptive_)?max_pool[12]d")
 ANY = re.compile(r".+")
+# What takes masks out, and what turns angles into numbers.
+ENDS = {
+    "mask": re.compile(r"(?:log_)?softmax|logsumexp|scaled_dot_product_attention"),
+    "angle": re.compile(r"(?:sin|cos)_?"),
+}
 
 OURS = (nodes.quantize_weight, nodes.quantize_output)
 DERIVES = re.compile(r"(?:.+\.)?parametrizations\.")  # the names of parameters that weights are derived from
-NO_LAYERS = ("parameter", "input", "operand", "number", "state", "body", "nested", "moves", "inside", "outside")
+NOT_MADE = ("parameter", "input", "operand", "number", "state", "body", "nested", "movement", "inside", "outside")
+NO_LAYERS = (*MEANINGS, *NOT_MADE)
 
 
 def verify(
@@ -124,7 +91,9 @@ def verify(
        an error signal; and the recipe allows it;
     8. no mode (autocast, gradients, inference) is switched between an output and its quantize node;
     9. an activation that is left as it is has all its numbers from a tensor rounded to that format, and nothing writes
-       into it; an error signal, from an error signal rounded to that format; and the recipe allows it.
+       into it; an error signal, from an error signal rounded to that format; and the recipe allows it;
+    10. what is not rounded as a constant is made of no parameter and no floating input, as a mask or an angle read by
+       nothing else than what takes it; and a norm that is one operation holds no product.
     """
     graph.lint()
     _Proof(graph, captured, recipe, scope, keyed, identity).run()
@@ -199,6 +168,7 @@ class _Proof:
 
     def run(self) -> None:
         self._same_computation()
+        self._meanings()
         self._weights_and_outputs()
         self._randomness()
         self._memory()
@@ -213,6 +183,46 @@ class _Proof:
         _require(
             len(before) == len(after), self.graph.output_node(), f"comes after {len(after)} nodes, not {len(before)}"
         )
+
+    def _meanings(self) -> None:
+        """What is left as it is since it is a constant, a mask or an angle is one; a norm holds no product."""
+        for new, old in self.old.items():
+            kind, layer = self.model.kinds[old], old.meta.get(LAYER)
+            if kind == "constant":
+                found = self._made_of(old)
+                _require(found is None, new, f"is no constant: it is made of {found}")
+            elif kind in ENDS:
+                found = self._read_by_other(old, kind)
+                _require(found is None, new, f"is no {kind}: {found} reads it")
+            elif layer is not None and layer.part == "norm":
+                _require(old.meta[FACTS].category != "compute", new, f"is a product in {layer.path}, which is no norm")
+
+    def _made_of(self, node: Node) -> Node | None:
+        """A parameter, or a floating input, that ``node``'s numbers are made of."""
+        waiting, seen = [node], {node}
+        for each in waiting:
+            value, kind = each.meta.get("example_value"), self.model.kinds[each]
+            is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if kind == "parameter" or (kind == "input" and is_floating):
+                return each
+            if each.meta[FACTS].category != "number":
+                new = [source for source in each.all_input_nodes if source not in seen]
+                seen.update(new)
+                waiting += new
+        return None
+
+    def _read_by_other(self, node: Node, kind: str) -> Node | None:
+        """Who reads ``node``, through movement, and is none of the ends of such a kind."""
+        for user in node.users:
+            is_read = user.op != "output" and user.meta[FACTS].category != "number"
+            if not is_read or ENDS[kind].fullmatch(_called(user)):
+                continue
+            # Scaled scores may meet a table of positions, and a mask behind it.
+            is_passed = self.model.kinds[user] in ("movement", "exit", "arithmetic" if kind == "mask" else "", kind)
+            found = self._read_by_other(user, kind) if is_passed else user
+            if found is not None:
+                return found
+        return None
 
     def _weights_and_outputs(self) -> None:
         ends = self.model.group_ends() if self.recipe.placement == "group" else set()
@@ -279,6 +289,8 @@ class _Proof:
                 "group": node in ends,
             }
             wanted = placed[placement] or self.recipe.includes(self.model.places[node])
+        elif kind in MEANINGS:
+            wanted = self.recipe.includes(self.model.places[node])
         else:
             return None
         if not wanted or self.recipe.excludes(self.model.places[node]):
@@ -372,10 +384,10 @@ class _Proof:
             if any(not isinstance(written, Node) or written is node for written in _written_by(reader)):
                 return reader
             kind = self.model.kinds.get(self.old.get(reader, reader))
-            if kind == "moves" or (kind == "inside" and MOVES.fullmatch(_called(reader))):
+            if kind == "movement" or (kind == "inside" and self.old[reader].meta[FACTS].category == "movement"):
                 if (found := self._writer(reader)) is not None:
                     return found
-            elif kind != "number" and not (kind in (*PARTS, "arithmetic", "inside") and _runs(reader, ANY)):
+            elif kind != "number" and not (kind in (*LAYERS, *MEANINGS, "inside") and _runs(reader, ANY)):
                 return reader
         return None
 
@@ -453,7 +465,8 @@ def _kinds(graph: Graph) -> dict[Node, str]:
     updates = _updates(graph)
     for node in graph.nodes:
         kinds[node] = _kind(node, kinds)
-        if kinds[node] == "arithmetic" and node in updates and "state" in [kinds[s] for s in node.all_input_nodes]:
+        reads_state = "state" in [kinds[source] for source in node.all_input_nodes]
+        if kinds[node] in ("arithmetic", "norm", "constant") and node in updates and reads_state:
             kinds[node] = "state"
     return kinds
 
@@ -465,19 +478,22 @@ def _kind(node: Node, kinds: dict[Node, str]) -> str:
         return "outside"
     if node.target is torch.ops.higher_order.tag_activation_checkpoint:
         return "nested"
-    sources = {kinds[source] for source in node.all_input_nodes}
     if any(kinds.get(_whole(written)) == "state" for written in _written_by(node)):
         return "state"
-    if sources and sources <= {"number", "body"}:
-        return "moves" if _is_filled(node) else "number"
-    if sources and sources <= {"number", "state"}:
-        return "state"
-    if (layer := node.meta.get(LAYER)) is not None:
-        return _kind_in_layer(node, layer)
-    if isinstance(node.target, type) and not _is_torch(node.target):
-        return "moves"  # a tuple or a record, whose fields have names
-    kind = _kind_of([_called(node), _called(node).rstrip("_")] if _is_torch(node.target) else [])
-    return "moves" if kind == "number" and _is_filled(node) else kind
+    known: Facts = node.meta[FACTS]
+    kind = known.category if node.meta.get(LAYER) is None else _kind_in_layer(node, node.meta[LAYER])
+    if known.origin is Origin.CONSTANT:
+        if known.meaning == "constant" and kind in LAYERS:
+            return "constant"
+        if kind == "inside" or known.meaning == "constant":
+            return kind
+        return "state" if "state" in {kinds[source] for source in node.all_input_nodes} else "number"
+    value = node.meta.get("example_value")
+    if kind in LAYERS and isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return "number"
+    if known.meaning and kind != "inside":
+        return "arithmetic" if known.meaning == "mixes" else known.meaning
+    return "movement" if kind == "number" and _is_filled(node) else kind
 
 
 def _kind_in_layer(node: Node, layer: Any) -> str:
@@ -486,25 +502,15 @@ def _kind_in_layer(node: Node, layer: Any) -> str:
     inner = {user for user in node.users if user.meta.get(LAYER) == layer}
     outer = {user for user in node.users if user.op != "output" or not inner} - inner
     if not outer or not (value is None or isinstance(value, torch.Tensor)):
-        is_number = any(MEASURES.fullmatch(name) for name in (_called(node), _called(node).rstrip("_")))
-        return ("moves" if _is_filled(node) else "number") if is_number else "inside"
-    if issubclass(layer.kind, ParametrizationList):
-        return "parameter"
-    return _kind_of([base.__name__ for base in layer.kind.__mro__ if _is_torch(base)])
-
-
-def _kind_of(names: list[str]) -> str:
-    """The kind of what is called by one of these names, PyTorch's own."""
-    patterns = {"moves": MOVES, "number": MEASURES, **PARTS}
-    found = (kind for kind, pattern in patterns.items() if any(pattern.fullmatch(name) for name in names))
-    return next(found, "arithmetic")
+        return "number" if node.meta[FACTS].category == "number" else "inside"
+    return layer.part
 
 
 def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
     """The name of each input and layer output."""
     named: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if kinds[node] in (*PARTS, "arithmetic"):
+        if kinds[node] in (*LAYERS, *MEANINGS):
             named.setdefault(_unnumbered(node), []).append(node)
     places: dict[Node, str] = {}
     for name, nodes_of in named.items():
@@ -536,8 +542,7 @@ def _updates(graph: Graph) -> set[Node]:
 
 
 def _is_arithmetic(node: Node) -> bool:
-    is_call = node.op in ("call_function", "call_method") and node.meta.get(LAYER) is None
-    return is_call and _kind_of([_called(node), _called(node).rstrip("_")]) == "arithmetic"
+    return node.meta[FACTS].category == "arithmetic" and node.meta.get(LAYER) is None
 
 
 def _is_filled(node: Node) -> bool:
@@ -602,6 +607,6 @@ def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
     for node in reversed(graph.nodes):
         kept = node.meta.get(UPDATE) or node.meta.get(KEPT)
         leaves = node.users and all(user in exits for user in node.users) and not kept
-        if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("moves", "number")):
+        if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("movement", "number")):
             exits.add(node)
     return exits

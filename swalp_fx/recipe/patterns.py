@@ -1,4 +1,4 @@
-"""Patterns: what a rule, an include or an exclude names in a model."""
+"""Patterns: what a rule, and the globs of a recipe, name in a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from ..nearest import listed, nearest
 from .errors import RecipeError
 
-__all__ = ["Subject", "around", "is_numbered", "matches", "unmatched"]
+__all__ = ["GLOBS", "Subject", "around", "is_all_of", "is_numbered", "matches", "unmatched"]
+
+GLOBS = ("include", "exclude", "whole")  # the fields of a recipe that hold globs
 
 # What a pattern is held against: (qualified name, kinds), kinds being the part and the names of its operation. A tied
 # parameter has one subject a name.
@@ -27,6 +29,11 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return any(re.fullmatch(pattern[3:], each) for each in names)
     return any(fnmatchcase(each, pattern) for each in names)
+
+
+def is_all_of(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` matches ``name``, and not only what is around that."""
+    return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
 
 
 def is_numbered(name: str) -> bool:

@@ -10,7 +10,7 @@ from ..formats import FLOAT, Format
 from ..nearest import did_you_mean
 from .document import from_json, to_json
 from .errors import RecipeError
-from .patterns import Subject, around, matches, unmatched
+from .patterns import GLOBS, Subject, around, is_all_of, matches, unmatched
 from .quantizer import Quantizer, States, as_states
 from .roles import AVERAGE_ROUNDING, ROLES, once
 from .rounding import parse_rounding
@@ -48,6 +48,7 @@ class Recipe:
     placement: str = "every"  # which layer outputs are rounded
     include: tuple[str, ...] = ()  # globs: layer outputs rounded though the placement leaves them out
     exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
+    whole: tuple[str, ...] = ()  # globs: modules that are one operation, only what they give is rounded; "!glob": none
     quantize_input: bool = False
     quantize_logits: bool = False  # what the model returns
     # Round where a number already lies, if nothing else reads it there, and not at all if it is known to be rounded:
@@ -72,7 +73,7 @@ class Recipe:
         if self.placement not in PLACEMENTS:
             remedy = did_you_mean(str(self.placement), PLACEMENTS, f"use one of {', '.join(PLACEMENTS)}")
             raise RecipeError(f"unknown placement {self.placement!r}; {remedy}")
-        for name in ("include", "exclude"):
+        for name in GLOBS:
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         for name in ("quantize_input", "quantize_logits", "in_place"):
             if not isinstance(getattr(self, name), bool):
@@ -160,6 +161,18 @@ class Recipe:
 
     def includes(self, name: str) -> bool:
         return any(matches(pattern, self._named(name)) for pattern in self.include)
+
+    def is_whole(self, path: str) -> bool | None:
+        """Whether the module at ``path`` is one operation, by the last glob that matches; None if none does."""
+        name = self._named(path)
+        found = [pattern for pattern in self.whole if is_all_of(pattern.removeprefix("!"), name)]
+        return not found[-1].startswith("!") if found else None
+
+    def unmatched_whole(self, paths: Collection[str]) -> Iterator[RecipeError]:
+        """What to raise of each pattern of ``whole`` that matches none of the modules at ``paths``."""
+        for pattern in self.whole:
+            if not any(is_all_of(pattern.removeprefix("!"), path) for path in paths):
+                yield unmatched(f"whole {pattern!r}", pattern.removeprefix("!"), paths)
 
     def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
         """(pattern, what to raise) of each rule, include and exclude that matches none of ``subjects``.

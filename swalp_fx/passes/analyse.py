@@ -1,0 +1,46 @@
+"""The first step of a rewrite: what each node is and means."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from .facts import FACTS, Facts, Origin, is_floating
+from .norms import mark_wholes
+from .operations import is_torch, name_of
+from .origin import origins
+from .purpose import Purposes
+from .tables import LAYER_PARTS, part_of
+
+__all__ = ["analyse"]
+
+
+def analyse(graph: Graph) -> Graph:
+    """Writes ``node.meta[FACTS]`` on every node, and LAYER on what is one operation; returns ``graph``.
+
+    place = arange(x.shape[1])        number      CONSTANT
+    cos = (place * inv_freq).cos()    arithmetic  CONSTANT   constant
+    scores = matmul(query, key)       compute     MODEL
+    add = scores + mask               arithmetic  MODEL      mask
+    softmax = add.softmax(-1)         activation  MODEL
+    """
+    origin = origins(graph)
+    mark_wholes(graph, origin)
+    purposes = Purposes(graph, origin)
+    for node in graph.nodes:
+        category = _category(node, origin[node])
+        meaning = purposes.meaning(node)
+        if origin[node] is Origin.CONSTANT:
+            is_made = is_floating(node) and category in LAYER_PARTS
+            meaning = "constant" if is_made else ""
+        node.meta[FACTS] = Facts(category, origin[node], meaning)
+    return graph
+
+
+def _category(node: Node, origin: Origin) -> str:
+    if not node.op.startswith("call"):
+        return ""
+    if node.op == "call_function" and not is_torch(node.target):
+        return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
+    category = part_of(name_of(node)) or "arithmetic"
+    is_drawn = name_of(node).rstrip("_") == "normal" and origin is not Origin.CONSTANT  # around numbers of the model
+    return "arithmetic" if is_drawn else category

@@ -1,0 +1,202 @@
+"""What tensors are for: scales and masks on the way to a softmax, angles, and constants that movement mixes in.
+
+Of attention, the products and the softmax are rounded; what lies between them is moved. Were a mask rounded, its -inf
+or -1e9 would be the maximum of a block, and leave nothing of the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .captured import LAYER
+from .facts import Origin, is_floating
+from .operations import name_of
+from .tables import LAYER_PARTS, part_of
+
+__all__ = ["Purposes"]
+
+SOFTMAX = ("softmax", "log_softmax", "logsumexp")
+MAXIMA = ("max", "amax", "argmax", "topk")  # behind these, too, nothing is left of what masked numbers are filled with
+SUMS = ("add", "iadd", "sub", "isub")
+PRODUCTS = ("mul", "imul", "multiply")
+QUOTIENTS = ("div", "truediv", "itruediv", "true_divide")
+WAVES = ("sin", "cos")
+FILLS = ("masked_fill", "index_fill", "where", "pad", "cat", "concat", "concatenate", "stack")
+ATTENTION, ATTN_MASK = "scaled_dot_product_attention", 3  # and where it takes the mask
+
+
+class Purposes:
+    """Of the nodes of ``graph``: which lead to a softmax alone, which are masks, angles, or mix in a constant."""
+
+    def __init__(self, graph: Graph, origins: dict[Node, Origin]) -> None:
+        self.origins = origins
+        self.leads: set[Node] = set()  # to a softmax, and nowhere else
+        self.angles: set[Node] = set()
+        for node in reversed(graph.nodes):
+            if self._passes_on(node) and self._serves(node, self._ends_in_softmax):
+                self.leads.add(node)
+            if self._turns(node) and self._serves(node, lambda _, user: _name(user) in WAVES or user in self.angles):
+                self.angles.add(node)
+        self.carriers: set[Node] = set()  # what a mask is in
+        self.moved: set[Node] = set()  # sums with a mask and products with a scale
+        for node in graph.nodes:
+            self._mask(node)
+        self.masks: set[Node] = set()  # what is made to be a mask
+        for node in reversed(graph.nodes):
+            if self.origins[node] is not Origin.MODEL and self._serves(node, self._takes_as_mask):
+                self.masks.add(node)
+
+    def meaning(self, node: Node) -> str:
+        makes = _category(node) in LAYER_PARTS
+        if LAYER in node.meta and not _is_pad(node):
+            return ""
+        if makes and node in self.moved | self.masks:
+            return "mask"
+        if makes and node in self.angles:
+            return "angle"
+        return "mixes" if self._mixes(node) else ""
+
+    def _serves(self, node: Node, serves: Callable[[Node, Node], bool]) -> bool:
+        """Whether all who read ``node``'s numbers do; the model may return it besides."""
+        readers = [user for user in node.users if user.op != "output" and part_of(name_of(user)) != "number"]
+        return bool(readers) and all(serves(node, user) for user in readers)
+
+    def _ends_in_softmax(self, node: Node, user: Node) -> bool:
+        if name_of(user) == ATTENTION:
+            return _is_attention_mask(node, user)
+        return (name_of(user) in SOFTMAX and user.args[:1] == (node,)) or user in self.leads
+
+    def _passes_on(self, node: Node) -> bool:
+        if LAYER in node.meta or not is_floating(node):
+            return False
+        name = _name(node)
+        if name in (*PRODUCTS, *QUOTIENTS):  # with one number a row
+            return any(not self._is_of_model(each) or _is_a_number_a_row(each, node) for each in _beside(node))
+        return name in SUMS or _category(node) == "movement"
+
+    def _is_of_model(self, value: Any) -> bool:
+        return isinstance(value, Node) and self.origins[value] is Origin.MODEL
+
+    def _turns(self, node: Node) -> bool:
+        """Whether ``node`` may be an angle: a sum or a product with no weight in it."""
+        category = _category(node)
+        is_product = category == "compute" and not any(map(self._is_of_model, node.all_input_nodes))
+        return LAYER not in node.meta and (category in ("arithmetic", "movement") or is_product)
+
+    def _mask(self, node: Node) -> None:
+        if node not in self.leads:
+            return
+        name, sources = _name(node), node.all_input_nodes
+        carries = any(source in self.carriers for source in sources)
+        if name in (*SUMS, *PRODUCTS, *QUOTIENTS):
+            moves = any(not self._is_of_model(each) for each in _beside(node))
+            if moves or carries:
+                self.moved.add(node)
+            carries = carries or (name in SUMS and moves and len(sources) > 1)
+        elif name in FILLS and any(_value(each) != 0 for each in self._fills(node)):
+            carries = True
+        if carries:
+            self.carriers.add(node)
+
+    def _takes_as_mask(self, node: Node, user: Node) -> bool:
+        if name_of(user) == ATTENTION:
+            return _is_attention_mask(node, user)
+        return user in self.masks or (user in self.moved and self.origins[user] is Origin.MODEL)
+
+    def _mixes(self, node: Node) -> bool:
+        """Whether movement puts constants that a format may not hold among other numbers."""
+        if node in self.leads or self._serves(node, lambda _, user: name_of(user) in MAXIMA):
+            return False
+        if self.origins[node] is Origin.CONSTANT or not is_floating(node):
+            return False
+        if _is_cast_of_integers(node):
+            return True
+        return any(not _is_on_every_grid(_value(fill)) for fill in self._fills(node))
+
+    def _fills(self, node: Node) -> list[Any]:
+        """The constants that ``node`` mixes in."""
+        name, args, kwargs = name_of(node).rstrip("_"), node.args, node.kwargs
+        if name in ("masked_fill", "index_fill"):
+            given = [kwargs.get("value", args[-1] if args else None)]
+        elif name == "where":
+            given = [*args[1:3], *(kwargs[each] for each in ("self", "input", "other") if each in kwargs)]
+        elif name == "pad":
+            modes = [*args[2:3], kwargs.get("mode", "constant")]
+            given = [*args[3:4], kwargs.get("value")] if modes[0] == "constant" else []
+            given = [each for each in given if each is not None]
+        elif name in FILLS:
+            tensors = args[0] if args else kwargs.get("tensors", ())
+            given = list(tensors) if isinstance(tensors, (tuple, list)) else []
+        else:
+            return []
+        return [each for each in given if not isinstance(each, Node) or self.origins[each] is Origin.CONSTANT]
+
+
+def _name(node: Node) -> str:
+    return name_of(node).rstrip("_") if node.op.startswith("call") else ""
+
+
+def _category(node: Node) -> str:
+    return (part_of(name_of(node)) or "arithmetic") if node.op.startswith("call") else ""
+
+
+def _beside(node: Node) -> tuple[Any, ...]:
+    """What may be a mask or a scale of the operands of a sum, a product or a quotient."""
+    return node.args[1:2] if _name(node) in QUOTIENTS else node.args[:2]
+
+
+def _is_pad(node: Node) -> bool:
+    return _name(node) == "pad"
+
+
+def _is_attention_mask(node: Node, user: Node) -> bool:
+    return node in (*user.args[ATTN_MASK : ATTN_MASK + 1], user.kwargs.get("attn_mask"))
+
+
+def _is_a_number_a_row(value: Any, reader: Node) -> bool:
+    """Whether one number multiplies all that a softmax along the last axis sees of ``reader``."""
+    given, made = (each.meta.get("example_value") if isinstance(each, Node) else None for each in (value, reader))
+    if not isinstance(given, Tensor) or not isinstance(made, Tensor):
+        return False
+    return made.dim() > 0 and made.shape[-1] != 1 and (given.dim() == 0 or given.shape[-1] == 1)
+
+
+def _is_cast_of_integers(node: Node) -> bool:
+    """Whether ``node`` makes numbers of integers; zeros and ones, of truth values, are in every format."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    value = source.meta.get("example_value") if source is not None else None
+    casts = _name(node) in ("to", "type", "type_as", "float", "double", "half", "bfloat16")
+    return casts and isinstance(value, Tensor) and not value.is_floating_point() and value.dtype not in _EXACT
+
+
+_EXACT = (torch.bool, torch.complex64, torch.complex128, torch.complex32)
+
+
+def _value(fill: Any) -> Any:
+    """The one value of a constant; None if it is not known."""
+    while isinstance(fill, Node) and _category(fill) == "movement" and fill.all_input_nodes:
+        fill = fill.all_input_nodes[0]
+    if not isinstance(fill, Node):
+        return fill if isinstance(fill, (int, float)) else None
+    name = _name(fill)
+    if "zeros" in name:
+        return 0
+    if "ones" in name:
+        return 1
+    if "full" in name:
+        value = fill.kwargs.get("fill_value", fill.args[1] if len(fill.args) > 1 else None)
+    else:
+        value = fill.args[0] if name in ("tensor", "scalar_tensor") and fill.args else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def _is_on_every_grid(value: Any) -> bool:
+    """Zero; and what stands for no number: infinities, and the least and the greatest number of a type."""
+    extremes = [torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+    return value is not None and (value == 0 or not math.isfinite(value) or abs(value) in extremes)
