@@ -25,19 +25,6 @@ from .passes.tables import part_of
 __all__ = ["Audit", "audited"]
 
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
-# Operations of aten that make no new numbers, besides those that the table of parts names.
-MOVES = (
-    "alias",
-    "as_strided",
-    "lift",
-    "lift_fresh",
-    "resize",
-    "scalar_tensor",
-    "set",
-    "slice",
-    "to_copy",
-    "unsafe_view",
-)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
@@ -114,7 +101,7 @@ def _is_layer(name: str, given: Any) -> bool:
     """Whether an operation of aten makes new numbers, so that a graph could have rounded them."""
     name = name.strip("_")
     makes = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(given))
-    return makes and name not in MOVES and part_of(name) not in ("movement", "number")
+    return makes and part_of(name) not in ("movement", "number")
 
 
 def _line() -> str:

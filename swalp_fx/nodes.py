@@ -23,10 +23,12 @@ from .recipe import split
 
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
 
-# The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), and which tensor of an output
-# that holds several (from bit 40). Distinct sites, signals and tensors therefore never share a random word.
+# The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), the imaginary part of a complex
+# tensor (1 bit), and which tensor of an output that holds several (from bit 40). Distinct sites, signals, parts and
+# tensors therefore never share a random word.
 ERROR_STREAM = 1 << 32
 TENSOR_STREAM = 1 << 40
+PART_STREAM = 1 << 33  # of a complex tensor: its imaginary part
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -194,8 +196,8 @@ def quantize_output(
     without.
 
     ``x`` is a layer's output: a tensor, or any nest of tensors, each then under a stream of its own. Without letters in
-    what follows, a floating tensor gives a new one, never itself or a view; anything else (indices, sizes, None) passes
-    as it is.
+    what follows, a floating tensor gives a new one, never itself or a view; a complex one is rounded by its real and
+    its imaginary part; anything else (indices, sizes, None) passes as it is.
 
     in_place: "A" for an activation rounded in the memory of ``x``, which nothing else may read, "E" for an error signal
         rounded in the memory it arrives in, "AE" for both: the same numbers, without the page faults of fresh memory.
@@ -230,6 +232,12 @@ def _quantized(
     in_place: str,
     kept: str,
 ) -> Tensor:
+    if x.is_complex():
+        parts = (
+            _quantized(each, key, stream + i * PART_STREAM, activation, error, rounding, "", "")
+            for i, each in enumerate((x.real, x.imag))
+        )
+        return torch.complex(*parts)
     if not x.is_floating_point():
         return x
     if is_transformed():

@@ -117,12 +117,6 @@ def marked(name, **letters):
     return spoil
 
 
-def assert_names(pattern, table, *others):
-    """``pattern`` matches the names of ``table``, and of the others none."""
-    for name in {*table, *others}:
-        assert bool(pattern.fullmatch(name)) == (name in table), name
-
-
 def rounded(graph):
     """The places that are rounded, in order."""
     return [place(node.args[0]) for node in graph.find_nodes(op="call_function", target=nodes.quantize_output)]

@@ -53,7 +53,7 @@ def test_the_parts():
     rows = table("part")
     assert [row[0] for row in rows] == [*PARTS, *MEANINGS]
     for part, examples, *placements in rows[: len(PARTS)]:
-        assert set(re.findall(r"`(\w+)`", examples)) <= set(PARTS[part].split())
+        assert set(re.findall(r"`(\w+)`", examples)) <= set(PARTS[part])
         for placement, said in zip(PLACEMENTS, placements, strict=True):
             if placement == "group":
                 assert (said == "at the end") == (part in ("compute", "norm", "activation"))

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from graphs import converted, rewritten
 from marks import rounded
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import RecipeError, convert, nodes, report
+from swalp_fx import Recipe, RecipeError, convert, nodes, report
 from swalp_fx.passes.names import PART, place
 
 WIDTH, TOKENS = 16, 8
@@ -350,6 +351,10 @@ def _filled(scores):
     return scores.masked_fill(FUTURE, -math.inf)
 
 
+def _off(scores):
+    return scores - scores.amax(-1, keepdim=True).detach() * 0
+
+
 def _spellings():
     for name, low in BELOW.items():
         mask = torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, low)
@@ -359,6 +364,7 @@ def _spellings():
         yield f"where {name}", lambda scores, low=low: torch.where(FUTURE, low, scores), ()
     kept = (~FUTURE).float()
     yield "of zeros and ones", lambda scores, kept: scores + (1 - kept) * -1e9, (kept,)
+    yield "off its maximum", lambda scores: _off(scores + torch.zeros_like(scores).masked_fill(FUTURE, -1e9)), ()
     yield "before the scale", lambda scores: (scores + torch.zeros_like(scores).masked_fill(FUTURE, -1e9)) * 1.0, ()
 
 
@@ -409,6 +415,15 @@ def test_a_table_of_relative_positions_that_is_learned_is_rounded_and_the_mask_i
     assert converted(Biased(joined), "bfp8[0]")(X).isfinite().all()
 
 
+def test_before_a_softmax_by_hand_a_mask_is_no_number_of_the_model():
+    def by_hand(_, x):
+        masked = x @ x.transpose(1, 2) + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
+        weights = (masked - masked.amax(-1, keepdim=True)).exp()
+        return weights / weights.sum(-1, keepdim=True) @ x
+
+    assert _between(by_hand) == ["matmul@1", "amax", "exp", "sum", "truediv", "matmul@2"]
+
+
 def test_alibi_is_no_number_of_the_model():
     def alibi(scores):
         distance = torch.arange(TOKENS) - torch.arange(TOKENS)[:, None]
@@ -433,6 +448,35 @@ def test_where_blocks_lie_within_a_token_an_earlier_output_does_not_depend_on_a_
     later = X.clone()
     later[:, 5:] *= 100
     assert torch.equal(model(X)[:, :5], model(later)[:, :5])
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_in_a_checkpoint_all_of_this_means_the_same(checkpointed):
+    def inner(model, x, place, mask):
+        turned = x * (place * model.frequencies).repeat(1, 2).cos()
+        weights = (_with_weight(model, turned) @ turned.transpose(1, 2) + mask).softmax(-1)
+        return model.norm(weights @ x)
+
+    def outer(model, x):
+        place, mask = torch.arange(TOKENS)[:, None], torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
+        if checkpointed:
+            return checkpoint(inner, model, x, place, mask, use_reentrant=False)
+        return inner(model, x, place, mask)
+
+    low = converted(
+        _model(outer, norm=RMS(), weight=nn.Parameter(torch.ones(WIDTH)), frequencies=FREQUENCIES), "bfp4[0]"
+    )
+    torch.manual_seed(1)
+    low(X).square().sum().backward()
+    graphs = [low.graphs[0].graph, *(body.graph for _, body in low.graphs[0].graph_module.named_children())]
+    assert [place for graph in graphs for place in rounded(graph) if place != "before"] == [
+        "mul@2",
+        "norm@1",
+        "matmul@1",
+        "softmax",
+        "matmul@2",
+        "norm@2",
+    ]
 
 
 # What the recipe calls whole
@@ -468,6 +512,12 @@ def test_in_a_module_that_is_called_whole_weights_are_rounded():
     assert [name for name in read if name.startswith("norm.")] == [
         f"norm.{layer}.{name}" for layer in ("first", "second") for name in ("weight", "bias")
     ]
+
+
+def test_whole_is_read_from_text_and_written_to_it():
+    recipe = Recipe.parse("bfp8[0] whole=norm*,!norm2")
+    assert recipe.whole == ("norm*", "!norm2") and Recipe.parse(str(recipe)) == recipe
+    assert [recipe.is_whole(path) for path in ("norm1", "norm2", "other", "norm")] == [True, False, None, True]
 
 
 @pytest.mark.parametrize("glob", ["norn", "!norn", "norm.mul", "re:nor"])

@@ -13,7 +13,6 @@ from swalp_fx import Recipe, check, nodes
 from swalp_fx.passes import insert
 from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.names import PART, place
-from swalp_fx.passes.tables import PARTS
 from swalp_fx.passes.verify import VerifyError
 from swalp_fx.random import stream_of
 
@@ -31,11 +30,6 @@ def _count(graph, function):
 
 
 # classify
-
-
-def test_no_name_plays_two_parts():
-    names = [name for part in PARTS.values() for name in part.split()]
-    assert len(names) == len(set(names))
 
 
 def test_what_is_written_into_a_buffer_set_before_is_state():

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .. import nodes
 from ..passes.captured import HOLDS
 from ..passes.names import PART
-from ..passes.operations import VIEWS, name_of, writes
+from ..passes.operations import is_view, name_of, writes
 from ..passes.tables import part_of
 from .walk import replaced
 
@@ -90,7 +90,7 @@ def _written(graph: Graph) -> Iterator[Node]:
         written: Any = node.kwargs.get("out", node.args[0] if writes(node) and node.args else None)
         while isinstance(written, Node):
             yield written
-            written = written.args[0] if name_of(written) in VIEWS and written.args else None
+            written = written.args[0] if is_view(written) and written.args else None
 
 
 def _drop_in_place(node: Node) -> None:

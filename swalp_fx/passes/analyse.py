@@ -6,10 +6,10 @@ from torch.fx import Graph, Node
 
 from .facts import FACTS, Facts, Origin, is_floating
 from .norms import mark_wholes
-from .operations import is_torch, name_of
+from .operations import category, operation_of
 from .origin import origins
 from .purpose import Purposes
-from .tables import LAYER_PARTS, part_of
+from .tables import LAYER_PARTS, does
 
 __all__ = ["analyse"]
 
@@ -27,20 +27,17 @@ def analyse(graph: Graph) -> Graph:
     mark_wholes(graph, origin)
     purposes = Purposes(graph, origin)
     for node in graph.nodes:
-        category = _category(node, origin[node])
+        part = _category(node, origin[node])
         meaning = purposes.meaning(node)
         if origin[node] is Origin.CONSTANT:
-            is_made = is_floating(node) and category in LAYER_PARTS
+            is_made = is_floating(node) and part in LAYER_PARTS
             meaning = "constant" if is_made else ""
-        node.meta[FACTS] = Facts(category, origin[node], meaning)
+        node.meta[FACTS] = Facts(part, origin[node], meaning, does(operation_of(node)))
     return graph
 
 
 def _category(node: Node, origin: Origin) -> str:
-    if not node.op.startswith("call"):
-        return ""
-    if node.op == "call_function" and not is_torch(node.target):
-        return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
-    category = part_of(name_of(node)) or "arithmetic"
-    is_drawn = name_of(node).rstrip("_") == "normal" and origin is not Origin.CONSTANT  # around numbers of the model
-    return "arithmetic" if is_drawn else category
+    is_drawn = (
+        operation_of(node).rstrip("_") == "normal" and origin is not Origin.CONSTANT
+    )  # around numbers of the model
+    return "arithmetic" if is_drawn else category(node)

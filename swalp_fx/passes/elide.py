@@ -9,23 +9,15 @@ from torch.fx import Graph, Node
 from .. import nodes
 from ..formats import FLOAT, ROWS, WHOLE, Format
 from ..recipe import Quantizer
-from .facts import MEANINGS
+from .facts import MEANINGS, facts
 from .names import PART
-from .operations import SWITCHES, writes
-from .reuse import OVERWRITES, operation_of, sole_reader
+from .operations import SWITCHES, operation_of, writes
+from .reuse import sole_reader
 from .tables import LAYER_PARTS, part_of
 
-__all__ = ["MASKS", "POOLS", "elide"]
+__all__ = ["elide"]
 
 ACTIVATION, ERROR = 3, 4  # places of quantize_output's arguments
-
-# What leaves some numbers of its first input as they are and makes zeros of the others; backwards, of the gradient.
-MASKS = "relu relu_"
-# What passes some numbers of its input on, each within the index of the first dimension that it had, in the same dtype.
-# (In three dimensions autocast casts them on the CPU.)
-POOLS = """
-    max_pool1d max_pool2d adaptive_max_pool1d adaptive_max_pool2d
-"""
 
 
 def elide(graph: Graph) -> Graph:
@@ -70,9 +62,10 @@ def _keeps_activation(node: Node) -> bool:
     inputs = made.args
     if len(made.users) != 1 or not inputs or not _rounds(inputs[0], ACTIVATION, activation):
         return False
-    operation = operation_of(made)
-    is_pool = operation in POOLS.split() and _is_within_rows(activation) and not _is_dilated(made)
-    fits = operation in MASKS.split() or is_pool
+    does = facts(made).does
+    # In three dimensions autocast casts on the CPU what a pool gives: those select nothing.
+    is_pool = "selects" in does and _is_within_rows(activation) and not _is_dilated(made)
+    fits = "masks" in does or is_pool
     return fits and _is_only_read(node) and _is_only_read(inputs[0], but=made)
 
 
@@ -108,8 +101,7 @@ def _reads(reader: Node, node: Node) -> bool:
         return False
     if "out" in reader.kwargs and not _is_another((reader.kwargs["out"],), node):
         return False
-    part, operation = reader.meta.get(PART), operation_of(reader)
-    known = part_of(operation) if operation is not None else None
+    part, known = reader.meta.get(PART), part_of(operation_of(reader))
     if part == "movement" or (part == "inside" and known == "movement"):
         return _is_only_read(reader)
     return part == "number" or (part in (*LAYER_PARTS, *MEANINGS, "inside") and known is not None)
@@ -122,7 +114,7 @@ def _is_another(written: tuple[Any, ...], node: Node) -> bool:
 def _rounds_its_error(node: Node) -> Node | None:
     """The node that rounds what all of ``node``'s error signal is some numbers of, to the same format."""
     reader = sole_reader(node)
-    if reader is None or len(reader.users) != 1 or operation_of(reader) not in (*MASKS.split(), *OVERWRITES):
+    if reader is None or len(reader.users) != 1 or not facts(reader).does.intersection(("masks", "adds")):
         return None
     if [*reader.args, *reader.kwargs.values()].count(node) != 1:  # its gradient is a sum
         return None

@@ -34,15 +34,21 @@ class Origin(IntEnum):
 class Facts:
     """category: the row of the table of operations, whatever is around the node.
     meaning: one of MEANINGS; "mixes" of movement that mixes in a constant; "" of all else.
+    does: what the same row says of memory and derivatives; empty of what is none of PyTorch's own code.
     """
 
     category: str
     origin: Origin
     meaning: str = ""
+    does: frozenset[str] = frozenset()
 
 
 def facts(node: Node) -> Facts:
-    return node.meta[FACTS]
+    """The facts of a node; of one that a pass has inserted, nothing is known."""
+    return node.meta.get(FACTS, _NONE)
+
+
+_NONE = Facts("", Origin.MODEL)
 
 
 def is_floating(node: Node) -> bool:

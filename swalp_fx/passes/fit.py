@@ -28,7 +28,7 @@ CONTRACTED = {
     "deform_conv": (1, 1),
 }
 OTHERWISE = (1, LAST)  # linear's: its weight is [outputs, inputs]
-_PRODUCTS = frozenset(PARTS["compute"].split())
+_PRODUCTS = frozenset(PARTS["compute"])
 
 
 def _contracted(names: Iterable[str]) -> tuple[int, int] | None:

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from .captured import CALLS, LAYER, MODULE, PARAMETER, STEPS, Layer
+from .captured import CALLS, HOLDS, LAYER, MODULE, STEPS, Layer
 from .facts import Origin
-from .operations import name_of
-from .tables import part_of
+from .operations import category, operation_of
 
 __all__ = ["Norm", "mark_wholes"]
 
@@ -66,13 +65,13 @@ def mark_wholes(graph: Graph, origins: dict[Node, Origin]) -> None:
 
 def _name(node: Node) -> str:
     """``add``, of ``add_`` and ``iadd`` too."""
-    name = name_of(node).rstrip("_")
+    name = operation_of(node).rstrip("_")
     return name[1:] if name in ("iadd", "isub", "imul", "itruediv") else name
 
 
 def _part(nodes: Sequence[Node]) -> str:
     """The part of a module that a recipe calls whole: the first that hardware would think of."""
-    parts = {part_of(name_of(node)) for node in nodes}
+    parts = {category(node) for node in nodes}
     if "compute" not in parts and any(_name(node) in STATISTICS for node in nodes):
         return "norm"
     return next((part for part in ("compute", "norm", "activation") if part in parts), "arithmetic")
@@ -84,15 +83,15 @@ def _is_norm(call: Layer, nodes: Sequence[Node]) -> bool:
     measures = names.intersection(("mean", "sum", *STATISTICS)) and any(map(_is_root, own))
     if not (measures or names.intersection(WRITTEN)):
         return False
-    parts = {part_of(name_of(node)) or "arithmetic" for node in nodes if _name(node) not in ONE_INPUT}
+    parts = {category(node) for node in nodes if _name(node) not in ONE_INPUT}
     parts.update(node.meta[LAYER].part for node in nodes if LAYER in node.meta)
     if not parts.issubset(IN_A_NORM):
         return False
     inner = set(nodes)
     given = [source for node in nodes for source in node.all_input_nodes if source not in inner]
-    if not all(_is_vector(source) for source in given if PARAMETER in source.meta):
+    if not all(_is_vector(source) for source in given if _is_parameter(source)):
         return False
-    shapes = [_shape(source) for source in given if PARAMETER not in source.meta]
+    shapes = [_shape(source) for source in given if not _is_parameter(source)]
     return any(_shape(node) in shapes for node in nodes if not inner.issuperset(node.users))
 
 
@@ -103,6 +102,10 @@ def _is_root(node: Node) -> bool:
 def _shape(node: Node) -> tuple[int, ...] | None:
     value = node.meta.get("example_value")
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _is_parameter(node: Node) -> bool:
+    return node.meta.get(HOLDS) == "parameter"
 
 
 def _is_vector(node: Node) -> bool:
@@ -170,7 +173,7 @@ class _Pattern:
         if any(LAYER in node.meta or not node.op.startswith("call") for node in found):
             return set()
         # What others read too, as a cast of x may be, is theirs.
-        moved = [node for node in found if part_of(name_of(node)) == "movement" and not found.issuperset(node.users)]
+        moved = [node for node in found if category(node) == "movement" and not found.issuperset(node.users)]
         return found.difference(moved)
 
     def _affine(self, last: Node) -> Iterator[set[Node]]:
@@ -191,7 +194,7 @@ class _Pattern:
         """What makes a weight of a parameter, as in ``1 + weight``; None if the other operand of ``reader`` is none."""
         others = [each for each in reader.all_input_nodes if each is not last]
         between: set[Node] = set()
-        while len(others) == 1 and PARAMETER not in others[0].meta:
+        while len(others) == 1 and not _is_parameter(others[0]):
             (node,) = others
             is_step = _name(node) in (*ALIKE, *BETWEEN) and len(node.users) == 1
             others = [each for each in node.all_input_nodes if self.origins[each] is not Origin.CONSTANT]

@@ -8,18 +8,22 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from .tables import does, part_of
+
 __all__ = [
     "CHECKPOINT",
-    "IN_PLACE_OPERATORS",
     "SWITCHES",
-    "VIEWS",
+    "category",
     "is_torch",
+    "is_view",
     "name_of",
+    "operation_of",
     "place_of_inplace",
     "read_after_writes",
     "writes",
@@ -39,21 +43,8 @@ SWITCHES = (
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # a body of its own, that backward computes again
 
-IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-
-# What gives the same numbers in another form, or some of them: a write into it is a write into its source.
-# fmt: off
-VIEWS = (
-    "getitem", "data", "_get_data_attr", "register_hook", "detach", "view", "view_as", "reshape", "flatten",
-    "unflatten", "squeeze", "unsqueeze", "t", "T", "mT", "H", "mH", "numpy_T", "matrix_H", "transpose", "swapaxes",
-    "swapdims", "movedim", "moveaxis", "permute", "narrow", "select", "diagonal", "chunk", "split", "tensor_split",
-    "unbind", "expand", "expand_as", "broadcast_to", "real", "imag",
-    # These too, where there is nothing to do.
-    "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "dropout",
-)
-# fmt: on
-
 _TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
+_OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.higher_order", "torch._ops.torchvision")
 
 
 def name_of(node: Node) -> str:
@@ -61,21 +52,46 @@ def name_of(node: Node) -> str:
     if node.op == "call_function":
         if node.target is getattr:
             return str(node.args[1])
+        if isinstance(node.target, OpOverload | OpOverloadPacket):  # _softmax.int is softmax
+            packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+            return packet.__name__.lstrip("_")
         return getattr(node.target, "__name__", str(node.target))
     return str(node.target)
 
 
 def is_torch(function: Any) -> bool:
-    """Whether ``function`` is one of PyTorch's or Python's own."""
+    """Whether ``function`` is one of PyTorch's or Python's own, and no operator that others have registered."""
     module = getattr(function, "__module__", None)
-    return module is None or module.split(".")[0] in _TORCH
+    if module is None:
+        return True
+    return module.split(".")[0] in _TORCH and (not module.startswith("torch._ops.") or module in _OPERATORS)
+
+
+def operation_of(node: Node) -> str:
+    """The name to look up in the table of operations; "" of what is no call of PyTorch's own code."""
+    is_own = node.op == "call_method" or (node.op == "call_function" and is_torch(node.target))
+    return name_of(node) if is_own else ""
+
+
+def category(node: Node) -> str:
+    """The part that the table has for ``node``, whatever is around it; "" of what is no call."""
+    if not node.op.startswith("call"):
+        return ""
+    if node.op == "call_function" and not is_torch(node.target):
+        return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
+    return part_of(name_of(node)) or "arithmetic"
+
+
+def is_view(node: Node) -> bool:
+    """Whether a write into ``node`` may be a write into its first input."""
+    return "views" in does(operation_of(node))
 
 
 def writes_in_place(node: Node) -> bool:
     """Whether ``node`` writes into its first argument and returns it: ``add_``, ``relu_``, ``relu(inplace=True)``."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name_of(node)
     place = place_of_inplace(node.target) if node.op == "call_function" else None
     in_place = node.args[place] if place is not None and place < len(node.args) else node.kwargs.get("inplace")
     return (name.endswith("_") and not name.endswith("__")) or in_place is True
@@ -93,7 +109,7 @@ def place_of_inplace(function: Callable[..., Any]) -> int | None:
 
 def writes(node: Node) -> bool:
     """Whether ``node`` writes into its first argument, whatever it returns: ``x[i] = y`` and ``x += y`` too."""
-    return writes_in_place(node) or name_of(node) in ("setitem", *IN_PLACE_OPERATORS)
+    return writes_in_place(node) or "writes" in does(operation_of(node))
 
 
 def written(node: Node) -> Argument:
@@ -107,7 +123,7 @@ def written(node: Node) -> Argument:
 def read_after_writes(graph: Graph) -> None:
     """After ``y = x.add_(1)``, reads of x become reads of y: the same tensor, and what is done to y reaches them."""
     for node in graph.nodes:
-        if not (writes_in_place(node) or name_of(node) in IN_PLACE_OPERATORS):
+        if not writes(node) or name_of(node) == "setitem":
             continue
         if not node.args or not isinstance(node.args[0], Node) or node.args[0].op == "placeholder":
             continue
@@ -119,7 +135,7 @@ def read_after_writes(graph: Graph) -> None:
 def written_parameter(node: Node, parameters: dict[Node, str]) -> str | None:
     """The name of the parameter that ``node`` writes into, or into a part of."""
     written = node.args[0] if writes(node) and node.args else _renormalised(node)
-    while isinstance(written, Node) and name_of(written) in VIEWS and written.args:
+    while isinstance(written, Node) and is_view(written) and written.args:
         written = written.args[0]
     return parameters.get(written) if isinstance(written, Node) else None
 

@@ -8,8 +8,8 @@ from torch.utils import _pytree as pytree
 
 from .captured import HOLDS
 from .facts import Origin, is_floating
-from .operations import name_of, writes, written
-from .tables import READS_VALUES, part_of
+from .operations import category, operation_of, writes, written
+from .tables import does
 
 __all__ = ["ORIGIN", "origins"]
 
@@ -41,11 +41,11 @@ def _origin(node: Node, found: dict[Node, Origin]) -> Origin:
         return _of_given(node)
     if node.op == "get_attr":
         return Origin.CONSTANT
-    name = name_of(node)
-    if _is_no_tensor(node) or (part_of(name) == "number" and name.rstrip("_") not in READS_VALUES.split()):
+    part, name = category(node), operation_of(node).rstrip("_")
+    if _is_no_tensor(node) or (part == "number" and "reads" not in does(name)):
         return Origin.CONSTANT
     origin = max((found[source] for source in node.all_input_nodes), default=Origin.CONSTANT)
-    return Origin.MODEL if origin is Origin.GIVEN and part_of(name) == "compute" else origin
+    return Origin.MODEL if origin is Origin.GIVEN and part == "compute" else origin
 
 
 def _of_given(node: Node) -> Origin:

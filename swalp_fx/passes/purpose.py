@@ -16,12 +16,12 @@ from torch.fx import Graph, Node
 
 from .captured import LAYER
 from .facts import Origin, is_floating
-from .operations import name_of
-from .tables import LAYER_PARTS, part_of
+from .operations import category, operation_of
+from .tables import LAYER_PARTS
 
 __all__ = ["Purposes"]
 
-SOFTMAX = ("softmax", "log_softmax", "logsumexp")
+SOFTMAX = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
 MAXIMA = ("max", "amax", "argmax", "topk")  # behind these, too, nothing is left of what masked numbers are filled with
 SUMS = ("add", "iadd", "sub", "isub")
 PRODUCTS = ("mul", "imul", "multiply")
@@ -39,7 +39,7 @@ class Purposes:
         self.leads: set[Node] = set()  # to a softmax, and nowhere else
         self.angles: set[Node] = set()
         for node in reversed(graph.nodes):
-            if self._passes_on(node) and self._serves(node, self._ends_in_softmax):
+            if self._passes_on(node) and self._leads(node):
                 self.leads.add(node)
             if self._turns(node) and self._serves(node, lambda _, user: _name(user) in WAVES or user in self.angles):
                 self.angles.add(node)
@@ -53,8 +53,8 @@ class Purposes:
                 self.masks.add(node)
 
     def meaning(self, node: Node) -> str:
-        makes = _category(node) in LAYER_PARTS
-        if LAYER in node.meta and not _is_pad(node):
+        makes = category(node) in LAYER_PARTS
+        if LAYER in node.meta and _name(node) not in ("pad", "fold", "alpha_dropout", "feature_alpha_dropout"):
             return ""
         if makes and node in self.moved | self.masks:
             return "mask"
@@ -63,14 +63,14 @@ class Purposes:
         return "mixes" if self._mixes(node) else ""
 
     def _serves(self, node: Node, serves: Callable[[Node, Node], bool]) -> bool:
-        """Whether all who read ``node``'s numbers do; the model may return it besides."""
-        readers = [user for user in node.users if user.op != "output" and part_of(name_of(user)) != "number"]
+        """Whether all who read ``node``'s numbers do."""
+        readers = _readers(node)
         return bool(readers) and all(serves(node, user) for user in readers)
 
-    def _ends_in_softmax(self, node: Node, user: Node) -> bool:
-        if name_of(user) == ATTENTION:
-            return _is_attention_mask(node, user)
-        return (name_of(user) in SOFTMAX and user.args[:1] == (node,)) or user in self.leads
+    def _leads(self, node: Node) -> bool:
+        """Whether a softmax reads ``node``; its maximum may be read besides, to be taken off before."""
+        readers = [user for user in _readers(node) if _name(user) not in MAXIMA]
+        return bool(readers) and all(user in self.leads or _is_softmax(user, node) for user in readers)
 
     def _passes_on(self, node: Node) -> bool:
         if LAYER in node.meta or not is_floating(node):
@@ -78,16 +78,16 @@ class Purposes:
         name = _name(node)
         if name in (*PRODUCTS, *QUOTIENTS):  # with one number a row
             return any(not self._is_of_model(each) or _is_a_number_a_row(each, node) for each in _beside(node))
-        return name in SUMS or _category(node) == "movement"
+        return name in SUMS or category(node) == "movement"
 
     def _is_of_model(self, value: Any) -> bool:
         return isinstance(value, Node) and self.origins[value] is Origin.MODEL
 
     def _turns(self, node: Node) -> bool:
         """Whether ``node`` may be an angle: a sum or a product with no weight in it."""
-        category = _category(node)
-        is_product = category == "compute" and not any(map(self._is_of_model, node.all_input_nodes))
-        return LAYER not in node.meta and (category in ("arithmetic", "movement") or is_product)
+        part = category(node)
+        is_product = part == "compute" and not any(map(self._is_of_model, node.all_input_nodes))
+        return LAYER not in node.meta and (part in ("arithmetic", "movement") or is_product)
 
     def _mask(self, node: Node) -> None:
         if node not in self.leads:
@@ -105,23 +105,23 @@ class Purposes:
             self.carriers.add(node)
 
     def _takes_as_mask(self, node: Node, user: Node) -> bool:
-        if name_of(user) == ATTENTION:
+        if _name(user) == ATTENTION:
             return _is_attention_mask(node, user)
         return user in self.masks or (user in self.moved and self.origins[user] is Origin.MODEL)
 
     def _mixes(self, node: Node) -> bool:
         """Whether movement puts constants that a format may not hold among other numbers."""
-        if node in self.leads or self._serves(node, lambda _, user: name_of(user) in MAXIMA):
+        if node in self.leads or self._serves(node, lambda _, user: _name(user) in MAXIMA):
             return False
         if self.origins[node] is Origin.CONSTANT or not is_floating(node):
             return False
-        if _is_cast_of_integers(node):
+        if _is_cast_of_integers(node) or _adds_up(node):
             return True
         return any(not _is_on_every_grid(_value(fill)) for fill in self._fills(node))
 
     def _fills(self, node: Node) -> list[Any]:
         """The constants that ``node`` mixes in."""
-        name, args, kwargs = name_of(node).rstrip("_"), node.args, node.kwargs
+        name, args, kwargs = _name(node), node.args, node.kwargs
         if name in ("masked_fill", "index_fill"):
             given = [kwargs.get("value", args[-1] if args else None)]
         elif name == "where":
@@ -139,11 +139,21 @@ class Purposes:
 
 
 def _name(node: Node) -> str:
-    return name_of(node).rstrip("_") if node.op.startswith("call") else ""
+    """``masked_fill``, of ``masked_fill_`` too."""
+    return operation_of(node).rstrip("_")
 
 
-def _category(node: Node) -> str:
-    return (part_of(name_of(node)) or "arithmetic") if node.op.startswith("call") else ""
+def _readers(node: Node) -> list[Node]:
+    """Who reads ``node``'s numbers; the model may return it besides."""
+    return [user for user in node.users if user.op != "output" and category(user) != "number"]
+
+
+def _is_softmax(user: Node, node: Node) -> bool:
+    """Whether ``user`` is a softmax of ``node``, by hand too, as a sum of what exp gives; or takes it as its mask."""
+    if _name(user) == ATTENTION:
+        return _is_attention_mask(node, user)
+    by_hand = _name(user) == "exp" and any(_name(each) == "sum" for each in user.users)
+    return (_name(user) in SOFTMAX or by_hand) and user.args[:1] == (node,)
 
 
 def _beside(node: Node) -> tuple[Any, ...]:
@@ -151,8 +161,21 @@ def _beside(node: Node) -> tuple[Any, ...]:
     return node.args[1:2] if _name(node) in QUOTIENTS else node.args[:2]
 
 
-def _is_pad(node: Node) -> bool:
-    return _name(node) == "pad"
+def _adds_up(node: Node) -> bool:
+    """Whether what else is movement makes new numbers here: sums where places meet, dropout that keeps a variance."""
+    name, values = _name(node), [*node.args, *node.kwargs.values()]
+    if name == "fold":
+        names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
+        taken = dict(zip(names, node.args, strict=False)) | node.kwargs
+        steps = zip(_pair(taken["kernel_size"]), _pair(taken.get("stride", 1)), strict=True)
+        return any(size > step for size, step in steps) or _pair(taken.get("dilation", 1)) != (1, 1)
+    if name == "scatter":
+        return "reduce" in node.kwargs
+    return name in ("alpha_dropout", "feature_alpha_dropout") and any(value is True for value in values)
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def _is_attention_mask(node: Node, user: Node) -> bool:
@@ -180,7 +203,7 @@ _EXACT = (torch.bool, torch.complex64, torch.complex128, torch.complex32)
 
 def _value(fill: Any) -> Any:
     """The one value of a constant; None if it is not known."""
-    while isinstance(fill, Node) and _category(fill) == "movement" and fill.all_input_nodes:
+    while isinstance(fill, Node) and category(fill) == "movement" and fill.all_input_nodes:
         fill = fill.all_input_nodes[0]
     if not isinstance(fill, Node):
         return fill if isinstance(fill, (int, float)) else None

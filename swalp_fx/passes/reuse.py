@@ -6,33 +6,10 @@ from torch.fx import Graph, Node
 
 from .. import nodes
 from ..formats import FLOAT
-from .operations import name_of, writes_in_place
+from .facts import facts
+from .operations import writes_in_place
 
-__all__ = ["OVERWRITES", "OWN_GRADIENT", "OWN_OUTPUT", "operation_of", "reuse", "sole_reader"]
-
-# Producers of an output in memory of its own that autograd does not keep: their derivatives are functions of their
-# inputs. Not here: what returns an input or a view of it (dropout, reshape), and what differentiates by its result
-# (relu, sigmoid, tanh, softmax, exp, sqrt, attention).
-OWN_OUTPUT = """
-    linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding
-    matmul mm bmm mv
-    batch_norm layer_norm group_norm
-    gelu silu mish hardswish leaky_relu
-    add sub mul
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-"""
-# Writers into their first argument that keep nothing of it, and return it.
-OVERWRITES = frozenset(("iadd", "isub", "add_", "sub_"))
-# Readers whose backward makes the gradient of their first input in memory of its own. Not here: what hands on the
-# gradient it gets, or a view of it, perhaps to several inputs (add, cat, reshape, dropout in eval mode).
-OWN_GRADIENT = """
-    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-    matmul mm bmm
-    batch_norm layer_norm group_norm
-    relu relu_ relu6 gelu silu mish hardswish leaky_relu sigmoid tanh
-    mul
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
-"""
+__all__ = ["reuse", "sole_reader"]
 
 
 def reuse(graph: Graph) -> Graph:
@@ -69,11 +46,11 @@ def _owns_output(node: Node) -> bool:
     """Whether nothing but its one reader will see the memory of ``node``'s output again."""
     if len(node.users) != 1:
         return False
-    operation = operation_of(node)
-    if operation in OVERWRITES:
+    does = facts(node).does
+    if "adds" in does:
         written = node.args[0]
         return isinstance(written, Node) and (_is_rounded(written) or _owns_output(written))
-    return operation in OWN_OUTPUT.split() and not writes_in_place(node) and "out" not in node.kwargs
+    return "own" in does and not writes_in_place(node) and "out" not in node.kwargs
 
 
 def _is_rounded(node: Node) -> bool:
@@ -87,7 +64,7 @@ def _keeps(node: Node, letter: str) -> bool:
 def _owns_error(node: Node) -> bool:
     """Whether the error signal that reaches ``node`` is in memory that nothing else will see again."""
     reader = sole_reader(node)
-    return reader is not None and operation_of(reader) in OWN_GRADIENT.split()
+    return reader is not None and "regrad" in facts(reader).does
 
 
 def sole_reader(node: Node) -> Node | None:
@@ -96,12 +73,3 @@ def sole_reader(node: Node) -> Node | None:
         return None
     (reader,) = node.users
     return reader if reader.args and reader.args[0] is node else None
-
-
-def operation_of(node: Node) -> str | None:
-    """The name to look up in the tables; None for what is no call of PyTorch's own code."""
-    if node.op == "call_function":
-        written_in = getattr(node.target, "__module__", None) or "torch"
-        is_registered = written_in.startswith("torch._ops.") and written_in != "torch._ops.aten"  # by whomever
-        return name_of(node) if written_in.split(".")[0] in ("torch", "_operator") and not is_registered else None
-    return name_of(node) if node.op == "call_method" else None

@@ -1,112 +1,165 @@
-"""Which operation plays which part. The table is the whole rule: read it to know what is quantized."""
+"""What is known of each operation. The table is the whole rule: read it to know what is quantized."""
 
 from __future__ import annotations
 
 import operator
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache
 from itertools import chain
 
 import torch
 
-__all__ = ["LAYER_PARTS", "PARTS", "READS_VALUES", "layer_part", "may_name_function", "part_of"]
+__all__ = ["LAYER_PARTS", "OPERATIONS", "PARTS", "Operation", "does", "layer_part", "may_name_function", "part_of"]
 
-# Part -> the names of what plays it: functions and methods (a trailing underscore, for in place, is dropped), and
-# module types (a subclass plays its base's part).
-PARTS: dict[str, str] = {
-    # Sums of products: what hardware spends its multipliers on.
-    "compute": """
-        Linear Bilinear
-        _ConvNd Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d
-        Embedding EmbeddingBag MultiheadAttention RNNBase RNNCellBase Transformer
-        TransformerEncoder TransformerDecoder TransformerEncoderLayer TransformerDecoderLayer
-        linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d deform_conv2d
-        embedding embedding_bag matmul mm mv bmm dot inner outer einsum tensordot addmm addmv addbmm baddbmm
-        scaled_dot_product_attention multi_head_attention_forward
-    """,
-    "norm": """
-        _NormBase LayerNorm GroupNorm RMSNorm LocalResponseNorm CrossMapLRN2d FrozenBatchNorm2d
-        batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize
-    """,
-    "activation": """
-        ReLU RReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU GLU SiLU Mish Softplus Softsign Softmin Softmax Softmax2d
-        LogSoftmax Sigmoid LogSigmoid Tanh Tanhshrink Hardtanh Hardsigmoid Hardswish Hardshrink Softshrink Threshold
-        relu rrelu relu6 leaky_relu prelu elu selu celu gelu glu silu mish softplus softsign softmin softmax
-        log_softmax sigmoid logsigmoid log_sigmoid tanh tanhshrink hardtanh hardsigmoid hardswish hardshrink softshrink
-        threshold clamp clip
-    """,
-    # And every call that no line names: a number that no rule knows is still a number.
-    "arithmetic": """
-        add sub mul div truediv rsub pow neg abs exp log sqrt rsqrt reciprocal square sin cos addcmul addcdiv lerp
-        iadd isub imul itruediv ipow true_divide subtract multiply
-    """,
-    "pooling": """
-        _MaxPoolNd _AvgPoolNd _AdaptiveMaxPoolNd _AdaptiveAvgPoolNd _LPPoolNd FractionalMaxPool2d FractionalMaxPool3d
-        Upsample RoIAlign RoIPool PSRoIAlign PSRoIPool MultiScaleRoIAlign
-        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d
-        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-        interpolate upsample grid_sample mean sum amax amin max min
-    """,
-    # The same numbers elsewhere, or some of them, or zeros between them.
-    "movement": """
-        Identity Flatten Unflatten Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout
-        StochasticDepth DropBlock2d DropBlock3d Permute PixelShuffle PixelUnshuffle ChannelShuffle Fold Unfold
-        _ConstantPadNd _ReflectionPadNd _ReplicationPadNd _CircularPadNd
-        getitem setitem cat concat concatenate stack hstack vstack dstack reshape view view_as flatten unflatten ravel
-        squeeze unsqueeze _squeeze _unsqueeze permute transpose t T mT H mH swapaxes swapdims movedim moveaxis
-        expand expand_as broadcast_to repeat repeat_interleave tile narrow select
-        split chunk unbind tensor_split hsplit vsplit dsplit unsafe_split unsafe_chunk
-        index_select gather take_along_dim roll flip rot90 pad contiguous clone detach copy where
-        masked_fill masked_select
-        to type type_as float double half bfloat16 cpu cuda requires_grad_ real imag diagonal tril triu
-        dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth
-        drop_block2d drop_block3d pixel_shuffle pixel_unshuffle channel_shuffle unfold fold
-        topk sort atleast_1d atleast_2d atleast_3d data fill zero scatter masked_scatter index_copy index_fill
-        _get_data_attr numpy_T matrix_H register_hook view_as_complex view_as_real complex
-    """,
-    # Sizes, indices, comparisons and fresh constants: not a layer's output. So is whatever is made of these alone.
-    "number": """
-        size dim ndim ndimension numel nelement shape stride len item dtype device layout is_cuda requires_grad
-        is_floating_point is_contiguous is_nested training eq ne lt le gt ge is_ is_not not_ and_ or_ xor invert
-        logical_and logical_or logical_not logical_xor isnan isinf isfinite any all argmax argmin argsort nonzero
-        bucketize searchsorted one_hot bincount long int bool get_device
-        zeros ones full empty arange linspace eye zeros_like ones_like full_like empty_like
-        rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform
-        new_zeros new_ones new_full new_empty new_empty_strided new_tensor tensor as_tensor
-        Size _assert warn
-        is_grad_enabled _set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode
-    """,
-}
 
-# Of the numbers, those that are made of the values they read, and not of sizes alone.
-READS_VALUES = """
-    eq ne lt le gt ge is_ is_not not_ and_ or_ xor invert logical_and logical_or logical_not logical_xor
-    isnan isinf isfinite any all argmax argmin argsort nonzero bucketize searchsorted one_hot bincount long int bool
-    bernoulli normal tensor as_tensor new_tensor item
+@dataclass(frozen=True)
+class Operation:
+    """One row of the table.
+
+    part: what it is; see TABLE.
+    does:
+        own     its output is in memory of its own, which its derivative does not need
+        regrad  its derivative makes the gradient of its first input in memory of its own
+        masks   leaves numbers of its first input as they are, or makes zeros of them; backwards, of the gradient
+        selects passes on numbers of its input, each within its index of the first dimension, in the same dtype
+        adds    writes a sum into its first input, keeps nothing of it, and returns it
+        writes  writes into its first input, though its name does not end with ``_``
+        views   may give the memory of its first input
+        reads   a number that is made of the values it reads, and not of sizes alone
+    """
+
+    part: str
+    does: frozenset[str] = frozenset()
+
+
+# One operation, one row; those with the same facts stand together, as part | what it does | names.
+# A name is a function's, a method's, or the type of a layer, whose subclasses play its part. A form in place that has
+# no row (``gelu_``) plays the part of the other form, and does nothing that its row says.
+TABLE = """
+# Sums of products: what hardware spends its multipliers on.
+compute | own regrad | linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm
+compute | own | bilinear embedding mv
+compute | | deform_conv2d embedding_bag dot vdot inner outer ger einsum tensordot addmm addmv addbmm baddbmm addr
+compute | | convolution scaled_dot_product_attention multi_head_attention_forward cdist Linear Bilinear _ConvNd Conv1d
+compute | | Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d Embedding EmbeddingBag
+compute | | MultiheadAttention RNNBase RNNCellBase Transformer TransformerEncoder TransformerDecoder
+compute | | TransformerEncoderLayer TransformerDecoderLayer
+
+norm | own regrad | batch_norm layer_norm group_norm
+norm | | instance_norm rms_norm local_response_norm normalize native_batch_norm native_layer_norm native_group_norm
+norm | | _NormBase LayerNorm GroupNorm RMSNorm LocalResponseNorm CrossMapLRN2d FrozenBatchNorm2d
+
+activation | masks regrad | relu relu_
+activation | own regrad | gelu silu mish hardswish leaky_relu
+activation | regrad | relu6 sigmoid tanh
+activation | | rrelu prelu elu selu celu glu softplus softsign softmin softmax log_softmax logsigmoid log_sigmoid
+activation | | tanhshrink hardtanh hardsigmoid hardshrink softshrink threshold clamp clamp_min clamp_max clip ReLU
+activation | | RReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU GLU SiLU Mish Softplus Softsign Softmin Softmax
+activation | | Softmax2d LogSoftmax Sigmoid LogSigmoid Tanh Tanhshrink Hardtanh Hardsigmoid Hardswish Hardshrink
+activation | | Softshrink Threshold
+
+# And every call that no line names: a number that no rule knows is still a number.
+arithmetic | own | add sub
+arithmetic | own regrad | mul
+arithmetic | | div truediv rsub pow neg abs exp log sqrt rsqrt reciprocal square sin cos addcmul addcdiv lerp
+arithmetic | | true_divide subtract multiply
+arithmetic | adds | add_ sub_
+arithmetic | adds writes | iadd isub
+arithmetic | writes | imul itruediv ipow ifloordiv imod
+
+pooling | selects regrad | max_pool1d max_pool2d
+pooling | selects | adaptive_max_pool1d adaptive_max_pool2d
+pooling | regrad | max_pool3d
+pooling | own regrad | avg_pool1d avg_pool2d avg_pool3d
+pooling | own | adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+pooling | | max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool3d lp_pool1d
+pooling | | adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
+pooling | | fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices
+pooling | | fractional_max_pool3d_with_indices lp_pool2d lp_pool3d interpolate upsample grid_sample mean sum amax amin
+pooling | | max min maximum minimum fmax fmin cummax cummin median nanmedian mode kthvalue aminmax _MaxPoolNd
+pooling | | _AvgPoolNd _AdaptiveMaxPoolNd _AdaptiveAvgPoolNd _LPPoolNd FractionalMaxPool2d FractionalMaxPool3d
+pooling | | Upsample RoIAlign RoIPool PSRoIAlign PSRoIPool MultiScaleRoIAlign
+
+# The same numbers elsewhere, or some of them, or zeros between them.
+movement | views | getitem data _get_data_attr register_hook detach alias view view_as reshape reshape_as flatten
+movement | views | unflatten ravel squeeze unsqueeze t T mT H mH numpy_T matrix_H transpose adjoint swapaxes swapdims
+movement | views | movedim moveaxis permute narrow select slice diagonal chunk split split_with_sizes tensor_split
+movement | views | hsplit vsplit dsplit unsafe_split unsafe_chunk unbind unfold expand expand_as broadcast_to
+movement | views | broadcast_tensors real imag view_as_real view_as_complex as_strided conj positive resolve_conj
+movement | views | resolve_neg atleast_1d atleast_2d atleast_3d
+# These too, where there is nothing to do.
+movement | views | alpha_dropout feature_alpha_dropout conj_physical meshgrid
+movement | views | contiguous to type type_as float double half bfloat16 cpu cuda dropout dropout1d dropout2d
+movement | views | dropout3d requires_grad_
+movement | writes | setitem
+movement | | cat concat concatenate stack hstack vstack dstack column_stack row_stack _squeeze _unsqueeze repeat
+movement | | repeat_interleave tile index_select gather take take_along_dim roll flip fliplr flipud rot90 pad
+movement | | constant_pad_nd clone copy where masked_fill masked_select tril triu
+movement | | feature_dropout native_dropout stochastic_depth drop_block2d drop_block3d pixel_shuffle pixel_unshuffle
+movement | | channel_shuffle fold topk sort msort fill zero scatter masked_scatter index_copy index_fill complex
+movement | | fftshift ifftshift fft_fftshift fft_ifftshift block_diag cartesian_prod combinations diag diagflat
+movement | | diag_embed max_unpool1d max_unpool2d max_unpool3d diagonal_scatter select_scatter slice_scatter
+movement | | as_strided_scatter unsafe_view to_copy lift lift_fresh resize set view_copy alias_copy as_strided_copy
+movement | | diagonal_copy expand_copy narrow_copy permute_copy select_copy slice_copy split_copy
+movement | | split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy
+movement | | detach_copy view_as_real_copy view_as_complex_copy Identity Flatten Unflatten Dropout Dropout1d Dropout2d
+movement | | Dropout3d AlphaDropout FeatureAlphaDropout StochasticDepth DropBlock2d DropBlock3d Permute PixelShuffle
+movement | | PixelUnshuffle ChannelShuffle Fold Unfold _ConstantPadNd _ReflectionPadNd _ReplicationPadNd
+movement | | _CircularPadNd _MaxUnpoolNd
+
+# Sizes, indices, comparisons and fresh constants: not a layer's output. So is whatever is made of these alone.
+number | | size sym_size dim ndim ndimension numel nelement shape stride len dtype device layout is_cuda requires_grad
+number | | is_floating_point is_complex is_contiguous is_nested training get_device Size _assert warn zeros ones full
+number | | empty arange linspace eye zeros_like ones_like full_like empty_like scalar_tensor rand randn randint
+number | | randperm rand_like randn_like randint_like uniform new_zeros new_ones new_full new_empty new_empty_strided
+number | | is_grad_enabled _set_grad_enabled _enter_autocast _exit_autocast _enter_inference_mode _exit_inference_mode
+number | reads | item eq ne lt le gt ge is_ is_not not_ and_ or_ xor invert logical_and logical_or logical_not
+number | reads | logical_xor isnan isinf isfinite any all argmax argmin argsort nonzero bucketize searchsorted one_hot
+number | reads | bincount long int bool bernoulli normal new_tensor tensor as_tensor
+number | reads writes | iand ior ixor
 """
+
+
+def _rows() -> Iterator[tuple[str, Operation]]:
+    for line in TABLE.splitlines():
+        if line and not line.startswith("#"):
+            part, does, names = line.split("|")
+            for name in names.split():
+                yield name, Operation(part.strip(), frozenset(does.split()))
+
+
+OPERATIONS = dict(_rows())
+# Part -> the names of what plays it.
+PARTS: dict[str, list[str]] = {}
+for _name, _row in OPERATIONS.items():
+    PARTS.setdefault(_row.part, []).append(_name)
 
 # Parts whose output is a layer's output.
 LAYER_PARTS = ("compute", "norm", "activation", "arithmetic", "pooling")
 
-_PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
+
+def does(name: str) -> frozenset[str]:
+    """What the row of a function or method says that it does: see ``Operation``."""
+    return OPERATIONS[name].does if name in OPERATIONS else frozenset()
 
 
 def part_of(name: str) -> str | None:
     """The part that a function or method plays, by its name; None if no line has it."""
-    return _PART_OF.get(name) or _PART_OF.get(name.rstrip("_"))
+    row = OPERATIONS.get(name) or OPERATIONS.get(name.rstrip("_"))
+    return row.part if row is not None else None
 
 
 def layer_part(kind: type) -> str | None:
     """The part that layers of this type play; None if no line has it, or a base of it that is PyTorch's."""
-    return next((_PART_OF[base.__name__] for base in _listed(kind)), None)
+    return next((OPERATIONS[base.__name__].part for base in _listed(kind)), None)
 
 
 def _listed(kind: type) -> Iterator[type]:
     for base in kind.__mro__:
-        if base.__module__.startswith(("torch.nn.", "torchvision.ops")) and base.__name__ in _PART_OF:
+        if base.__module__.startswith(("torch.nn.", "torchvision.ops")) and base.__name__ in OPERATIONS:
             yield base
 
 
@@ -127,4 +180,4 @@ def may_name_function(pattern: str, modules: Collection[str]) -> bool:
 @cache
 def _functions() -> frozenset[str]:
     homes = (torch, torch.nn.functional, torch.Tensor, operator)
-    return frozenset(name for home in homes for name in dir(home) if not name.startswith("_")) | _PART_OF.keys()
+    return frozenset(name for home in homes for name in dir(home) if not name.startswith("_")) | OPERATIONS.keys()

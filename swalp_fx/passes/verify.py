@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -36,26 +36,9 @@ WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|p
 
 LAYERS = ("compute", "norm", "activation", "arithmetic", "pooling")
 
-# What computes its output in new memory, and needs it no more to differentiate.
-FORGETS = re.compile(
-    r"(?:bi)?linear|conv(?:_transpose)?[123]d|embedding|matmul|b?mm|mv|(?:batch|layer|group)_norm"
-    r"|gelu|silu|mish|hardswish|leaky_relu|add|sub|mul|(?:adaptive_)?avg_pool[123]d"
-)
-ADDS_INTO = re.compile(r"i(?:add|sub)|(?:add|sub)_")
-# What differentiates into new memory, by its first input.
-REMAKES = re.compile(
-    r"linear|conv(?:_transpose)?[123]d|matmul|b?mm|(?:batch|layer|group)_norm"
-    r"|relu[6_]?|gelu|silu|mish|hardswish|leaky_relu|sigmoid|tanh|mul|(?:max|avg)_pool[123]d"
-)
-
-# What passes numbers on, zeros in place of the others, where each was; and what passes on some, each within the index
-# of the first dimension that it had.
-MASKS = re.compile(r"relu_?")
-SELECTS = re.compile(r"(?:adaptive_)?max_pool[12]d")
-ANY = re.compile(r".+")
 # What takes masks out, and what turns angles into numbers.
 ENDS = {
-    "mask": re.compile(r"(?:log_)?softmax|logsumexp|scaled_dot_product_attention"),
+    "mask": re.compile(r"(?:log_)?softmax|logsumexp|cross_entropy|exp|a?max|scaled_dot_product_attention"),
     "angle": re.compile(r"(?:sin|cos)_?"),
 }
 
@@ -330,17 +313,17 @@ class _Proof:
                 _require(self._is_owned(node.args[0]), node, f"overwrites {node.args[0]}, which may be read again")
             if "E" in letters:
                 readers = list(node.users)
-                owned = len(readers) == 1 and _takes_first(readers[0], node) and _runs(readers[0], REMAKES)
+                owned = len(readers) == 1 and _takes_first(readers[0], node) and _does(readers[0], "regrad")
                 _require(owned, node, f"overwrites the gradient of {readers}, which may be read again")
 
     def _is_owned(self, node: Any) -> bool:
         """Whether ``node``'s output lies in memory that its one reader alone will read."""
-        while len(node.users) == 1 and _runs(node, ADDS_INTO):
+        while len(node.users) == 1 and _does(node, "adds"):
             node = node.args[0]
         if len(node.users) != 1 or _written_by(node):
             return False
         is_copied = node.target is nodes.quantize_output and "A" not in node.kwargs.get("kept", "")
-        return is_copied or _runs(node, FORGETS)
+        return is_copied or _does(node, "own")
 
     def _kept(self) -> None:
         made_after = self._made_after()
@@ -351,7 +334,7 @@ class _Proof:
             _require(not both, node, f"is both to round in place and not to round ({letters})")
             if "A" in letters:
                 format = _to(node, 3)
-                passes = _runs(source, MASKS) or (_is_of_rows(format) and _selects(source))
+                passes = _does(source, "masks") or (_is_of_rows(format) and _selects(source))
                 known = passes and format.keeps_subsets and self._first_is_rounded(source, format)
                 _require(known, node, f"does not round {source}, which may not be rounded")
                 _require(list(source.users) == [node], node, f"shares the memory of {source}, which others read")
@@ -359,7 +342,7 @@ class _Proof:
                 _require(found is None, node, f"shares the memory of {source} with {found}")
             if "E" in letters:
                 readers = list(node.users)
-                passes = len(readers) == 1 and (_runs(readers[0], MASKS) or _runs(readers[0], ADDS_INTO))
+                passes = len(readers) == 1 and (_does(readers[0], "masks") or _does(readers[0], "adds"))
                 known = passes and _to(node, 4).keeps_subsets and _takes_first(readers[0], node)
                 known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], _to(node, 4))
                 known = known and made_after[node] == made_after[next(iter(readers[0].users))]
@@ -387,7 +370,7 @@ class _Proof:
             if kind == "movement" or (kind == "inside" and self.old[reader].meta[FACTS].category == "movement"):
                 if (found := self._writer(reader)) is not None:
                     return found
-            elif kind != "number" and not (kind in (*LAYERS, *MEANINGS, "inside") and _runs(reader, ANY)):
+            elif kind != "number" and not (kind in (*LAYERS, *MEANINGS, "inside") and _is_own_code(reader)):
                 return reader
         return None
 
@@ -419,7 +402,7 @@ def _reads_once(reader: Node, node: Node) -> bool:
 def _selects(node: Node) -> bool:
     """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
     gaps = node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4])
-    return _runs(node, SELECTS) and gaps in (1, (1,), (1, 1))
+    return _does(node, "selects") and gaps in (1, (1,), (1, 1))
 
 
 def _to(node: Node, place: int) -> Format:
@@ -583,15 +566,22 @@ def _called(node: Node) -> str:
     """What ``node`` calls, whoever wrote it."""
     if node.target is getattr:
         return str(node.args[1])
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.name.rpartition("::")[2].lstrip("_")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _runs(node: Node, pattern: re.Pattern[str]) -> bool:
-    """Whether ``node`` runs code of PyTorch's own of such a name."""
+def _does(node: Node, what: str) -> bool:
+    """Whether the table of operations says so of ``node``."""
+    return FACTS in node.meta and what in node.meta[FACTS].does
+
+
+def _is_own_code(node: Node) -> bool:
+    """Whether ``node`` runs code of PyTorch's own."""
     if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         return False
     is_registered = re.match(r"torch\._ops\.(?!aten$)", getattr(node.target, "__module__", None) or "")
-    return not is_registered and _is_torch(node.target) and pattern.fullmatch(_called(node)) is not None
+    return not is_registered and _is_torch(node.target)
 
 
 def _is_torch(thing: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats import FormatError
 from .errors import RecipeError
+from .patterns import GLOBS
 from .quantizer import Quantizer
 from .roles import LETTERS, ROLES, STATE, once
 from .rule import FIELDS_OF_RULE, Rule
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["read", "rule_text", "text"]
 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-_PLAIN = re.compile(r"[\w.*?@:+-](?:[\w.*?@:+-]|\[[\w!-]+\])*")  # what needs no quotes: c.?[01] needs none
+_PLAIN = re.compile(r"[\w.*?@:+!-](?:[\w.*?@:+-]|\[[\w!-]+\])*")  # what needs no quotes: c.?[01] needs none
 # Brackets in it are those of formats, and of globs.
 _RULES = re.compile(r"(?:^|(?<=[\s;]))rules=\[((?:[^\[\]]|\[[^\[\]]*\])*)\](?=$|[\s;])")
 
@@ -42,7 +43,7 @@ def text(recipe: Recipe) -> str:
         if (value := getattr(recipe, name)) != getattr(default, name):
             words.append(f"{name}={value}")
     words += _states(recipe.states)
-    for name in ("include", "exclude"):
+    for name in GLOBS:
         if globs := getattr(recipe, name):
             words.append(f"{name}={','.join(map(_quoted, globs))}")
     for name in ("quantize_input", "quantize_logits", "in_place"):
@@ -153,7 +154,7 @@ def _valued(given: dict[str, Any], quotes: _Quotes) -> dict[str, Any]:
     """What the texts of fields mean."""
     values: dict[str, Any] = {}
     for field, value in given.items():
-        if field in ("include", "exclude"):
+        if field in GLOBS:
             values[field] = tuple(map(quotes.read, value.split(",")))
         elif field in ("quantize_input", "quantize_logits", "in_place"):
             values[field] = {"true": True, "false": False}.get(value, value)
