@@ -101,12 +101,12 @@ def _mark_updates(graph: Graph) -> None:
     to the write."""
     updates = {node for node in graph.nodes if node.meta.get(UPDATE)}
     for node in reversed(graph.nodes):
-        if node.meta[PART] in ("arithmetic", "constant") and node.users and updates.issuperset(node.users):
+        if facts(node).category == "arithmetic" and node.users and updates.issuperset(node.users):
             updates.add(node)
     for node in graph.nodes:
         reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
         is_state = (node in updates and reads_state) or (writes(node) and _part_of_written(node) == "state")
-        if node.meta[PART] in ("arithmetic", "norm", "constant") and is_state:
+        if node.meta[PART] in ("arithmetic", "norm", "constant", "inside") and is_state:
             node.meta[PART] = "state"
 
 

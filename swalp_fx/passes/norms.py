@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from .captured import CALLS, HOLDS, LAYER, MODULE, STEPS, Layer
-from .facts import Origin
+from .facts import Origin, is_floating
 from .operations import category, operation_of
 
 __all__ = ["Norm", "mark_wholes"]
@@ -79,16 +79,17 @@ def _part(nodes: Sequence[Node]) -> str:
 
 def _is_norm(call: Layer, nodes: Sequence[Node]) -> bool:
     own = [node for node in nodes if node.meta[CALLS][-1] == call and LAYER not in node.meta]
+    inner = set(nodes)
+    given = [source for node in nodes for source in node.all_input_nodes if source not in inner]
     names = {_name(node) for node in own}
-    measures = names.intersection(("mean", "sum", *STATISTICS)) and any(map(_is_root, own))
-    if not (measures or names.intersection(WRITTEN)):
+    # What was measured in training is in buffers.
+    measures = names.intersection(("mean", "sum", *STATISTICS)) or any(map(_is_buffer, given))
+    if not (names.intersection(WRITTEN) or (measures and any(map(_is_root, own)))):
         return False
     parts = {category(node) for node in nodes if _name(node) not in ONE_INPUT}
     parts.update(node.meta[LAYER].part for node in nodes if LAYER in node.meta)
     if not parts.issubset(IN_A_NORM):
         return False
-    inner = set(nodes)
-    given = [source for node in nodes for source in node.all_input_nodes if source not in inner]
     if not all(_is_vector(source) for source in given if _is_parameter(source)):
         return False
     shapes = [_shape(source) for source in given if not _is_parameter(source)]
@@ -102,6 +103,10 @@ def _is_root(node: Node) -> bool:
 def _shape(node: Node) -> tuple[int, ...] | None:
     value = node.meta.get("example_value")
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _is_buffer(node: Node) -> bool:
+    return node.meta.get(HOLDS) == "state" and is_floating(node)
 
 
 def _is_parameter(node: Node) -> bool:

@@ -449,7 +449,7 @@ def _kinds(graph: Graph) -> dict[Node, str]:
     for node in graph.nodes:
         kinds[node] = _kind(node, kinds)
         reads_state = "state" in [kinds[source] for source in node.all_input_nodes]
-        if kinds[node] in ("arithmetic", "norm", "constant") and node in updates and reads_state:
+        if kinds[node] in ("arithmetic", "norm", "constant", "inside") and node in updates and reads_state:
             kinds[node] = "state"
     return kinds
 
@@ -525,7 +525,7 @@ def _updates(graph: Graph) -> set[Node]:
 
 
 def _is_arithmetic(node: Node) -> bool:
-    return node.meta[FACTS].category == "arithmetic" and node.meta.get(LAYER) is None
+    return node.meta[FACTS].category == "arithmetic"
 
 
 def _is_filled(node: Node) -> bool:
