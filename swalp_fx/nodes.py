@@ -234,7 +234,7 @@ def _quantized(
 ) -> Tensor:
     if x.is_complex():
         parts = (
-            _quantized(each, key, stream + i * PART_STREAM, activation, error, rounding, "", "")
+            _quantized(each, key, stream + i * PART_STREAM, activation, rounding, error, error_rounding, "", "")
             for i, each in enumerate((x.real, x.imag))
         )
         return torch.complex(*parts)

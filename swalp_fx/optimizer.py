@@ -355,7 +355,7 @@ class SWALP:
             numbers, as all are before the first step, stays as it is.
         """
         self._follow_model()
-        formats = {name: recipe.weight for name, recipe in zip(self._names, self._recipes, strict=True)}
+        formats = {name: recipe.weight.format for name, recipe in zip(self._names, self._recipes, strict=True)}
         return packed_state(module, formats)
 
     def load_packed_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:
