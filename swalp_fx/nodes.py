@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import random
 from .ops import has_tangents, is_transformed, keeps, quantize, round_, rounded
-from .recipe import split
+from .recipe import MARK, split
 
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
 
@@ -42,8 +42,9 @@ def _public(function: _Function) -> _Function:
 def how(quantizer: str, rounding: str, key: Tensor | None) -> tuple[str, str]:
     """(format, rounding) of a quantizer's text: its own rounding, or else ``rounding``; but to nearest where that wants
     a key and there is none."""
-    format, rounding = split(quantizer, rounding)
-    return format, "nearest" if key is None and rounding.startswith("stochastic") else rounding
+    if MARK in quantizer:
+        quantizer, rounding = split(quantizer)
+    return quantizer, "nearest" if key is None and rounding.startswith("stochastic") else rounding
 
 
 class _QuantizeWeight(Function):

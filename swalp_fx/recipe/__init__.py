@@ -12,7 +12,7 @@ document     and its JSON
 
 from .errors import RecipeError
 from .patterns import Subject, matches
-from .quantizer import Quantizer, split
+from .quantizer import MARK, Quantizer, split
 from .recipe import PLACEMENTS, Recipe
 from .roles import LETTERS, ROLES
 from .rounding import RANDOM_BITS, ROUNDINGS, parse_rounding
@@ -20,6 +20,7 @@ from .rule import Rule
 
 __all__ = [
     "LETTERS",
+    "MARK",
     "PLACEMENTS",
     "RANDOM_BITS",
     "ROLES",

@@ -10,15 +10,15 @@ from ..formats import FLOAT, Format, parse
 from .errors import RecipeError
 from .rounding import parse_rounding
 
-__all__ = ["Quantizer", "States", "as_states", "split"]
+__all__ = ["MARK", "Quantizer", "States", "as_states", "split"]
 
-_MARK = "~"  # before the rounding
+MARK = "~"  # before the rounding
 
 
-def split(text: str, rounding: str) -> tuple[str, str]:
-    """(format, rounding) of a quantizer's text: its own rounding, or else ``rounding``."""
-    format, _, own = text.partition(_MARK)
-    return format, own or rounding
+def split(text: str) -> tuple[str, str]:
+    """(format, rounding) of the text of a quantizer that has one."""
+    format, _, rounding = text.partition(MARK)
+    return format, rounding
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,7 +37,7 @@ class Quantizer:
             return
         parse_rounding(self.rounding)
         if self.format == FLOAT:
-            raise RecipeError(f"float rounds nothing, so it has no rounding; leave {_MARK}{self.rounding} out")
+            raise RecipeError(f"float rounds nothing, so it has no rounding; leave {MARK}{self.rounding} out")
 
     @classmethod
     def parse(cls, text: str | Format | Quantizer) -> Quantizer:
@@ -47,9 +47,9 @@ class Quantizer:
         """
         if isinstance(text, Quantizer):
             return text
-        if not isinstance(text, str) or _MARK not in text:
+        if not isinstance(text, str) or MARK not in text:
             return cls(parse(text))
-        format, _, rounding = text.partition(_MARK)
+        format, rounding = split(text)
         return cls(parse(format), rounding)
 
     @property
@@ -82,7 +82,7 @@ class Quantizer:
         return hash((self.format, self.rounding))
 
     def __str__(self) -> str:
-        return str(self.format) if self.rounding is None else f"{self.format}{_MARK}{self.rounding}"
+        return str(self.format) if self.rounding is None else f"{self.format}{MARK}{self.rounding}"
 
     def __repr__(self) -> str:
         return f"Quantizer.parse({str(self)!r})"
