@@ -30,10 +30,10 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .averaging import Average, mean_dtype, recalibrate
+from .codes import packed_state, unpacked_state
 from .formats import FLOAT, Format, FormatError
 from .moments import ends_in
 from .ops import quantize_foreach_
-from .packed import packed_state, unpacked_state
 from .random import fold_in, is_captured
 from .recipe import Quantizer, Recipe, RecipeError
 from .sgd import in_one_pass

@@ -17,7 +17,7 @@ from tables import ALL_ROUNDINGS, FORMATS, every_half, hard_values
 import swalp_fx
 import vectors
 from swalp_fx import Format, FormatError, decode, encode, parse, quantize
-from swalp_fx.codecs import code_of, number_of, pack, packed_size, unpack
+from swalp_fx.codes.codecs import code_of, number_of, pack, packed_size, unpack
 from swalp_fx.formats import Codebook, Integer, Rectangle, Runs
 
 # ---- the law: what is decoded is what is rounded -------------------------------------------------

@@ -23,7 +23,7 @@ LAYERS = [
     ["passes"],
     ["capture"],
     ["graphs"],
-    ["averaging", "moments", "sgd"],
+    ["averaging", "codes", "moments", "sgd", "states"],
     ["optimizer"],
     ["convert"],
     ["audit", "check", "drawing", "rows"],

@@ -8,8 +8,8 @@ from shapes import Tied
 from torch import nn
 
 import swalp_fx
+from swalp_fx.codes.packed import packed_state, unpacked_state
 from swalp_fx.formats import named, parse
-from swalp_fx.packed import packed_state, unpacked_state
 
 
 def trained(model, recipe, steps=2):

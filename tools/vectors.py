@@ -16,7 +16,8 @@ from torch import Tensor
 import files
 import swalp_fx
 from command import SEED, CommandLine, number, run, show
-from swalp_fx import Codes, Format, reference, tiles
+from swalp_fx import Codes, Format, reference
+from swalp_fx.codes import tiles
 from swalp_fx.formats import Runs
 from swalp_fx.recipe import parse_rounding
 

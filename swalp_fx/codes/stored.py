@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
+from ..formats import ROWS, Absmax, Affine, Format, Integer, PowerOfTwo, Scale, Static, TwoLevel
 from .codecs import code_of, number_of
-from .formats import ROWS, Absmax, Affine, Format, Integer, PowerOfTwo, Scale, Static, TwoLevel
 
 __all__ = ["load", "lowest_of", "store", "whole"]
 

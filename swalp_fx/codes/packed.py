@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import FLOAT, Format, parse
 from .codecs import pack, unpack
 from .codes import Codes, decode, encode
-from .formats import FLOAT, Format, parse
 
 __all__ = ["packed_state", "unpacked_state"]
 

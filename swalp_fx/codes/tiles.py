@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import Block, Channel, FormatError, Rectangle, Runs, Slices
+from ..formats import Block, Channel, FormatError, Rectangle, Runs, Slices
 
 __all__ = ["extremes", "per_block", "sizes", "spread"]
 

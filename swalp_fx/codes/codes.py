@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference, stored, tiles
+from .. import reference
+from ..formats import FLOAT, Affine, Format, FormatError, Integer, parse
+from ..ops import key_of, quantize, require_floating
+from . import stored, tiles
 from .codecs import code_of, number_of, pack, unpack
-from .formats import FLOAT, Affine, Format, FormatError, Integer, parse
-from .ops import key_of, quantize, require_floating
 from .stored import whole
 
 __all__ = ["Codes", "decode", "encode"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import Codebook, Element, Float, Integer
+from ..formats import Codebook, Element, Float, Integer
 
 __all__ = ["code_of", "number_of", "pack", "packed_size", "unpack"]
 
