@@ -159,6 +159,11 @@ class TestTrain:
         assert both.keys() == {"float", "low", "low2"} and both["low2"]["recipe"] == "mxfp8"
         assert {name: both[name] for name in first} == first
 
+    def test_a_resumed_run_may_name_its_recipe_in_other_words(self, tmp_path):
+        run("--epochs", 2, "--average-from", 1, "--recipe", "bfp6[0] accumulator=float", "--out", tmp_path)
+        words = ["--average-from", 1, "--recipe", "bfp6[0] master=float", "--out", tmp_path, "--resume"]
+        assert len(run("--epochs", 3, *words)["low"]["epochs"]) == 3
+
     def test_a_run_is_not_overwritten(self, tmp_path, capsys):
         run("--epochs", 1, "--out", tmp_path)
         for name in ("float.pt", "low.pt", "nothing"):
