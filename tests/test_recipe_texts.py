@@ -51,6 +51,7 @@ _recipes = st.builds(
     placement=st.sampled_from(PLACEMENTS),
     include=_globs,
     exclude=_globs,
+    whole=_globs.map(lambda globs: tuple(f"!{each}" if i % 2 else each for i, each in enumerate(globs))),
     quantize_input=st.booleans(),
     quantize_logits=st.booleans(),
     in_place=st.booleans(),
@@ -67,7 +68,8 @@ def test_a_recipe_is_read_from_its_text_and_from_its_json(recipe):
 
 def test_the_json_has_every_field_in_order():
     recipe = Recipe.parse(
-        "bfp8[0] G=e5m2~up master=bf16 state.exp_avg=float exclude=fc rules=[fc kind=Linear W=float state.exp_avg=bf16]"
+        "bfp8[0] G=e5m2~up master=bf16 state.exp_avg=float exclude=fc whole=!a "
+        "rules=[fc kind=Linear W=float state.exp_avg=bf16]"
     )
     assert json.loads(recipe.to_json()) == {
         "weight": "bfp8[0]",
@@ -82,6 +84,7 @@ def test_the_json_has_every_field_in_order():
         "placement": "every",
         "include": [],
         "exclude": ["fc"],
+        "whole": ["!a"],
         "quantize_input": False,
         "quantize_logits": False,
         "in_place": True,
