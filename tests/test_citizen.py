@@ -96,7 +96,7 @@ def test_a_child_that_is_copied_is_a_converted_model_of_its_own(way, called):
     assert "conv1_weight" in weights and "conv2_weight" not in weights
     with in_float(copied), in_float(module):
         assert torch.equal(copied(y), block(y))
-    assert len(pickle.dumps(block)) < len(pickle.dumps(module)) / 2
+    assert len(pickle.dumps(block)) < 0.6 * len(pickle.dumps(module))  # without the rest of the model
 
 
 def test_what_is_copied_with_its_model_stays_part_of_it():
