@@ -23,16 +23,12 @@ from .formats import (
     Absmax,
     Affine,
     Block,
-    Channel,
     Codebook,
     Format,
-    FormatError,
     Grid,
     PowerOfTwo,
-    Rectangle,
     Runs,
     Scale,
-    Slices,
     Static,
     TwoLevel,
     parse,
@@ -87,14 +83,10 @@ def _of_scale(f: Format) -> list[float]:
 
 def _blocks(block: Block) -> tuple[list[int], list[int]]:
     """(dims, sizes), without sizes for slices."""
-    if isinstance(block, Channel):
-        raise FormatError(f"{block} is along an axis that a tensor does not know; name it: {block.along(-1)}")
-    if isinstance(block, Rectangle):
-        block = block.along(-1)
-    if isinstance(block, Runs):
-        return [axis for axis, _ in block.runs], [size for _, size in block.runs]
-    assert isinstance(block, Slices)
-    return list(block.dims), []
+    here = block.alone()
+    if isinstance(here, Runs):
+        return [axis for axis, _ in here.runs], [size for _, size in here.runs]
+    return list(here.dims), []
 
 
 _OP = torch.ops.swalp_fx.quantize.default

@@ -21,7 +21,6 @@ from .formats import (
     Absmax,
     Affine,
     Block,
-    Channel,
     Codebook,
     Element,
     Float,
@@ -29,7 +28,6 @@ from .formats import (
     FormatError,
     Integer,
     PowerOfTwo,
-    Rectangle,
     Runs,
     Scale,
     Slices,
@@ -296,31 +294,19 @@ def _block_maximum(values: Tensor, block: Block) -> Tensor:
     """The largest of zero and the finite values in the block of each element, of a shape that broadcasts to theirs."""
     values = torch.where(values.isfinite(), values, 0.0).clamp(min=0.0)
     rank = values.dim()
-    if isinstance(block, Channel):
-        raise FormatError(f"{block} is along an axis that a tensor does not know; name it: {block.along(-1)}")
-    if isinstance(block, Rectangle):
-        block = block.along(-1)
-    if isinstance(block, Runs) and rank < len(block.runs) > 1:
-        raise FormatError(f"{block} is a block of {len(block.runs)} axes, and the tensor has {rank}; use one with more")
-    if isinstance(block, Runs) and rank > 0:
-        for axis, size in block.runs:
-            _check_dimension(axis, rank)
+    here = block.alone()
+    here.check(rank)
+    if isinstance(here, Runs) and rank > 0:
+        for axis, size in here.runs:
             tiles = values.split(size, axis)
             values = torch.cat([tile.amax(axis, keepdim=True).expand_as(tile) for tile in tiles], axis)
         return values
-    dims = block.dims if isinstance(block, Slices) else ()
+    dims = here.dims if isinstance(here, Slices) else ()
     if not dims or rank < 2:
         return values.amax()
-    for d in dims:
-        _check_dimension(d, rank)
     kept = {d % rank for d in dims}
     spanned = [d for d in range(rank) if d not in kept]
     return values.amax(spanned, keepdim=True) if spanned else values
-
-
-def _check_dimension(d: int, rank: int) -> None:
-    if not -rank <= d < rank:
-        raise FormatError(f"block dimension {d} does not exist in a tensor of {rank} dimensions")
 
 
 # ---- elements -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Block, Channel, FormatError, Rectangle, Runs, Slices
+from ..formats import Block, Runs
 
 __all__ = ["extremes", "per_block", "sizes", "spread"]
 
@@ -18,25 +18,15 @@ def sizes(shape: Sequence[int], block: Block) -> list[int]:
 
     Raises FormatError for a dimension that there is not, and for a contraction axis, which a tensor does not know.
     """
-    rank = len(shape)
-    if isinstance(block, Channel):
-        raise FormatError(f"{block} is along an axis that a tensor does not know; name it: {block.along(-1)}")
-    if isinstance(block, Rectangle):
-        block = block.along(-1)
-    if isinstance(block, Runs):
-        if rank < len(block.runs) > 1:
-            raise FormatError(
-                f"{block} is a block of {len(block.runs)} axes, and the tensor has {rank}; use one with more"
-            )
-        runs = block.runs if rank else ()
+    rank, here = len(shape), block.alone()
+    here.check(rank)
+    if isinstance(here, Runs):
+        runs = here.runs if rank else ()
         apart = [1] * rank
     else:
-        assert isinstance(block, Slices)
-        runs = tuple((d, 1) for d in block.dims) if rank > 1 else ()
+        runs = tuple((d, 1) for d in here.dims) if rank > 1 else ()
         apart = [*shape]
     for axis, size in runs:
-        if not -rank <= axis < rank:
-            raise FormatError(f"block dimension {axis} does not exist in a tensor of {rank} dimensions")
         apart[axis] = min(size, shape[axis])
     return apart
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import require
+from .errors import FormatError, require
 
 __all__ = ["ROWS", "WHOLE", "Block", "Channel", "Rectangle", "Runs", "Slices"]
 
@@ -27,6 +27,13 @@ class Block:
     def along(self, axis: int) -> Block:
         """The same, ``axis`` being the contraction axis."""
         return self
+
+    def alone(self) -> Runs | Slices:
+        """The same, of a tensor by itself, which no operation reads: of a rectangle the contraction axis is the last.
+
+        Raises FormatError for a block along a contraction axis.
+        """
+        raise NotImplementedError
 
     def of_tensor(self, rank: int, axis: int) -> Block:
         """The block of a tensor of ``rank`` axes; one with a single axis or none, and fewer than the block, is one."""
@@ -52,6 +59,13 @@ class Slices(Block):
     @property
     def rank(self) -> int:
         return _rank(self.dims)
+
+    def alone(self) -> Slices:
+        return self
+
+    def check(self, rank: int) -> None:
+        """Raises FormatError for a dimension that a tensor of ``rank`` axes does not have."""
+        _check_dimensions(self.dims if rank > 1 else (), rank)
 
     def __str__(self) -> str:
         return f"[{','.join(map(str, self.dims))}]"
@@ -88,6 +102,17 @@ class Runs(Block):
     def rank(self) -> int:
         return max(len(self.runs), _rank([axis for axis, _ in self.runs]))
 
+    def alone(self) -> Runs:
+        return self
+
+    def check(self, rank: int) -> None:
+        """Raises FormatError for a dimension that a tensor of ``rank`` axes does not have, and for too few of them."""
+        if rank < len(self.runs) > 1:
+            raise FormatError(
+                f"{self} is a block of {len(self.runs)} axes, and the tensor has {rank}; use one with more"
+            )
+        _check_dimensions([axis for axis, _ in self.runs] if rank else (), rank)
+
     def __str__(self) -> str:
         return f"[{','.join(f'{axis}:{size}' for axis, size in self.runs)}]"
 
@@ -116,6 +141,9 @@ class Rectangle(Block):
     def along(self, axis: int) -> Runs:
         return Runs(((0 if axis else 1, self.rows), (axis, self.columns)))
 
+    def alone(self) -> Runs:
+        return self.along(-1)
+
     def __str__(self) -> str:
         return f"[{self.rows}x{self.columns}]"
 
@@ -138,12 +166,21 @@ class Channel(Block):
     def along(self, axis: int) -> Runs:
         return Runs(((axis, self.count),))
 
+    def alone(self) -> Runs:
+        raise FormatError(f"{self} is along an axis that a tensor does not know; name it: {self.along(-1)}")
+
     def __str__(self) -> str:
         return f"[c:{self.count}]"
 
 
 def _rank(dims: Iterable[int]) -> int:
     return max((d + 1 if d >= 0 else -d for d in dims), default=0)
+
+
+def _check_dimensions(dims: Iterable[int], rank: int) -> None:
+    for d in dims:
+        if not -rank <= d < rank:
+            raise FormatError(f"block dimension {d} does not exist in a tensor of {rank} dimensions")
 
 
 def _check_size(size: int) -> None:
