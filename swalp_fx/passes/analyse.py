@@ -6,7 +6,7 @@ from torch.fx import Graph, Node
 
 from .facts import FACTS, Facts, Origin, is_floating
 from .norms import mark_wholes
-from .operations import category, operation_of
+from .operations import category, operation_of, stem_of
 from .origin import origins
 from .purpose import Purposes
 from .tables import LAYER_PARTS, does
@@ -37,7 +37,5 @@ def analyse(graph: Graph) -> Graph:
 
 
 def _category(node: Node, origin: Origin) -> str:
-    is_drawn = (
-        operation_of(node).rstrip("_") == "normal" and origin is not Origin.CONSTANT
-    )  # around numbers of the model
+    is_drawn = stem_of(node) == "normal" and origin is not Origin.CONSTANT  # around numbers of the model
     return "arithmetic" if is_drawn else category(node)

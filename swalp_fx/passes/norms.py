@@ -12,15 +12,15 @@ from torch.fx import Graph, Node
 
 from .captured import CALLS, HOLDS, LAYER, MODULE, STEPS, Layer
 from .facts import Origin, is_floating
-from .operations import category, operation_of
+from .operations import CASTS, category, stem_of
 
 __all__ = ["Norm", "mark_wholes"]
 
 STATISTICS = ("var", "std", "var_mean", "std_mean", "norm", "linalg_norm", "linalg_vector_norm")
 ROOTS = ("sqrt", "rsqrt", "std", "std_mean", "norm", "linalg_norm", "linalg_vector_norm")
 WRITTEN = ("normalize", "layer_norm", "rms_norm", "group_norm")  # norms already, which a module may scale and move
-CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous")
-ALIKE = (*CASTS, "unsqueeze", "expand", "expand_as", "view", "reshape", "getitem")
+PLAIN = (*CASTS, "contiguous")  # no new numbers but of another type
+ALIKE = (*PLAIN, "unsqueeze", "expand", "expand_as", "view", "reshape", "getitem")
 ONE_INPUT = ("sqrt", "rsqrt", "reciprocal", "clamp", "clamp_min", "clip", "pow", "abs")
 BETWEEN = ("add", "sub", "mul", "div", "truediv", "maximum", "max")
 IN_A_NORM = ("norm", "arithmetic", "pooling", "movement", "number")
@@ -65,7 +65,7 @@ def mark_wholes(graph: Graph, origins: dict[Node, Origin]) -> None:
 
 def _name(node: Node) -> str:
     """``add``, of ``add_`` and ``iadd`` too."""
-    name = operation_of(node).rstrip("_")
+    name = stem_of(node)
     return name[1:] if name in ("iadd", "isub", "imul", "itruediv") else name
 
 
@@ -186,7 +186,7 @@ class _Pattern:
         casts: set[Node] = set()
         while len(last.users) == 1:
             (user,) = last.users
-            if _name(user) in CASTS:
+            if _name(user) in PLAIN:
                 casts.add(user)
             elif _name(user) in ("mul", "add") and (weight := self._weight(user, last)) is not None:
                 yield {user, *casts, *weight}
@@ -211,7 +211,7 @@ class _Pattern:
 
 def _plain(node: Node) -> Node:
     """What ``node`` is a cast of."""
-    while _name(node) in CASTS and node.args and isinstance(node.args[0], Node):
+    while _name(node) in PLAIN and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

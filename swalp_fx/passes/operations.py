@@ -17,6 +17,7 @@ from torch.fx.node import Argument
 from .tables import does, part_of
 
 __all__ = [
+    "CASTS",
     "CHECKPOINT",
     "SWITCHES",
     "category",
@@ -26,6 +27,7 @@ __all__ = [
     "operation_of",
     "place_of_inplace",
     "read_after_writes",
+    "stem_of",
     "writes",
     "writes_in_place",
     "written",
@@ -42,6 +44,8 @@ SWITCHES = (
 )
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # a body of its own, that backward computes again
+
+CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 
 _TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
 _OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.higher_order", "torch._ops.torchvision")
@@ -71,6 +75,11 @@ def operation_of(node: Node) -> str:
     """The name to look up in the table of operations; "" of what is no call of PyTorch's own code."""
     is_own = node.op == "call_method" or (node.op == "call_function" and is_torch(node.target))
     return name_of(node) if is_own else ""
+
+
+def stem_of(node: Node) -> str:
+    """``operation_of``, the form in place having the other's name: ``masked_fill``, of ``masked_fill_`` too."""
+    return operation_of(node).rstrip("_")
 
 
 def category(node: Node) -> str:

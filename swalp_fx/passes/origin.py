@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from .captured import HOLDS
 from .facts import Origin, is_floating
-from .operations import category, operation_of, writes, written
+from .operations import category, stem_of, writes, written
 from .tables import does
 
 __all__ = ["ORIGIN", "origins"]
@@ -41,7 +41,7 @@ def _origin(node: Node, found: dict[Node, Origin]) -> Origin:
         return _of_given(node)
     if node.op == "get_attr":
         return Origin.CONSTANT
-    part, name = category(node), operation_of(node).rstrip("_")
+    part, name = category(node), stem_of(node)
     if _is_no_tensor(node) or (part == "number" and "reads" not in does(name)):
         return Origin.CONSTANT
     origin = max((found[source] for source in node.all_input_nodes), default=Origin.CONSTANT)

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from .captured import LAYER
 from .facts import Origin, is_floating
-from .operations import category, operation_of
+from .operations import CASTS, category, stem_of
 from .tables import LAYER_PARTS
 
 __all__ = ["Purposes"]
@@ -41,7 +41,7 @@ class Purposes:
         for node in reversed(graph.nodes):
             if self._passes_on(node) and self._leads(node):
                 self.leads.add(node)
-            if self._turns(node) and self._serves(node, lambda _, user: _name(user) in WAVES or user in self.angles):
+            if self._turns(node) and self._serves(node, lambda _, user: stem_of(user) in WAVES or user in self.angles):
                 self.angles.add(node)
         self.carriers: set[Node] = set()  # what a mask is in
         self.moved: set[Node] = set()  # sums with a mask and products with a scale
@@ -54,7 +54,7 @@ class Purposes:
 
     def meaning(self, node: Node) -> str:
         makes = category(node) in LAYER_PARTS
-        if LAYER in node.meta and _name(node) not in ("pad", "fold", "alpha_dropout", "feature_alpha_dropout"):
+        if LAYER in node.meta and stem_of(node) not in ("pad", "fold", "alpha_dropout", "feature_alpha_dropout"):
             return ""
         if makes and node in self.moved | self.masks:
             return "mask"
@@ -69,13 +69,13 @@ class Purposes:
 
     def _leads(self, node: Node) -> bool:
         """Whether a softmax reads ``node``; its maximum may be read besides, to be taken off before."""
-        readers = [user for user in _readers(node) if _name(user) not in MAXIMA]
+        readers = [user for user in _readers(node) if stem_of(user) not in MAXIMA]
         return bool(readers) and all(user in self.leads or _is_softmax(user, node) for user in readers)
 
     def _passes_on(self, node: Node) -> bool:
         if LAYER in node.meta or not is_floating(node):
             return False
-        name = _name(node)
+        name = stem_of(node)
         if name in (*PRODUCTS, *QUOTIENTS):  # with one number a row
             return any(not self._is_of_model(each) or _is_a_number_a_row(each, node) for each in _beside(node))
         return name in SUMS or category(node) == "movement"
@@ -92,7 +92,7 @@ class Purposes:
     def _mask(self, node: Node) -> None:
         if node not in self.leads:
             return
-        name, sources = _name(node), node.all_input_nodes
+        name, sources = stem_of(node), node.all_input_nodes
         carries = any(source in self.carriers for source in sources)
         if name in (*SUMS, *PRODUCTS, *QUOTIENTS):
             moves = any(not self._is_of_model(each) for each in _beside(node))
@@ -105,13 +105,13 @@ class Purposes:
             self.carriers.add(node)
 
     def _takes_as_mask(self, node: Node, user: Node) -> bool:
-        if _name(user) == ATTENTION:
+        if stem_of(user) == ATTENTION:
             return _is_attention_mask(node, user)
         return user in self.masks or (user in self.moved and self.origins[user] is Origin.MODEL)
 
     def _mixes(self, node: Node) -> bool:
         """Whether movement puts constants that a format may not hold among other numbers."""
-        if node in self.leads or self._serves(node, lambda _, user: _name(user) in MAXIMA):
+        if node in self.leads or self._serves(node, lambda _, user: stem_of(user) in MAXIMA):
             return False
         if self.origins[node] is Origin.CONSTANT or not is_floating(node):
             return False
@@ -121,7 +121,7 @@ class Purposes:
 
     def _fills(self, node: Node) -> list[Any]:
         """The constants that ``node`` mixes in."""
-        name, args, kwargs = _name(node), node.args, node.kwargs
+        name, args, kwargs = stem_of(node), node.args, node.kwargs
         if name in ("masked_fill", "index_fill"):
             given = [kwargs.get("value", args[-1] if args else None)]
         elif name == "where":
@@ -138,11 +138,6 @@ class Purposes:
         return [each for each in given if not isinstance(each, Node) or self.origins[each] is Origin.CONSTANT]
 
 
-def _name(node: Node) -> str:
-    """``masked_fill``, of ``masked_fill_`` too."""
-    return operation_of(node).rstrip("_")
-
-
 def _readers(node: Node) -> list[Node]:
     """Who reads ``node``'s numbers; the model may return it besides."""
     return [user for user in node.users if user.op != "output" and category(user) != "number"]
@@ -150,20 +145,20 @@ def _readers(node: Node) -> list[Node]:
 
 def _is_softmax(user: Node, node: Node) -> bool:
     """Whether ``user`` is a softmax of ``node``, by hand too, as a sum of what exp gives; or takes it as its mask."""
-    if _name(user) == ATTENTION:
+    if stem_of(user) == ATTENTION:
         return _is_attention_mask(node, user)
-    by_hand = _name(user) == "exp" and any(_name(each) == "sum" for each in user.users)
-    return (_name(user) in SOFTMAX or by_hand) and user.args[:1] == (node,)
+    by_hand = stem_of(user) == "exp" and any(stem_of(each) == "sum" for each in user.users)
+    return (stem_of(user) in SOFTMAX or by_hand) and user.args[:1] == (node,)
 
 
 def _beside(node: Node) -> tuple[Any, ...]:
     """What may be a mask or a scale of the operands of a sum, a product or a quotient."""
-    return node.args[1:2] if _name(node) in QUOTIENTS else node.args[:2]
+    return node.args[1:2] if stem_of(node) in QUOTIENTS else node.args[:2]
 
 
 def _adds_up(node: Node) -> bool:
     """Whether what else is movement makes new numbers here: sums where places meet, dropout that keeps a variance."""
-    name, values = _name(node), [*node.args, *node.kwargs.values()]
+    name, values = stem_of(node), [*node.args, *node.kwargs.values()]
     if name == "fold":
         names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
         taken = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -194,8 +189,8 @@ def _is_cast_of_integers(node: Node) -> bool:
     """Whether ``node`` makes numbers of integers; zeros and ones, of truth values, are in every format."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     value = source.meta.get("example_value") if source is not None else None
-    casts = _name(node) in ("to", "type", "type_as", "float", "double", "half", "bfloat16")
-    return casts and isinstance(value, Tensor) and not value.is_floating_point() and value.dtype not in _EXACT
+    is_of_integers = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype not in _EXACT
+    return stem_of(node) in CASTS and is_of_integers
 
 
 _EXACT = (torch.bool, torch.complex64, torch.complex128, torch.complex32)
@@ -207,7 +202,7 @@ def _value(fill: Any) -> Any:
         fill = fill.all_input_nodes[0]
     if not isinstance(fill, Node):
         return fill if isinstance(fill, (int, float)) else None
-    name = _name(fill)
+    name = stem_of(fill)
     if "zeros" in name:
         return 0
     if "ones" in name:
