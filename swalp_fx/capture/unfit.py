@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import UNPACK, ConvertError
 from ..passes.fit import of_parameter
 from ..passes.names import parameter_subjects
-from ..recipe import Recipe, Subject
+from ..recipe import LETTERS, Recipe, Subject
 from .conversion import conversion_of
 
 __all__ = ["refuse_unfit"]
@@ -70,12 +70,12 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
     """Raises ConvertError for a parameter that has fewer axes than the block of a format of its."""
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
-        for letter, role in (("W", "weight"), ("G", "gradient"), ("M", "momentum")):
+        for role in ("weight", "gradient", "momentum"):
             format = getattr(here, role).format
             if parameter.is_floating_point() and format.block.rank > parameter.dim() > 1:
                 raise ConvertError(
                     f"parameter {name} has {parameter.dim()} dimensions, and {format} needs {format.block.rank}; "
-                    f"give it another format by a rule, such as Rule({name!r}, {letter}='float')"
+                    f"give it another format by a rule, such as Rule({name!r}, {LETTERS[role]}='float')"
                 )
 
 

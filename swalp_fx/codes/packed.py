@@ -28,19 +28,14 @@ def packed_state(module: nn.Module, formats: Mapping[str, Format]) -> dict[str, 
 
     Tensors, numbers and strings in dicts and lists: torch.load(weights_only=True) reads it.
     """
-    first_names: dict[nn.Parameter, str] = {}
+    records: dict[nn.Parameter, dict[str, Any] | None] = {}
+    packed = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        first_names.setdefault(parameter, name)
-    of_first = {
-        name: record
-        for parameter, name in first_names.items()
-        if formats.get(name, FLOAT) != FLOAT and (record := _record(parameter.detach(), formats[name])) is not None
-    }
-    packed = {
-        name: of_first[first_names[parameter]]
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if first_names[parameter] in of_first
-    }
+        if parameter not in records:
+            format = formats.get(name, FLOAT)
+            records[parameter] = _record(parameter.detach(), format) if format != FLOAT else None
+        if (record := records[parameter]) is not None:
+            packed[name] = record
     plain = {name: value for name, value in module.state_dict().items() if name not in packed}
     return {"version": VERSION, "packed": packed, "plain": plain}
 
