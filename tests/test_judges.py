@@ -13,10 +13,12 @@ import ml_dtypes
 import numpy
 import pytest
 import torch
+from judges import GFLOAT_ROUNDINGS
 from tables import assert_same_bits, draws, hard_values
 
 from swalp_fx import parse
 from swalp_fx.formats import Float, posit
+from swalp_fx.recipe import parse_rounding
 from swalp_fx.reference import quantize
 
 # ---- casts: beyond the largest number too, and infinities ----------------------------------------
@@ -70,14 +72,6 @@ def info_of(format):
     )
 
 
-GFLOAT_ROUNDINGS = {
-    "nearest": gfloat.RoundMode.TiesToEven,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "down": gfloat.RoundMode.TowardNegative,
-    "up": gfloat.RoundMode.TowardPositive,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "stochastic8": gfloat.RoundMode.Stochastic,
-}
 GFLOAT = ["e4m3+bias11", "e5m2+bias3", "e4m3fnuz", "e4m3+p3109", "e5m2+p3109", "e2m3+p3109", "e3m2+nan+bias-2"]
 
 
@@ -95,8 +89,8 @@ def test_gfloat_agrees(spec, rounding):
     x = x[x.isfinite()]
     ours, random = {}, {}
     if rounding.startswith("stochastic"):
-        ours = {"draws": draws(rounding)[: x.numel()]}
-        random = {"srbits": ours["draws"].numpy(), "srnumbits": 8}
+        ours = {"draws": draws(rounding).repeat(4)[: x.numel()]}
+        random = {"srbits": ours["draws"].numpy(), "srnumbits": parse_rounding(rounding)[1]}
     theirs = gfloat.round_ndarray(info, x.double().numpy(), GFLOAT_ROUNDINGS[rounding], sat=True, **random)
     assert torch.equal(quantize(x, spec, rounding, **ours), torch.from_numpy(theirs).float())
 

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy
 import pytest
 import torch
+from judges import GFLOAT_ROUNDINGS
 from strategies import GRIDS_ON_POWERS_OF_TWO
 from tables import ALL_ROUNDINGS, FORMATS, REAL_SCALE, assert_same_bits, draws, every_half, hard_values
 
@@ -258,17 +259,6 @@ GFLOAT = {
     "e2m1": gfloat.formats.format_info_ocp_e2m1,
     "fp16": gfloat.formats.format_info_binary16,
     "bf16": gfloat.formats.format_info_bfloat16,
-}
-# gfloat has no rounding of ties up.
-GFLOAT_ROUNDINGS = {
-    "nearest": gfloat.RoundMode.TiesToEven,
-    "toward_zero": gfloat.RoundMode.TowardZero,
-    "down": gfloat.RoundMode.TowardNegative,
-    "up": gfloat.RoundMode.TowardPositive,
-    "nearest_away": gfloat.RoundMode.TiesToAway,
-    "stochastic": gfloat.RoundMode.Stochastic,
-    "stochastic8": gfloat.RoundMode.Stochastic,
-    "stochastic24": gfloat.RoundMode.Stochastic,
 }
 
 
