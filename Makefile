@@ -63,7 +63,7 @@ $(ENVIRONMENT): constraints.txt
 	touch $@
 
 $(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
-	@echo "building swalp_fx (a minute) and installing what its tools and tests use"
+	@echo "building swalp_fx (some minutes with nvcc) and installing what its tools and tests use"
 	$(PIP) --no-build-isolation --editable ".[test,dev]"
 	touch $@
 
