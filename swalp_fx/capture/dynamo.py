@@ -252,7 +252,7 @@ class Frame:
         """The names of the nodes that buffers are set to: ``self.mean = self.mean * 0.9 + new * 0.1``."""
         names = set()
         effects = self._tx.output.side_effects
-        for variable in effects.id_to_variable.values():
+        for variable in list(effects.id_to_variable.values()):  # reading one may add another
             source = getattr(variable, "source", None)
             if getattr(source, "member", "") == "_buffers" and effects.is_modified(variable):
                 items = getattr(variable, "items", {})
