@@ -244,7 +244,7 @@ struct Call {
   }
 };
 
-// The forms of the op that every device has: fresh, in place, and in place for a list of tensors with a stream each.
+// The forms of the op that every device has: fresh, in place, in place for a list of tensors with a stream each, and a plan.
 // N are the numbers of the format, as `numbers` takes them.
 template <class Device, class... N>
 struct Forms {
@@ -270,6 +270,12 @@ struct Forms {
     for (size_t i = 0; i < xs.size(); ++i) OneCall(xs[i], n, dims, sizes, rounding, bits, key, streams[i]).in_place();
   }
 
+  // A plan of this call, which is the caller's to delete; 0 if x is not dense.
+  static int64_t plan(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, int64_t stream) {
+    const OneCall call(std::move(x), numbers(format...), dims, sizes, rounding, bits, key, stream);
+    return call.dense ? reinterpret_cast<int64_t>(new typename Device::PlanOf(call)) : 0;
+  }
+
   static std::vector<OneCall> calls(const std::vector<Tensor>& xs, const Numbers& n, const Dims& dims, const Dims& sizes,
                                     int64_t rounding, int64_t bits, const Key& key, const std::vector<int64_t>& streams) {
     std::vector<OneCall> of_each;
@@ -285,6 +291,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize", TORCH_BOX(&OfDevice::fresh));
   m.impl("quantize_", TORCH_BOX(&OfDevice::in_place));
   m.impl("quantize_foreach_", TORCH_BOX(&OfDevice::foreach));
+  m.impl("quantize_plan", TORCH_BOX(&OfDevice::plan));
   Device::template register_more<OfDevice>(m);
 }
 

@@ -16,9 +16,9 @@
 #define SWALP_ROUNDING "int rounding, int random_bits, Tensor? key, "
 #define SWALP_SGD "float lr, float momentum, float undamped, float weight_decay, bool nesterov, bool maximize, "
 
-// The forms ending in _ work in place and return nothing. On the CPU alone: _sgd_, a step of torch.optim.SGD with its
-// roundings, where a role without streams is not rounded and undamped is 1 - dampening; and _plan, which rounds nothing, but
-// gives the address of a plan (plan.h) of such calls.
+// The forms ending in _ work in place and return nothing. _plan rounds nothing, but gives the address of a plan (plan.h) of
+// such calls. On the CPU alone: _sgd_, a step of torch.optim.SGD with its roundings, where a role without streams is not
+// rounded and undamped is 1 - dampening.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> Tensor");
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");

@@ -282,14 +282,14 @@ def quantize(
     return rounded(x, format, rounding, key, stream)
 
 
-# (format, rounding, shape, strides, dtype) -> a plan, or None where there is none: those sizes that come again.
+# (format, rounding, shape, strides, dtype, device) -> a plan, or None where there is none: those sizes that come again.
 _PLANS: dict[tuple, Any] = {}
 MOST_PLANS = 4096
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is memory on the CPU that holds its numbers as they are; a subclass's memory is its own affair."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu or x.layout is not torch.strided:
+    """Whether ``x`` is memory that holds its numbers as they are; a subclass's memory is its own affair."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided or not (x.is_cpu or x.is_cuda):
         return False
     return not (x.is_neg() or x._is_zerotensor() or x.is_nested)
 
@@ -304,7 +304,7 @@ def _is_recorded() -> bool:
 def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
     """How to round tensors like ``x`` past torch's dispatcher, which takes longer than a small tensor's rounding.
 
-    None where that would do something else: off the CPU, for tensors that are not plain, and where calls are recorded.
+    None where that would do something else: for tensors that are not plain, and where calls are recorded.
     """
     if _is_recorded() or not is_plain(x):
         return None
@@ -312,7 +312,7 @@ def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> A
         return None
     if key is not None and not (type(key) is Tensor and key.is_cpu and key.dtype is torch.int64 and key.numel() == 1):
         return None
-    alike = spec, rounding, x.shape, x.stride(), x.dtype
+    alike = spec, rounding, x.shape, x.stride(), x.dtype, x.get_device()
     try:
         return _PLANS[alike]
     except KeyError:

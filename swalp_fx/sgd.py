@@ -120,6 +120,6 @@ def _are_alike(tensors: list[Tensor]) -> bool:
     first = tensors[0]
     strides = first.stride()
     for tensor in tensors:
-        if not is_plain(tensor) or tensor.dtype is not torch.float32 or tensor.stride() != strides:
+        if not is_plain(tensor) or not tensor.is_cpu or tensor.dtype is not torch.float32 or tensor.stride() != strides:
             return False
     return first.is_contiguous() or (len(strides) == 4 and first.is_contiguous(memory_format=torch.channels_last))

@@ -11,7 +11,7 @@ import torch
 from tables import DTYPES, KEY, STREAM, assert_same_bits
 from torch.utils.cpp_extension import include_paths
 
-from swalp_fx import ops
+from swalp_fx import _C, ops
 from swalp_fx.recipe import ROUNDINGS
 
 GXX = shutil.which("g++")
@@ -93,8 +93,14 @@ def numbers_of(spec, blocks, rounding):
     return *format, *blocks, code, bits
 
 
+def by_plan(address, x):
+    y, key = torch.empty_like(x), torch.tensor(KEY)
+    _C.round(_C.own(address), x.data_ptr(), y.data_ptr(), key.data_ptr(), STREAM)
+    return y
+
+
 def assert_follows_cpu(on_host, spec, x, blocks, rounding, offset=0):
-    """Fresh and in place, with ``blocks`` as (dims, sizes)."""
+    """Fresh, in place and by a plan, with ``blocks`` as (dims, sizes)."""
     numbers = (*numbers_of(spec, blocks, rounding), torch.tensor(KEY), STREAM)
     due = torch.ops.swalp_fx.quantize(x, *numbers)
     if x.numel() == 0 or due.stride() != x.stride():  # x has gaps or overlaps
@@ -105,6 +111,7 @@ def assert_follows_cpu(on_host, spec, x, blocks, rounding, offset=0):
     assert result.stride() == due.stride()
     assert_same_bits(result, due, x)
     assert_same_bits(inside, x)
+    assert_same_bits(by_plan(on_host.quantize_plan(x, *numbers), inside), due, x)
     on_host.quantize_(inside, *numbers)
     assert_same_bits(inside, due, x)
     first = MARGIN + offset

@@ -133,8 +133,60 @@ struct Cpu {
   template <class Forms>
   static void register_more(torch::stable::detail::StableLibrary& m) {
     m.impl("quantize_sgd_", TORCH_BOX(&CpuForms<Forms>::sgd));
-    m.impl("quantize_plan", TORCH_BOX(&CpuForms<Forms>::plan));
   }
+
+  struct PlanOf final : Plan {
+    Numbers format;
+    Cover cover;
+    ScalarType type;
+    Drawing drawing;
+    static constexpr bool dense = true;
+
+    explicit PlanOf(const Call<Cpu>& call)
+        : format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
+      drawing.key.reset();
+    }
+
+    void round(const void* from, void* to, uint64_t key, uint64_t stream) const override {
+      Drawing drawn = drawing;
+      drawn.random.key = key;
+      drawn.random.stream = stream;
+      check_memory(from);
+      if (!cover.layouts.empty()) run_at(format, cover, type, from, to, drawn);
+    }
+
+    // Where rounding to nearest keeps a number, every rounding does, as long as scales are powers of two.
+    bool keeps(const void* from) const override {
+      if (!format.is_exact()) return false;
+      check_memory(from);
+      std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
+      if (!kept) return false;
+      for_each_piece(this, 1, [&](size_t, const Cover& piece) {
+        if (kept && !keeps_piece(piece, from)) kept = false;
+      });
+      return kept;
+    }
+
+   private:
+    // Sizes and strides are the plan's, but whoever has them may have no memory.
+    void check_memory(const void* x) const {
+      require(cover.layouts.empty() || x != nullptr, kOp, kNoMemory);
+    }
+
+    bool keeps_piece(const Cover& piece, const void* from) const {
+      bool changed = false;
+      with_scalar(type, [&](auto zero) {
+        using S = decltype(zero);
+        changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
+        if (changed) return;
+        const S* x = static_cast<const S*>(from);
+        with_format(format, [&](const auto& product) {
+          run_on(kIsa, product, piece, x, const_cast<S*>(x), Look{{}, &changed}, Random());
+        });
+      });
+      return !changed;
+    }
+  };
 
  private:
   // Calls f(number of a call, what its piece covers), on every thread, for pieces of about kGrain elements and of whole
@@ -223,13 +275,6 @@ struct Cpu {
   struct CpuForms<Forms<Device, N...>> {
     using Of = Forms<Device, N...>;
 
-    // A plan of this call, which is the caller's to delete; 0 if x is not dense.
-    static int64_t plan(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key,
-                        int64_t stream) {
-      const Call<Cpu> call(x, numbers(format...), dims, sizes, rounding, bits, key, stream);
-      return call.dense ? reinterpret_cast<int64_t>(new PlanOf(call)) : 0;
-    }
-
     // A step of torch.optim.SGD in one pass: a thread rounds a piece of the gradients, updates, and rounds what it has
     // updated while that is in its cache. A role without streams is not rounded.
     static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta, double lr,
@@ -293,59 +338,6 @@ struct Cpu {
       }
     });
   }
-
-  struct PlanOf final : Plan {
-    Numbers format;
-    Cover cover;
-    ScalarType type;
-    Drawing drawing;
-    static constexpr bool dense = true;
-
-    explicit PlanOf(const Call<Cpu>& call)
-        : format(call.format), cover(call.cover), type(call.x.scalar_type()), drawing(call.drawing) {
-      drawing.key.reset();
-    }
-
-    void round(const void* from, void* to, uint64_t key, uint64_t stream) const override {
-      Drawing drawn = drawing;
-      drawn.random.key = key;
-      drawn.random.stream = stream;
-      check_memory(from);
-      if (!cover.layouts.empty()) run_at(format, cover, type, from, to, drawn);
-    }
-
-    // Where rounding to nearest keeps a number, every rounding does, as long as scales are powers of two.
-    bool keeps(const void* from) const override {
-      if (!format.is_exact()) return false;
-      check_memory(from);
-      std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
-      if (!kept) return false;
-      for_each_piece(this, 1, [&](size_t, const Cover& piece) {
-        if (kept && !keeps_piece(piece, from)) kept = false;
-      });
-      return kept;
-    }
-
-   private:
-    // Sizes and strides are the plan's, but whoever has them may have no memory.
-    void check_memory(const void* x) const {
-      require(cover.layouts.empty() || x != nullptr, kOp, kNoMemory);
-    }
-
-    bool keeps_piece(const Cover& piece, const void* from) const {
-      bool changed = false;
-      with_scalar(type, [&](auto zero) {
-        using S = decltype(zero);
-        changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
-        if (changed) return;
-        const S* x = static_cast<const S*>(from);
-        with_format(format, [&](const auto& product) {
-          run_on(kIsa, product, piece, x, const_cast<S*>(x), Look{{}, &changed}, Random());
-        });
-      });
-      return !changed;
-    }
-  };
 
   static void run_at(const Numbers& format, const Cover& cover, ScalarType type, const void* x, void* y,
                      const Drawing& drawing) {

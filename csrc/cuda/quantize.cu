@@ -6,6 +6,7 @@
 #include <map>
 
 #include "../check.h"
+#include "../plan.h"
 #include "kernels.cuh"
 
 namespace swalp_fx {
@@ -103,7 +104,7 @@ struct Launch {
   using Bits = typename Ieee<Compute<S>>::Bits;
   const Format& format;
   const Round& round;
-  const Tensor& tensor;
+  const Tensor& like;  // a tensor on the device
   const S* x;
   S* y;
   Random random;
@@ -112,7 +113,7 @@ struct Launch {
 
   // Zeros, from torch's allocator: it follows the stream, and graph capture allows it.
   Tensor zeros(int64_t count) const {
-    Tensor t = torch::stable::new_empty(tensor, {count}, sizeof(Bits) == 8 ? ScalarType::Long : ScalarType::Int);
+    Tensor t = torch::stable::new_empty(like, {count}, sizeof(Bits) == 8 ? ScalarType::Long : ScalarType::Int);
     STD_CUDA_CHECK(cudaMemsetAsync(t.mutable_data_ptr(), 0, count * sizeof(Bits), stream));
     return t;
   }
@@ -239,10 +240,37 @@ struct Cuda {
   static void register_more(torch::stable::detail::StableLibrary&) {}
 
   static void run(const Numbers& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    with_scalar(x.scalar_type(), [&](auto zero) {
-      with_format(format, [&](const auto& product) { run_as<decltype(zero)>(product, cover, x, y, drawing); });
-    });
+    run_at(format, cover, x, x.scalar_type(), x.const_data_ptr(), y.mutable_data_ptr(), drawing);
   }
+
+  struct PlanOf final : Plan {
+    Numbers format;
+    Cover cover;
+    ScalarType type;
+    Drawing drawing;
+    Tensor like;  // without memory
+
+    explicit PlanOf(const OneCall& call)
+        : format(call.format),
+          cover(call.cover),
+          type(call.x.scalar_type()),
+          drawing(call.drawing),
+          like(torch::stable::new_empty(call.x, {0})) {
+      drawing.key.reset();
+    }
+
+    void round(const void* from, void* to, uint64_t key, uint64_t stream) const override {
+      if (cover.layouts.empty()) return;
+      require(from != nullptr, kOp, kNoMemory);
+      Drawing drawn = drawing;
+      drawn.random.key = key;
+      drawn.random.stream = stream;
+      run_at(format, cover, like, type, from, to, drawn);
+    }
+
+    // To know it, the host would wait for the GPU.
+    bool keeps(const void*) const override { return false; }
+  };
 
   // A list of tensors: the small ones in as few launches as take them, each other one in its own.
   static void in_place(std::vector<OneCall>& calls) {
@@ -276,19 +304,21 @@ struct Cuda {
     return there ? static_cast<const uint64_t*>(drawing.key->const_data_ptr()) : nullptr;
   }
 
-  template <class S, class Format>
-  static void run_as(const Format& format, const Cover& cover, const Tensor& x, Tensor& y, const Drawing& drawing) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-    with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), [&](const auto& round) {
-      Launch<S, Format, std::decay_t<decltype(round)>>{format,
-                                                       round,
-                                                       x,
-                                                       static_cast<const S*>(x.const_data_ptr()),
-                                                       static_cast<S*>(y.mutable_data_ptr()),
-                                                       drawing.random,
-                                                       key_on_device(drawing),
-                                                       current_stream(x)}
-          .cover(cover);
+  // `like`: any tensor on the device of x and y.
+  static void run_at(const Numbers& format, const Cover& cover, const Tensor& like, ScalarType type, const void* x, void* y,
+                     const Drawing& drawing) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    with_scalar(type, [&](auto zero) {
+      using S = decltype(zero);
+      with_format(format, [&](const auto& product) {
+        with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, product.magnitude_bits(), [&](const auto& round) {
+          using Format = std::decay_t<decltype(product)>;
+          using Round = std::decay_t<decltype(round)>;
+          Launch<S, Format, Round>{product, round, like, static_cast<const S*>(x), static_cast<S*>(y), drawing.random,
+                                   key_on_device(drawing), current_stream(like)}
+              .cover(cover);
+        });
+      });
     });
   }
 
