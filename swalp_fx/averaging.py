@@ -1,4 +1,4 @@
-"""The higher-precision average of the weights, and the batch-norm statistics that go with it.
+"""The higher-precision average of the weights.
 
 SWALP's last step (Algorithm 2, line 6) averages low-precision weights in high precision. The
 mean lives apart from the model, in its own dtype: torch.optim.swa_utils.AveragedModel keeps it in
@@ -8,19 +8,16 @@ the parameters' dtype, where a bfloat16 mean soon stops moving.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.hooks import RemovableHandle
 
 from .formats import FLOAT, Format, parse
 from .ops import quantize, quantize_foreach_
 from .recipe import parse_rounding
 
-__all__ = ["Average", "mean_dtype", "recalibrate"]
+__all__ = ["Average", "mean_dtype"]
 
 
 def mean_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -35,6 +32,10 @@ class Average:
 
     format, rounding: what every mean is rounded to after each update, and how: Q_SWA of the paper's section 5.1, which
         asks how few bits the average can live with.
+    decay: of an exponential moving average, ``mean <- decay * mean + (1 - decay) * parameter``, with the bias of its
+        start corrected (Kingma and Ba, ICLR 2015, section 3); None: every update counts alike.
+    start, every: which calls of ``update`` count: that of number ``start``, from 0, and each ``every``-th one after it.
+    dtype, device: of the means, where they are not to be as the parameters: torch.float64, "cpu".
 
     An average that is rounded to nearest at each update stalls. The n-th update moves a mean by 1 / n of its distance
     to the new parameter, and rounding takes back what is less than half a step. With parameters around their mean by
@@ -42,44 +43,78 @@ class Average:
     under which a small move comes with a small probability; and no format here, but one in ``mean(format)`` or
     ``applied_to(model, format)``, which round once, when the average is read.
 
-    One run may have several averages: ``average.update(dict(model.named_parameters()))`` adds its weights to any.
+    One run may have several: ``swalp.averages["ema"] = Average(decay=0.999)``.
+    Raises ValueError for a number out of range, and what parsing a format and a rounding raises.
     """
 
-    def __init__(self, format: str | Format = FLOAT, rounding: str = "nearest") -> None:
+    def __init__(
+        self,
+        format: str | Format = FLOAT,
+        rounding: str = "nearest",
+        *,
+        decay: float | None = None,
+        start: int = 0,
+        every: int = 1,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
         parse_rounding(rounding)
-        self.format = parse(format)
-        self.rounding = rounding
-        self.n_averaged = 0
+        if decay is not None and not 0.0 < decay < 1.0:
+            raise ValueError(f"decay={decay} is out of range; use more than 0 and less than 1, such as 0.999")
+        if start < 0 or every < 1:
+            raise ValueError(f"start={start}, every={every} is out of range; begin at 0 or later, every 1 or more")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"an average is kept in float32 or float64, not {dtype}; name a format to round it")
+        self.format, self.rounding = parse(format), rounding
+        self.decay, self.start, self.every = decay, start, every
+        self.dtype, self.device = dtype, device
+        self.n_seen = 0  # calls of update
+        self.n_averaged = 0  # those that counted
         self.means: dict[str, Tensor] = {}
+
+    def mean_dtype(self, parameter: Tensor) -> torch.dtype | None:
+        """The dtype of the mean of ``parameter``; None if it is an integer, with no mean."""
+        dtype = mean_dtype(parameter)
+        return dtype if dtype is None or self.dtype is None else torch.promote_types(dtype, self.dtype)
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], *, key: Tensor | int | None = None) -> None:
-        """mean <- Q(mean + (parameter - mean) / n), for the n-th update.
+        """mean <- Q(mean + share * (parameter - mean)), with a share of 1 / n in the n-th update that counts.
+
+        With a decay the share is (1 - decay) / (1 - decay^n).
 
         key: of stochastic rounding; each mean has its place among ``parameters`` for a stream. Without a key, one is
             drawn from torch's default generator.
         Raises ValueError, before anything is changed, for a parameter that the average so far does not have.
         """
+        since = self.n_seen - self.start
+        if since < 0 or since % self.every:
+            self.n_seen += 1
+            return
         n = self.n_averaged + 1
         if n > 1:
-            self._refuse_other(parameters)
+            self.refuse(parameters)
+        share = 1 / n if self.decay is None else (1 - self.decay) / (1 - self.decay**n)
         means, streams = [], []
         for stream, (name, parameter) in enumerate(parameters.items()):
-            if (dtype := mean_dtype(parameter)) is None:
+            if (dtype := self.mean_dtype(parameter)) is None:
                 continue
+            device = parameter.device if self.device is None else self.device
             if n == 1:
-                mean = parameter.detach().to(dtype, copy=True)
+                mean = parameter.detach().to(device, dtype, copy=True)
             else:
-                # The model may have moved to another device since.
-                mean = self.means[name].to(parameter.device).lerp_(parameter.detach().to(dtype), 1 / n)
+                # The model may have moved to another device, or dtype, since.
+                mean = self.means[name].to(device, dtype).lerp_(parameter.detach().to(device, dtype), share)
             self.means[name] = mean
             means.append(mean)
             streams.append(stream)
         if self.format != FLOAT:
             quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
         self.n_averaged = n
+        self.n_seen += 1
 
-    def _refuse_other(self, parameters: Mapping[str, Tensor]) -> None:
+    def refuse(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for a parameter that the average so far does not have."""
         for name, parameter in parameters.items():
             mean = self.means.get(name)
             if mean_dtype(parameter) is not None and (mean is None or mean.shape != parameter.shape):
@@ -112,89 +147,3 @@ class Average:
         for name, mean in self.mean(format).items():
             parameters[name].copy_(mean)
         return averaged
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
-    """Set the running statistics of every norm in ``model`` to those over all of ``loader``.
-
-    A mean over batches of the batch statistics (of the mean and the unbiased variance), each weighted
-    by the values it was taken over, so that a short last batch counts for what it is. Norms run in
-    training mode and all else in evaluation mode, because that is the network the statistics will
-    serve: no dropout, and no random number is consumed. Momenta and modes are put back. A norm that
-    the forward never calls keeps what it has.
-
-    loader: yields a tensor, or a tuple or list with the input first; moved to the model's device.
-    It is not read if the model has no norm with running statistics.
-    Raises TypeError (a batch of another kind) and ValueError (no batch at all).
-    """
-    # The base of batch and instance norms: whatever has running statistics and a momentum.
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    if not norms:
-        return
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    momenta = [norm.momentum for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
-    statistics = {norm: _Statistics(norm) for norm in norms}
-    handles = [handle for each in statistics.values() for handle in each.watch()]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0  # after a call the running statistics are that call's own
-        batch = None
-        for batch in loader:
-            model(_inputs(batch).to(device))
-        if batch is None:
-            raise ValueError("the loader yielded no batch to take batch-norm statistics from; pass one that does")
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
-    for each in statistics.values():
-        each.store()
-
-
-class _Statistics:
-    """The mean and variance that one norm saw, averaged over its calls in float32 or wider."""
-
-    def __init__(self, norm: _NormBase) -> None:
-        assert norm.running_mean is not None and norm.running_var is not None
-        self.norm = norm
-        self.buffers = (norm.running_mean, norm.running_var)
-        self.means = [torch.zeros_like(buffer, dtype=mean_dtype(buffer)) for buffer in self.buffers]
-        self.values = 0  # in each channel
-
-    def watch(self) -> tuple[RemovableHandle, RemovableHandle]:
-        return (
-            self.norm.register_forward_pre_hook(self._begin),
-            self.norm.register_forward_hook(self._add, with_kwargs=True),
-        )
-
-    def _begin(self, norm: nn.Module, args: tuple) -> None:
-        if self.values == 0:
-            self.norm.reset_running_stats()  # a momentum of 1 does not clear a NaN: 0 * nan is nan
-
-    def _add(self, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        values = (args[0] if args else kwargs["input"]).numel() // self.norm.num_features
-        self.values += values
-        for mean, buffer in zip(self.means, self.buffers, strict=True):
-            mean.lerp_(buffer.to(mean.dtype), values / self.values)
-
-    def store(self) -> None:
-        if self.values:
-            for buffer, mean in zip(self.buffers, self.means, strict=True):
-                buffer.copy_(mean)
-
-
-def _inputs(batch: Any) -> Tensor:
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(inputs, Tensor):
-        raise TypeError(
-            "the loader must yield a tensor, or a tuple or list with the input tensor first, "
-            f"not a {type(batch).__name__}; map it, as in ((b['image'],) for b in loader)"
-        )
-    return inputs

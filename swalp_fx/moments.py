@@ -1,4 +1,4 @@
-"""Optimizers that divide one moment by another, and the formats of momentum in which they diverge.
+"""Optimizers that divide one moment by another, and the formats of the divisor in which they diverge.
 
 Adam steps by m / (sqrt(v) + 1e-8), where v averages squares. A gradient that is 2^-k of the largest in its block has a
 v that is 2^-2k of the largest. A format that reaches less far rounds it to zero, while m is still there, and the step
@@ -16,6 +16,7 @@ from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
 from .formats import Format
 from .recipe import Recipe
+from .states import quantizer_of
 
 __all__ = ["ends_in"]
 
@@ -54,7 +55,7 @@ def ends_in(optimizer: Optimizer, group: dict[str, Any], recipe: Recipe) -> str 
     """The state in whose format ``optimizer``, or what it is a subclass of, may diverge on a group; None if in none."""
     for kind, is_so, need in _NEEDS:
         if isinstance(optimizer, kind) and is_so(group):
-            states = ((name, recipe.state(name)) for name in need.states)
+            states = ((name, quantizer_of(recipe, name)) for name in need.states)
             return next((name for name, each in states if each.rounds and not _has(each.format, need)), None)
     return None
 

@@ -6,8 +6,8 @@ Algorithm 2 of the SWALP paper, in the order of its authors' code:
     update of the masters, or of the weights themselves where the recipe has no master
     masters      <- Q_master(masters)
     weights      <- Q_W(masters)
-    momentum     <- Q_M(momentum)        the optimizer's floating state of the parameter's shape,
-                                         and any other that the recipe names
+    states       <- Q_M(momentum)        means of gradients; second moments by V, and any state
+                                         that the recipe names by its own quantizer
 
 The pass hangs on the optimizer's step hooks, so the optimizer keeps its type, its schedulers and
 its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is one pass over memory.
@@ -15,6 +15,7 @@ its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
@@ -29,15 +30,16 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .averaging import Average, mean_dtype, recalibrate
+from .averaging import Average
 from .codes import packed_state, unpacked_state
 from .formats import FLOAT, Format, FormatError
 from .moments import ends_in
 from .ops import quantize_foreach_
-from .random import fold_in, is_captured
+from .random import fold_in, is_captured, stream_of
+from .recalibration import recalibrate
 from .recipe import Quantizer, Recipe, RecipeError
 from .sgd import in_one_pass
-from .states import refuse_misnamed, states_of
+from .states import quantizer_of, refuse_misnamed, states_of, unknown_states
 from .warn import warn
 
 __all__ = ["SWALP"]
@@ -47,8 +49,9 @@ __all__ = ["SWALP"]
 STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
 MOMENTUM = STREAMS["momentum"]
 
-VERSION = 2
-KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "masters")
+VERSION = 3
+KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "averages", "masters")
+SWA = ""  # the name of the paper's own average, among others
 
 
 @dataclass
@@ -97,12 +100,16 @@ class SWALP:
         self._read_model()
         average = recipe.resolved().average
         self._average = Average(average.format, average.rounding or "nearest")
+        #: Averages besides the paper's, by name: ``swalp.averages["ema"] = Average(decay=0.999)``.
+        self.averages: dict[str, Average] = {}
+        self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
         self._steps = 0
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
         self._may_average_float = False  # what update_average() warned of
+        self._warned_of: set[str] = set()  # states whose role is not known
 
     def _read_model(self) -> None:
         """Take over the model's parameters of this moment. A master of another parameter than before starts again
@@ -145,8 +152,8 @@ class SWALP:
         With masters, what the user writes into the weights between two steps does not reach
         the masters; detach() and attach() start them again from the weights.
 
-        Warns of momentum in a format in which the optimizer may diverge: M=float for Adam and its like.
-        Raises TypeError (not an optimizer) and ValueError: a second attach without detach, a
+        Warns of second moments in a format in which the optimizer may diverge.
+        Raises TypeError (not an optimizer) and ValueError: a wrapper, a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step, a state
         that the recipe names and the optimizer does not have.
         """
@@ -180,6 +187,8 @@ class SWALP:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError(f"{name} wraps another optimizer and has no hooks of its own; attach to its .optimizer")
         if self._optimizer is not None:
             raise ValueError(f"this SWALP is already attached to {type(self._optimizer).__name__}; call detach() first")
         if isinstance(optimizer, LBFGS):
@@ -211,10 +220,11 @@ class SWALP:
             index, state = ending[0]
             recipe = self._recipes[index]
             others = f"and {len(ending) - 1} more " if len(ending) > 1 else ""
-            what, word = (state, f"state.{state}") if state in dict(recipe.states) else ("momentum", "M")
+            word = f"state.{state}" if state in dict(recipe.states) else "V"
             warn(
-                f"{type(optimizer).__name__} divides one moment by another, and may diverge with the {what} of "
-                f"{self._names[index]!r} {others}in {recipe.state(state).format}; keep it in float: {word}=float"
+                f"{type(optimizer).__name__} divides one moment by another, and may diverge with the {state} of "
+                f"{self._names[index]!r} {others}in {quantizer_of(recipe, state).format}; keep it in float: "
+                f"{word}=float"
             )
 
     def detach(self) -> None:
@@ -251,27 +261,95 @@ class SWALP:
         return self._average.n_averaged
 
     def update_average(self) -> None:
-        """Add the weights of this moment to the average. Warns, once, if no low-precision step has been taken."""
+        """Add the weights of this moment to the average, and to each of ``averages``.
+
+        Warns, once, if no low-precision step has been taken.
+        """
+        self._refuse_averaged("update_average()")
         if self._steps == 0 and not self._may_average_float and any(map(_steps_low, self._recipes)):
             self._may_average_float = True
             remedy = "call it after optimizer.step()" if self._optimizer else "call attach(optimizer) before training"
             warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
         self._follow_model()
+        for each in self.averages.values():
+            if each.n_averaged:
+                each.refuse(self._parameters)
         self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
+        for name, each in self.averages.items():
+            seed = fold_in(self._seed, stream_of("average", name))
+            each.update(self._parameters, key=fold_in(seed, each.n_averaged))
 
-    def averaged_model(self, loader: Iterable[Any] | None = None, format: str | Format = FLOAT) -> nn.Module:
+    def averaged_model(
+        self,
+        loader: Iterable[Any] | None = None,
+        format: str | Format = FLOAT,
+        *,
+        average: str = SWA,
+        low_precision: bool = False,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> nn.Module:
         """A copy of the float model with the averaged weights, rounded to ``format``, in the parameters' own dtype.
 
         loader: yields a tensor, or a tuple or list with the input first. If given, batch-norm
-        statistics are those over all of it; if not, they are the model's of this moment.
-        Raises ValueError if update_average() was never called.
+            statistics are those over all of it; if not, they are the model's of this moment.
+        average: one of ``averages``, by its name.
+        low_precision: the copy computes in the recipe, as the model does, and so do its statistics.
+        forward: calls the model with a batch of another kind, see ``recalibrate``.
+        Raises ValueError if update_average() was never called, KeyError for a name that is not in ``averages``.
         """
-        if self.n_averaged == 0:
-            raise ValueError("there is no average yet; call update_average() at least once before averaged_model()")
-        averaged = self._average.applied_to(self.model, format, copied=self._float_copy)
+        of_name = self._averaged(average, "averaged_model()")
+        copied = copy.deepcopy if low_precision else self._float_copy
+        averaged = of_name.applied_to(self.model, format, copied=copied)
         if loader is not None:
-            recalibrate(averaged, loader)
+            recalibrate(averaged, loader, forward=forward)
         return averaged
+
+    @contextlib.contextmanager
+    def averaged(
+        self,
+        loader: Iterable[Any] | None = None,
+        format: str | Format = FLOAT,
+        *,
+        average: str = SWA,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> Iterator[nn.Module]:
+        """While it holds, the model itself has the averaged weights, and computes with them in the recipe.
+
+        At its end the model has its own weights and buffers again, bit for bit. Arguments and errors are those of
+        ``averaged_model``. Steps and updates of the average raise ValueError inside.
+        """
+        of_name = self._averaged(average, "averaged()")
+        self._refuse_averaged("averaged()")
+        self._follow_model()
+        held = {**self._parameters, **dict(self.model.named_buffers())}
+        before = {name: tensor.detach().clone() for name, tensor in held.items()}
+        self._is_averaged = True
+        try:
+            with torch.no_grad():
+                for name, mean in of_name.mean(format).items():
+                    self._parameters[name].copy_(mean)
+            if loader is not None:
+                recalibrate(self.model, loader, forward=forward)
+            yield self.model
+        finally:
+            self._is_averaged = False
+            with torch.no_grad():
+                for name, tensor in held.items():
+                    tensor.copy_(before[name])
+
+    def _averaged(self, name: str, caller: str) -> Average:
+        """The average of that name, which has a mean."""
+        if name != SWA and name not in self.averages:
+            known = ", ".join(map(repr, self.averages)) or "none"
+            raise KeyError(f"there is no average {name!r}; swalp.averages has {known}")
+        average = self._average if name == SWA else self.averages[name]
+        if average.n_averaged == 0:
+            raise ValueError(f"there is no average yet; call update_average() at least once before {caller}")
+        return average
+
+    def _refuse_averaged(self, what: str) -> None:
+        if self._is_averaged:
+            raise ValueError(f"{what} inside `with swalp.averaged()` would use the averaged weights; call it outside")
 
     # The state
 
@@ -288,6 +366,10 @@ class SWALP:
             "step": self._steps,
             "n_averaged": self.n_averaged,
             "average": dict(self._average.means),
+            "averages": {
+                name: {"n_seen": each.n_seen, "n_averaged": each.n_averaged, "means": dict(each.means)}
+                for name, each in self.averages.items()
+            },
             "masters": dict(self._masters),
         }
 
@@ -298,13 +380,17 @@ class SWALP:
         recipe or another model.
         """
         state = _of_this_version(state)
-        average, masters = self._checked(state)
+        averages, masters = self._checked(state)
         self._seed, self._steps = state["seed"], state["step"]
-        self._average.n_averaged, self._average.means = state["n_averaged"], average
+        self._average.n_averaged, self._average.means = state["n_averaged"], averages[SWA]
+        self._average.n_seen = state["n_averaged"]
+        for name, each in self.averages.items():
+            of_state = state["averages"][name]
+            each.n_seen, each.n_averaged, each.means = of_state["n_seen"], of_state["n_averaged"], averages[name]
         self._masters = masters
 
-    def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of the state's average and masters, once all of it has been found to fit."""
+    def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Copies of the state's averages and masters, once all of it has been found to fit."""
         if not isinstance(state, Mapping) or set(state) != set(KEYS):
             found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"a SWALP state holds {', '.join(KEYS)}, not {found}; pass what state_dict() returned")
@@ -318,19 +404,40 @@ class SWALP:
         for key in ("seed", "step", "n_averaged"):
             if not isinstance(state[key], int) or state[key] < 0:
                 raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
-        averaged = {name: dtype for name, p in self._parameters.items() if (dtype := mean_dtype(p)) is not None}
-        average = self._copied("average", state["average"], averaged)
-        if missing := [name for name in averaged if name not in average and state["n_averaged"]]:
+        averages = {SWA: self._checked_average("average", self._average, state["n_averaged"], state["average"])}
+        if not _are_averages(state["averages"]):
             raise ValueError(
-                f"the state's average lacks {missing[0]!r}, a parameter of the model; load a state of this model"
+                "the state's averages map names to n_seen, n_averaged and means; pass what state_dict() returned"
             )
-        if average and not state["n_averaged"]:
-            raise ValueError("the state has an average of 0 models; pass what state_dict() returned")
+        if state["averages"].keys() != self.averages.keys():
+            has, due = (", ".join(map(repr, each)) or "none" for each in (state["averages"], self.averages))
+            raise ValueError(
+                f"the state's averages are {has}, and this SWALP's {due}; set swalp.averages to those first"
+            )
+        for name, each in self.averages.items():
+            of_state = state["averages"][name]
+            what = f"average {name!r}"
+            averages[name] = self._checked_average(what, each, of_state["n_averaged"], of_state["means"])
         masters = {} if self.recipe.master is None else {n: p.dtype for n, p in self._parameters.items()}
-        return average, self._copied("masters", state["masters"], masters)
+        return averages, self._copied("masters", state["masters"], masters)
 
-    def _copied(self, what: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-        """Copies of ``tensors`` on their parameters' devices; each must be one of ``dtypes`` and fit."""
+    def _checked_average(
+        self, what: str, average: Average, count: int, means: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        dtypes = {name: dtype for name, p in self._parameters.items() if (dtype := average.mean_dtype(p)) is not None}
+        copied = self._copied(what, means, dtypes, average.device)
+        if missing := [name for name in dtypes if name not in copied and count]:
+            raise ValueError(
+                f"the state's {what} lacks {missing[0]!r}, a parameter of the model; load a state of this model"
+            )
+        if copied and not count:
+            raise ValueError(f"the state has an {what} of 0 models; pass what state_dict() returned")
+        return copied
+
+    def _copied(
+        self, what: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], device: Any = None
+    ) -> dict[str, Tensor]:
+        """Copies of ``tensors`` on ``device``, or their parameters' own; each must be one of ``dtypes`` and fit."""
         if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError(f"the state's {what} must map names to tensors; pass what state_dict() returned")
         for name, tensor in tensors.items():
@@ -344,7 +451,10 @@ class SWALP:
                     f"the state's {what} has {name!r} as {found[0]} {found[1]}, and this model needs "
                     f"{expected[0]} {expected[1]}; load a state of this model"
                 )
-        return {name: tensor.detach().to(self._parameters[name].device, copy=True) for name, tensor in tensors.items()}
+        return {
+            name: tensor.detach().to(device or self._parameters[name].device, copy=True)
+            for name, tensor in tensors.items()
+        }
 
     # Packed checkpoints
 
@@ -370,6 +480,7 @@ class SWALP:
         # call counts. A step that raised never reached its post-hook, and must not pass for one.
         if self._step is not None and _is_running(self._step.frame):
             return None
+        self._refuse_averaged(f"{type(optimizer).__name__}.step()")
         _refuse_unserved(optimizer, kwargs)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
         step = _Step(frame, key, self._trained(optimizer))
@@ -395,7 +506,11 @@ class SWALP:
         return rounding_closure
 
     def _prepare(self, step: _Step) -> None:
-        """Round the gradients, and put the masters in the place of the weights."""
+        """Round the gradients, and put the masters in the place of the weights.
+
+        A parameter without a gradient is left alone, as the optimizer leaves it.
+        """
+        step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
         self._refuse_sparse(step)
         with torch.no_grad():
             self._step_in_one_pass(step)
@@ -418,7 +533,7 @@ class SWALP:
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
-            states = (recipe.momentum, *(quantizer for _, quantizer in recipe.states))
+            states = (recipe.momentum, recipe.second_moment, *(quantizer for _, quantizer in recipe.states))
             if not any(
                 quantizer.rounds for quantizer in (recipe.gradient, *states)
             ):  # SGD's momentum buffer is as sparse
@@ -454,12 +569,24 @@ class SWALP:
         self._round(self._in_role("weight", step.parameters), step)
 
     def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
+        self._warn_of_unknown_states(step, optimizer)
         states = (
             (quantizer, MOMENTUM + slot, index, tensor)
             for index, parameter in step.parameters
             for slot, (tensor, quantizer) in enumerate(states_of(optimizer, parameter, self._recipes[index]))
         )
         self._round(states, step)
+
+    def _warn_of_unknown_states(self, step: _Step, optimizer: Optimizer) -> None:
+        for index, parameter in step.parameters:
+            if not self._recipes[index].momentum.rounds:
+                continue
+            for name in sorted(unknown_states(optimizer, parameter, self._recipes[index]) - self._warned_of):
+                self._warned_of.add(name)
+                warn(
+                    f"{type(optimizer).__name__}'s state {name!r} stays in float, since nothing says whether it is a "
+                    f"mean of gradients; name it: state.{name}={self._recipes[index].momentum}, or state.{name}=float"
+                )
 
     def _in_role(
         self, role: str, tensors: Iterable[tuple[int, Tensor]]
@@ -521,10 +648,22 @@ class SWALP:
 
 
 def _of_this_version(state: Any) -> Any:
-    """A state of version 1, which had another word for masters, as one of this version."""
+    """A state of version 1, which had another word for masters, or of version 2, which had one average, as of this."""
     if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
-        return {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": VERSION}
+        state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
+    if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
+        return {**state, "averages": {}, "version": VERSION}
     return state
+
+
+def _are_averages(state: Any) -> bool:
+    if not isinstance(state, Mapping) or not all(isinstance(each, Mapping) for each in state.values()):
+        return False
+    counts = ("n_seen", "n_averaged")
+    return all(
+        set(each) == {*counts, "means"} and all(isinstance(each[name], int) and each[name] >= 0 for name in counts)
+        for each in state.values()
+    )
 
 
 def _is_text_of(recipe: Recipe, text: Any) -> bool:

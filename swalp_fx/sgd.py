@@ -17,6 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from .ops import is_plain, sgd_
 from .recipe import Quantizer, Recipe
+from .states import quantizer_of
 
 __all__ = ["in_one_pass"]
 
@@ -35,7 +36,7 @@ class _Call:
     def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
         self.group = group
         self.roles = ROLES if group["momentum"] != 0 else ROLES[:2]
-        of_roles = {**{role: getattr(recipe, role) for role in ROLES}, "momentum": recipe.state(MOMENTUM)}
+        of_roles = {**{role: getattr(recipe, role) for role in ROLES}, "momentum": quantizer_of(recipe, MOMENTUM)}
         self.rounded = [role for role in self.roles if of_roles[role].rounds]
         self.quantizers = {of_roles[role] for role in self.rounded}
         self.tensors: list[list[Tensor]] = []  # a parameter's, of each role

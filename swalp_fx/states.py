@@ -4,43 +4,92 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
+from .formats import FLOAT
 from .nearest import did_you_mean
 from .ops import quantize_
 from .recipe import Quantizer, Recipe, RecipeError
 
-__all__ = ["refuse_misnamed", "states_of"]
+__all__ = ["quantizer_of", "refuse_misnamed", "states_of", "unknown_states"]
 
+# What the optimizers of torch, and well-known ones of packages, call their states -> the role. Those of no role are
+# averages of weights, step sizes and gradients of earlier steps.
+ROLES: Mapping[str, str | None] = {
+    **dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_diff", "exp_avg_slow", "moments"), "momentum"),
+    **dict.fromkeys(
+        # A gradient's mean too, where the divisor is made of it: that of a centered RMSprop.
+        ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum", "acc_delta", "exp_avg_var"),
+        "second_moment",
+    ),
+    **dict.fromkeys(("max_exp_avg_var", "row_var", "col_var", "variance", "hessian"), "second_moment"),
+    **dict.fromkeys(("exp_avg_sq_row", "exp_avg_sq_col"), "second_moment"),
+    **dict.fromkeys(("ax", "z", "slow_buffer", "slow_param", "p0", "s"), None),
+    **dict.fromkeys(("step_size", "prev", "previous_grad", "pre_grad", "neg_pre_grad"), None),
+}
 # What torch.optim counts in tensors without dimensions, which the shape of a parameter without
 # dimensions cannot tell from its moments: Adam's step, ASGD's eta and mu, NAdam's mu_product.
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
+_IN_FLOAT = Quantizer(FLOAT)
+
+
+def quantizer_of(recipe: Recipe, name: str) -> Quantizer:
+    """How ``recipe`` rounds the state of that name of an optimizer."""
+    named = dict(recipe.states).get(name)
+    if named is not None:
+        return named
+    role = ROLES.get(name)
+    return _IN_FLOAT if role is None else getattr(recipe, role)
 
 
 def states_of(optimizer: Optimizer, parameter: nn.Parameter, recipe: Recipe) -> list[tuple[Tensor, Quantizer]]:
-    """(tensor, how it is rounded) of each state of ``parameter`` that a step rounds, in the order of their streams.
+    """(tensor, how it is rounded) of each state of ``parameter``, in the order of their streams.
 
     That is the order of their names, because a loaded state may hold them in another: first those of the parameter's
-    shape, which are moments, and of which M tells how they are rounded where the recipe does not name them; then others
-    that it does name.
+    shape, then others.
     """
-    found = sorted(_rounded(optimizer.state.get(parameter, {})))
-    moments = [name for name, tensor in found if tensor.shape == parameter.shape]
-    named = [name for name, _ in recipe.states if name not in moments]
-    tensors = dict(found)
-    return [(tensors[name], recipe.state(name)) for name in (*moments, *named) if name in tensors]
+    found = sorted(_rounded(optimizer.state.get(parameter, {})), key=lambda state: state[0])
+    found.sort(key=lambda state: state[1].shape != parameter.shape)
+    return [(tensor, quantizer_of(recipe, _first(path))) for path, tensor in found]
 
 
-def _rounded(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """What may be rounded of a parameter's state: floating tensors that count nothing."""
+def unknown_states(optimizer: Optimizer, parameter: nn.Parameter, recipe: Recipe) -> set[str]:
+    """The states of the parameter's shape of which neither the table nor ``recipe`` says what they are."""
+    state = optimizer.state.get(parameter, {})
+    unknown = state.keys() - ROLES.keys() - COUNTERS - dict(recipe.states).keys()
+    of_unknown = _rounded({name: state[name] for name in unknown})
+    return {_first(path) for path, tensor in of_unknown if tensor.shape == parameter.shape}
+
+
+def _first(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def _rounded(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of what may be rounded of a parameter's state: floating tensors that count nothing.
+
+    They may lie in containers, as AggMo's, which has a momentum for each beta: ``momentum_buffer.0.9``.
+    """
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and name not in COUNTERS:
-            yield name, value
+        if name in COUNTERS:
+            continue
+        if isinstance(value, Tensor):  # as nearly all are
+            if value.is_floating_point():
+                yield name, value
+            continue
+        for keys, leaf in pytree.tree_leaves_with_path(value):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                yield ".".join([name, *(str(_key(each)) for each in keys)]), leaf
+
+
+def _key(entry: Any) -> Any:
+    return entry.key if isinstance(entry, pytree.MappingKey) else getattr(entry, "idx", entry)
 
 
 def refuse_misnamed(optimizer: Optimizer, trained: Sequence[tuple[str, nn.Parameter, Recipe]]) -> None:
@@ -57,13 +106,14 @@ def refuse_misnamed(optimizer: Optimizer, trained: Sequence[tuple[str, nn.Parame
     states = {parameter: optimizer.state.get(parameter, {}) for _, parameter, _ in trained}
     if not all(states.values()):
         states = _tried(optimizer, list(states), min(wanted))
-    known = {name for state in states.values() for name, _ in _rounded(state)}
+    known = {_first(path) for state in states.values() for path, _ in _rounded(state)}
     for name in sorted(wanted - known):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none that could be rounded"
         raise RecipeError(f"{_kind(optimizer)} has no state {name!r} to round; {did_you_mean(name, known, has)}")
     for path, parameter, recipe in trained:
-        for name, quantizer in recipe.states:
-            if quantizer.rounds and (tensor := states[parameter].get(name)) is not None:
+        named = dict(recipe.states)
+        for name, tensor in _rounded(states[parameter]):
+            if (quantizer := named.get(_first(name), _IN_FLOAT)).rounds:
                 _try(quantizer, tensor, f"state {name!r} of parameter {path}")
 
 

@@ -1,6 +1,7 @@
-"""The average and what rounding does to it, against exact means; batch-norm statistics against a direct computation."""
+"""Averages of weights: which updates count and how, what rounding does to them, and those of a run."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import swalp_fx
-from swalp_fx.averaging import Average, recalibrate
+from swalp_fx.averaging import Average
 from swalp_fx.formats import parse
 from swalp_fx.ops import quantize
 
@@ -273,147 +274,185 @@ def test_applied_keeps_dtype_buffers_and_mode():
     assert not averaged.training and not averaged[1].training
 
 
-# Batch-norm statistics
+# Which updates count, and how
 
 
-def conv_net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(3, 4, 1))
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_an_average_with_decay_is_the_exponential_one_without_the_bias_of_its_start(decay):
+    values = [rows(5, seed=seed).double() for seed in range(30)]
+    average, biased = Average(decay=decay), torch.zeros(5, dtype=torch.float64)
+    for n, value in enumerate(values, start=1):
+        average.update({"w": value})
+        biased = decay * biased + (1 - decay) * value
+        torch.testing.assert_close(average.means["w"], biased / (1 - decay**n))
 
 
-def test_unequal_batches_give_the_statistics_of_all_the_data():
-    model, data = conv_net(), rows(22, 2, 6, 6)
-    batches = list(data.split(8))  # 8, 8, 6
-    recalibrate(model, batches)
-    with torch.no_grad():
-        hidden = [model[0](batch) for batch in batches]
-    everything = torch.cat(hidden)
-    torch.testing.assert_close(model[1].running_mean, everything.mean((0, 2, 3)))
-    variances = torch.stack([h.transpose(0, 1).flatten(1).var(1) for h in hidden])
-    sizes = torch.tensor([[8.0], [8.0], [6.0]])
-    torch.testing.assert_close(model[1].running_var, (variances * sizes).sum(0) / 22)
-    assert model[1].num_batches_tracked == 3
+@pytest.mark.parametrize(("start", "every", "counted"), [(0, 1, range(9)), (3, 1, range(3, 9)), (2, 3, (2, 5, 8))])
+def test_updates_count_from_start_on_and_every_so_many(start, every, counted):
+    average = Average(start=start, every=every)
+    for step in range(9):
+        average.update({"w": torch.tensor([float(step)])})
+    assert average.n_seen == 9 and average.n_averaged == len(counted)
+    torch.testing.assert_close(average.means["w"].item(), sum(counted) / len(counted))
 
 
-def test_one_batch_of_all_the_data_gives_its_mean_and_variance():
-    model, data = conv_net(), rows(40, 2, 6, 6)
-    recalibrate(model, [data])
-    with torch.no_grad():
-        hidden = model[0](data).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(model[1].running_mean, hidden.mean(1))
-    torch.testing.assert_close(model[1].running_var, hidden.var(1))
+def test_a_mean_in_float64_keeps_what_float32_loses():
+    averages = [Average(dtype=dtype) for dtype in (None, torch.float64)]
+    values = 1 + rows(2000, 1) * 1e-4
+    for average in averages:
+        for value in values:
+            average.update({"w": value})
+    errors = [(each.means["w"].double() - values.double().mean()).abs().item() for each in averages]
+    assert averages[1].means["w"].dtype == torch.float64 and errors[1] < 1e-14 < errors[0]
 
 
-def test_a_norm_called_twice_in_a_forward_counts_both_calls():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(1)
-
-        def forward(self, x):
-            return self.norm(x) + self.norm(x[:2] + 10)[:1]
-
-    model, x = Twice(), torch.arange(6.0)[:, None]
-    recalibrate(model, [x])
-    torch.testing.assert_close(model.norm.running_mean, torch.cat([x, x[:2] + 10]).mean(0))
+def test_a_mean_may_live_on_another_device_than_its_parameter():
+    average = Average(device="meta")
+    for _ in range(2):
+        average.update({"w": torch.ones(3)})
+    assert average.means["w"].device.type == "meta" and average.n_averaged == 2
 
 
-def test_bfloat16_statistics_are_averaged_in_float32():
-    model = nn.Sequential(nn.BatchNorm1d(1)).bfloat16()
-    low, high = torch.tensor([[0.5], [1.5]]).bfloat16(), torch.tensor([[0.75], [1.75]]).bfloat16()
-    recalibrate(model, [low] * 150 + [high] * 150)  # in bfloat16 the mean would stop near 1
-    assert model[0].running_mean.item() == 1.125
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"decay": 1.0}, "decay=1.0 is out of range; use more than 0 and less than 1"),
+        ({"decay": 0.0}, "decay=0.0 is out of range"),
+        ({"start": -1}, "start=-1, every=1 is out of range"),
+        ({"every": 0}, "start=0, every=0 is out of range"),
+        ({"dtype": torch.bfloat16}, "kept in float32 or float64, not torch.bfloat16; name a format"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Average(**options)
 
 
-def test_instance_norm_statistics_are_recalibrated():
-    model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True))
-    batches = [rows(4, 3, 9), rows(2, 3, 9, seed=1)]
-    recalibrate(model, batches)
-    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean((0, 2)))
+# Several averages of a run
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, torch.zeros(1)), lambda x: [x, "label"], lambda x: [x]])
-def test_batches_may_be_tensors_tuples_or_lists(wrap):
-    model, plain, data = conv_net(), conv_net(), rows(12, 2, 6, 6)
-    recalibrate(plain, data.split(5))
-    recalibrate(model, (wrap(batch) for batch in data.split(5)))
-    assert torch.equal(model[1].running_mean, plain[1].running_mean)
-    assert torch.equal(model[1].running_var, plain[1].running_var)
+def with_averages(recipe="bfp8[0] A=float E=float"):
+    parts = run(recipe, ())
+    parts[2].averages["ema"] = Average(decay=0.5)
+    parts[2].averages["late"] = Average("bfp6[0]", "stochastic", start=1, every=2)
+    return parts
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_momenta_modes_parameters_and_hooks_are_put_back(training):
-    model = conv_net().train(training)
-    model[1].momentum = 0.3
-    model[3].train(not training)
-    before = copy.deepcopy(model)
-    recalibrate(model, [rows(4, 2, 6, 6)])
-    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-    assert model[1].momentum == 0.3
-    assert not model[1]._forward_hooks and not model[1]._forward_pre_hooks
-    for new, old in zip(model.parameters(), before.parameters(), strict=True):
-        assert torch.equal(new, old) and new.requires_grad and new.grad is None
+def test_update_average_updates_them_all():
+    parts = with_averages()
+    by_hand = Average(decay=0.5)
+    run("", range(5), by_hand, run=parts)
+    swalp = parts[2]
+    counts = [average.n_averaged for average in (swalp.average, *swalp.averages.values())]
+    assert counts == [5, 5, 2]
+    assert torch.equal(swalp.averages["ema"].means["0.weight"], by_hand.means["0.weight"])
+    read = swalp.averaged_model(average="late", format="bfp4[0]")
+    assert torch.equal(read[0].weight, quantize(swalp.averages["late"].means["0.weight"], "bfp4[0]"))
 
 
-def test_recalibration_consumes_no_random_number():
-    model = conv_net()
-    before = torch.get_rng_state()
-    recalibrate(model, [rows(4, 2, 6, 6)])
-    assert torch.equal(torch.get_rng_state(), before)
+def test_resumed_they_have_the_bits_of_a_run_never_stopped():
+    whole = run("", range(6), run=with_averages())
+    first = run("", range(3), run=with_averages())
+    torch.manual_seed(99)
+    second = with_averages()
+    for part, before in zip(second, first, strict=True):
+        part.load_state_dict(copy.deepcopy(before.state_dict()))
+    run("", range(3, 6), run=second)
+    for name, average in whole[2].averages.items():
+        found = second[2].averages[name]
+        assert (found.n_seen, found.n_averaged) == (average.n_seen, average.n_averaged)
+        assert all(torch.equal(found.means[each], mean) for each, mean in average.means.items())
 
 
-def test_what_the_statistics_held_before_does_not_matter():
-    model, spoilt = conv_net(), conv_net()
-    spoilt[1].running_mean.fill_(torch.nan)
-    spoilt[1].running_var.fill_(torch.inf)
-    for each in (model, spoilt):
-        recalibrate(each, [rows(4, 2, 6, 6), rows(3, 2, 6, 6, seed=1)])
-    assert torch.equal(model[1].running_mean, spoilt[1].running_mean)
-    assert torch.equal(model[1].running_var, spoilt[1].running_var)
+def test_a_state_with_other_averages_is_refused_by_name_and_one_of_before_there_were_any_is_read():
+    parts, plain = with_averages(), run("bfp8[0] A=float E=float", ())
+    run("", range(2), run=parts)
+    run("", range(2), run=plain)
+    state = plain[2].state_dict()
+    with pytest.raises(ValueError, match=r"are none, and this SWALP's 'ema', 'late'; set swalp"):
+        parts[2].load_state_dict(state)
+    with pytest.raises(ValueError, match="the state's averages are 'ema', 'late', and this SWALP's none"):
+        plain[2].load_state_dict(parts[2].state_dict())
+    truncated = copy.deepcopy(parts[2].state_dict())
+    del truncated["averages"]["ema"]["means"]["2.bias"]
+    with pytest.raises(ValueError, match=r"the state's average 'ema' lacks '2.bias'"):
+        parts[2].load_state_dict(truncated)
+    of_before = {name: value for name, value in state.items() if name != "averages"} | {"version": 2}
+    plain[2].load_state_dict(of_before)
+    assert plain[2].n_averaged == 2
 
 
-def test_a_norm_that_is_never_called_keeps_its_statistics():
-    class Auxiliary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.aux = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-
-        def forward(self, x):
-            x = self.norm(x)
-            return (x, self.aux(x)) if self.training else x
-
-    model = Auxiliary()
-    model.aux.running_mean.fill_(3)
-    recalibrate(model, [rows(4, 2)])
-    assert model.aux.running_mean.tolist() == [3, 3]
+def test_a_name_that_no_average_has_and_an_average_without_an_update_are_refused():
+    parts = with_averages()
+    run("", range(1), run=parts)
+    with pytest.raises(KeyError, match=r"there is no average 'emma'; .* has 'ema', 'late'"):
+        parts[2].averaged_model(average="emma")
+    with pytest.raises(ValueError, match=r"there is no average yet; call update_average\(\) .* before averaged\(\)"):
+        parts[2].averaged(average="late").__enter__()
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))])
-def test_without_running_statistics_the_loader_is_not_read(model):
-    def loader():
-        raise AssertionError("read")
-        yield
-
-    recalibrate(model, loader())
+# The model with the averaged weights
 
 
-def test_an_empty_loader_is_refused():
-    with pytest.raises(ValueError, match=r"yielded no batch .*; pass one that does"):
-        recalibrate(conv_net(), [])
+def net_with_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    lp, swalp = swalp_fx.convert(model, optimizer, recipe="bfp6[0] rounding=nearest")
+    for step in range(4):
+        optimizer.zero_grad()
+        lp(rows(16, 6, seed=step)).square().sum().backward()
+        optimizer.step()
+        swalp.update_average()
+    return lp, optimizer, swalp
 
 
-@pytest.mark.parametrize(("batch", "kind"), [({"image": torch.ones(1)}, "dict"), ("image", "str"), ((), "tuple")])
-def test_a_batch_of_another_kind_is_refused(batch, kind):
-    model = conv_net()
-    with pytest.raises(TypeError, match=rf"input tensor first, not a {kind}; map it"):
-        recalibrate(model, [batch])
-    assert model.training and model[1].momentum == 0.1
+@pytest.mark.parametrize("loader", [None, [rows(16, 6, seed=9)]])
+def test_within_averaged_the_model_is_the_average_in_low_precision_and_itself_afterwards(loader):
+    lp, optimizer, swalp = net_with_norm()
+    before = copy.deepcopy(lp.state_dict())
+    due = swalp.averaged_model(loader, low_precision=True).eval()
+    x = rows(8, 6, seed=7)
+    with swalp.averaged(loader) as averaged:
+        assert averaged is lp
+        lp.eval()
+        found = lp(x)
+        for call, what in ((optimizer.step, "SGD.step()"), (swalp.update_average, "update_average()")):
+            with pytest.raises(ValueError, match=re.escape(f"{what} inside `with swalp.averaged()`")):
+                call()
+        lp.train()
+    assert torch.equal(found, due(x)) and not torch.equal(found, lp.eval()(x))
+    assert all(torch.equal(value, before[name]) for name, value in lp.state_dict().items())
+    lp.train()
+    lp(x).sum().backward()
+    optimizer.step()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_are_moved_to_the_models_device():
-    model, plain, data = conv_net().cuda(), conv_net(), rows(12, 2, 6, 6)
-    recalibrate(model, data.split(5))
-    recalibrate(plain, data.split(5))
-    torch.testing.assert_close(model[1].running_mean.cpu(), plain[1].running_mean)
+def test_an_error_within_puts_the_weights_back_too():
+    lp, _, swalp = net_with_norm()
+    before = copy.deepcopy(lp.state_dict())
+    with pytest.raises(OSError, match="the disk is gone"), swalp.averaged([rows(16, 6)]):
+        raise OSError("the disk is gone")
+    assert all(torch.equal(value, before[name]) for name, value in lp.state_dict().items())
+
+
+def test_an_averaged_model_in_low_precision_computes_and_is_recalibrated_in_the_recipe():
+    lp, _, swalp = net_with_norm()
+    data, x = rows(32, 6, seed=9), rows(8, 6, seed=7)
+    low, plain = (swalp.averaged_model([data], low_precision=low).eval() for low in (True, False))
+    hidden = quantize(
+        nn.functional.linear(data, *(quantize(p.detach(), "bfp6[0]") for p in low[0].parameters())), "bfp6[0]"
+    )
+    torch.testing.assert_close(low[1].running_mean, hidden.mean(0))
+    assert not torch.equal(low[1].running_mean, plain[1].running_mean)
+    assert torch.equal(low[0].weight, plain[0].weight) and not torch.equal(low(x), plain(x))
+    assert low.graphs and not hasattr(plain, "graphs") and lp.training
+
+
+def test_batches_of_any_kind_are_for_the_caller_to_pass_on():
+    _, _, swalp = net_with_norm()
+    data = rows(32, 6, seed=9)
+    given = [{"x": each, "label": "a"} for each in data.split(16)]
+    found = swalp.averaged_model(given, forward=lambda model, batch: model(batch["x"]))
+    due = swalp.averaged_model(data.split(16))
+    assert torch.equal(found[1].running_mean, due[1].running_mean)

@@ -15,9 +15,6 @@ from swalp_fx.optimizer import SWALP
 from swalp_fx.random import fold_in
 from swalp_fx.recipe import Recipe
 
-# What is tested is which bits a step gives, of optimizers that end in those bits too.
-pytestmark = pytest.mark.filterwarnings("ignore:.*divides one moment by another")
-
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -29,11 +26,16 @@ OPTIMIZERS = {
     "fused adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
 }
 # Every role in a format of its own, so that no two can be mistaken for one another.
-RECIPE = "W=bfp8[0] G=fixed8.9 M=bfp10[0] A=float E=float"
+RECIPE = "W=bfp8[0] G=fixed8.9 M=bfp10[0] V=bfp12[0] A=float E=float"
+MEANS = ("momentum_buffer", "exp_avg")  # of gradients; the rest are second moments
 ORDERS = list(itertools.permutations(range(3)))  # of model, optimizer and swalp
 MASTERS = {"none": {}, "rounded": {"master": "fixed16.12"}, "float": {"master": "float"}}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # What is tested is which bits a step gives, of optimizers that end in those bits too.
+    pytest.mark.filterwarnings("ignore:.*divides one moment by another"),
+]
 
 
 def net(seed=0):
@@ -112,7 +114,8 @@ def algorithm_2(model, optimizer, recipe, seed, steps):
             p.data.copy_(q(p.data, recipe.weight, 3, i))
             moments = {k: v for k, v in optimizer.state.get(p, {}).items() if k != "step" and v is not None}
             for slot, name in enumerate(sorted(moments)):
-                optimizer.state[p][name] = q(moments[name], recipe.momentum, 4 + slot, i)
+                quantizer = recipe.momentum if name in MEANS else recipe.second_moment
+                optimizer.state[p][name] = q(moments[name], quantizer, 4 + slot, i)
     return masters
 
 
@@ -216,14 +219,19 @@ def test_frozen_and_foreign_parameters_are_untouched():
     assert changed == {"3.weight", "3.bias"}
 
 
-def test_a_parameter_without_gradient_is_only_brought_to_the_grid():
-    model, optimizer, _ = setup(OPTIMIZERS["adam"], "bfp4")
+@pytest.mark.parametrize("master", MASTERS)
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_parameter_without_gradient_is_left_alone(name, master):
+    """Others write into such parameters: averages, that shall not end on the grid."""
+    model, optimizer, swalp = setup(OPTIMIZERS[name], "bfp4", **MASTERS[master])
     before = model[0].weight.detach().clone()
-    model[3](torch.ones(2, 8)).sum().backward()
-    optimizer.step()
-    key = fold_in(7, 0)
-    assert torch.equal(model[0].weight, quantize(before, "bfp4", "stochastic", key=key, stream=3 << 32))
-    assert model[0].weight.grad is None and model[0].weight not in optimizer.state
+    for _ in range(2):
+        optimizer.zero_grad()
+        model[3](torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight, before) and model[0].weight not in optimizer.state
+    assert set(swalp.state_dict()["masters"]) == (set() if master == "none" else {"3.weight", "3.bias"})
+    assert torch.equal(model[3].weight, quantize(model[3].weight, "bfp4"))
 
 
 def test_a_tied_parameter_is_rounded_once():
@@ -235,7 +243,9 @@ def test_a_tied_parameter_is_rounded_once():
 
     model, optimizer, swalp = setup(OPTIMIZERS["sgd"], "W=bfp4", Tied())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer.step()  # without gradients: only the weights are rounded
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # only the weights are rounded
     for index, (name, p) in enumerate(model.named_parameters()):
         rounded = quantize(before[name], "bfp4", "stochastic", key=fold_in(7, 0), stream=3 << 32 | index)
         assert torch.equal(p, rounded)
@@ -662,6 +672,13 @@ def test_a_second_attach_starts_the_masters_from_the_weights_of_that_moment():
 # What is refused: one sentence, and nothing changed
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's, and Lookahead of many packages: an Optimizer by type, without what its __init__ makes."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
 def sgd(*parameters, **options):
     return torch.optim.SGD(parameters, lr=0.1, **options)
 
@@ -671,6 +688,7 @@ class TestRefusedByAttach:
         ("make", "error", "message"),
         [
             (lambda m: m, TypeError, r"takes a torch.optim.Optimizer, not Sequential"),
+            (lambda m: Wrapper(sgd(*m.parameters())), ValueError, r"Wrapper wraps another optimizer .*; attach to its"),
             (lambda m: torch.optim.LBFGS(m.parameters()), ValueError, r"LBFGS evaluates .*; use SGD or Adam"),
             (lambda m: sgd(*m.parameters(), differentiable=True), ValueError, r"SGD has differentiable=True"),
             (
@@ -798,7 +816,7 @@ def with_value(*path, value):
     [
         (without("seed"), r"a SWALP state holds version, .*, not version, recipe, step"),
         (with_value("extra", value=1), r"a SWALP state holds .*, extra; pass what state_dict\(\) returned"),
-        (with_value("version", value=3), r"of version 3, and this SWALP reads version 2"),
+        (with_value("version", value=4), r"of version 4, and this SWALP reads version 3"),
         (with_value("recipe", value="bfp6"), r"of recipe 'bfp6', not 'W=bfp8\[0\] .*'; convert with the former"),
         (with_value("step", value=1.5), r"step must be a whole number, not 1.5"),
         (with_value("n_averaged", value=-1), r"n_averaged must be a whole number, not -1"),
@@ -817,6 +835,11 @@ def with_value(*path, value):
             with_value("masters", "0.weight", value=torch.ones(8, 6).double()),
             r"masters has '0.weight' as \(8, 6\) torch.float64, and .* \(8, 6\) torch.float32",
         ),
+        (
+            with_value("averages", value=[]),
+            r"the state's averages map names to n_seen, n_averaged and means; pass what",
+        ),
+        (with_value("averages", "ema", value={"means": {}}), r"the state's averages map names to n_seen"),
         (with_value("masters", "x", value=torch.ones(2)), r"masters has 'x', which this model does not"),
     ],
 )

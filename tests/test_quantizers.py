@@ -189,7 +189,7 @@ def test_what_is_shown_of_a_model_names_the_roundings(tmp_path):
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
-STEP = "W=bfp8[0]~nearest G=fixed8.9~up M=bfp10[0]~stochastic8 A=float E=float master=fixed16.12~down"
+STEP = "W=bfp8[0]~nearest G=fixed8.9~up M=bfp10[0]~stochastic8 V=bfp12[0]~down A=float E=float master=fixed16.12~down"
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])

@@ -77,6 +77,7 @@ def test_the_json_has_every_field_in_order():
         "error": "bfp8[0]",
         "gradient": "e5m2~up",
         "momentum": "bfp8[0]",
+        "second_moment": "float",
         "master": "e8m7",
         "average": "float",
         "states": {"exp_avg": "float"},

@@ -156,7 +156,7 @@ def test_groups_and_rules_are_each_served(passes, by_hooks):
     assert passes == [False, True, True, True]
 
 
-def test_what_has_no_gradient_is_rounded_as_ever(passes, by_hooks):
+def test_what_has_no_gradient_is_left_alone_as_ever(passes, by_hooks):
     class Half(Weights):
         def forward(self):
             return self.all[0].square().sum()

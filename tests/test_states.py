@@ -127,8 +127,8 @@ def test_a_format_that_does_not_fit_a_state_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.*divides one moment by another")
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-def test_a_named_state_is_rounded_its_own_way_and_M_is_of_the_others(rounding):
-    recipe = f"W=float A=float E=float G=float M=bfp10[0] state.exp_avg_sq=e8m7~down rounding={rounding}"
+def test_a_named_state_is_rounded_its_own_way_and_M_and_V_are_of_the_others(rounding):
+    recipe = f"W=float A=float E=float G=float M=bfp10[0] V=bfp12[0] state.exp_avg_sq=e8m7~down rounding={rounding}"
     model, optimizer, _ = setup(lambda p: optim.AdamW(p, amsgrad=True), recipe)
     train(model, optimizer, range(2))
     plain = net()
@@ -138,8 +138,9 @@ def test_a_named_state_is_rounded_its_own_way_and_M_is_of_the_others(rounding):
         for index, p in enumerate(plain.parameters()):
             state, key = reference.state[p], fold_in(7, step)
             for slot, name in enumerate(("exp_avg", "exp_avg_sq", "max_exp_avg_sq")):
-                how = ("e8m7", "down") if name == "exp_avg_sq" else ("bfp10[0]", rounding)
-                state[name] = quantize(state[name], *how, key=key, stream=(4 + slot) << 32 | index)
+                how = {"exp_avg": "bfp10[0]", "exp_avg_sq": "e8m7~down", "max_exp_avg_sq": "bfp12[0]"}[name]
+                format, _, own = how.partition("~")
+                state[name] = quantize(state[name], format, own or rounding, key=key, stream=(4 + slot) << 32 | index)
     assert same(values(model, optimizer), values(plain, reference))
 
 
@@ -153,13 +154,9 @@ def test_naming_every_state_is_naming_M():
     assert same(*found)
 
 
-def test_a_state_of_another_shape_is_rounded_only_if_it_is_named():
-    model, optimizer, _ = setup(lambda p: optim.Adafactor(p), f"{QUIET} M=bfp4".replace("M=float ", ""))
-    train(model, optimizer, range(1))
-    weight = next(iter(model.parameters()))
-    row = optimizer.state[weight]["row_var"]
-    assert not torch.equal(quantize(row, "bfp4"), row)
-    model, optimizer, _ = setup(lambda p: optim.Adafactor(p), f"{QUIET} state.row_var=bfp4~up state.col_var=bfp4~up")
+@pytest.mark.parametrize("recipe", ["V=bfp4~up", "state.row_var=bfp4~up state.col_var=bfp4~up"])
+def test_a_state_of_another_shape_is_rounded_by_its_role_or_its_name(recipe):
+    model, optimizer, _ = setup(lambda p: optim.Adafactor(p), f"{QUIET} {recipe}")
     train(model, optimizer, range(1))
     for name in ("row_var", "col_var"):
         found = optimizer.state[next(iter(model.parameters()))][name]
@@ -186,7 +183,11 @@ def test_a_rule_names_states_too():
     ("recipe", "amsgrad", "warned"),
     [
         ("bfp8[0] state.exp_avg_sq=float", False, None),
-        ("bfp8[0] state.exp_avg_sq=float", True, "momentum of '0.weight' and 5 more in bfp8.0.; keep .*: M=float"),
+        (
+            "bfp8[0] V=bfp8[0] state.exp_avg_sq=float",
+            True,
+            "max_exp_avg_sq of '0.weight' and 5 more in bfp8.0.; keep it in float: V=float",
+        ),
         ("bfp8[0] M=float state.exp_avg=bfp8[0]", False, None),
         (
             "bfp8[0] M=float state.exp_avg_sq=bfp8[0]",
@@ -226,3 +227,95 @@ def test_states_are_a_part_of_a_recipe():
     changed = Recipe.parse(recipe, **{"state.exp_avg": "bf16"})
     assert dict(changed.states)["exp_avg_sq"] == dict(recipe.states)["exp_avg_sq"]
     assert changed == Recipe.parse("bfp8[0] state.exp_avg=bf16 state.exp_avg_sq=bf16~stochastic")
+
+
+# ---- the table of states ---------------------------------------------------------------------------------------------
+
+# Of torch's optimizers: the role of each state. All other states are counters.
+OF_ROLE = {
+    "M": {"momentum_buffer", "exp_avg"},
+    "V": {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum", "acc_delta"}
+    | {"row_var", "col_var", "variance"},
+    "": {"ax", "prev", "step_size"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*(each for each, (_, states) in STATES.items() if states), "Muon", "centered with momentum"]
+)
+@pytest.mark.parametrize("role", ["M", "V"])
+def test_a_role_rounds_its_states_of_an_optimizer_and_no_others(name, role):
+    make = {
+        "Muon": lambda p: optim.Muon([each for each in p if each.dim() == 2]),
+        "centered with momentum": lambda p: optim.RMSprop(p, centered=True, momentum=0.9),
+    }.get(name) or STATES[name][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of divisors in a format that reaches less far
+        model, optimizer, _ = setup(make, f"{QUIET.replace('M=float', '')} {role}=bfp3~up")
+    train(model, optimizer, range(1))
+    weight = next(p for p in model.parameters() if p in optimizer.state and p.dim() == 2)
+    for state, tensor in optimizer.state[weight].items():
+        if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.unique().numel() > 2:
+            is_rounded = torch.equal(quantize(tensor, "bfp3"), tensor)
+            assert is_rounded == (state in OF_ROLE[role]), state
+
+
+class AggMo(optim.Optimizer):
+    """Momentum of several betas, in a dict (Lucas et al., 2018), and a state that no table knows."""
+
+    def __init__(self, parameters, betas=(0.0, 0.9, 0.99)):
+        super().__init__(parameters, {"lr": 0.1, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                buffers = state.setdefault("momentum_buffer", {beta: torch.zeros_like(p) for beta in group["betas"]})
+                state.setdefault("curvature", torch.zeros_like(p)).add_(p.grad)
+                for beta, buffer in buffers.items():
+                    p.sub_(buffer.mul_(beta).add_(p.grad), alpha=group["lr"] / len(buffers))
+
+
+def test_states_in_containers_are_rounded_each_with_a_stream_of_its_own():
+    model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', 'M=bfp4')} state.curvature=float")
+    loss_of(model, 0).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    for index, (p, gradient) in enumerate(zip(model.parameters(), gradients, strict=True)):
+        # The unknown state is the first by name.
+        for slot, beta in enumerate((0.0, 0.9, 0.99), start=1):
+            due = quantize(gradient, "bfp4", "stochastic", key=fold_in(7, 0), stream=(4 + slot) << 32 | index)
+            assert torch.equal(optimizer.state[p]["momentum_buffer"][beta], due)
+
+
+def test_a_state_that_no_table_knows_stays_in_float_and_the_first_step_says_so():
+    model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', 'M=bfp4~up')}")
+    with pytest.warns(UserWarning) as found:
+        train(model, optimizer, range(2))
+    assert [str(each.message) for each in found] == [
+        "AggMo's state 'curvature' stays in float, since nothing says whether it is a mean of gradients; name it: "
+        "state.curvature=bfp4~up, or state.curvature=float"
+    ]
+    state = optimizer.state[next(iter(model.parameters()))]
+    assert not torch.equal(quantize(state["curvature"], "bfp4"), state["curvature"])
+
+
+@pytest.mark.parametrize("make", [optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adagrad, optim.Adafactor])
+def test_under_the_default_recipe_an_optimizer_trains_as_with_its_states_in_float(make):
+    """Inputs, and so gradients, that span 20 octaves."""
+    losses = []
+    for recipe in ("bfp8[0]", "bfp8[0] M=float"):
+        torch.manual_seed(0)
+        x = torch.randn(256, 20) * 2.0 ** -torch.arange(20)
+        y = (x[:, 0] > 0).long()
+        model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 2))
+        optimizer = make(model.parameters(), lr=0.01)
+        lp, _ = convert(model, optimizer, recipe=recipe)
+        for _ in range(100):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(lp(x), y)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] < 1.5 * losses[1] and losses[1] < 0.6

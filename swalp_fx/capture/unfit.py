@@ -70,7 +70,7 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
     """Raises ConvertError for a parameter that has fewer axes than the block of a format of its."""
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
-        for role in ("weight", "gradient", "momentum"):
+        for role in ("weight", "gradient", "momentum", "second_moment"):
             format = getattr(here, role).format
             if parameter.is_floating_point() and format.block.rank > parameter.dim() > 1:
                 raise ConvertError(

@@ -12,14 +12,14 @@ from .document import from_json, to_json
 from .errors import RecipeError
 from .patterns import GLOBS, Subject, around, is_all_of, matches, unmatched
 from .quantizer import Quantizer, States, as_states
-from .roles import AVERAGE_ROUNDING, ROLES, once
+from .roles import ALL_ROLES, AVERAGE_ROUNDING, once
 from .rounding import parse_rounding
 from .rule import Rule
 from .text import read, text
 
 __all__ = ["PLACEMENTS", "Recipe"]
 
-_QUANTIZERS = (*ROLES.values(), "master", "average")
+_QUANTIZERS = (*ALL_ROLES.values(), "master", "average")
 _IN_FLOAT = Quantizer(FLOAT)
 # Which layer outputs are rounded; passes/assign.py has the rule of each.
 PLACEMENTS = ("every", "compute", "compute+activation", "group")
@@ -37,12 +37,13 @@ class Recipe:
     activation: Quantizer = _IN_FLOAT
     error: Quantizer = _IN_FLOAT
     gradient: Quantizer = _IN_FLOAT
-    momentum: Quantizer = _IN_FLOAT
+    momentum: Quantizer = _IN_FLOAT  # means of gradients
+    second_moment: Quantizer = _IN_FLOAT  # what the optimizer divides by
     master: Quantizer | None = None  # what the optimizer steps on; None: the weights themselves
     # Of the averaged weights after each update, Q_SWA in the paper's section 5.1; to nearest where it does not say, and
     # then it stalls: see averaging.Average.
     average: Quantizer = _IN_FLOAT
-    # Of the optimizer, by name: ``state.exp_avg_sq=bf16~stochastic``. ``momentum`` is of those that are not named.
+    # Of the optimizer, by name: ``state.exp_avg_sq=bf16~stochastic``, instead of what its role says.
     states: States = ()
     rounding: str = "stochastic"  # of every role but the average that has none of its own
     placement: str = "every"  # which layer outputs are rounded
@@ -125,10 +126,6 @@ class Recipe:
         if rule is None:
             return self
         return replace(self, states={**dict(self.states), **dict(rule.states)}, **rule.roles())  # type: ignore[arg-type]
-
-    def state(self, name: str) -> Quantizer:
-        """How the state of that name of an optimizer is rounded."""
-        return dict(self.states).get(name, self.momentum)
 
     def of_tensor(self, rank: int, axis: int) -> Recipe:
         """The recipe of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""

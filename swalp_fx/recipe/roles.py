@@ -8,15 +8,18 @@ from typing import Any
 from ..nearest import did_you_mean
 from .errors import RecipeError
 
-__all__ = ["AVERAGE_ROUNDING", "LETTERS", "ROLES", "STATE", "once"]
+__all__ = ["ALL_ROLES", "AVERAGE_ROUNDING", "LETTERS", "ROLES", "STATE", "once"]
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
-LETTERS = {role: letter for letter, role in ROLES.items()}
+# With what Algorithm 2 does not have, and a format for all roles leaves out: Adam divides by v. A small one would be
+# rounded to zero, and a step would be as long as 1 / epsilon.
+ALL_ROLES = {**ROLES, "V": "second_moment"}
+LETTERS = {role: letter for letter, role in ALL_ROLES.items()}
 STATE = "state."  # before the name of an optimizer's state
 AVERAGE_ROUNDING = "average_rounding"  # once a field: now average=FORMAT~ROUNDING
-_FIELDS = {**ROLES, "accumulator": "master"}  # letters, and the old word: hardware's accumulator is a product's
-ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ROLES.items())
+_FIELDS = {**ALL_ROLES, "accumulator": "master"}  # letters, and the old word: hardware's accumulator is a product's
+ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ALL_ROLES.items())
 
 
 def once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -
     for name, value in _each(values, where):
         field = _FIELDS.get(name, name)
         if not _is_among(field, fields):
-            remedy = did_you_mean(name, (*ROLES, *fields), f"the roles are {ROLE_NAMES}")
+            remedy = did_you_mean(name, (*ALL_ROLES, *fields), f"the roles are {ROLE_NAMES}")
             raise RecipeError(f"{where}: there is no role {name!r}; {remedy}")
         if field in found:
             before, first = found[field]

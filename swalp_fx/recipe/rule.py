@@ -10,11 +10,11 @@ from typing import Any
 from .errors import RecipeError
 from .patterns import Subject, is_numbered, matches
 from .quantizer import Quantizer, States, as_states
-from .roles import LETTERS, ROLES, once
+from .roles import ALL_ROLES, LETTERS, once
 
 __all__ = ["FIELDS_OF_RULE", "Rule"]
 
-FIELDS_OF_RULE = (*ROLES.values(), "states")  # that it may set
+FIELDS_OF_RULE = (*ALL_ROLES.values(), "states")  # that it may set
 
 
 @dataclass(frozen=True, init=False)
@@ -40,6 +40,7 @@ class Rule:
     error: Quantizer | None = None
     gradient: Quantizer | None = None
     momentum: Quantizer | None = None
+    second_moment: Quantizer | None = None
     states: States = ()  # of the optimizer, by name, sorted
 
     def __init__(self, match: str, kind: str | None = None, **roles: Any) -> None:
@@ -57,20 +58,20 @@ class Rule:
         values = {role: Quantizer.parse(spec) for role, spec in given.items() if spec is not None}
         if not (values or states):
             raise RecipeError(f"rule {match!r} sets no format; name a role, such as weight='float'")
-        unset = dict.fromkeys(ROLES.values())
+        unset = dict.fromkeys(ALL_ROLES.values())
         for name, value in {"match": match, "kind": kind, **unset, **values, "states": states}.items():
             object.__setattr__(self, name, value)
 
     def roles(self) -> dict[str, Quantizer]:
         """Role -> quantizer, of the roles that it sets."""
-        return {role: value for role in ROLES.values() if (value := getattr(self, role)) is not None}
+        return {role: value for role in ALL_ROLES.values() if (value := getattr(self, role)) is not None}
 
     def matches(self, subjects: Iterable[Subject]) -> bool:
         return any((self.kind is None or self.kind in kinds) and matches(self.match, name) for name, kinds in subjects)
 
     def refuse_shared(self, subjects: Iterable[Subject]) -> None:
         """Raises RecipeError if it means single calls of a layer, and sets what all its calls share."""
-        shared = [role for role in ("weight", "gradient", "momentum") if role in self.roles()]
+        shared = [role for role in ("weight", "gradient", "momentum", "second_moment") if role in self.roles()]
         matched = (name for name, kinds in subjects if self.matches([(name, kinds)]))
         if shared and "@" in self.match and all(map(is_numbered, matched)):
             raise RecipeError(

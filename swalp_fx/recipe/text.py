@@ -14,7 +14,7 @@ from ..formats import FormatError
 from .errors import RecipeError
 from .patterns import GLOBS
 from .quantizer import Quantizer
-from .roles import LETTERS, ROLES, STATE, once
+from .roles import ALL_ROLES, LETTERS, ROLES, STATE, once
 from .rule import FIELDS_OF_RULE, Rule
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def text(recipe: Recipe) -> str:
         [str(quantizers.pop())] if alike else [f"{letter}={getattr(recipe, role)}" for letter, role in ROLES.items()]
     )
     default = type(recipe)
-    for name in ("master", "average", "rounding", "placement"):
+    for name in ("second_moment", "master", "average", "rounding", "placement"):
         if (value := getattr(recipe, name)) != getattr(default, name):
-            words.append(f"{name}={value}")
+            words.append(f"{LETTERS.get(name, name)}={value}")
     words += _states(recipe.states)
     for name in GLOBS:
         if globs := getattr(recipe, name):
@@ -129,7 +129,7 @@ def _refuse_bare(named: list[str], everywhere: list[str], fields: Collection[str
     bare = next((word for word in named if "=" not in word), None)
     if bare is None:
         return
-    if ROLES.get(bare, bare) in fields:
+    if ALL_ROLES.get(bare, bare) in fields:
         raise RecipeError(f"{where}: {bare!r} lacks its value; write {bare}=...")
     remedy = _with_role(bare, fields) if everywhere else "put it first"
     raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
@@ -138,7 +138,7 @@ def _refuse_bare(named: list[str], everywhere: list[str], fields: Collection[str
 def _with_role(bare: str, fields: Collection[str]) -> str:
     """How a word without a role, which stands behind a format for all, may have been meant."""
     name, separator, spec = bare.partition(":")
-    if separator and ROLES.get(name, name) in fields:
+    if separator and ALL_ROLES.get(name, name) in fields:
         return f"write {name}={spec}"
     try:
         return f"name its role, such as M={Quantizer.parse(bare)}"
