@@ -60,6 +60,7 @@ KNOBS: dict[str, Any] = {
     "allow_rnn": True,
     "skip_nnmodule_hook_guards": False,  # else a hook registered later is ignored
     "skip_no_tensor_aliasing_guards_on_parameters": False,  # else tying after the first call is ignored
+    "skip_tensor_guards_with_matching_dict_tags": False,  # the same, by torch 2.11
     "allow_unspec_int_on_nn_module": True,  # an integer attribute that counts becomes symbolic
     "specialize_float": False,
     "error_on_nested_fx_trace": True,
