@@ -439,9 +439,11 @@ def process_group():
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("wrap", [lambda module: DistributedDataParallel(module, bucket_cap_mb=1e-4), nn.DataParallel])
 def test_wrapped_for_several_devices_it_has_the_same_bits_and_one_graph(wrap):
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # DataParallel takes a model to the first GPU there is
     found = []
     for wrapped in (False, True):
         module, inputs = converted(shapes.Tied, "bfp4[0]")
+        module, inputs = module.to(device), [each.to(device) for each in inputs]
         y = run(wrap(module) if wrapped else module, inputs)
         y.square().sum().backward()
         found.append([y, *gradients(module).values()])

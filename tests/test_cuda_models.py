@@ -115,3 +115,22 @@ def test_compiled_for_cuda_graphs_each_call_draws_random_bits_anew(device):
     with torch.no_grad():
         results = [compiled(x).clone() for _ in range(5)]
     assert all(not torch.equal(*pair) for pair in itertools.pairwise(results))
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_training_compiled_for_cuda_graphs_has_the_bits_of_training_alone(device):
+    lp, _ = convert(net().to(device), recipe="bfp8[0]")
+    x, signal = inputs(0, device)
+    found = []
+    for call in (lp, torch.compile(lp, mode="reduce-overhead")):
+        steps = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            lp.zero_grad()
+            y = call(x)
+            (y * signal).sum().backward()
+            steps.append([y.clone(), *(p.grad.clone() for p in lp.parameters())])
+        found.append(steps)
+    assert all(torch.equal(*pair) for steps in zip(*found, strict=True) for pair in zip(*steps, strict=True))
+    assert all(not torch.equal(one[0], other[0]) for one, other in itertools.pairwise(found[1]))

@@ -295,13 +295,16 @@ def test_code_that_is_skipped_is_inlined_and_has_no_graph_of_its_own() -> None:
     assert torch.equal(run(X), 2 * X) and seen == ["<lambda>"]
 
 
-def test_buffers_set_are_known_by_their_nodes() -> None:
+def test_buffers_set_are_known_by_their_nodes_and_one_that_is_not_read_is_no_input() -> None:
     def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
-        return [str(node.target) for node in graph_module.graph.nodes if node.name in frame.buffers_set()]
+        names, graph = frame.buffers_set(), graph_module.graph
+        return [str(each.target) for each in graph.nodes if each.name in names], len(graph.find_nodes(op="placeholder"))
 
-    run, seen = traced(Mean().forward, look)
+    model = Mean()
+    model.register_buffer("unread", torch.zeros(3))
+    run, seen = traced(model.forward, look)
     run(X)
-    assert seen == [["<built-in function add>"]]
+    assert seen == [(["<built-in function add>"], 4)]
 
 
 def test_a_tensor_in_a_parameters_place_has_its_slot() -> None:

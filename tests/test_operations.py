@@ -187,12 +187,12 @@ def test_what_makes_new_numbers_is_rounded(call):
     assert place(source) in rounded(made.graph)
 
 
-NEW_GRAPHS = ("data", "masked_select")  # no graph has them as they are
-
-
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in NEW_GRAPHS])
+@pytest.mark.parametrize("name", CALLS)
 def test_what_moves_is_not_rounded_again(name):
-    places = rounded(rewritten(Before(CALLS[name]), "bfp8[0]", X).graph)
+    model = converted(Before(CALLS[name]), "bfp8[0]")
+    model(X)
+    # Some calls break a graph. What a graph behind a break gives is rounded.
+    places = [each for made in model.graphs for each in rounded(made.graph) if each != "exp"]
     assert [each for each in places if not each.startswith("max_pool")] == ["layer"]
 
 

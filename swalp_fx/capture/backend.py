@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .. import nodes
 from ..passes import rewrite
@@ -57,17 +60,17 @@ def backend(
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
-    if keyed and not _is_drawn_from(module):  # nothing is rounded stochastically
+    if keyed and not any(True for _ in _drawing(module)):  # nothing is rounded stochastically
         _without_key(module)
         keyed = False
-    run = module.forward
+    run, gpu = module.forward, _gpu(module) if keyed and inner is not None else None
     if inner is not None:
-        key = conversion.key() if keyed else None
+        key = conversion.key(gpu) if keyed else None
         if keyed and key is None:  # a graph that is compiled further is for one mode; entries guard it
             _without_key(module)
             keyed = False
         run = inner(module, [key, *inputs] if keyed else inputs)
-    return _runner(weakly, made, run, keyed, twins)
+    return _runner(weakly, made, run, keyed, gpu, twins)
 
 
 def _held(weakly: weakref.ref[Conversion]) -> Conversion:
@@ -76,16 +79,24 @@ def _held(weakly: weakref.ref[Conversion]) -> Conversion:
     return conversion
 
 
-def _is_drawn_from(module: GraphModule) -> bool:
-    """Whether anything in a graph, or in the checkpoints that it runs, is rounded by its key."""
+def _drawing(module: GraphModule) -> Iterator[Node]:
+    """The nodes of a graph, and of the checkpoints that it runs, that round by its key."""
     key = next(iter(module.graph.nodes))
     for user in key.users:
-        if user.target is not nodes.checkpointed:
-            return True
-        body = getattr(module, str(user.args[0].target))
-        if _is_drawn_from(body):
-            return True
-    return False
+        if user.target is nodes.checkpointed:
+            yield from _drawing(getattr(module, str(user.args[0].target)))
+        else:
+            yield user
+
+
+def _gpu(module: GraphModule) -> torch.device | None:
+    """The GPU that all lies on which a graph rounds by its key, if it is one; the key belongs there.
+
+    Kernels take a key on the CPU by value. A CUDA graph that another compiler makes would keep the first one for good.
+    """
+    rounded = pytree.tree_leaves([node.args[0].meta.get("example_value") for node in _drawing(module)])  # type: ignore[union-attr]
+    devices = {each.device for each in rounded if isinstance(each, Tensor)}
+    return next((each for each in devices if each.type == "cuda" and len(devices) == 1), None)
 
 
 def _without_key(module: GraphModule) -> None:
@@ -119,9 +130,14 @@ def _place(frame: Frame) -> str:
 
 
 def _runner(
-    weakly: weakref.ref[Conversion], made: Rewritten, run: Callable[..., Any], keyed: bool, twins: Twins
+    weakly: weakref.ref[Conversion],
+    made: Rewritten,
+    run: Callable[..., Any],
+    keyed: bool,
+    gpu: torch.device | None,
+    twins: Twins,
 ) -> Callable[..., Any]:
-    """What the front end's code calls. ``twins``: see ``give_bare``."""
+    """What the front end's code calls. ``gpu``: where the key has to be; ``twins``: see ``give_bare``."""
     switches = any(node.target in SWITCHES for node in made.graph.nodes)
 
     def runner(*args: Any) -> Any:
@@ -130,7 +146,7 @@ def _runner(
         if twins.inputs:
             args = (*args, *(local.bare.of(args[i]) for i in twins.inputs))
         if keyed:
-            args = (_held(weakly).key(), *args)
+            args = (_held(weakly).key(gpu), *args)
         given = run(*args) if local.watch is None else local.watch(made, args)
         return local.bare.keep(given, twins.outputs) if twins.outputs else given
 

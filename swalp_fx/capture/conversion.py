@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
@@ -181,6 +182,10 @@ class Conversion:
         for each in self.graphs:
             yield from subjects(each.captured)
 
-    def key(self) -> Tensor | None:
-        """The key of one run: distinct runs, distinct keys. None in eval mode, where stochastic rounds to nearest."""
-        return nodes.draw_key(self.root.training)
+    def key(self, device: torch.device | None = None) -> Tensor | None:
+        """The key of one run: distinct runs, distinct keys. None in eval mode, where stochastic rounds to nearest.
+
+        It is on ``device``, if that is given, without waiting for it.
+        """
+        key = nodes.draw_key(self.root.training)
+        return key if key is None or device is None else key.to(device, non_blocking=True)

@@ -23,6 +23,7 @@ from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import stateless
@@ -59,6 +60,7 @@ KNOBS: dict[str, Any] = {
     "allow_rnn": True,
     "skip_nnmodule_hook_guards": False,  # else a hook registered later is ignored
     "skip_no_tensor_aliasing_guards_on_parameters": False,  # else tying after the first call is ignored
+    "skip_tensor_guards_with_matching_dict_tags": False,  # the same, by torch 2.11
     "allow_unspec_int_on_nn_module": True,  # an integer attribute that counts becomes symbolic
     "specialize_float": False,
     "error_on_nested_fx_trace": True,
@@ -250,15 +252,13 @@ class Frame:
 
     def buffers_set(self) -> set[str]:
         """The names of the nodes that buffers are set to: ``self.mean = self.mean * 0.9 + new * 0.1``."""
-        names = set()
+        names = []
         effects = self._tx.output.side_effects
-        for variable in list(effects.id_to_variable.values()):  # reading one may add another
+        for variable in effects.id_to_variable.values():
             source = getattr(variable, "source", None)
             if getattr(source, "member", "") == "_buffers" and effects.is_modified(variable):
-                items = getattr(variable, "items", {})
-                proxies = (getattr(item, "proxy", None) for item in items.values())
-                names |= {proxy.node.name for proxy in proxies if proxy is not None}
-        return names
+                names += [_node_of(item) for item in getattr(variable, "items", {}).values()]
+        return {name for name in names if name is not None}
 
     def returned(self) -> set[str] | None:
         """The names of the nodes in what the frame returns; None if it does not return here."""
@@ -273,9 +273,8 @@ class Frame:
             if id(variable) in seen:
                 return
             seen.add(id(variable))
-            proxy = getattr(variable, "proxy", None)
-            if proxy is not None:
-                names.add(proxy.node.name)
+            if (node := _node_of(variable)) is not None:
+                names.add(node)
             if variable in attributes:  # of an object that the frame has made
                 waiting.extend(attributes[variable].values())
 
@@ -295,6 +294,16 @@ class Frame:
             return eval(source.name if isinstance(source.name, str) else source.name(), scope)
         except Exception:  # an expression of the guards, which may need more than locals and globals
             return None
+
+
+def _node_of(variable: Any) -> str | None:
+    """The name of the node that computes a variable of a trace.
+
+    None where nothing has read it yet: to ask it would read it, which gives the graph one more input.
+    """
+    variable = variable.unwrap()
+    proxy = None if isinstance(variable, LazyVariableTracker) else getattr(variable, "proxy", None)
+    return None if proxy is None else proxy.node.name
 
 
 def break_reason(graph_module: GraphModule) -> str | None:
