@@ -1,6 +1,5 @@
 """Low-precision training with weight averaging (SWALP), as a rewrite of torch.fx graphs."""
 
-from .averaging import Average
 from .capture import Graphs, Rewritten
 from .check import Check, check
 from .codes import Codes, decode, encode
@@ -16,8 +15,7 @@ from .formats import (
 from .measure import Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
 from .ops import quantize, quantize_
-from .optimizer import SWALP
-from .recalibration import recalibrate
+from .optimizer import SWALP, Average, recalibrate
 from .recipe import Quantizer, Recipe, RecipeError, Rule
 from .report import report
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import swalp_fx
-from swalp_fx.averaging import Average
+from swalp_fx import Average
 from swalp_fx.formats import parse
 from swalp_fx.ops import quantize
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["passes"],
     ["capture"],
     ["graphs"],
-    ["averaging", "codes", "moments", "sgd", "states"],
+    ["codes"],
     ["optimizer"],
     ["convert"],
     ["audit", "check", "drawing", "rows"],

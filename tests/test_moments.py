@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from swalp_fx import SWALP, Recipe, Rule, convert, parse
-from swalp_fx.moments import ends_in
+from swalp_fx.optimizer.moments import ends_in
 
 optim = torch.optim
 

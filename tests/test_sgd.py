@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from swalp_fx import Recipe, optimizer, sgd
-from swalp_fx.optimizer import SWALP
+from swalp_fx import Recipe
+from swalp_fx.optimizer import SWALP, algorithm, one_pass
 
 pytestmark = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
@@ -86,11 +86,11 @@ def passes(monkeypatch):
     counted = []
 
     def counting(*arguments):
-        stepped = sgd.in_one_pass(*arguments)
+        stepped = one_pass.in_one_pass(*arguments)
         counted.append(bool(stepped))
         return stepped
 
-    monkeypatch.setattr(optimizer, "in_one_pass", counting)
+    monkeypatch.setattr(algorithm, "in_one_pass", counting)
     return counted
 
 
@@ -98,7 +98,7 @@ def passes(monkeypatch):
 def by_hooks(monkeypatch):
     def run_by_hooks(*arguments, **keywords):
         with monkeypatch.context() as patched:
-            patched.setattr(optimizer, "in_one_pass", lambda *arguments: {})
+            patched.setattr(algorithm, "in_one_pass", lambda *arguments: {})
             return run(*arguments, **keywords)
 
     return run_by_hooks
@@ -288,5 +288,7 @@ def test_the_op_takes_nothing_that_is_not_alike():
     group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False}
     for weights, gradients in [([w], [g]), ([w, w], [g]), ([w], [g.double()]), ([w], [g[:2]])]:
         with pytest.raises(RuntimeError, match="swalp_fx::quantize: "):
-            sgd.sgd_(weights, gradients, [], group, "bfp8[0]", "nearest", key=torch.tensor(1), streams=([], [], []))
+            one_pass.sgd_(
+                weights, gradients, [], group, "bfp8[0]", "nearest", key=torch.tensor(1), streams=([], [], [])
+            )
     assert torch.equal(w, before[0]) and torch.equal(g, before[1])

@@ -30,17 +30,18 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..codes import packed_state, unpacked_state
+from ..formats import FLOAT, Format
+from ..ops import quantize_foreach_
+from ..random import fold_in, is_captured, stream_of
+from ..recipe import Quantizer, Recipe
+from ..warn import warn
 from .averaging import Average
-from .codes import packed_state, unpacked_state
-from .formats import FLOAT, Format, FormatError
 from .moments import ends_in
-from .ops import quantize_foreach_
-from .random import fold_in, is_captured, stream_of
+from .one_pass import in_one_pass
 from .recalibration import recalibrate
-from .recipe import Quantizer, Recipe, RecipeError
-from .sgd import in_one_pass
+from .saved import SWA, VERSION, read
 from .states import quantizer_of, refuse_misnamed, states_of, unknown_states
-from .warn import warn
 
 __all__ = ["SWALP"]
 
@@ -48,10 +49,6 @@ __all__ = ["SWALP"]
 # of a parameter takes the next number up, and so on. The average's is 0.
 STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
 MOMENTUM = STREAMS["momentum"]
-
-VERSION = 3
-KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "averages", "masters")
-SWA = ""  # the name of the paper's own average, among others
 
 
 @dataclass
@@ -379,82 +376,12 @@ class SWALP:
         Raises ValueError, before anything is changed, if the state is of another version, another
         recipe or another model.
         """
-        state = _of_this_version(state)
-        averages, masters = self._checked(state)
-        self._seed, self._steps = state["seed"], state["step"]
-        self._average.n_averaged, self._average.means = state["n_averaged"], averages[SWA]
-        self._average.n_seen = state["n_averaged"]
-        for name, each in self.averages.items():
-            of_state = state["averages"][name]
-            each.n_seen, each.n_averaged, each.means = of_state["n_seen"], of_state["n_averaged"], averages[name]
-        self._masters = masters
-
-    def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Copies of the state's averages and masters, once all of it has been found to fit."""
-        if not isinstance(state, Mapping) or set(state) != set(KEYS):
-            found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"a SWALP state holds {', '.join(KEYS)}, not {found}; pass what state_dict() returned")
-        if state["version"] != VERSION:
-            raise ValueError(f"the state is of version {state['version']!r}, and this SWALP reads version {VERSION}")
-        if not _is_text_of(self.recipe, state["recipe"]):
-            raise ValueError(
-                f"the state is of recipe {state['recipe']!r}, not {str(self.recipe)!r}; "
-                "convert with the former to resume"
-            )
-        for key in ("seed", "step", "n_averaged"):
-            if not isinstance(state[key], int) or state[key] < 0:
-                raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
-        averages = {SWA: self._checked_average("average", self._average, state["n_averaged"], state["average"])}
-        if not _are_averages(state["averages"]):
-            raise ValueError(
-                "the state's averages map names to n_seen, n_averaged and means; pass what state_dict() returned"
-            )
-        if state["averages"].keys() != self.averages.keys():
-            has, due = (", ".join(map(repr, each)) or "none" for each in (state["averages"], self.averages))
-            raise ValueError(
-                f"the state's averages are {has}, and this SWALP's {due}; set swalp.averages to those first"
-            )
-        for name, each in self.averages.items():
-            of_state = state["averages"][name]
-            what = f"average {name!r}"
-            averages[name] = self._checked_average(what, each, of_state["n_averaged"], of_state["means"])
-        masters = {} if self.recipe.master is None else {n: p.dtype for n, p in self._parameters.items()}
-        return averages, self._copied("masters", state["masters"], masters)
-
-    def _checked_average(
-        self, what: str, average: Average, count: int, means: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        dtypes = {name: dtype for name, p in self._parameters.items() if (dtype := average.mean_dtype(p)) is not None}
-        copied = self._copied(what, means, dtypes, average.device)
-        if missing := [name for name in dtypes if name not in copied and count]:
-            raise ValueError(
-                f"the state's {what} lacks {missing[0]!r}, a parameter of the model; load a state of this model"
-            )
-        if copied and not count:
-            raise ValueError(f"the state has an {what} of 0 models; pass what state_dict() returned")
-        return copied
-
-    def _copied(
-        self, what: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], device: Any = None
-    ) -> dict[str, Tensor]:
-        """Copies of ``tensors`` on ``device``, or their parameters' own; each must be one of ``dtypes`` and fit."""
-        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError(f"the state's {what} must map names to tensors; pass what state_dict() returned")
-        for name, tensor in tensors.items():
-            if name not in dtypes:
-                raise ValueError(
-                    f"the state's {what} has {name!r}, which this model does not; load a state of this model"
-                )
-            expected = (tuple(self._parameters[name].shape), dtypes[name])
-            if (found := (tuple(tensor.shape), tensor.dtype)) != expected:
-                raise ValueError(
-                    f"the state's {what} has {name!r} as {found[0]} {found[1]}, and this model needs "
-                    f"{expected[0]} {expected[1]}; load a state of this model"
-                )
-        return {
-            name: tensor.detach().to(device or self._parameters[name].device, copy=True)
-            for name, tensor in tensors.items()
-        }
+        found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
+        self._seed, self._steps, self._masters = found.seed, found.step, found.masters
+        for average, (n_seen, n_averaged, means) in zip(
+            (self._average, *self.averages.values()), found.averages, strict=True
+        ):
+            average.n_seen, average.n_averaged, average.means = n_seen, n_averaged, means
 
     # Packed checkpoints
 
@@ -645,33 +572,6 @@ class SWALP:
                     )
                 trained.append((index, parameter))
         return trained
-
-
-def _of_this_version(state: Any) -> Any:
-    """A state of version 1, which had another word for masters, or of version 2, which had one average, as of this."""
-    if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
-        state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
-    if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
-        return {**state, "averages": {}, "version": VERSION}
-    return state
-
-
-def _are_averages(state: Any) -> bool:
-    if not isinstance(state, Mapping) or not all(isinstance(each, Mapping) for each in state.values()):
-        return False
-    counts = ("n_seen", "n_averaged")
-    return all(
-        set(each) == {*counts, "means"} and all(isinstance(each[name], int) and each[name] >= 0 for name in counts)
-        for each in state.values()
-    )
-
-
-def _is_text_of(recipe: Recipe, text: Any) -> bool:
-    """Whether ``text``, which may have been written with older words, stands for ``recipe``."""
-    try:
-        return Recipe.parse(text) == recipe
-    except (FormatError, RecipeError):
-        return False
 
 
 def _streams(index: int) -> dict[str, int]:

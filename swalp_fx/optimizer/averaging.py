@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .formats import FLOAT, Format, parse
-from .ops import quantize, quantize_foreach_
-from .recipe import parse_rounding
+from ..formats import FLOAT, Format, parse
+from ..ops import quantize, quantize_foreach_
+from ..recipe import parse_rounding
 
 __all__ = ["Average", "mean_dtype"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from .ops import is_plain, sgd_
-from .recipe import Quantizer, Recipe
+from ..ops import is_plain, sgd_
+from ..recipe import Quantizer, Recipe
 from .states import quantizer_of
 
 __all__ = ["in_one_pass"]

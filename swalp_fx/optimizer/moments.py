@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
-from .formats import Format
-from .recipe import Recipe
+from ..formats import Format
+from ..recipe import Recipe
 from .states import quantizer_of
 
 __all__ = ["ends_in"]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from .formats import FLOAT
-from .nearest import did_you_mean
-from .ops import quantize_
-from .recipe import Quantizer, Recipe, RecipeError
+from ..formats import FLOAT
+from ..nearest import did_you_mean
+from ..ops import quantize_
+from ..recipe import Quantizer, Recipe, RecipeError
 
 __all__ = ["quantizer_of", "refuse_misnamed", "states_of", "unknown_states"]
 

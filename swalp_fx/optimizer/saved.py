@@ -1,0 +1,138 @@
+"""What ``SWALP.state_dict`` saves, read back: all of it fits, or one sentence says what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import FormatError
+from ..recipe import Recipe, RecipeError
+from .averaging import Average
+
+__all__ = ["SWA", "VERSION", "Saved", "read"]
+
+VERSION = 3
+KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "averages", "masters")
+COUNTS = ("n_seen", "n_averaged")  # of an average
+SWA = ""  # the name of the paper's own average, among others
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that fits; its tensors are copies."""
+
+    seed: int
+    step: int
+    averages: list[tuple[int, int, dict[str, Tensor]]]  # (n_seen, n_averaged, means), in the order of those asked for
+    masters: dict[str, Tensor]
+
+
+def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Average]) -> Saved:
+    """The state of a SWALP of this recipe, of these parameters and averages by name, the paper's among them.
+
+    Raises ValueError if it is of another version, recipe or model, or is no state at all.
+    """
+    state = _of_this_version(state)
+    if not isinstance(state, Mapping) or set(state) != set(KEYS):
+        found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"a SWALP state holds {', '.join(KEYS)}, not {found}; pass what state_dict() returned")
+    if state["version"] != VERSION:
+        raise ValueError(f"the state is of version {state['version']!r}, and this SWALP reads version {VERSION}")
+    if not _is_text_of(recipe, state["recipe"]):
+        raise ValueError(
+            f"the state is of recipe {state['recipe']!r}, not {str(recipe)!r}; convert with the former to resume"
+        )
+    for key in ("seed", "step", "n_averaged"):
+        if not isinstance(state[key], int) or state[key] < 0:
+            raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
+    of_state = _averages(state, [name for name in averages if name != SWA])
+    found_averages = [
+        (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters))
+        for name, average in averages.items()
+    ]
+    masters = {} if recipe.master is None else {name: p.dtype for name, p in parameters.items()}
+    return Saved(
+        state["seed"], state["step"], found_averages, _copied("masters", state["masters"], masters, parameters)
+    )
+
+
+def _averages(state: Mapping[str, Any], names: list[str]) -> dict[str, tuple[int, int, Any]]:
+    """Name -> (n_seen, n_averaged, means) of each average of a state, which must have these besides the paper's."""
+    others = state["averages"]
+    if not _are_averages(others):
+        raise ValueError(
+            "the state's averages map names to n_seen, n_averaged and means; pass what state_dict() returned"
+        )
+    if set(others) != set(names):
+        has, due = (", ".join(map(repr, each)) or "none" for each in (others, names))
+        raise ValueError(f"the state's averages are {has}, and this SWALP's {due}; set swalp.averages to those first")
+    # Of the paper's average every update counts.
+    found = {SWA: (state["n_averaged"], state["n_averaged"], state["average"])}
+    return found | {name: (each["n_seen"], each["n_averaged"], each["means"]) for name, each in others.items()}
+
+
+def _are_averages(averages: Any) -> bool:
+    if not isinstance(averages, Mapping) or not all(isinstance(each, Mapping) for each in averages.values()):
+        return False
+    return all(
+        set(each) == {*COUNTS, "means"} and all(isinstance(each[name], int) and each[name] >= 0 for name in COUNTS)
+        for each in averages.values()
+    )
+
+
+def _means(
+    name: str, average: Average, count: int, means: Any, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    what = f"average {name!r}" if name != SWA else "average"
+    dtypes = {each: dtype for each, p in parameters.items() if (dtype := average.mean_dtype(p)) is not None}
+    copied = _copied(what, means, dtypes, parameters, average.device)
+    if missing := [each for each in dtypes if each not in copied and count]:
+        raise ValueError(
+            f"the state's {what} lacks {missing[0]!r}, a parameter of the model; load a state of this model"
+        )
+    if copied and not count:
+        raise ValueError(f"the state has an {what} of 0 models; pass what state_dict() returned")
+    return copied
+
+
+def _copied(
+    what: str,
+    tensors: Any,
+    dtypes: Mapping[str, torch.dtype],
+    parameters: Mapping[str, nn.Parameter],
+    device: str | torch.device | None = None,
+) -> dict[str, Tensor]:
+    """Copies of ``tensors`` on ``device``, or their parameters' own; each must be one of ``dtypes`` and fit."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"the state's {what} must map names to tensors; pass what state_dict() returned")
+    for name, tensor in tensors.items():
+        if name not in dtypes:
+            raise ValueError(f"the state's {what} has {name!r}, which this model does not; load a state of this model")
+        expected = (tuple(parameters[name].shape), dtypes[name])
+        if (found := (tuple(tensor.shape), tensor.dtype)) != expected:
+            raise ValueError(
+                f"the state's {what} has {name!r} as {found[0]} {found[1]}, and this model needs "
+                f"{expected[0]} {expected[1]}; load a state of this model"
+            )
+    return {name: tensor.detach().to(device or parameters[name].device, copy=True) for name, tensor in tensors.items()}
+
+
+def _of_this_version(state: Any) -> Any:
+    """A state of version 1, which had another word for masters, or of version 2, which had one average, as of this."""
+    if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
+        state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
+    if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
+        return {**state, "averages": {}, "version": VERSION}
+    return state
+
+
+def _is_text_of(recipe: Recipe, text: Any) -> bool:
+    """Whether ``text``, which may have been written with older words, stands for ``recipe``."""
+    try:
+        return Recipe.parse(text) == recipe
+    except (FormatError, RecipeError):
+        return False
