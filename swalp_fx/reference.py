@@ -197,9 +197,16 @@ def quantize(
     return torch.where(computed.isnan(), computed, q).to(x.dtype)
 
 
+def divided(x: Tensor, by: Tensor | float) -> Tensor:
+    """x / by, each quotient rounded once, on every device."""
+    # By a number of Python, or a tensor of one number on the CPU, PyTorch on CUDA multiplies by 1 / by: two roundings.
+    # By a tensor on CUDA it divides as IEEE 754 says. The other operations here are exact, or rounded once, anywhere.
+    return x / torch.as_tensor(by, dtype=x.dtype, device=x.device)
+
+
 def quotient(computed: Tensor, scale: Tensor) -> Tensor:
     """computed / scale, rounded to the compute type."""
-    y = computed / scale
+    y = divided(computed, scale)
     # One that underflows is far below every step, but no zero: directed roundings still see its sign.
     tiny = torch.tensor(torch.finfo(computed.dtype).tiny, dtype=computed.dtype)
     return torch.where((y == 0) & (computed != 0), torch.copysign(tiny, computed), y)
@@ -243,7 +250,8 @@ def two_levels(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     assert isinstance(format.scale, TwoLevel)
     maximum, inner = _block_maximum(x.abs(), format.block), format.scale.inner
     outer = _real_scale(maximum.amax(), format.element.reach * inner.max)
-    return quantize(maximum / format.element.reach / outer, Format(inner)).clamp(min=inner.min_subnormal), outer
+    wanted = divided(divided(maximum, format.element.reach), outer)
+    return quantize(wanted, Format(inner)).clamp(min=inner.min_subnormal), outer
 
 
 def product_of_levels(of_block: Tensor, outer: Tensor) -> Tensor:
@@ -274,7 +282,7 @@ def scale_of(x: Tensor, format: Format) -> Tensor:
 
 def _real_scale(maximum: Tensor, largest: float) -> Tensor:
     """maximum / largest in float32, but finite, and as large as can be where nothing sets it."""
-    scale = (maximum / largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
+    scale = divided(maximum, largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
     most = torch.tensor(FLOAT32_MAX, dtype=torch.float32) / max(largest, 1.0)
     return torch.where(scale > 0, scale, most.to(maximum.dtype))
 
@@ -370,7 +378,7 @@ def lowest_beside(minimum: Tensor, scale: Tensor, format: Format) -> Tensor:
     """The lowest integer of a block with a zero point, ``minimum`` being its lowest number, or zero."""
     assert isinstance(format.element, Integer)
     first, last = format.element.bounds
-    return (minimum / scale).round().clamp(min=first - last)
+    return divided(minimum, scale).round().clamp(min=first - last)
 
 
 def _beside_zero_point(y: Tensor, x: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:

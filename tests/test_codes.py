@@ -12,7 +12,7 @@ import pytest
 import torch
 from devices import DEVICES
 from strategies import ELEMENTS, PRODUCTS, SCALES, valid
-from tables import ALL_ROUNDINGS, FORMATS, every_half, hard_values
+from tables import ALL_ROUNDINGS, FORMATS, assert_same_bits, every_half, hard_values
 
 import swalp_fx
 import vectors
@@ -85,13 +85,47 @@ def test_hard_numbers(spec, dtype):
         )
 
 
+# Scales of every kind, on blocks of every kind: real ones are quotients, which each device has to round alike.
+ON_DEVICES = ["fixed6.3", "posit8.1", "bfp8[0]", "mxfp4+rceil", "mxint8[0:32]", "e4m3[0]", "e4m3[]", "e4m3[16x16]"]
+ON_DEVICES += ["int8[0]", "int8[]+scale0.3", "int8[0]+asym", "int8[-1:16]+asym", "uint4[0,1]+asym", "nf4[-1:64]"]
+ON_DEVICES += ["posit8.1[0]", "nvfp4", "int8[-1:8]+e4m3", "e5m2[1]"]
+
+
+def as_bytes(codes):
+    """The scales' dtypes, and every byte that is stored."""
+    scales = [(each.dtype, each.shape, bytes(each.flatten().view(torch.uint8).tolist()).hex()) for each in codes.scales]
+    return codes.hex(), scales
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spec", ["bfp8[0]", "int8[-1:16]+asym", "e4m3[128x128]", "nvfp4", "nf4", "fixed6.3"])
-def test_codes_are_on_the_device_of_the_tensor(spec, device):
-    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
-    codes, there = encode(x, spec), encode(x.to(device), spec)
-    assert all(each.device.type == device for each in (there.packed, *there.scales, decode(there)))
-    assert there.hex() == codes.hex() and torch.equal(decode(there).cpu(), decode(codes))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spec", ON_DEVICES)
+def test_codes_are_the_same_on_every_device(spec, dtype, device):
+    normal = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    ties = (torch.arange(-128, 128).view(16, 16) + 0.5) * 0.3
+    for x in [
+        normal.to(dtype),
+        ties.to(dtype),
+        *(each.nan_to_num(0.0, 0.0, 0.0) for each in hard_values(spec, dtype, side=64)),
+    ]:
+        codes, there = encode(x, spec), encode(x.to(device), spec)
+        assert all(each.device.type == device for each in (there.packed, *there.scales, decode(there)))
+        assert as_bytes(there) == as_bytes(codes)
+        assert_same_bits(decode(there).cpu(), decode(codes))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_codes_in_compiled_code_are_the_same(device):
+    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)).to(device)
+
+    @torch.compile
+    def there_and_back(x):
+        codes = encode(x * 2, "int8[0]+asym")
+        return codes, decode(codes) + 1
+
+    codes, y = there_and_back(x)
+    due = encode(x * 2, "int8[0]+asym")
+    assert as_bytes(codes) == as_bytes(due) and torch.equal(y, decode(due) + 1)
 
 
 # ---- the codes of elements -----------------------------------------------------------------------

@@ -55,6 +55,7 @@ class Codes:
         return f"Codes({self.format}, shape {tuple(self.shape)}, {self.dtype}, {self.nbytes:,} bytes)"
 
 
+@torch.compiler.disable  # compiled for a GPU, a quotient is only near the one that is due
 @torch.no_grad()
 def encode(
     x: Tensor, format: str | Format, rounding: str = "nearest", *, key: Tensor | int | None = None, stream: int = 0
