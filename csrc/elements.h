@@ -162,7 +162,6 @@ struct FloatElement {
     return tail.result(round_to_step(magnitude, step, x, draw), x);
   }
 
- private:
   SWALP_HD static Step<T> binade_of(T magnitude) {
     return bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << Ieee<T>::mantissa);
   }
@@ -234,6 +233,13 @@ struct TableElement {
   template <class Round>
   SWALP_HD T round(T v, T x, uint32_t draw, const Round& round) const {
     if (!(v == v)) return v;
+    const T q = static_cast<T>(table.at[index_of(v, x, draw, round)]);
+    return q == T(0) ? with_sign(q, x) : q;
+  }
+
+  // The place of that number, where v is one.
+  template <class Round>
+  SWALP_HD int index_of(T v, T x, uint32_t draw, const Round& round) const {
     if (v == T(0) && x != T(0)) v = with_sign(std::numeric_limits<T>::min(), x);  // a quotient that has underflowed
     const T clamped = clamp(v, static_cast<T>(table.at[0]), static_cast<T>(table.at[table.size - 1]));
     int below = 0;
@@ -243,9 +249,7 @@ struct TableElement {
       below += half & -static_cast<int>(beyond);  // not a choice: compilers turn that into a branch, which is a guess
     }
     const T low = static_cast<T>(table.at[below]), high = static_cast<T>(table.at[below + 1]);
-    const bool up = goes_up(clamped, low, high, ((below - table.zero) & 1) != 0, x, draw, round);
-    const T q = static_cast<T>(table.at[below + static_cast<int>(up)]);
-    return q == T(0) ? with_sign(q, x) : q;
+    return below + static_cast<int>(goes_up(clamped, low, high, ((below - table.zero) & 1) != 0, x, draw, round));
   }
 
  private:

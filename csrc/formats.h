@@ -133,17 +133,26 @@ struct OnAbsmax : Product {
   }
 };
 
-// The float of a block under the float32 of the tensor, over which the block's maximum becomes the largest of an element.
+// The float32 of the tensor, under which its largest block's float is the largest.
+template <class T>
+SWALP_HD T outer_scale(const Grid& inner, T tensor_maximum, T element_max) {
+  const T most = element_max * static_cast<T>(inner.highest);
+  return real_scale<T>(static_cast<float>(tensor_maximum / most), most);
+}
+
+// The float of a block under it, over both of which the block's maximum becomes the largest of an element.
+template <class T>
+SWALP_HD T inner_scale(const Grid& inner, typename Ieee<T>::Bits maximum, T outer, T element_max) {
+  const T wanted = bit_cast<T>(maximum) / element_max / outer;
+  const T of_block = FloatElement<T, Saturates>(inner).round(wanted, wanted, 0u, RoundNearest{});
+  return of_block > T(0) ? of_block : power_of_two<T>(inner.least - inner.man);  // a block never loses its scale
+}
+
 template <class T>
 SWALP_HD T two_level_scale(const Grid& inner, typename Ieee<T>::Bits maximum, T tensor_maximum, T element_max) {
-  const FloatElement<T, Saturates> block_scale(inner);
-  const T most = element_max * block_scale.tail.max;
-  const T outer = real_scale<T>(static_cast<float>(tensor_maximum / most), most);
-  const T wanted = bit_cast<T>(maximum) / element_max / outer;
-  T of_block = block_scale.round(wanted, wanted, 0u, RoundNearest{});
-  of_block = of_block > T(0) ? of_block : power_of_two<T>(inner.least - inner.man);  // a block never loses its scale
+  const T outer = outer_scale<T>(inner, tensor_maximum, element_max);
   // The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
-  const T scale = of_block * outer;
+  const T scale = inner_scale<T>(inner, maximum, outer, element_max) * outer;
   constexpr T least = std::numeric_limits<T>::denorm_min();
   return scale > T(0) ? scale : least;
 }
@@ -165,6 +174,18 @@ struct FloatsOnTwoLevels : Product {
   template <class T, class F>
   SWALP_HD void with_quantizer(typename Ieee<T>::Bits maximum, T tensor_maximum, F&& f) const {
     f(usual<T>(maximum, tensor_maximum));
+  }
+};
+
+// As many integers as a grid has, of which the first is moved by a whole number, so that they hold a block's range.
+template <class T>
+struct Moved {
+  T count, scale, below;  // all but one; what multiplies them; how many are negative
+  SWALP_HD Moved(const Grid& grid, T positive, T negative)
+      : count((static_cast<T>(grid.highest) - static_cast<T>(grid.lowest)) * power_of_two<T>(grid.man - grid.least)),
+        scale(real_scale<T>(static_cast<float>((positive + negative) / count), count)),
+        below(std::rint(negative / scale)) {
+    below = below < count ? below : count;
   }
 };
 
@@ -228,16 +249,13 @@ struct Rare : Product {
     }
   }
 
-  // As many integers as there are, of which the first is moved by a whole number, so that they hold the block's range.
   template <class T, class F>
   SWALP_HD void affine(T positive, T negative, F&& f) const {
-    const T count = (static_cast<T>(grid.highest) - static_cast<T>(grid.lowest)) * power_of_two<T>(grid.man - grid.least);
-    const T s = real_scale<T>(static_cast<float>((positive + negative) / count), count);
-    const T below = std::rint(negative / s);
-    IntegerElement<T> moved(Grid{});
-    moved.lo = below < count ? -below : -count;
-    moved.hi = moved.lo + count;
-    f(Quantizer<T, IntegerElement<T>, RealScale<T>>{moved, {s}});
+    const Moved<T> moved(grid, positive, negative);
+    IntegerElement<T> integers(Grid{});
+    integers.lo = -moved.below;
+    integers.hi = integers.lo + moved.count;
+    f(Quantizer<T, IntegerElement<T>, RealScale<T>>{integers, {moved.scale}});
   }
 };
 

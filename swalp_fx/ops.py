@@ -93,6 +93,7 @@ _OP = torch.ops.swalp_fx.quantize.default
 _OP_ = torch.ops.swalp_fx.quantize_.default
 _FOREACH = torch.ops.swalp_fx.quantize_foreach_.default
 _SGD = torch.ops.swalp_fx.quantize_sgd_.default
+_CODES = torch.ops.swalp_fx.quantize_codes.default
 
 
 def _register() -> None:
@@ -415,6 +416,29 @@ def quantize_foreach_(
     for tensors, of_each in calls.values():
         _FOREACH(tensors, *how, key, of_each)
         torch.autograd.graph.increment_version(tensors)
+
+
+def write_codes(
+    x: Tensor,
+    format: Format,
+    rounding: str,
+    key: Tensor | None,
+    stream: int,
+    coding: Sequence[int],
+    packed: Tensor,
+    scales: Tensor,
+    second: Tensor,
+) -> bool:
+    """Writes codes of a contiguous float32 ``x``, and what is stored of its scales, if it can and all of x is finite.
+
+    coding: see csrc/codes.h. packed, scales, second: what codes.Codes has.
+    """
+    how = _find(format, rounding)
+    assert how is not None
+    if _is_recorded() or not is_plain(x):
+        return False
+    with torch._C._AutoDispatchBelowAutograd():
+        return _CODES(x, *how, key, stream, coding, packed, scales, second)
 
 
 def keeps(x: Tensor, spec: str) -> bool:

@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from refusal import refusal
 
 import benchmark
 import captures
+import codes
 import data
 import models
 import overhead
@@ -431,6 +433,21 @@ def test_benchmark_times_no_op_that_is_wrong(monkeypatch):
         benchmark.main(["op", "--elements", "1K"])
 
 
+def test_benchmark_times_codes_beside_floats(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.001)
+    benchmark.main(["codes", "--elements", "4K", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {(row["what"], row["rounding"]) for row in rows} == set(itertools.product(codes.SPECS, codes.ROUNDINGS))
+    assert all(row["elements"] == 4096 and row["encode ms"] > 0 and row["quantize ms"] > 0 for row in rows)
+    assert "ratio to quantize" in capsys.readouterr().out
+
+
+def test_benchmark_times_no_codes_that_are_wrong(monkeypatch):
+    monkeypatch.setattr(codes, "decode", lambda codes: torch.zeros(codes.shape))
+    with pytest.raises(SystemExit, match=r"fixed8\.6, nearest: codes are of other numbers"):
+        benchmark.main(["codes", "--elements", "4K"])
+
+
 @pytest.mark.parametrize("size", ["1000", "12T", "0"])
 def test_benchmark_refuses_a_size_it_cannot_lay_out(size, capsys):
     with pytest.raises(SystemExit):
@@ -545,7 +562,7 @@ def test_benchmark_of_a_step_times_no_wrong_graph(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["graph", "--elements", "1M"], "--elements is an option of op, not of graph"),
+        (["graph", "--elements", "1M"], "--elements is an option of op and codes, not of graph"),
         (["capture", "--models", "vgg16"], "--models is an option of step, not of capture"),
         (["op", "--models", "vgg16"], "--models is an option of step, not of op"),
         (["step", "--models", "vgg61"], "unknown model 'vgg61'; use vgg19 or vgg16"),

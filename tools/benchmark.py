@@ -1,7 +1,8 @@
-"""How fast the op, the nodes of a graph, its capture and a training step are, each against its like, in one run.
+"""How fast the op, codes, the nodes of a graph, its capture and a training step are, each against its like, in one run.
 
     python tools/benchmark.py op                  # the op, against a copy of the same tensor and against its peers
     python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
+    python tools/benchmark.py codes               # encode, which writes codes, beside quantize, which writes floats
     python tools/benchmark.py graph               # what a node costs beside its arithmetic
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
@@ -25,6 +26,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import captures
+import codes
 import files
 import models
 import overhead
@@ -43,7 +45,8 @@ COLUMNS = 1024
 KEY = 20190516
 THREADS = 1024  # beyond which OpenMP may find no memory for them, and end the process
 SECONDS = 0.5  # of repetitions for a row
-DIGITS = {"ms": ".3f", "GB/s": ".1f"}  # of a column, where they are not two behind the point
+# Of a column, where they are not two behind the point.
+DIGITS = {"ms": ".3f", "encode ms": ".3f", "quantize ms": ".3f", "GB/s": ".1f"}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -206,14 +209,14 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    add("what", choices=["op", "graph", "capture", "step"], help="op: quantize_ in place, on float32")
+    add("what", choices=["op", "codes", "graph", "capture", "step"], help="op: quantize_ in place, on float32")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
         "--elements",
         type=elements,
         nargs="+",
         metavar="N",
-        help="of op: [elements / 1024, 1024], such as 64M (default: 1M and 64M)",
+        help="of op and codes: [elements / 1024, 1024], such as 64M (default: 1M and 64M)",
     )
     add(
         "--models",
@@ -230,9 +233,9 @@ def refuse_unmeasurable(args: argparse.Namespace, parser: CommandLine) -> None:
     """Before the minutes of measuring, which one model that does not fit, or one file, would lose."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.refuse("--device cuda: torch finds no GPU; use --device cpu")
-    for option, what in (("elements", "op"), ("models", "step")):
-        if getattr(args, option) is not None and args.what != what:
-            parser.refuse(f"--{option} is an option of {what}, not of {args.what}")
+    for option, of in (("elements", ("op", "codes")), ("models", ("step",))):
+        if getattr(args, option) is not None and args.what not in of:
+            parser.refuse(f"--{option} is an option of {' and '.join(of)}, not of {args.what}")
     try:
         if args.json:
             files.refuse_unwritable(args.json)
@@ -261,9 +264,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: of[name] for name in ("machine", "threads", "torch", "date")},
     }
     clock = Clock(args.device)
+    counts = args.elements or [elements("1M"), elements("64M")]
     if args.what == "op":
-        rows = measure(args.elements or [elements("1M"), elements("64M")], args.device)
-        tables = {"rows": rows, "layouts": measure_layouts(args.device)}
+        tables = {"rows": measure(counts, args.device), "layouts": measure_layouts(args.device)}
+    elif args.what == "codes":
+        tables = codes.measure(clock.beside, counts, args.device)
     elif args.what == "graph":
         tables = overhead.measure(clock.once, args.device)
     elif args.what == "capture":

@@ -24,13 +24,46 @@ __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quanti
   }
 }
 
+// Writes the lowest bytes of word_at(i) for n neighbours. By way of words, because compilers narrow each part of a code by
+// itself; and inlined, or they see no loop that they can vectorise.
+template <int64_t kMost, class F>
+inline __attribute__((always_inline)) void write_words(uint8_t* y, int64_t n, const F& word_at) {
+  alignas(64) uint32_t words[kMost];
+  for (int64_t done = 0; done < n; done += kMost) {
+    const int64_t size = kMost < n - done ? kMost : n - done;
+#pragma GCC ivdep
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < size; ++i) words[i] = word_at(done + i);
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) Lanes::narrow(words + i, y + done + i);
+    for (; i < size; ++i) y[done + i] = static_cast<uint8_t>(words[i]);
+  }
+}
+
+// The same of code_at(i, kTwos).
+template <int64_t kMost, class Element, class Round, class F>
+inline __attribute__((always_inline)) void write_codes(const Element&, const Round& round, uint8_t* y, int64_t n,
+                                                       const F& code_at) {
+  if constexpr (std::is_same_v<Element, IntegerElement<float>>) {
+    if (round.coding.is_twos) return write_words<kMost>(y, n, [&](int64_t i) { return code_at(i, std::true_type()); });
+  }
+  write_words<kMost>(y, n, [&](int64_t i) { return code_at(i, std::false_type()); });
+}
+
 // n neighbours with one quantizer. Not inlined: formats share quantizers, and each copy costs seconds of compiling.
 template <class S, class Q, class Round>
-__attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, const uint32_t* draw, const Q quantizer,
-                                            const Round round) {
+__attribute__((noinline)) void quantize_run(const S* x, Result<S, Round>* y, int64_t n, const uint32_t* draw,
+                                            const Q quantizer, const Round round) {
   using T = Compute<S>;
   if constexpr (std::is_same_v<Round, Look>) {
     look_at_run(x, n, quantizer, round);
+  } else if constexpr (kCodes<Round>) {
+    uint32_t largest = 0;
+    write_codes<2048>(quantizer.element, round, y, n, [&](int64_t i, auto twos) {
+      largest = larger(largest, magnitude_bits(x[i]));
+      return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
+    });
+    round.tell(is_finite_magnitude<T>(largest));
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -39,11 +72,19 @@ __attribute__((noinline)) void quantize_run(const S* x, S* y, int64_t n, const u
   }
 }
 
+// The bits of the largest magnitude, which may be an infinity's or a NaN's.
+template <class S>
+inline typename Ieee<Compute<S>>::Bits largest_of_run(const S* x, int64_t n) {
+  using T = Compute<S>;
+  typename Ieee<T>::Bits largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = larger(largest, magnitude_bits(static_cast<T>(x[i])));
+  return largest;
+}
+
 template <class S>
 __attribute__((noinline)) typename Ieee<Compute<S>>::Bits maximum_of_run(const S* x, int64_t n) {
   using T = Compute<S>;
-  typename Ieee<T>::Bits maximum = 0;
-  for (int64_t i = 0; i < n; ++i) maximum = larger(maximum, magnitude_bits(static_cast<T>(x[i])));
+  typename Ieee<T>::Bits maximum = largest_of_run(x, n);
   if (is_finite_magnitude<T>(maximum)) return maximum;
   maximum = 0;
   for (int64_t i = 0; i < n; ++i) maximum = larger(maximum, finite_magnitude(static_cast<T>(x[i])));
@@ -169,12 +210,19 @@ __attribute__((noinline)) void extremes_of_blocks(const Layout& layout, const S*
 
 // kSize neighbours with one quantizer. Not unrolled: the loop is what the compiler vectorises.
 template <int kSize, class S, class Q, class Round>
-inline void quantize_tile(const Q& quantizer, const S* x, S* y, const Round& round, const uint32_t* draw) {
-  if constexpr (std::is_same_v<Round, Look>) return round.tell(differences(x, kSize, quantizer, round) != 0);
+inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, const Round& round, const uint32_t* draw) {
+  if constexpr (std::is_same_v<Round, Look>) {
+    round.tell(differences(x, kSize, quantizer, round) != 0);
+  } else if constexpr (kCodes<Round>) {
+    write_codes<kSize>(quantizer.element, round, y, kSize, [&](int64_t i, auto twos) {
+      return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
+    });
+  } else {
 #pragma GCC ivdep
 #pragma GCC unroll 1
-  for (int i = 0; i < kSize; ++i) {
-    y[i] = static_cast<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), Round::draws ? draw[i] : 0u, round));
+    for (int i = 0; i < kSize; ++i) {
+      y[i] = static_cast<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), Round::draws ? draw[i] : 0u, round));
+    }
   }
 }
 
@@ -212,10 +260,11 @@ inline void maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima
 }
 
 // Tiles of kSize neighbours, one after another, in batches: first the maxima, then the quantizers, then the rounding, so
-// that no tile waits for its own maximum.
+// that no tile waits for its own maximum. found: takes the maxima, if they are wanted.
 template <int kSize, class S, class Format, class Round>
-__attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S* y, int64_t tiles, int64_t index,
-                                              Compute<S> tensor_maximum, const Round round, Draws& draws) {
+__attribute__((noinline)) void quantize_tiles(const Format format, const S* x, Result<S, Round>* y, int64_t tiles,
+                                              int64_t index, Compute<S> tensor_maximum, const Round round, Draws& draws,
+                                              typename Ieee<Compute<S>>::Bits* found) {
   using T = Compute<S>;
   using Bits = typename Ieee<T>::Bits;
   for (int64_t batch; tiles > 0; tiles -= batch, x += batch * kSize, y += batch * kSize, index += batch * kSize) {
@@ -225,6 +274,10 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, S
       maxima_of_tiles<kSize>(x, maxima);
     } else {
       for (int64_t t = 0; t < batch; ++t) maxima[t] = maximum_of_run(x + t * kSize, kSize);
+    }
+    if constexpr (kCodes<Round>) {
+      round.tell(is_finite_magnitude<T>(largest_of_run(x, batch * kSize)));
+      found = std::copy(maxima, maxima + batch, found);
     }
     Bits unusual = 0;
     for (int64_t t = 0; t < kBatch; ++t) unusual |= Bits(t < batch) & Bits(!format.template is_usual<T>(maxima[t]));
@@ -260,14 +313,16 @@ inline bool are_tiles(const Layout& layout) {
 }
 
 template <class S, class Format, class Round>
-void quantize_layout_of_tiles(const Format& format, const Layout& layout, const S* x, S* y, Compute<S> tensor_maximum,
-                              const Round& round, const Random& random) {
+void quantize_layout_of_tiles(const Format& format, const Layout& layout, const S* x, Result<S, Round>* y,
+                              Compute<S> tensor_maximum, const Round& round, const Random& random,
+                              typename Ieee<Compute<S>>::Bits* found) {
   const int64_t size = layout.inner().size;
   const auto run = size == 16 ? &quantize_tiles<16, S, Format, Round> : &quantize_tiles<32, S, Format, Round>;
   torch::stable::parallel_for(0, layout.dims[0].size, Boxes::kGrain / size, [&](int64_t begin, int64_t end) {
     Draws draws(random);
     const int64_t memory = layout.first.memory + begin * size, index = layout.first.index + begin * size;
-    run(format, x + memory, y + memory, end - begin, index, tensor_maximum, round, draws);
+    auto* const of_part = kCodes<Round> ? found + layout.first.block + begin : nullptr;
+    run(format, x + memory, y + memory, end - begin, index, tensor_maximum, round, draws, of_part);
   });
 }
 
@@ -295,28 +350,39 @@ constexpr bool kSideBySide = !Format::rare && !std::is_same_v<S, double> && !std
 
 // Neighbours that lie in different blocks, `lanes` of them, again and again. `maxima` are those of `period` neighbours.
 template <class S, class Format, class Round>
-__attribute__((noinline)) void quantize_lanes(const Format format, const S* x, S* y, int64_t count, const uint32_t* draw,
-                                              const typename Ieee<Compute<S>>::Bits* maxima, int64_t lanes, int64_t period,
-                                              Compute<S> tensor_maximum, const Round round) {
+__attribute__((noinline)) void quantize_lanes(const Format format, const S* x, Result<S, Round>* y, int64_t count,
+                                              const uint32_t* draw, const typename Ieee<Compute<S>>::Bits* maxima,
+                                              int64_t lanes, int64_t period, Compute<S> tensor_maximum,
+                                              const Round round) {
   using T = Compute<S>;
-  typename Ieee<T>::Bits differs = 0;
+  typename Ieee<T>::Bits differs = 0, largest = 0;
   for (int64_t done = 0; done < count; done += period) {
     const int64_t size = std::min(period, count - done);
+    if constexpr (kCodes<Round>) {
+      const auto first = format.template usual<T>(maxima[0], tensor_maximum);
+      write_codes<kMostLanes>(first.element, round, y + done, size, [&](int64_t i, auto twos) {
+        const auto quantizer = format.template usual<T>(maxima[i], tensor_maximum);
+        largest = larger(largest, magnitude_bits(x[done + i]));
+        return code<twos()>(quantizer, x[done + i], Round::draws ? draw[done + i] : 0u, round);
+      });
+    } else {
 #pragma GCC ivdep
-    for (int64_t i = done; i < done + size; ++i) {
-      const auto maximum = maxima[i - done];
-      const auto quantizer = format.template usual<T>(maximum, tensor_maximum);
-      const T rounded = quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round);
-      const S result = static_cast<S>(format.template is_usual<T>(maximum) ? rounded : static_cast<T>(x[i]));
-      if constexpr (std::is_same_v<Round, Look>) {
-        differs |= bit_cast<typename Ieee<T>::Bits>(static_cast<T>(result)) ^
-                   bit_cast<typename Ieee<T>::Bits>(static_cast<T>(x[i]));
-      } else {
-        y[i] = result;
+      for (int64_t i = done; i < done + size; ++i) {
+        const auto maximum = maxima[i - done];
+        const auto quantizer = format.template usual<T>(maximum, tensor_maximum);
+        const T rounded = quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round);
+        const S result = static_cast<S>(format.template is_usual<T>(maximum) ? rounded : static_cast<T>(x[i]));
+        if constexpr (std::is_same_v<Round, Look>) {
+          differs |= bit_cast<typename Ieee<T>::Bits>(static_cast<T>(result)) ^
+                     bit_cast<typename Ieee<T>::Bits>(static_cast<T>(x[i]));
+        } else {
+          y[i] = result;
+        }
       }
     }
   }
   if constexpr (std::is_same_v<Round, Look>) round.tell(differs != 0);
+  if constexpr (kCodes<Round>) round.tell(is_finite_magnitude<T>(largest));
   for (int64_t lane = 0; lane < lanes; ++lane) {
     if (format.template is_usual<T>(maxima[lane])) continue;
     format.template with_quantizer<T>(maxima[lane], tensor_maximum, [&](const auto& quantizer) {
@@ -347,7 +413,7 @@ auto source(const Random& random) {
 }
 
 // What all boxes of a tensor have in common. maxima: of the blocks, or nullptr where each run is one, and whole. negative:
-// of an affine scale's blocks, instead of a maximum of the tensor.
+// of an affine scale's blocks, instead of a maximum of the tensor. found: takes the maxima of runs, if they are wanted.
 template <class S, class Format, class Round>
 struct Rounder {
   using T = Compute<S>;
@@ -357,9 +423,11 @@ struct Rounder {
   T tensor_maximum;
   const Bits* maxima;
   const Bits* negative;
+  Bits* found;
+  using Y = Result<S, Round>;
 
   template <class Source>
-  void box(const Layout& box, const S* x, S* y, Source& draws) const {
+  void box(const Layout& box, const S* x, Y* y, Source& draws) const {
     const Dim inner = box.inner();
     if constexpr (Format::shared != Shared::Nothing) {
       if (inner.step.block != 0) return lanes_of(box, x, y, draws);
@@ -368,6 +436,7 @@ struct Rounder {
       Bits maximum = 0;
       if (Format::shared != Shared::Nothing) {
         maximum = maxima == nullptr ? maximum_of_run(x + p.memory, inner.size) : maxima[p.block];
+        if (kCodes<Round> && maxima == nullptr) found[p.block] = maximum;
       }
       format.template with_quantizer<T>(maximum, beside(p.block), [&](const auto& quantizer) {
         run(x + p.memory, y + p.memory, inner.size, p.index, quantizer, draws);
@@ -383,7 +452,7 @@ struct Rounder {
   }
 
   template <class Q, class Source>
-  void run(const S* x, S* y, int64_t n, int64_t index, const Q& quantizer, Source& draws) const {
+  void run(const S* x, Y* y, int64_t n, int64_t index, const Q& quantizer, Source& draws) const {
     if constexpr (Round::draws) {
       for (int64_t done = 0, count; done < n; done += count) {
         const uint32_t* draw = draws.from(index + done, n - done, count, x + done);
@@ -395,8 +464,8 @@ struct Rounder {
   }
 
   // Not from a window on the draws, which may be less than all lanes.
-  void lanes_of(const Layout&, const S*, S*, Draws&) const {}
-  void lanes_of(const Layout& box, const S* x, S* y, const Made& draws) const {
+  void lanes_of(const Layout&, const S*, Y*, Draws&) const {}
+  void lanes_of(const Layout& box, const S* x, Y* y, const Made& draws) const {
     if constexpr (!kSideBySide<S, Format, Round>) {
       for_each_run(box, [&](Place p) {
         for (int64_t i = 0; i < box.inner().size; ++i, box.inner().advance(p, 1)) {
@@ -429,7 +498,7 @@ inline bool is_direct(const Layout& layout, bool draws) {
 // where they are scattered.
 template <class S, class Format, class Round>
 __attribute__((noinline)) void quantize_boxes(const Rounder<S, Format, Round>& rounder, const Layout& layout, const S* x,
-                                              S* y, const Random& random) {
+                                              Result<S, Round>* y, const Random& random) {
   // In row-major order already, as slices are.
   const bool ordered = !Round::draws || std::is_sorted(layout.dims, layout.dims + layout.rank, [](const Dim& a, const Dim& b) {
     return a.step.index > b.step.index;
@@ -445,27 +514,31 @@ __attribute__((noinline)) void quantize_boxes(const Rounder<S, Format, Round>& r
       const Made made{Round::draws ? draws.of(part, Runs(box, x)) : nullptr};
       if (!is_scattered(box)) return rounder.box(box, x, y, made);
       gather(box, x, room);
-      rounder.box(together(box), room, room, made);
-      if constexpr (!std::is_same_v<Round, Look>) scatter(box, room, y);
+      // Codes go behind the elements, which fill half of the room.
+      auto* const results = reinterpret_cast<Result<S, Round>*>(room + (kCodes<Round> ? Boxes::kMost : 0));
+      rounder.box(together(box), room, results, made);
+      if constexpr (!std::is_same_v<Round, Look>) scatter(box, results, y);
     });
   });
 }
 
 template <class S, class Format, class Round>
-void quantize(const Format& format, const Cover& cover, const S* x, S* y, const Round& round, const Random& random) {
+void quantize(const Format& format, const Cover& cover, const S* x, Result<S, Round>* y, const Round& round,
+              const Random& random) {
   using T = Compute<S>;
   using Bits = typename Ieee<T>::Bits;
   constexpr bool kShares = Format::shared != Shared::Nothing;
   T tensor_maximum = 0;
   if (Format::shared == Shared::BlockAndTensor) tensor_maximum = bit_cast<T>(maximum_of_all(cover, x));
   std::vector<Bits> maxima, negative;
+  if (kCodes<Round> && kShares) maxima.resize(cover.blocks);
   bool affine = false;
   if constexpr (Format::rare) affine = format.scale == ScaleKind::Affine;
   for (const Layout& given : cover.layouts) {
     const Layout layout = Round::draws ? given : in_memory_order(given);
     if constexpr (kShares && !Format::rare && !std::is_same_v<S, double>) {
       if (are_tiles(layout)) {
-        quantize_layout_of_tiles(format, layout, x, y, tensor_maximum, round, random);
+        quantize_layout_of_tiles(format, layout, x, y, tensor_maximum, round, random, maxima.data());
         continue;
       }
     }
@@ -482,7 +555,7 @@ void quantize(const Format& format, const Cover& cover, const S* x, S* y, const 
       }
     }
     const Rounder<S, Format, Round> rounder{format, round, tensor_maximum, rows ? nullptr : maxima.data(),
-                                            affine ? negative.data() : nullptr};
+                                            affine ? negative.data() : nullptr, maxima.data()};
     if (!direct) {
       quantize_boxes(rounder, layout, x, y, random);
       continue;
@@ -492,4 +565,5 @@ void quantize(const Format& format, const Cover& cover, const S* x, S* y, const 
       each([&](const Layout& box) { rounder.box(box, x, y, draws); });
     });
   }
+  if constexpr (kCodes<Round>) *round.found = {std::move(maxima), std::move(negative), tensor_maximum, round.found->finite};
 }

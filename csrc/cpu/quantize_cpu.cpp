@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "../check.h"
+#include "../codes.h"
 #include "../plan.h"
 #include "boxes.h"
 
@@ -27,8 +28,11 @@ struct Look : RoundNearest {
   }
 };
 
-// Writes 16 values of 32 bits to every second place, and nothing in between.
+// 16 values of 32 bits: their lowest bytes; or written to every second place, with nothing in between.
 struct OneByOne {
+  static void narrow(const uint32_t* from, uint8_t* to) {
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(from[i]);
+  }
   static void spread(const void* from, void* to) {
     for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * 8, static_cast<const char*>(from) + i * 4, 4);
   }
@@ -45,6 +49,7 @@ struct Lanes : OneLane, OneByOne {
 #include "draws.h"
 #include "kernels.h"
 #include "sgd.h"
+#include "store.h"
 }  // namespace portable
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
@@ -71,6 +76,7 @@ struct Lanes : OneByOne {
 #include "draws.h"
 #include "kernels.h"
 #include "sgd.h"
+#include "store.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -87,6 +93,9 @@ struct Lanes {
   static Vector join(Vector even, Vector odd) {
     return (Vector)_mm512_mask_moveldup_ps((__m512)even, 0xAAAA, (__m512)odd);
   }
+  static void narrow(const uint32_t* from, uint8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_loadu_si512(from)));
+  }
   static void spread(const void* from, void* to) {
     const __m512i all = _mm512_loadu_si512(from), last = _mm512_shuffle_i64x2(all, all, 0xEE);
     _mm512_mask_storeu_epi32(to, 0x5555, _mm512_maskz_expand_epi32(0x5555, all));
@@ -97,6 +106,7 @@ struct Lanes {
 #include "draws.h"
 #include "kernels.h"
 #include "sgd.h"
+#include "store.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -133,6 +143,7 @@ struct Cpu {
   template <class Forms>
   static void register_more(torch::stable::detail::StableLibrary& m) {
     m.impl("quantize_sgd_", TORCH_BOX(&CpuForms<Forms>::sgd));
+    m.impl("quantize_codes", TORCH_BOX(&CpuForms<Forms>::codes));
   }
 
   struct PlanOf final : Plan {
@@ -304,6 +315,64 @@ struct Cpu {
       });
     }
 
+    // Codes of 8 bits or fewer side by side, and scales as they are stored. False where they are not made here, or x is not
+    // finite: then what was written says nothing.
+    static bool codes(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, int64_t stream,
+                      std::vector<int64_t> coding, Tensor packed, Tensor scales, Tensor second) {
+      const Numbers n = numbers(format...);
+      const Call<Cpu> call(x, n, dims, sizes, rounding, bits, key, stream);
+      check_codes(call, coding, packed, scales, second);
+      const auto at = [&](size_t i) { return static_cast<int>(coding[i]); };
+      const Coding of_elements{at(0), at(1) != 0, at(2) != 0, at(3)};
+      const bool is_packed = of_elements.bits == 8;  // as one a byte
+      const std::unique_ptr<uint8_t[]> room(is_packed ? nullptr : new uint8_t[x.numel()]);
+      auto* const to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+      uint8_t* const bytes = is_packed ? to : room.get();
+      Found found;
+      bool made = false;
+      with_format(n, [&](const auto& product) {
+        with_rounding<float>(call.drawing.rounding, call.drawing.random.bits, n.magnitude_bits(), [&](const auto& round) {
+          using Round = std::decay_t<decltype(round)>;
+          if constexpr (std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>) {
+            if (n.element() == ElementKind::WideFloats) return;
+            const auto* from = static_cast<const float*>(x.const_data_ptr());
+            run_on(kIsa, product, call.cover, from, bytes, Coded<Round>{round, of_elements, &found}, call.drawing.random);
+            made = true;
+          }
+        });
+      });
+      if (!made || !found.finite) return false;
+      const auto minus_zero = static_cast<uint8_t>(1 << (of_elements.bits - 1));
+      if (!of_elements.has_signed_zero) std::replace(bytes, bytes + x.numel(), minus_zero, uint8_t{0});
+      with_isa([&](auto store_scales, auto pack_codes) {
+        store_scales(n, of_elements, found, at(4), scales.mutable_data_ptr(), second.mutable_data_ptr());
+        if (is_packed) return;
+        torch::stable::parallel_for(0, (x.numel() + 7) / 8, Boxes::kGrain / 8, [&](int64_t begin, int64_t end) {
+          const int64_t first = 8 * begin, count = std::min(8 * end, x.numel()) - first;
+          pack_codes(bytes + first, count, of_elements.bits, to + begin * of_elements.bits);
+        });
+      });
+      return true;
+    }
+
+    static void check_codes(const Call<Cpu>& call, const std::vector<int64_t>& coding, const Tensor& packed,
+                            const Tensor& scales, const Tensor& second) {
+      const bool is_row_major = call.x.scalar_type() == ScalarType::Float && call.x.is_contiguous();
+      require(is_row_major, kOp, "x must be contiguous float32, to have codes; convert it first");
+      require(coding.size() == 5, kOp, "coding has ", coding.size(), " numbers; give it 5");
+      check_range(kOp, "bits of a code", coding[0], 1, 8);
+      const int64_t bytes = (call.x.numel() * coding[0] + 7) / 8, blocks = call.cover.blocks;
+      require(is_of(packed, ScalarType::Byte, bytes), kOp, "packed must be ", bytes, " bytes, which the codes fill");
+      const ScaleKind kind = call.format.scale;
+      const bool is_float = kind == ScaleKind::Absmax || kind == ScaleKind::Affine;
+      const bool is_byte = kind == ScaleKind::PowerOfTwo || kind == ScaleKind::TwoLevel;
+      require(!is_float || is_of(scales, ScalarType::Float, blocks), kOp, "scales must be ", blocks, " float32, one a block");
+      require(!is_byte || is_of(scales, ScalarType::Byte, blocks), kOp, "scales must be ", blocks, " bytes, one a block");
+      require(kind != ScaleKind::TwoLevel || is_of(second, ScalarType::Float, 1), kOp, "second must be one float32");
+      require(kind != ScaleKind::Affine || is_of(second, ScalarType::Byte, blocks), kOp, "second must be ", blocks,
+              " bytes, one a block");
+    }
+
     static void check_alike(const std::vector<Tensor>& weights, const std::vector<Tensor>& xs) {
       require(weights.size() == xs.size(), kOp, weights.size(), " weights but ", xs.size(),
               " gradients or momenta; give each weight one");
@@ -317,6 +386,25 @@ struct Cpu {
       }
     }
   };
+
+  static bool is_of(const Tensor& x, ScalarType type, int64_t numel) {
+    return x.scalar_type() == type && x.numel() == numel && x.is_contiguous();
+  }
+
+  // Calls f with store_scales and pack_codes.
+  template <class F>
+  static void with_isa(const F& f) {
+    switch (kIsa) {
+#ifdef SWALP_X86
+      case Isa::Avx512:
+        return f(avx512::store_scales, avx512::pack_codes);
+      case Isa::Avx2:
+        return f(avx2::store_scales, avx2::pack_codes);
+#endif
+      default:
+        return f(portable::store_scales, portable::pack_codes);
+    }
+  }
 
   // The update of the elements that `piece`, which has no gaps, covers.
   static void update(const Sgd& step, const Cover& piece, Tensor& weight, const Tensor& gradient, Tensor* momentum) {
@@ -353,8 +441,8 @@ struct Cpu {
   }
 
   template <class Format, class S, class Round>
-  static void run_on(Isa isa, const Format& format, const Cover& cover, const S* x, S* y, const Round& round,
-                     const Random& random) {
+  static void run_on(Isa isa, const Format& format, const Cover& cover, const S* x, Result<S, Round>* y,
+                     const Round& round, const Random& random) {
     // What training does not use is not worth compiling three times.
     if constexpr (!Format::rare && !std::is_same_v<Round, RoundOther>) {
 #ifdef SWALP_X86

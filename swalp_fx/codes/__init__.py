@@ -3,6 +3,7 @@
 codecs   a number <-> its code, for each kind of element; packing
 tiles    a tensor's blocks
 stored   a block's scale <-> what is stored of it
+compiled both by the compiled op, on the CPU
 codes    encode and decode
 packed   state_dicts in codes
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..formats import FLOAT, Affine, Format, FormatError, Integer, parse
 from ..ops import key_of, quantize, require_floating
-from . import stored, tiles
+from . import compiled, stored, tiles
 from .codecs import code_of, number_of, pack, unpack
 from .stored import whole
 
@@ -55,6 +56,14 @@ class Codes:
         return f"Codes({self.format}, shape {tuple(self.shape)}, {self.dtype}, {self.nbytes:,} bytes)"
 
 
+@cache
+def _format(spec: str | Format) -> Format:
+    format = parse(spec)
+    if format == FLOAT:
+        raise FormatError("float rounds nothing, and has no codes; keep the tensor, or use e8m23 for float32's numbers")
+    return format
+
+
 @torch.compiler.disable  # compiled for a GPU, a quotient is only near the one that is due
 @torch.no_grad()
 def encode(
@@ -68,16 +77,14 @@ def encode(
     Raises what ``quantize`` does; FormatError for ``float``, which rounds nothing; and ValueError for an infinity or a
     NaN that the format has no code for.
     """
-    format = parse(format)
-    if format == FLOAT:
-        raise FormatError("float rounds nothing, and has no codes; keep the tensor, or use e8m23 for float32's numbers")
+    format = _format(format)
     require_floating(x, "encode")
     computed = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     sizes = tiles.sizes(x.shape, format.block)
     if not x.numel():
         return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, x.shape, x.dtype)
-    key = key_of(rounding, key)
-    return Codes(*_by_quotients(computed, format, sizes, rounding, key, stream), format, x.shape, x.dtype)
+    how = computed, format, sizes, rounding, key_of(rounding, key), stream
+    return Codes(*(compiled.codes_of(*how) or _by_quotients(*how)), format, x.shape, x.dtype)
 
 
 @torch.no_grad()
@@ -102,7 +109,7 @@ def _of_elements(of_blocks: Tensor, shape: torch.Size, sizes: list[int]) -> Tens
 def _by_quotients(
     x: Tensor, format: Format, sizes: list[int], rounding: str, key: Tensor | None, stream: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The packed codes and the scales: quotients are rounded to the element by itself."""
+    """The packed codes and the scales of any ``x``: quotients are rounded to the element by itself."""
     scales = stored.store(tiles.extremes(x, sizes), format)
     scale = stored.load(scales, format, x.dtype)
     y = x if format.scale is None else reference.quotient(x, _of_elements(scale, x.shape, sizes))
