@@ -16,6 +16,7 @@ from .graphs import inlined
 from .passes import recipes_of_parameters
 from .passes.captured import LAYER, PARAMETER
 from .passes.classify import OUT
+from .passes.expand import Attention
 from .passes.names import PART, is_derived, place
 from .passes.operations import is_torch, name_of
 from .passes.tables import LAYER_PARTS, layer_part
@@ -26,8 +27,8 @@ __all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows"]
 # Operations of rows that are no layer's output.
 PARAMETER_ROW, DERIVED = "parameter", "derived weight"
 # Layers and functions that compute much on their own, out of the graph's sight.
-WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-WHOLE_FUNCTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward")
+WHOLE = (nn.RNNBase, nn.RNNCellBase)
+WHOLE_FUNCTIONS = ("scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def _why_unrounded(node: Node, recipe: Recipe) -> str:
 
 def _is_written(node: Node) -> bool:
     """Whether ``node`` is of one operation that is no layer of PyTorch's: a norm, or what the recipe calls whole."""
-    return LAYER in node.meta and layer_part(node.meta[LAYER].kind) is None
+    kind = node.meta[LAYER].kind if LAYER in node.meta else Attention
+    return not issubclass(kind, Attention) and layer_part(kind) is None
 
 
 def _whole(node: Node, layer: list[Node]) -> str:

@@ -404,3 +404,19 @@ def test_a_module_without_a_compiled_call_is_called_by_call_of_module() -> None:
     model.__dict__["_compiled_call_impl"] = lambda x: "compiled"
     assert model(X) == "compiled"
     assert dynamo.call_of_module(model, X).shape == (2, 3)
+
+
+def test_a_trace_goes_into_what_was_one_node_or_into_another_function() -> None:
+    """As the capture's own modules have it, since they were imported."""
+    from swalp_fx.capture import compiler
+
+    layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True).eval()
+    names = lambda frame, graph_module, inputs: {node.name for node in graph_module.graph.nodes}  # noqa: E731
+    run, seen = traced(layer.self_attn.forward, names)
+    run(torch.ones(1, 3, 4), torch.ones(1, 3, 4), torch.ones(1, 3, 4))
+    assert any("softmax" in name or "attn_output_weights" in name for name in seen[0])
+    assert compiler.get_fastpath_enabled() and torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        run, seen = traced(layer.forward, names)
+        run(torch.ones(1, 3, 4))
+        assert "_transformer_encoder_layer_fwd" in seen[0]

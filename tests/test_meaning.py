@@ -456,7 +456,10 @@ def test_the_mask_that_a_fused_product_takes_is_no_number_of_the_model():
     def fused(_, x, kept):
         return F.scaled_dot_product_attention(x, x, x, attn_mask=(1 - kept) * -1e9)
 
-    assert _between(fused, X, torch.ones(TOKENS, TOKENS)) == ["scaled_dot_product_attention"]
+    inside = ["attn_scores", "attn_probabilities"]
+    assert _between(fused, X, torch.ones(TOKENS, TOKENS)) == [*inside, "scaled_dot_product_attention"]
+    whole = "bfp8[0] exclude=*attn_scores,*attn_probabilities"
+    assert _between(fused, X, torch.ones(TOKENS, TOKENS), recipe=whole) == ["scaled_dot_product_attention"]
 
 
 @pytest.mark.parametrize("recipe", ["fixed16.8", "e4m3"])

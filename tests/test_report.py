@@ -133,7 +133,7 @@ class Attentive(nn.Module):
 
 
 def test_what_is_called_whole_is_told_and_its_inside_is_not_counted():
-    text = _report(Attentive, "bfp8")
+    text = _report(Attentive, "bfp8 whole=attention exclude=attn_scores,attn_probabilities")
     assert _lines_of("outputs", text) == (
         "outputs 5 of 6 rounded; inside LSTM x 3, MultiheadAttention, scaled_dot_product_attention, "
         "called whole, none (not counted)"
@@ -271,12 +271,16 @@ def test_a_resnet_has_a_row_a_layer():
 def test_equal_blocks_are_folded_where_one_asks_for_it():
     module, x = _converted("vit_b_16")
     text = report(module, x, fold=True)
-    block = ["ln_1", "self_attention", "add@1", "ln_2", "mlp.0", "mlp.1", "mlp.3", "add@2"]
-    assert _names(text.replace(" (12)", "")) == [
+    inner = ["in_proj_weight", "in_proj_bias", "linear@1", "attn_scores", "attn_probabilities"]
+    inner += ["scaled_dot_product_attention", "out_proj.weight", "out_proj.bias", "linear@2"]
+    attention = [f"self_attention.{name}" for name in inner]
+    block = ["ln_1", *attention, "add@1", "ln_2", "mlp.0", "mlp.1", "mlp.3", "add@2"]
+    names = _names(text)
+    assert [each for each in names if each != "(12)"] == [
         "conv_proj", "class_token", "encoder.pos_embedding", "encoder.add",
         *(f"encoder.layers.encoder_layer_*.{name}" for name in block), "encoder.ln", "heads.head",
     ]  # fmt: skip
-    assert text.count(" (12)") == len(block) + 1  # and once in the list of what is called whole
+    assert names.count("(12)") == len(block)
     assert text.split("\n\n")[1:] == report(module, x).split("\n\n")[1:]
 
 

@@ -33,6 +33,8 @@ from .dynamo import (
     is_functorch_active,
     knobs,
     switched_off,
+    trace_instead,
+    trace_into,
 )
 from .running import local
 
@@ -178,6 +180,29 @@ def goes_straight() -> bool:
     inner = frame.inner
     is_its_class = type(vars(inner.module)["forward"]) is Bound and not inner.is_set("forward")
     return is_its_class and not inner.has_hooks() and _inner_rewriting(frame) == HERE
+
+
+trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
+
+
+@trace_instead(torch.backends.mha.get_fastpath_enabled)
+def get_fastpath_enabled() -> bool:
+    """Asked by PyTorch's Transformer layers: where what they compute is rounded, they compute it step by step."""
+    return torch.backends.mha._is_fastpath_enabled and not _rounds_outputs()
+
+
+@trace_instead(nn.functional._check_key_padding_mask)  # type: ignore[attr-defined]
+def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
+    """PyTorch's own ends a graph."""
+    if key_padding_mask.size(0) != bsz or key_padding_mask.size(1) != src_len:
+        raise AssertionError("key_padding_mask has another shape")  # the model itself is run, and says which
+
+
+@assume_constant_result
+def _rounds_outputs() -> bool:
+    inner = innermost_backend(Frame().backend)
+    conversion = inner.args[0]() if getattr(inner, "func", None) in (backend, chained) else None
+    return conversion is not None and conversion.recipe.rounds_outputs
 
 
 def _inner_rewriting(frame: Frame) -> str:

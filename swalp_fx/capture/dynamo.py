@@ -21,7 +21,9 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+from torch._dynamo.variables import UserFunctionVariable
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch.fx import GraphModule, Node
@@ -46,6 +48,8 @@ __all__ = [
     "original_code",
     "skip_code",
     "switched_off",
+    "trace_instead",
+    "trace_into",
     "tracer_around",
 ]
 
@@ -92,6 +96,17 @@ def compiled(
     context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
+
+
+def trace_into(function: Callable[..., Any]) -> None:
+    """From now on a trace goes into ``function``, as into any code, where it would have made one node of its call."""
+    get_torch_obj_rule_map()[function] = UserFunctionVariable
+
+
+def trace_instead(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates what a trace goes into from now on in the place of ``function``."""
+    get_torch_obj_rule_map().pop(function, None)
+    return torch.compiler.substitute_in_graph(function)
 
 
 def original_code(function: Any) -> CodeType:

@@ -1,4 +1,4 @@
-"""The rewrite of a captured graph: analyse, classify, assign, insert, elide, reuse, verify."""
+"""The rewrite of a captured graph: expand, analyse, classify, assign, insert, elide, reuse, verify."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .assign import assign
 from .captured import ARGUMENT, HOLDS, Scope
 from .classify import OUT, classify
 from .elide import elide
+from .expand import expand
 from .facts import Origin, facts
 from .fit import of_parameter
 from .insert import insert
@@ -22,7 +23,18 @@ from .origin import ORIGIN
 from .reuse import reuse
 from .verify import verify
 
-__all__ = ["analyse", "assign", "classify", "elide", "insert", "recipes_of_parameters", "reuse", "rewrite", "verify"]
+__all__ = [
+    "analyse",
+    "assign",
+    "classify",
+    "elide",
+    "expand",
+    "insert",
+    "recipes_of_parameters",
+    "reuse",
+    "rewrite",
+    "verify",
+]
 
 
 def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, identity: bool = False) -> Graph:
@@ -31,7 +43,7 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     keyed: whether the random key is an input, the first; without it, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
-    classify(analyse(graph))
+    classify(analyse(expand(graph, recipe)))
     for node in graph.nodes:
         if node.meta[PART] == "nested":
             _rewrite_body(node, recipe, scope, identity)

@@ -12,6 +12,7 @@ from ..random import stream_of
 from ..recipe import Recipe, Subject
 from .captured import LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
+from .expand import Attention, inside
 from .facts import MEANINGS
 from .fit import contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
@@ -109,10 +110,15 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
 
 def _output_stream(node: Node, scope: Scope) -> int:
     """By place: which module, which operation, how many of those came before, and where the code went on."""
-    name, operation = (place(node), "input") if node.op == "placeholder" else (base_name(node), name_of(node))
+    name, operation = (place(node), "input") if node.op == "placeholder" else (base_name(node), _operation_of(node))
     number = scope.uses[name, operation]
     scope.uses[name, operation] += 1
     return _free(scope, name, operation, str(number), scope.place)
+
+
+def _operation_of(node: Node) -> str:
+    layer = node.meta.get(LAYER)
+    return layer.kind.__name__ if layer is not None and issubclass(layer.kind, Attention) else name_of(node)
 
 
 def _free(scope: Scope, *place: str) -> int:
@@ -127,7 +133,10 @@ def _free(scope: Scope, *place: str) -> int:
 
 def subjects(graph: Graph) -> Iterator[Subject]:
     """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
-    return (subject(node) for node in graph.nodes if node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS))
+    for node in graph.nodes:
+        if node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
+            yield subject(node)
+            yield from inside(node)
 
 
 def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:

@@ -73,9 +73,7 @@ def is_layer(module: nn.Module) -> bool:
     if isinstance(module, ParametrizationList):
         return True
     is_own = kind.__module__.startswith(("torch.nn.modules", "torch.ao.", "torchvision.ops"))
-    if not is_own or layer_part(kind) is None:
-        return False
-    return isinstance(module, nn.MultiheadAttention) or not any(True for _ in module.children())
+    return is_own and layer_part(kind) is not None and not any(True for _ in module.children())
 
 
 def calls_around(node: Node) -> list[tuple[str, str]]:

@@ -77,7 +77,9 @@ _MEANT = {"mask": "mask", "angle": "angle", "mixes": "arithmetic"}
 def _part_in_layer(node: Node, layer: Layer) -> str:
     """The layer's part for what it gives, "inside" for all else of it: also for what a hook of the layer keeps."""
     inner = [user for user in node.users if user.meta.get(LAYER) == layer]
-    outer = [user for user in node.users if user.meta.get(LAYER) != layer and (user.op != "output" or not inner)]
+    outer = [user for user in node.users if user not in inner and (user.op != "output" or not inner)]
+    if inner:  # who reads but the size of a step reads none of the layer's numbers
+        outer = [user for user in outer if facts(user).category != "number" or "reads" in facts(user).does]
     if not outer or not _is_tensor(node):
         return "number" if facts(node).category == "number" else "inside"
     return layer.part or "arithmetic"

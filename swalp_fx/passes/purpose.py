@@ -19,9 +19,9 @@ from .facts import Origin, is_floating
 from .operations import CASTS, category, stem_of
 from .tables import LAYER_PARTS
 
-__all__ = ["Purposes"]
+__all__ = ["ATTENTION", "PRODUCTS", "QUOTIENTS", "Purposes", "constant_of", "is_softmax", "readers_of"]
 
-SOFTMAX = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
+SOFTMAX = ("softmax", "_safe_softmax", "log_softmax", "logsumexp", "cross_entropy")
 MAXIMA = ("max", "amax", "argmax", "topk")  # behind these, too, nothing is left of what masked numbers are filled with
 SUMS = ("add", "iadd", "sub", "isub")
 PRODUCTS = ("mul", "imul", "multiply")
@@ -64,13 +64,13 @@ class Purposes:
 
     def _serves(self, node: Node, serves: Callable[[Node, Node], bool]) -> bool:
         """Whether all who read ``node``'s numbers do."""
-        readers = _readers(node)
+        readers = readers_of(node)
         return bool(readers) and all(serves(node, user) for user in readers)
 
     def _leads(self, node: Node) -> bool:
         """Whether a softmax reads ``node``; its maximum may be read besides, to be taken off before."""
-        readers = [user for user in _readers(node) if stem_of(user) not in MAXIMA]
-        return bool(readers) and all(user in self.leads or _is_softmax(user, node) for user in readers)
+        readers = [user for user in readers_of(node) if stem_of(user) not in MAXIMA]
+        return bool(readers) and all(user in self.leads or is_softmax(user, node) for user in readers)
 
     def _passes_on(self, node: Node) -> bool:
         if LAYER in node.meta or not is_floating(node):
@@ -99,7 +99,7 @@ class Purposes:
             if moves or carries:
                 self.moved.add(node)
             carries = carries or (name in SUMS and moves and len(sources) > 1)
-        elif name in FILLS and any(_value(each) != 0 for each in self._fills(node)):
+        elif name in FILLS and any(constant_of(each) != 0 for each in self._fills(node)):
             carries = True
         if carries:
             self.carriers.add(node)
@@ -117,7 +117,7 @@ class Purposes:
             return False
         if _is_cast_of_integers(node) or _adds_up(node):
             return True
-        return any(not _is_on_every_grid(_value(fill)) for fill in self._fills(node))
+        return any(not _is_on_every_grid(constant_of(fill)) for fill in self._fills(node))
 
     def _fills(self, node: Node) -> list[Any]:
         """The constants that ``node`` mixes in."""
@@ -138,12 +138,12 @@ class Purposes:
         return [each for each in given if not isinstance(each, Node) or self.origins[each] is Origin.CONSTANT]
 
 
-def _readers(node: Node) -> list[Node]:
+def readers_of(node: Node) -> list[Node]:
     """Who reads ``node``'s numbers; the model may return it besides."""
     return [user for user in node.users if user.op != "output" and category(user) != "number"]
 
 
-def _is_softmax(user: Node, node: Node) -> bool:
+def is_softmax(user: Node, node: Node) -> bool:
     """Whether ``user`` is a softmax of ``node``, by hand too, as a sum of what exp gives; or takes it as its mask."""
     if stem_of(user) == ATTENTION:
         return _is_attention_mask(node, user)
@@ -196,7 +196,7 @@ def _is_cast_of_integers(node: Node) -> bool:
 _EXACT = (torch.bool, torch.complex64, torch.complex128, torch.complex32)
 
 
-def _value(fill: Any) -> Any:
+def constant_of(fill: Any) -> Any:
     """The one value of a constant; None if it is not known."""
     while isinstance(fill, Node) and category(fill) == "movement" and fill.all_input_nodes:
         fill = fill.all_input_nodes[0]

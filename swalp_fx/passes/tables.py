@@ -12,7 +12,18 @@ from itertools import chain
 
 import torch
 
-__all__ = ["LAYER_PARTS", "OPERATIONS", "PARTS", "Operation", "does", "layer_part", "may_name_function", "part_of"]
+__all__ = [
+    "LAYER_PARTS",
+    "OPERATIONS",
+    "PARTS",
+    "PROBABILITIES",
+    "SCORES",
+    "Operation",
+    "does",
+    "layer_part",
+    "may_name_function",
+    "part_of",
+]
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ TABLE = """
 compute | own regrad | linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm
 compute | own | bilinear embedding mv
 compute | | deform_conv2d embedding_bag dot vdot inner outer ger einsum tensordot addmm addmv addbmm baddbmm addr
-compute | | convolution scaled_dot_product_attention multi_head_attention_forward cdist Linear Bilinear _ConvNd Conv1d
+compute | | convolution scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd
+compute | | cdist Linear Bilinear _ConvNd Conv1d
 compute | | Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d Embedding EmbeddingBag
 compute | | MultiheadAttention RNNBase RNNCellBase Transformer TransformerEncoder TransformerDecoder
 compute | | TransformerEncoderLayer TransformerDecoderLayer
@@ -55,10 +67,10 @@ norm | | _NormBase LayerNorm GroupNorm RMSNorm LocalResponseNorm CrossMapLRN2d F
 activation | masks regrad | relu relu_
 activation | own regrad | gelu silu mish hardswish leaky_relu
 activation | regrad | relu6 sigmoid tanh
-activation | | rrelu prelu elu selu celu glu softplus softsign softmin softmax log_softmax logsigmoid log_sigmoid
-activation | | tanhshrink hardtanh hardsigmoid hardshrink softshrink threshold clamp clamp_min clamp_max clip ReLU
-activation | | RReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU GLU SiLU Mish Softplus Softsign Softmin Softmax
-activation | | Softmax2d LogSoftmax Sigmoid LogSigmoid Tanh Tanhshrink Hardtanh Hardsigmoid Hardswish Hardshrink
+activation | | rrelu prelu elu selu celu glu softplus softsign softmin softmax _safe_softmax log_softmax logsigmoid
+activation | | log_sigmoid tanhshrink hardtanh hardsigmoid hardshrink softshrink threshold clamp clamp_min clamp_max
+activation | | clip ReLU RReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU GLU SiLU Mish Softplus Softsign Softmin
+activation | | Softmax Softmax2d LogSoftmax Sigmoid LogSigmoid Tanh Tanhshrink Hardtanh Hardsigmoid Hardswish Hardshrink
 activation | | Softshrink Threshold
 
 # And every call that no line names: a number that no rule knows is still a number.
@@ -94,10 +106,11 @@ movement | views | resolve_neg atleast_1d atleast_2d atleast_3d
 movement | views | alpha_dropout feature_alpha_dropout conj_physical meshgrid
 movement | views | contiguous to type type_as float double half bfloat16 cpu cuda dropout dropout1d dropout2d
 movement | views | dropout3d requires_grad_
+movement | own regrad | masked_fill
 movement | writes | setitem
 movement | | cat concat concatenate stack hstack vstack dstack column_stack row_stack _squeeze _unsqueeze repeat
 movement | | repeat_interleave tile index_select gather take take_along_dim roll flip fliplr flipud rot90 pad
-movement | | constant_pad_nd clone copy where masked_fill masked_select tril triu
+movement | | constant_pad_nd clone copy where masked_select tril triu
 movement | | feature_dropout native_dropout stochastic_depth drop_block2d drop_block3d pixel_shuffle pixel_unshuffle
 movement | | channel_shuffle fold topk sort msort fill zero scatter masked_scatter index_copy index_fill complex
 movement | | fftshift ifftshift fft_fftshift fft_ifftshift block_diag cartesian_prod combinations diag diagflat
@@ -136,6 +149,9 @@ OPERATIONS = dict(_rows())
 PARTS: dict[str, list[str]] = {}
 for _name, _row in OPERATIONS.items():
     PARTS.setdefault(_row.part, []).append(_name)
+
+# What attention gives before its result, by name.
+SCORES, PROBABILITIES = "attn_scores", "attn_probabilities"
 
 # Parts whose output is a layer's output.
 LAYER_PARTS = ("compute", "norm", "activation", "arithmetic", "pooling")
@@ -177,7 +193,10 @@ def may_name_function(pattern: str, modules: Collection[str]) -> bool:
     return any(expression.fullmatch(name) for name in chain(calls, names))
 
 
+_OWN = OPERATIONS.keys() | {SCORES, PROBABILITIES}
+
+
 @cache
 def _functions() -> frozenset[str]:
     homes = (torch, torch.nn.functional, torch.Tensor, operator)
-    return frozenset(name for home in homes for name in dir(home) if not name.startswith("_")) | OPERATIONS.keys()
+    return frozenset(name for home in homes for name in dir(home) if not name.startswith("_")) | _OWN

@@ -38,7 +38,7 @@ LAYERS = ("compute", "norm", "activation", "arithmetic", "pooling")
 
 # What takes masks out, and what turns angles into numbers.
 ENDS = {
-    "mask": re.compile(r"(?:log_)?softmax|logsumexp|cross_entropy|exp|a?max|scaled_dot_product_attention"),
+    "mask": re.compile(r"(?:log_|_?safe_)?softmax|logsumexp|cross_entropy|exp|a?max|scaled_dot_product_attention"),
     "angle": re.compile(r"(?:sin|cos)_?"),
 }
 
@@ -483,10 +483,14 @@ def _kind_in_layer(node: Node, layer: Any) -> str:
     """What a layer gives is of the layer's kind, all else in it is inside, what its hooks keep of that too."""
     value = node.meta.get("example_value")
     inner = {user for user in node.users if user.meta.get(LAYER) == layer}
-    outer = {user for user in node.users if user.op != "output" or not inner} - inner
+    outer = {user for user in node.users if not inner or (user.op != "output" and not _reads_sizes(user))} - inner
     if not outer or not (value is None or isinstance(value, torch.Tensor)):
         return "number" if node.meta[FACTS].category == "number" else "inside"
     return layer.part
+
+
+def _reads_sizes(user: Node) -> bool:
+    return user.meta[FACTS].category == "number" and not _does(user, "reads")
 
 
 def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:

@@ -153,6 +153,12 @@ class Recipe:
         roundings = (self.rounding, *(quantizer.rounding for quantizer in in_graphs if quantizer is not None))
         return any(parse_rounding(rounding)[0] == "stochastic" for rounding in roundings if rounding is not None)
 
+    @property
+    def rounds_outputs(self) -> bool:
+        """Whether any layer's output, or its error signal, may be rounded."""
+        quantizers = (getattr(each, role) for each in (self, *self.rules) for role in ("activation", "error"))
+        return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
+
     def excludes(self, name: str) -> bool:
         return any(matches(pattern, self._named(name)) for pattern in self.exclude)
 

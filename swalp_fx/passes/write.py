@@ -1,0 +1,53 @@
+"""New nodes in a captured graph, with what the capture says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .captured import CALLS, LAYER, MODULE, STEPS, Layer
+
+__all__ = ["Writer", "value_of"]
+
+VALUE = "example_value"
+# What a new node has of the node that it stands for.
+INHERITED = ("nn_module_stack", "stack_trace", MODULE, CALLS, STEPS)
+
+
+class Writer:
+    """Writes nodes that stand for ``like``, in front of ``place``.
+
+    Called with a function, or a method's name, and its arguments, it gives the node of that call.
+    """
+
+    def __init__(self, like: Node, place: Node | None = None) -> None:
+        self.like, self.place = like, like if place is None else place
+
+    def __call__(
+        self, function: Callable[..., Any] | str, *args: Any, layer: Layer | None = None, **kwargs: Any
+    ) -> Node:
+        op = "call_method" if isinstance(function, str) else "call_function"
+        with self.place.graph.inserting_before(self.place):
+            node = self.place.graph.create_node(op, function, args, kwargs)
+        node.meta = {key: self.like.meta[key] for key in INHERITED if key in self.like.meta}
+        if layer is not None:
+            node.meta[LAYER] = layer
+        given, named = map_arg((args, kwargs), value_of)
+        call = getattr(type(given[0]), function) if isinstance(function, str) else function
+        with torch.no_grad():
+            node.meta[VALUE] = call(*given, **named)
+        return node
+
+    def size(self, tensor: Node, axis: int) -> Any:
+        """The length of an axis: a number, or the node that reads it where it may change from call to call."""
+        length = value_of(tensor).shape[axis]
+        return length if isinstance(length, int) else self("size", tensor, axis)
+
+
+def value_of(node: Node) -> Any:
+    """What the capture's run on tensors without data has for ``node``."""
+    return node.meta[VALUE]

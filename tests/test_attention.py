@@ -1,0 +1,472 @@
+"""One arithmetic for attention: however it is written, scores, probabilities and result are rounded, and no more."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import converted, rewritten
+from marks import rounded
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from swalp_fx import ConvertError, check, convert, report
+
+WIDTH, HEADS, TOKENS = 24, 2, 40
+SIZE = WIDTH // HEADS  # no power of two: a scale is not exact
+X = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+FUTURE = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+PADDING = torch.zeros(2, 1, 1, TOKENS, dtype=torch.bool)
+PADDING[0, ..., TOKENS - 7 :] = True
+FORMATS = ["bfp8[0]", "mxfp8", pytest.param("e4m3", marks=pytest.mark.slow)]
+INSIDE = ["attn_scores", "attn_probabilities", "scaled_dot_product_attention"]
+
+
+class Attention(nn.Module):
+    """Projections around ``function(query, key, value, ...)``, by heads."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.function = function
+
+    def forward(self, x, *rest):
+        q, k, v = (
+            each(x).unflatten(-1, (HEADS, SIZE)).transpose(-3, -2) for each in (self.query, self.key, self.value)
+        )
+        return self.out(self.function(q, k, v, *rest).transpose(-3, -2).flatten(-2))
+
+
+def _bits(model, recipe, *inputs, seed=3):
+    """The output and all gradients, in train and in eval mode, and the random state behind them."""
+    low = converted(model, recipe if "rounding" in recipe else f"{recipe} rounding=nearest")
+    found = []
+    for mode in (True, False):
+        torch.manual_seed(seed)
+        x = inputs[0].clone().requires_grad_()
+        y = low.train(mode)(x, *inputs[1:])
+        y.square().sum().backward()
+        found += [y, x.grad, *(parameter.grad for parameter in low.parameters()), torch.get_rng_state()]
+        low.zero_grad()
+    assert [each.broke for each in low.graphs] == [None] * len(low.graphs)
+    return found
+
+
+_bits_of = functools.cache(lambda function, recipe: _bits(Attention(function), recipe, X))
+
+
+def _assert_same_bits(one, other, recipe, *inputs):
+    assert all(map(torch.equal, _bits(one, recipe, *inputs), _bits(other, recipe, *inputs)))
+
+
+def _added(mask, low=-math.inf):
+    return torch.zeros(mask.shape).masked_fill(mask, low)
+
+
+def _fused(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _by_hand(q, k, v):
+    return (q @ k.transpose(-2, -1) / math.sqrt(SIZE)).softmax(-1) @ v
+
+
+def _causal_by_hand(q, k, v):
+    return (q @ k.transpose(-2, -1) * SIZE**-0.5).masked_fill(FUTURE, -math.inf).softmax(-1) @ v
+
+
+def _later_scale(q, k, v):
+    scores = q @ k.mT
+    return (torch.where(FUTURE, -1e9, scores) / SIZE**0.5).softmax(-1) @ v
+
+
+SPELLED = {
+    "scale before": lambda q, k, v: (q * SIZE**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v,
+    "scale split": lambda q, k, v: ((q / SIZE**0.25) @ (k / SIZE**0.25).transpose(-2, -1)).softmax(-1) @ v,
+    "scale split, behind a view": lambda q, k, v: (
+        ((q / SIZE**0.25).contiguous() @ (SIZE**-0.25 * k.transpose(-2, -1))).softmax(-1) @ v
+    ),
+    "scale in two": lambda q, k, v: ((q * 0.5) @ k.mT * (2 * SIZE**-0.5)).softmax(-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum(
+        "bhqk,bhkd->bhqd", (torch.einsum("bhqd,bhkd->bhqk", q, k) / SIZE**0.5).softmax(-1), v
+    ),
+    "functions": lambda q, k, v: torch.matmul(
+        F.softmax(torch.mul(torch.matmul(q, k.permute(0, 1, 3, 2)), SIZE**-0.5), dim=-1), v
+    ),
+    "fused, its own scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=SIZE**-0.5),
+    "fused, half of it before": lambda q, k, v: F.scaled_dot_product_attention(q * 2, k, v, scale=SIZE**-0.5 / 2),
+    "fused, a mask of nothing": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.zeros(1, TOKENS)),
+}
+CAUSAL = {
+    "fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "a mask of truth values": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=~FUTURE),
+    "a mask of numbers": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=_added(FUTURE)),
+    "added": lambda q, k, v: (q @ k.mT * SIZE**-0.5 + _added(FUTURE, -1e9)).softmax(-1) @ v,
+    "filled in": lambda q, k, v: (q @ k.mT * SIZE**-0.5).masked_fill(FUTURE, -1e9).softmax(-1) @ v,
+    "where": lambda q, k, v: torch.where(~FUTURE, q * SIZE**-0.5 @ k.mT, -math.inf).softmax(-1) @ v,
+    "added in place": lambda q, k, v: (q @ k.mT * SIZE**-0.5).add_(_added(FUTURE)).softmax(-1) @ v,
+    "of its own size": lambda q, k, v: _of_its_own_size(q @ k.mT * SIZE**-0.5).softmax(-1) @ v,
+    "in two masks": lambda q, k, v: (
+        ((q @ k.mT * SIZE**-0.5).masked_fill(FUTURE & (FUTURE.cumsum(-1) > 3), -math.inf) + _added(FUTURE)).softmax(-1)
+        @ v
+    ),
+}
+
+
+def _of_its_own_size(scores):
+    return scores + torch.full_like(scores, -1e9).triu(1)
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+@pytest.mark.parametrize("spelling", SPELLED)
+def test_every_spelling_has_the_bits_of_attention_written_by_hand(spelling, recipe):
+    assert all(map(torch.equal, _bits_of(SPELLED[spelling], recipe), _bits_of(_by_hand, recipe)))
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+@pytest.mark.parametrize("spelling", CAUSAL)
+def test_every_spelling_of_causal_attention_has_the_same_bits(spelling, recipe):
+    assert all(map(torch.equal, _bits_of(CAUSAL[spelling], recipe), _bits_of(_causal_by_hand, recipe)))
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+def test_a_padding_mask_that_is_given(recipe):
+    def fused(q, k, v, padding):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~padding)
+
+    def by_hand(q, k, v, padding):
+        return (q @ k.mT * SIZE**-0.5).masked_fill(padding, -math.inf).softmax(-1) @ v
+
+    _assert_same_bits(Attention(fused), Attention(by_hand), recipe, X, PADDING)
+
+
+def test_baddbmm_is_a_product_a_scale_and_a_mask():
+    def flat(tensors):
+        return [each.flatten(0, 1) for each in tensors]
+
+    def in_one(*given):
+        q, k, v = flat(given)
+        return (torch.baddbmm(_added(FUTURE), q, k.mT, alpha=SIZE**-0.5).softmax(-1) @ v).unflatten(0, (2, HEADS))
+
+    def by_hand(*given):
+        q, k, v = flat(given)
+        return ((q @ k.mT * SIZE**-0.5 + _added(FUTURE)).softmax(-1) @ v).unflatten(0, (2, HEADS))
+
+    _assert_same_bits(Attention(in_one), Attention(by_hand), "bfp8[0]", X)
+
+
+@pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8 rounding=stochastic"])
+@pytest.mark.parametrize("mask", [None, ~FUTURE])
+def test_dropout_comes_behind_rounding_and_draws_as_pytorch_does(mask, recipe):
+    def fused(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.25)
+
+    def by_hand(q, k, v):
+        scores = q @ k.mT * SIZE**-0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        return F.dropout(scores.softmax(-1), 0.25) @ v
+
+    low = rewritten(Attention(fused), recipe, X).graph
+    (dropout,) = [node for node in low.nodes if node.name.startswith("dropout")]
+    assert dropout.args[0].name == "attn_probabilities_q"
+    if "stochastic" not in recipe:
+        _assert_same_bits(Attention(fused), Attention(by_hand), recipe, X)
+
+
+def test_grouped_queries():
+    def fused(q, k, v):
+        q = torch.cat([q, q.flip(1)], 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, 1:3]
+
+    def by_hand(q, k, v):
+        q, k, v = torch.cat([q, q.flip(1)], 1), k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return _causal_by_hand(q, k, v)[:, 1:3]
+
+    _assert_same_bits(Attention(fused), Attention(by_hand), "mxfp8", X)
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, WIDTH), (3, 2, TOKENS, WIDTH)])
+def test_any_batch_dimensions(shape):
+    _assert_same_bits(Attention(_fused), Attention(_by_hand), "bfp8[0]", torch.randn(shape))
+
+
+def test_other_lengths_come_to_the_same_graph():
+    low, other = (
+        converted(Attention(each), "mxfp8 rounding=nearest")
+        for each in (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            lambda q, k, v: (
+                (q @ k.mT * SIZE**-0.5)
+                .masked_fill(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1), -math.inf)
+                .softmax(-1)
+                @ v
+            ),
+        )
+    )
+    for tokens in (40, 24, 33, 7):
+        assert torch.equal(low(X[:, :tokens]), other(X[:, :tokens]))
+    assert len(low.graphs) == 2
+
+
+def test_a_row_without_any_key_gives_zeros():
+    def all_taken(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(TOKENS, TOKENS, dtype=torch.bool))
+
+    model = Attention(all_taken)
+    low = converted(model, "bfp8[0] rounding=nearest W=float")
+    assert torch.equal(low(X), model.out.bias.expand(2, TOKENS, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_and_autocast(dtype):
+    model = Attention(CAUSAL["fused"])
+    half = copy.deepcopy(model).to(dtype)
+    expected, found = half(X.to(dtype)), converted(half, "bfp8[0] rounding=nearest")(X.to(dtype))
+    assert found.dtype == dtype and (expected - found).abs().max() < 0.1
+    with torch.autocast("cpu", dtype):
+        expected, found = model(X), converted(model, "bfp8[0] rounding=nearest")(X)
+    assert found.dtype == dtype and (expected - found).abs().max() < 0.1
+
+
+def test_in_a_checkpoint_it_has_the_same_bits():
+    def checkpointed(q, k, v):
+        return checkpoint(CAUSAL["fused"], q, k, v, use_reentrant=False)
+
+    names = [each.split("@")[0] for each in rounded(rewritten(Attention(CAUSAL["fused"]), "mxfp8", X).graph)]
+    assert names == ["query", "key", "value", *INSIDE]
+    _assert_same_bits(Attention(checkpointed), Attention(CAUSAL["fused"]), "mxfp8", X)
+
+
+# Which outputs a recipe rounds
+
+
+@pytest.mark.parametrize(
+    ("recipe", "places"),
+    [
+        ("bfp8[0]", INSIDE),
+        ("bfp8[0] placement=compute", [INSIDE[0], INSIDE[2]]),
+        ("bfp8[0] placement=compute+activation", INSIDE),
+        ("bfp8[0] placement=group", INSIDE),
+        ("bfp8[0] exclude=attn_scores", INSIDE[1:]),
+        ("bfp8[0] exclude=*attn_scores,*attn_probabilities", INSIDE[2:]),
+        ("bfp8[0] rules=[attn_* A=float E=float]", INSIDE[2:]),
+        ("bfp8[0] rules=[* kind=attn_scores A=float E=float]", INSIDE[1:]),
+        ("bfp8[0] rules=[* kind=scaled_dot_product_attention A=float E=float]", INSIDE[:2]),
+        ("E=bfp8[0]", INSIDE),
+    ],
+)
+def test_what_a_recipe_rounds(recipe, places):
+    made = rewritten(Attention(_fused), recipe, X)
+    assert [each for each in rounded(made.graph) if each not in ("query", "key", "value")] == places
+    is_whole = any(node.target is F.scaled_dot_product_attention for node in made.captured.nodes)
+    assert is_whole == (not set(places) & set(INSIDE[:2]))
+
+
+def test_the_names_of_the_module_come_first():
+    places = rounded(rewritten(nn.Sequential(Attention(_fused), nn.Linear(WIDTH, 2)), "bfp8[0]", X).graph)
+    assert places == [f"0.{name}" for name in ("query", "key", "value", *INSIDE, "out")]
+
+
+def test_what_is_called_whole_is_told():
+    model, _ = convert(
+        Attention(_fused), recipe="bfp8[0] exclude=*attn_scores,*attn_probabilities", example_inputs=(X,)
+    )
+    assert "inside scaled_dot_product_attention: called whole, only weights are rounded" in report(model)
+    text = report(convert(Attention(_fused), recipe="bfp8[0]", example_inputs=(X,)).module)
+    assert "called whole" not in text and "mul: scales and masks on the way to a softmax" in text
+
+
+@pytest.mark.parametrize("function", [_fused, CAUSAL["fused"], SPELLED["scale split"], CAUSAL["where"]])
+def test_where_nothing_is_rounded_all_stays_as_it_is(function):
+    assert check(Attention(function), X)
+    model = Attention(function)
+    with torch.no_grad():
+        assert torch.equal(converted(model, "W=float")(X), model(X))
+
+
+# Causality
+
+
+class Decoder(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.attention, self.up = nn.RMSNorm(WIDTH), Attention(function), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.attention(self.norm(x))
+            x = x + self.up(x).relu()
+        return x
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp4", "e4m3"])
+@pytest.mark.parametrize("spelling", CAUSAL)
+def test_an_earlier_output_does_not_depend_on_a_later_token(spelling, recipe):
+    torch.manual_seed(0)
+    low = converted(Decoder(CAUSAL[spelling]), f"{recipe} rounding=nearest")
+    later = X.clone()
+    later[:, 21:] *= 100
+    assert torch.equal(low(X)[:, :21], low(later)[:, :21])
+    assert not torch.equal(low(X)[:, 21:], low(later)[:, 21:])
+
+
+# PyTorch's own layers
+
+
+def _heads(given, weight, bias):
+    return F.linear(given, weight, bias).unflatten(-1, (3, HEADS, SIZE)).unbind(-3)
+
+
+class Written(nn.Module):
+    """nn.MultiheadAttention for one tensor, by hand, with its parameters."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer = self.layer
+        q, k, v = (
+            each.permute(1, 2, 0, 3) for each in _heads(x.transpose(0, 1), layer.in_proj_weight, layer.in_proj_bias)
+        )
+        y = _causal_by_hand(q, k, v).permute(2, 0, 1, 3).flatten(2).flatten(0, 1)
+        y = F.linear(y, layer.out_proj.weight, layer.out_proj.bias)
+        return y.view(TOKENS, -1, WIDTH).transpose(0, 1)
+
+
+class Called(nn.Module):
+    def __init__(self, layer, **given):
+        super().__init__()
+        self.layer, self.given = layer, given
+
+    def forward(self, x):
+        return self.layer(x, x, x, **self.given)[0]
+
+
+class Functional(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        x, layer = x.transpose(0, 1), self.layer
+        y, _ = F.multi_head_attention_forward(
+            x, x, x, WIDTH, HEADS, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0,
+            layer.out_proj.weight, layer.out_proj.bias, training=self.training, need_weights=False, attn_mask=FUTURE,
+        )  # fmt: skip
+        return y.transpose(0, 1)
+
+
+def _layer():
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        Called(_layer(), attn_mask=FUTURE, need_weights=False),
+        Called(_layer(), attn_mask=_added(FUTURE), need_weights=False),
+        Called(_layer(), attn_mask=FUTURE, need_weights=False, is_causal=True),
+        Functional(_layer()),
+    ],
+    ids=["a mask of truth values", "of numbers", "the hint", "the function"],
+)
+def test_pytorchs_layer_has_the_bits_of_one_written_by_hand(model, recipe):
+    _assert_same_bits(model, Written(_layer()), f"{recipe} quantize_logits=true", X)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "e4m3"])
+def test_the_layer_that_gives_its_weights_too(recipe):
+    model = Called(_layer(), attn_mask=FUTURE)  # of three dimensions: a block of [0] is one head's
+    _assert_same_bits(model, Written(_layer()), f"{recipe} quantize_logits=true", X)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_layer_is_whole_where_the_recipe_says_so(whole):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Called(_layer(), need_weights=False), nn.Linear(WIDTH, 2))
+    made = rewritten(model, f"bfp8[0]{' whole=1.layer' if whole else ''}", X)
+    inner = [f"1.layer.{name}" for name in ("linear@1", *INSIDE, "linear@2")]
+    assert rounded(made.graph) == ["0", *(["1.layer"] if whole else inner)]
+
+
+def _transformers():
+    given = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
+    torch.manual_seed(0)
+    yield nn.TransformerEncoderLayer(**given)
+    yield nn.TransformerEncoderLayer(**given, norm_first=True, activation="gelu")
+    yield nn.TransformerEncoder(nn.TransformerEncoderLayer(**given), 2)
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("model", list(_transformers()), ids=["layer", "norm first", "encoder"])
+def test_the_fused_evaluation_of_transformer_layers_has_the_bits_of_training(model, padded, recipe):
+    given = {"src_key_padding_mask": PADDING[:, 0, 0]} if padded else {}
+    low = converted(model, f"{recipe} rounding=nearest")
+    expected = low.train()(X, **given)
+    with torch.no_grad():
+        assert torch.equal(low.eval()(X, **given), expected)
+        compiled = torch.compile(converted(model.eval(), f"{recipe} rounding=nearest"), backend="eager")
+        assert torch.equal(compiled(X, **given), expected)
+    places = rounded(low.graphs[-1].graph)
+    assert [each.rpartition(".")[2] for each in places if "attn_" in each.rpartition(".")[2]][:2] == INSIDE[:2]
+
+
+def test_where_nothing_is_rounded_the_fused_evaluation_stays():
+    model = next(_transformers()).eval()
+    with torch.no_grad():
+        made = rewritten(model, "W=bfp8", X)
+        assert torch.equal(converted(model, "float")(X), model(X))
+    assert [node.name for node in made.captured.nodes if node.op == "call_function"] == [
+        "_transformer_encoder_layer_fwd"
+    ]
+    assert check(model, X)
+
+
+def test_the_fused_evaluation_of_a_model_in_float_is_as_it_was():
+    model = next(_transformers()).eval()
+    with torch.no_grad():
+        before = model(X)
+        converted(model, "bfp8[0]")(X)
+        assert torch.equal(model(X), before) and torch.backends.mha.get_fastpath_enabled()
+
+
+# Bad inputs
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 5)),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FUTURE.int()),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FUTURE, is_causal=True),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.5),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[..., :5], v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v.double()),
+        lambda q, k, v: F.scaled_dot_product_attention(torch.cat([q, q[:, :1]], 1), k, v, enable_gqa=True),
+    ],
+)
+def test_bad_inputs_raise_what_pytorch_raises(function):
+    model = Attention(function)
+    with pytest.raises(Exception) as expected:
+        model(X)
+    with pytest.raises(type(expected.value)):
+        converted(model, "bfp8[0]")(X)
+
+
+def test_sizes_that_a_kernel_of_pytorch_does_not_look_at():
+    model = nn.Sequential(Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k[..., :5, :], v)))
+    with pytest.raises(ConvertError, match=r"^0 gives scaled_dot_product_attention tensors that do not fit: .*5"):
+        converted(model, "bfp8[0]")(X)
+
+
+def test_a_padding_mask_of_another_shape():
+    model = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True)
+    wrong = torch.zeros(TOKENS, 2, dtype=torch.bool)
+    with pytest.raises(AssertionError, match=r"Expected key_padded_mask\.shape"):
+        converted(model, "bfp8[0]")(X, src_key_padding_mask=wrong)
