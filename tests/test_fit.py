@@ -38,8 +38,12 @@ def formats_of(recipe, target):
     "spec, due",
     [
         # conv, its bias, the transposed convolution, its bias, the linear layer, its bias
-        ("bfp8[c:4]", ["bfp8[1:4]", "bfp8", "bfp8[0:4]", "bfp8", "bfp8[1:4]", "bfp8"]),
-        ("e4m3[4x2]", ["e4m3[0:4,1:2]", "e4m3[]", "e4m3[1:4,0:2]", "e4m3[]", "e4m3[0:4,1:2]", "e4m3[]"]),
+        ("bfp8[c:4]", ["bfp8[1:4]", "bfp8", "bfp8[0:4]", "bfp8", "bfp8[-1:4]", "bfp8"]),
+        ("e4m3[4x2]", ["e4m3[0:4,1:2]", "e4m3[]", "e4m3[1:4,0:2]", "e4m3[]", "e4m3[0:4,-1:2]", "e4m3[]"]),
+        ("mxfp8", ["mxfp8[1:32]", "mxfp8", "mxfp8[0:32]", "mxfp8", "mxfp8", "mxfp8"]),
+        ("nvfp4", ["nvfp4[1:16]", "nvfp4", "nvfp4[0:16]", "nvfp4", "nvfp4", "nvfp4"]),
+        ("mxfp4+rceil", [f"mxfp4{block}+rceil" for block in ("[1:32]", "", "[0:32]", "", "", "")]),
+        ("mxfp4[-1:16]", ["mxfp4[-1:16]"] * 6),
         ("int8[0:2,1:2]", ["int8[0:2,1:2]", "int8", "int8[0:2,1:2]", "int8", "int8[0:2,1:2]", "int8"]),
         ("bfp8[1:4]", ["bfp8[1:4]", "bfp8", "bfp8[1:4]", "bfp8", "bfp8[1:4]", "bfp8"]),
         ("mxfp8[0]", ["mxfp8[0]"] * 6),
@@ -56,7 +60,37 @@ def test_an_output_has_runs_along_channels_where_convolutions_are_and_along_the_
     assert found[:4] == [channels] * 4 and found[-2:] == [last] * 2
 
 
-@pytest.mark.parametrize("spec", ["bfp8[c:4]", "e4m3[4x2]"])
+class ChannelsLast(nn.Module):
+    """A convolution, and what computes with channels in the last place, in several spellings."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = self.fc(self.norm(x.permute(0, 2, 3, 1)))
+        x = torch.relu(x.movedim(-1, 1))
+        x = torch.tanh(torch.transpose(x, dim0=1, dim1=-1))
+        return torch.sigmoid(x.mT)
+
+
+def test_the_axis_of_channels_goes_where_they_go():
+    graph = rewritten(ChannelsLast(), "A=mxfp8 rounding=nearest in_place=false quantize_logits=true", X).graph
+    found = {node.args[0].name: str(node.args[3]) for node in graph.nodes if node.target is swalp_fx.quantize_output}
+    assert found == {
+        "conv": "mxfp8[1:32]", "relu_1": "mxfp8[1:32]", "norm": "mxfp8", "fc": "mxfp8", "relu_2": "mxfp8[1:32]",
+        "tanh": "mxfp8", "sigmoid": "mxfp8[2:32]",
+    }  # fmt: skip
+
+
+def test_by_hand_the_runs_of_a_named_format_are_along_the_last_axis():
+    x = torch.randn(4, 40, 3, 5)
+    assert torch.equal(quantize(x, "mxfp8"), quantize(x.reshape(-1, 5), "mxfp8").view_as(x))
+    assert not torch.equal(quantize(x, "mxfp8"), quantize(x, "mxfp8[1:32]"))
+
+
+@pytest.mark.parametrize("spec", ["bfp8[c:4]", "e4m3[4x2]", "mxfp8", "nf4"])
 def test_a_step_rounds_as_the_graph_does(spec):
     torch.manual_seed(0)
     model = Both()
@@ -69,7 +103,7 @@ def test_a_step_rounds_as_the_graph_does(spec):
     for name, parameter in lp.named_parameters():
         format = swalp_fx.parse(spec).of_tensor(parameter.dim(), axes.get(name, 1))
         assert not torch.equal(parameter, before.get_parameter(name))
-        if spec.startswith("bfp"):
+        if spec.startswith(("bfp", "mxfp")):
             assert torch.equal(quantize(parameter, format), parameter)
         else:
             torch.testing.assert_close(quantize(parameter, format), parameter, rtol=2.0**-20, atol=0)

@@ -90,8 +90,14 @@ class Format:
         return self.scale.range if self.scale else (1.0, 1.0)
 
     def of_tensor(self, rank: int, axis: int) -> Format:
-        """The format of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
-        block = self.block.of_tensor(rank, axis)
+        """The format of a tensor of ``rank`` axes, ``axis`` being its contraction axis.
+
+        Runs that a stem has without brackets, as ``mxfp8`` has, are along that axis.
+        """
+        from .grammar import own_runs
+
+        runs = own_runs(self) if rank > 1 else None
+        block = (runs or self.block).of_tensor(rank, axis)
         return self if block == self.block else replace(self, block=block)
 
     @property

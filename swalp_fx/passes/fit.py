@@ -6,9 +6,12 @@ What an operation contracts is in one table, CONTRACTED; whatever computes no pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from ..recipe import Quantizer, Recipe, Subject
 from .captured import LAYER
@@ -27,7 +30,9 @@ CONTRACTED = {
     "DeformConv": (1, 1),
     "deform_conv": (1, 1),
 }
-OTHERWISE = (1, LAST)  # linear's: its weight is [outputs, inputs]
+OTHERWISE = (LAST, LAST)  # linear's: its weight is [outputs, inputs]
+# What gives the axes of what it reads in another order.
+REORDERS = frozenset(("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"))
 _PRODUCTS = frozenset(PARTS["compute"])
 
 
@@ -51,10 +56,30 @@ def contraction_axes(graph: Graph) -> dict[Node, int]:
             readers = (_of_operation(user) for user in node.users)
             axes[node] = next((axis for axis in readers if axis is not None), LAST)
             continue
-        own = _of_operation(node)
-        same_rank = (axes[source] for source in node.all_input_nodes if _rank(source) == _rank(node))
-        axes[node] = own if own is not None else next(same_rank, LAST)
+        source = next((each for each in node.all_input_nodes if _rank(each) == _rank(node)), None)
+        if (own := _of_operation(node)) is not None:
+            axes[node] = own
+        else:
+            axes[node] = _moved(node, axes[source]) if source is not None else LAST
     return axes
+
+
+def _moved(node: Node, axis: int) -> int:
+    """Where ``axis`` of the first tensor that ``node`` reads is in what it gives.
+
+    What a call does with the order of axes is seen on a tensor that has two elements along this one and one along all
+    others.
+    """
+    rank = _rank(node)
+    if name_of(node) not in REORDERS or rank is None or not -rank <= axis < rank:
+        return axis
+    sizes = [1] * rank
+    sizes[axis] = 2
+    probe = torch.empty(sizes, device="meta")
+    args, kwargs = map_arg((node.args, node.kwargs), lambda _: probe)
+    call: Any = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
+    moved = call(*args, **kwargs).shape.index(2) - rank
+    return moved if moved == LAST else moved + rank
 
 
 def _of_operation(node: Node) -> int | None:
