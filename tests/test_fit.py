@@ -1,9 +1,11 @@
 """Blocks along the contraction axis: which axis that is, in graphs and in steps, and which parameters fit no block."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torchvision
 from graphs import rewritten
 from torch import nn
 
@@ -128,3 +130,42 @@ def test_by_hand_an_axis_has_to_be_named():
     with pytest.raises(RuntimeError, match="the block has 2 axes, and x 1; use a tensor with more"):
         quantize(x[0], "e4m3[4x2]")
     assert torch.equal(quantize(x, "e4m3[4x2]"), quantize(x, "e4m3[0:4,1:2]"))
+
+
+# ---- axes shorter than a run -------------------------------------------------------------------------------------
+
+
+def warned(model, recipe):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(model, None, recipe)
+    assert all(each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def test_runs_on_a_kernel_are_warned_of_with_their_real_bits_and_the_remedy():
+    with torch.device("meta"):
+        resnet50, alike = torchvision.models.resnet50(), torchvision.models.resnet50()
+    first, others = warned(resnet50, "W=int4[-1:128]")
+    assert first == (
+        "conv1.weight in int4[-1:128]: 8.6 bits an element, not 4.25, since an axis is shorter than a run and each "
+        "run has a scale; give a rule, such as Rule('conv1.weight', W='int4[0]')"
+    )
+    assert others == (
+        "layer*.*.conv*.weight (48), layer*.0.downsample.0.weight (4) in int4[-1:128]: 25.7 bits an element, not 4.25, "
+        "since an axis is shorter than a run and each run has a scale; use int4[c:128]"
+    )
+    rules = tuple(swalp_fx.Rule(f"layer1.{i}.conv2", W="int4[0]") for i in range(3))
+    first = swalp_fx.Rule("conv1.weight", W="int4[0]")
+    assert warned(alike, swalp_fx.Recipe.parse("W=int4[c:128]", rules=(first, *rules))) == []
+
+
+@pytest.mark.parametrize("spec", ["mxfp8", "nvfp4[-1:4]", "bfp8[0]", "e4m3[128x128]", "int4[-1:128]~up", "fixed8.6"])
+def test_rows_that_are_shorter_than_a_run_are_one_scale_each_and_no_fault(spec):
+    assert warned(nn.Sequential(nn.Linear(12, 5), nn.LayerNorm(5)), spec) == []
+
+
+def test_channels_that_are_fewer_than_a_run_are_warned_of():
+    (depthwise,) = warned(nn.Conv2d(8, 8, 3, groups=8), "bfp8[0] W=float G=mxfp8 M=mxfp8")
+    assert depthwise.startswith("weight in mxfp8: 16.0 bits an element, not 8.25, since")
+    assert depthwise.endswith("such as Rule('weight', G='mxfp8[0]', M='mxfp8[0]')")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .block import WHOLE, Block
@@ -58,6 +60,16 @@ class Format:
     def bits(self) -> float:
         """Stored bits per element, with its part of a tile's scale; what a tensor or a slice shares is left out."""
         return self.element_bits + (self.scale_bits / self.block.size if self.block.size else 0)
+
+    def stored_bits(self, shape: Sequence[int]) -> int:
+        """Stored bits of a tensor of ``shape``: its elements', and those of every scale that its blocks have.
+
+        Raises FormatError where the block does not fit.
+        """
+        values = math.prod(shape)
+        scales = math.prod(self.block.counts(shape)) if self.scale and values else 0
+        of_tensor = self.scale.tensor_bits if self.scale and values else 0
+        return self.element_bits * values + self.scale_bits * scales + of_tensor
 
     @property
     def codes(self) -> int:

@@ -18,7 +18,7 @@ from .captured import LAYER
 from .operations import name_of
 from .tables import PARTS
 
-__all__ = ["contraction_axes", "fitted", "of_parameter"]
+__all__ = ["axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
 
 LAST = -1
 # The start of an operation's name -> the contraction axis of its weight, and of what it reads and gives.
@@ -41,11 +41,15 @@ def _contracted(names: Iterable[str]) -> tuple[int, int] | None:
     return next(found, None)
 
 
+def axis_of_parameter(subjects: tuple[Subject, ...]) -> int:
+    """The contraction axis of a parameter: its layer's."""
+    axis, _ = _contracted(kind for _, kinds in subjects for kind in kinds) or OTHERWISE
+    return axis
+
+
 def of_parameter(recipe: Recipe, subjects: tuple[Subject, ...], rank: int) -> Recipe:
     """The recipe of a parameter of ``rank`` axes, its rule applied, its blocks along its layer's contraction axis."""
-    names = (kind for _, kinds in subjects for kind in kinds)
-    axis, _ = _contracted(names) or OTHERWISE
-    return recipe.at(*subjects).of_tensor(rank, axis)
+    return recipe.at(*subjects).of_tensor(rank, axis_of_parameter(subjects))
 
 
 def contraction_axes(graph: Graph) -> dict[Node, int]:
