@@ -19,6 +19,7 @@ from .ops import quantize, quantize_
 from .optimizer import SWALP
 from .recipe import Quantizer, Recipe, RecipeError, Rule
 from .report import report
+from .reported import Report
 
 __all__ = [
     "FLOAT",
@@ -36,6 +37,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "RecipeError",
+    "Report",
     "Rewritten",
     "Rounded",
     "Rule",
