@@ -456,7 +456,7 @@ def test_parameters_of_other_dtypes_are_left_alone():
         assert torch.equal(model.state_dict()[name], before[name]) and torch.equal(averaged[name], before[name])
     assert not torch.equal(model.layer.weight, before["layer.weight"])
     rows = [line.split() for line in str(report(module)).splitlines()]
-    assert ["steps", "parameter", "-", "3"] in rows
+    assert ["steps", "parameter", "-", "3", "64.00"] in rows
 
 
 class Half(nn.Module):
