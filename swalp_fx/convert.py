@@ -16,7 +16,7 @@ from .errors import UNPACK, ConvertError
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
 from .recipe import Recipe
-from .short import warn_of_short_axes
+from .short_axes import warn_of_short_axes
 
 __all__ = ["Converted", "convert", "in_float", "restore"]
 

@@ -1,15 +1,12 @@
-"""A report as one page of HTML: a table, lists, and a few lines of style."""
+"""One page of HTML: terms, tables, lists, and a few lines of style."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .reported import Report
-
-__all__ = ["page"]
+__all__ = ["Table", "page"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --head: #f6f8fa; --soft: #59636e; }
@@ -25,31 +22,37 @@ dt, summary { color: var(--soft); }
 """
 
 
-def page(report: Report) -> str:
-    """The page, whole: it loads nothing."""
-    title = f"{report.model} in {report.recipe}"
-    totals = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>\n" for label, text in report.totals.items())
-    lists = "".join(f"<h2>{escape(_capital(name))}</h2>\n{_list(lines)}" for name, lines in report.lists())
-    parameters = [
-        [each.name, "x".join(map(str, each.shape)), each.format, f"{each.values:,}", f"{each.bits:,}"]
-        for each in report.parameters
-    ]
-    header = ["parameter", "shape", "format", "values", "bits"]
+@dataclass(frozen=True)
+class Table:
+    """A header, and rows of as many cells; the last ``numbers`` columns are flush right."""
+
+    header: Sequence[str]
+    rows: Iterable[Sequence[str]]
+    numbers: int
+
+
+def page(
+    title: str, code: str, terms: Mapping[str, str], table: Table, lists: Iterable[tuple[str, list[str]]], more: Table
+) -> str:
+    """The page, whole, which loads nothing: a heading with ``code`` beside it, ``terms``, ``table``, ``lists`` with
+    their titles, and a table that is closed at first."""
+    described = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in terms.items())
+    listed = "".join(f"<h2>{escape(_capital(name))}</h2>\n{_list(lines)}" for name, lines in lists)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{escape(f"{title} in {code}")}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{escape(report.model)} <code>{escape(report.recipe)}</code></h1>
+<h1>{escape(title)} <code>{escape(code)}</code></h1>
 <dl>
-{totals}</dl>
-{_table(report.header, report.rows(), report.numbers)}{lists}<details>
-<summary>{len(parameters)} parameters, each by itself</summary>
-{_table(header, parameters, 2)}</details>
+{described}</dl>
+{_table(table)}{listed}<details>
+<summary>Each {escape(more.header[0])} by itself</summary>
+{_table(more)}</details>
 </body>
 </html>
 """
@@ -63,13 +66,11 @@ def _list(lines: Iterable[str]) -> str:
     return "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: int) -> str:
-    """The last ``numbers`` columns are flush right."""
-
+def _table(table: Table) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        first_number = len(cells) - numbers
+        first_number = len(cells) - table.numbers
         classes = ("" if i < first_number else ' class="number"' for i in range(len(cells)))
         return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(classes, cells, strict=True))
 
-    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
-    return f"<div><table>\n<thead><tr>{line('th', header)}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"
+    head, body = line("th", table.header), "".join(f"<tr>{line('td', row)}</tr>\n" for row in table.rows)
+    return f"<div><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from .files import written
 from .formats import FLOAT
-from .page import page
+from .page import Table, page
 from .recipe import ROLES
 from .table import WIDTH, folded_rows, listed, markdown, paragraph, table
 
@@ -149,7 +149,13 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One page that needs no other file and no network, for light and dark screens."""
-        return written(page(self), path)
+        parameters = [
+            [each.name, "x".join(map(str, each.shape)), each.format, f"{each.values:,}", f"{each.bits:,}"]
+            for each in self.parameters
+        ]
+        layers = Table(self.header, self.rows(), self.numbers)
+        more = Table(["parameter", "shape", "format", "values", "bits"], parameters, 2)
+        return written(page(self.model, self.recipe, self.totals, layers, self.lists(), more), path)
 
 
 def _size(values: int, bits: int) -> tuple[str, str]:
