@@ -62,6 +62,10 @@ def test_an_output_has_runs_along_channels_where_convolutions_are_and_along_the_
     assert found[:4] == [channels] * 4 and found[-2:] == [last] * 2
 
 
+def formats_in(graph):
+    return [str(node.args[3]) for node in graph.nodes if node.target is swalp_fx.quantize_output]
+
+
 class ChannelsLast(nn.Module):
     """A convolution, and what computes with channels in the last place, in several spellings."""
 
@@ -84,6 +88,22 @@ def test_the_axis_of_channels_goes_where_they_go():
         "conv": "mxfp8[1:32]", "relu_1": "mxfp8[1:32]", "norm": "mxfp8", "fc": "mxfp8", "relu_2": "mxfp8[1:32]",
         "tanh": "mxfp8", "sigmoid": "mxfp8[2:32]",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Conv1d(3, 4, 1), (3, 5), 0),
+        (nn.Conv1d(3, 4, 1), (2, 3, 5), 1),
+        (nn.ConvTranspose2d(3, 4, 1), (3, 5, 5), 0),
+        (nn.Conv3d(3, 4, 1), (2, 3, 5, 5, 5), 1),
+    ],
+)
+def test_channels_are_in_front_of_the_axes_of_space_with_a_batch_and_without(layer, shape, axis):
+    graph = rewritten(
+        nn.Sequential(layer, nn.Tanh()), "A=mxfp8 quantize_input=true quantize_logits=true", torch.randn(shape)
+    )
+    assert formats_in(graph.graph) == [f"mxfp8[{axis}:32]"] * 3
 
 
 def test_by_hand_the_runs_of_a_named_format_are_along_the_last_axis():

@@ -5,6 +5,7 @@ What an operation contracts is in one table, CONTRACTED; whatever computes no pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,29 +22,26 @@ from .tables import PARTS
 __all__ = ["axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
 
 LAST = -1
-# The start of an operation's name -> the contraction axis of its weight, and of what it reads and gives.
-CONTRACTED = {
-    "conv_transpose": (0, 1),
-    "ConvTranspose": (0, 1),
-    "conv": (1, 1),
-    "Conv": (1, 1),
-    "DeformConv": (1, 1),
-    "deform_conv": (1, 1),
-}
-OTHERWISE = (LAST, LAST)  # linear's: its weight is [outputs, inputs]
+# The start of a convolution's name -> the contraction axis of its weight; of what it reads and gives, that is channels.
+CONTRACTED = {"conv_transpose": 0, "ConvTranspose": 0, "conv": 1, "Conv": 1, "DeformConv": 1, "deform_conv": 1}
+OTHERWISE = LAST  # linear's: its weight is [outputs, inputs]
 # What gives the axes of what it reads in another order.
 REORDERS = frozenset(("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"))
 _PRODUCTS = frozenset(PARTS["compute"])
 
 
-def _contracted(names: Iterable[str]) -> tuple[int, int] | None:
-    found = (axes for name in names for start, axes in CONTRACTED.items() if name.startswith(start))
+_SPATIAL = re.compile(r"([123])d")  # how many axes stand behind that of channels
+
+
+def _contracted(names: Iterable[str]) -> tuple[str, int] | None:
+    """(name, contraction axis of the weight) of the first name that is a convolution's."""
+    found = ((name, axis) for name in names for start, axis in CONTRACTED.items() if name.startswith(start))
     return next(found, None)
 
 
 def axis_of_parameter(subjects: tuple[Subject, ...]) -> int:
     """The contraction axis of a parameter: its layer's."""
-    axis, _ = _contracted(kind for _, kinds in subjects for kind in kinds) or OTHERWISE
+    _, axis = _contracted(kind for _, kinds in subjects for kind in kinds) or ("", OTHERWISE)
     return axis
 
 
@@ -91,8 +89,9 @@ def _of_operation(node: Node) -> int | None:
     names = [name_of(node)] if node.op.startswith("call") else []
     if LAYER in node.meta:
         names.append(node.meta[LAYER].kind.__name__)
-    if axes := _contracted(names):
-        return axes[1]
+    if convolution := _contracted(names):
+        spatial, rank = _SPATIAL.search(convolution[0]), _rank(node)
+        return rank - 1 - int(spatial[1]) if spatial and rank else 1  # 0 where there is no batch
     return LAST if _PRODUCTS.intersection(names) else None
 
 
