@@ -24,10 +24,14 @@ from swalp_fx.passes.tables import LAYER_PARTS
 from swalp_fx.report import report
 
 
-def _report(kind, recipe, shown=True):
+def _of(kind, recipe, shown=True):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe=recipe, example_inputs=inputs)
-    return str(report(module, *(inputs if shown else ())))
+    return report(module, *(inputs if shown else ()))
+
+
+def _report(kind, recipe, shown=True):
+    return str(_of(kind, recipe, shown))
 
 
 def test_a_convnet():
@@ -370,6 +374,21 @@ def test_bits_are_those_of_real_shapes_and_all_scales():
 
 
 @pytest.mark.filterwarnings("ignore:.*an axis is shorter than a run")
+@pytest.mark.parametrize(
+    ("recipe", "formats"),
+    [
+        ("bfp8[c:4]", "WAEGM bfp8[1:4]"),
+        ("mxfp8 G=mxfp8~up M=float", "WAE mxfp8[1:32], G mxfp8[1:32]~up"),
+        ("W=bfp8[c:4] rules=[0.bias W=float]", "W bfp8[1:4]/float"),
+    ],
+)
+def test_a_layer_has_the_format_of_its_weight_where_the_recipe_has_one(recipe, formats):
+    """A bias, which has one axis, has other blocks."""
+    found = _of(shapes.Convnet, recipe)
+    assert found.layers[0].rounded == formats and str(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*an axis is shorter than a run")
 def test_what_a_recipe_says_of_the_optimizer_is_told():
     text = str(_of_resnet())
     assert "\nmaster      e8m7~stochastic, which the optimizer steps on\n" in text
@@ -397,8 +416,7 @@ class Odd(nn.Module):
 
 
 def _of_odd():
-    model, inputs = shapes.made(Odd)
-    return report(convert(model, recipe="mxfp8[0]").module, *inputs)
+    return _of(Odd, "mxfp8[0]")
 
 
 def test_all_forms_say_the_same():
