@@ -18,6 +18,7 @@ from .ops import quantize, quantize_
 from .optimizer import SWALP, Average, recalibrate
 from .recipe import Quantizer, Recipe, RecipeError, Rule
 from .report import report
+from .reported import Report
 
 __all__ = [
     "FLOAT",
@@ -35,6 +36,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "RecipeError",
+    "Report",
     "Rewritten",
     "Rounded",
     "Rule",

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .capture import Conversion, Rewritten, local
 from .capture.trial import untouched
-from .graphs import inlined
+from .graphs import inlined, is_quantizer
 from .passes.captured import LAYER
 from .passes.names import NAME
+from .passes.operations import operation_of
 from .passes.tables import part_of
+from .recipe import Quantizer
 
 __all__ = ["Audit", "audited"]
 
@@ -52,8 +54,11 @@ class Audit(TorchDispatchMode):
         super().__init__()
         self.shapes: dict[str, str] = {}  # place -> "2x4x8x8"
         self.inside: Counter[str] = Counter()  # place -> multiply-adds
+        self.rounded: Counter[str] = Counter()  # place -> those of operations all of whose operands are rounded
         self.outside: dict[str, Counter[str]] = {}  # "model.py:12 forward" -> operation -> multiply-adds
-        self._running: list[str] = []  # the places in graphs that run now
+        self._running: list[
+            tuple[str, bool]
+        ] = []  # in graphs, what runs now: its place, whether it reads rounded numbers
 
     def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         return _Watched(self, made).run(*args)
@@ -66,7 +71,9 @@ class Audit(TorchDispatchMode):
         if packet in flop_registry:  # two a multiply-add
             count = int(flop_registry[packet](*args, **kwargs, out_val=given)) // 2
         if self._running:
-            self.inside[self._running[-1]] += count
+            place, reads_rounded = self._running[-1]
+            self.inside[place] += count
+            self.rounded[place] += count if reads_rounded else 0
         elif count or _is_layer(packet.__name__, given):
             self.outside.setdefault(_line(), Counter())[packet.__name__] += count
         return given
@@ -84,9 +91,10 @@ class _Watched(Interpreter):
         self.places = {
             node: node.meta.get(NAME) or names.get(node.meta.get(LAYER), node.name) for node in self.graph.nodes
         }
+        self.rounded = _rounded(self.graph)
 
     def run_node(self, n: Node) -> Any:
-        self.audit._running.append(self.places[n])
+        self.audit._running.append((self.places[n], self.rounded.issuperset(_floating_inputs(n))))
         try:
             result = super().run_node(n)
         finally:
@@ -95,6 +103,32 @@ class _Watched(Interpreter):
         if NAME in n.meta:
             self.audit.shapes[n.meta[NAME]] = ", ".join("x".join(map(str, each.shape)) or "1" for each in tensors)
         return result
+
+
+def _rounded(graph: Graph) -> set[Node]:
+    """The nodes that give rounded numbers: what rounds them, and what moves nothing but such numbers."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if is_quantizer(node):
+            is_rounded = Quantizer.parse(str(node.args[3])).rounds
+        else:
+            sources = _floating_inputs(node)
+            moves = part_of(operation_of(node)) == "movement"
+            is_rounded = moves and bool(sources) and found.issuperset(sources)
+        if is_rounded:
+            found.add(node)
+    return found
+
+
+def _floating_inputs(node: Node) -> list[Node]:
+    return [each for each in node.all_input_nodes if _is_floating(each)]
+
+
+def _is_floating(node: Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("example_value"))
+    return is_quantizer(node) or any(
+        isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex()) for each in values
+    )
 
 
 def _is_layer(name: str, given: Any) -> bool:

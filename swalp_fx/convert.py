@@ -16,6 +16,7 @@ from .errors import UNPACK, ConvertError
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
 from .recipe import Recipe
+from .short_axes import warn_of_short_axes
 
 __all__ = ["Converted", "convert", "in_float", "restore"]
 
@@ -58,7 +59,8 @@ def convert(
     Raises ConvertError (no module, already converted, compiled or wrapped), FormatError, RecipeError (a rule, an
     include or an exclude that matches nothing, where example_inputs show all that there is), TypeError for no
     optimizer, and ValueError for one with parameters that are not the model's, all before anything is changed.
-    A call raises NotRewritten where it would compute in float.
+    A call raises NotRewritten where it would compute in float. Warns of weights that take more bits in a format of runs
+    than its name says, since an axis is shorter.
     """
     if isinstance(optimizer, str | Recipe):
         raise TypeError(f"recipe is a keyword: convert(model, optimizer, recipe={str(optimizer)!r})")
@@ -71,6 +73,7 @@ def convert(
         swalp.refuse(optimizer)
     conversion = Conversion(model, parsed)
     conversion.refuse_unmatched()
+    warn_of_short_axes(model, parsed)
     install(conversion)
     try:
         if example_inputs is not None:

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset
 from . import nodes
 from .capture import Rewritten, local
 from .capture.trial import untouched
+from .files import written
 from .formats import FLOAT
 from .graphs import conversion_in, inlined, is_quantizer
 from .ops import quantize
@@ -111,7 +111,7 @@ class Measures(dict[tuple[str, str], Rounded]):
         JSON has no infinity, so one is the string "inf": the SQNR of what rounding left exact. ``float()`` reads both.
         """
         rows = [{name: _finite(value) for name, value in row.items()} for row in self._rows()]
-        return _written(json.dumps(rows, indent=1, allow_nan=False) + "\n", path)
+        return written(json.dumps(rows, indent=1, allow_nan=False) + "\n", path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """A header and a line for each measure, with the columns of ``to_json``; infinity is inf.
@@ -122,7 +122,7 @@ class Measures(dict[tuple[str, str], Rounded]):
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows())
-        return _written(text.getvalue(), path)
+        return written(text.getvalue(), path)
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = ({"site": site, "role": role, "sqnr": each.sqnr} | asdict(each) for (site, role), each in self.items())
@@ -169,12 +169,6 @@ ORDERS: dict[str, Callable[[Rounded], float]] = {
 
 def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8", newline="\n")
-    return text
 
 
 def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None) -> Measures:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .audit import Audit, audited
 from .capture import Conversion
@@ -18,9 +18,10 @@ from .formats import FLOAT
 from .graphs import conversion_in, inlined
 from .nodes import quantize_output
 from .passes.names import PART, place
-from .recipe import ROLES, Quantizer
-from .rows import DERIVED, Row, operation_of, rows
-from .table import WIDTH, folded_rows, listed, paragraph, table
+from .recipe import ROLES, Recipe
+from .recipe.quantizer import MARK
+from .reported import InFloat, LayerLine, ParameterLine, Report
+from .rows import DERIVED, Row, operation_of, rows, stored_bits
 
 __all__ = ["report"]
 
@@ -32,9 +33,10 @@ MEANT = {
 UNSEEN = "layers are known after the first call: call the model once, or pass an input: report(lp, x)"
 
 
-def report(module: nn.Module, /, *inputs: Any, fold: bool = False, **keywords: Any) -> str:
-    """A table of at most 100 columns, one row a layer: its name, operation, output shape, the formats of W A E G M,
-    multiply-adds and parameters. Below it totals, what stays in float and why, and what runs outside of the graphs.
+def report(module: nn.Module, /, *inputs: Any, fold: bool = False, **keywords: Any) -> Report:
+    """Who got which format, and why. Printed, it is a table of at most 100 columns, one row a layer: its name,
+    operation, output shape, the formats of W A E G M, multiply-adds, parameters, and the bits that each of their values
+    takes, scales included. Below it totals, what stays in float and why, and what runs outside of the graphs.
 
     The names are those that a recipe's rules, ``include`` and ``exclude`` take, and that ``measure`` is indexed by:
     ``layer1.0.conv1``, a function as ``layer1.0.iadd``, and the calls of a module that is called twice as
@@ -52,57 +54,71 @@ def report(module: nn.Module, /, *inputs: Any, fold: bool = False, **keywords: A
     conversion = conversion_in(module, "report")
     audit = audited(conversion, module, inputs, keywords) if inputs or keywords else None
     found = rows(conversion)
-    header = ["layer", "operation", *(["output"] if audit else []), "formats", *(["multiply-adds"] if audit else [])]
-    cells = [_cells(row, audit) for row in found]
-    cells = folded_rows(cells) if fold else cells
-    lines = [table([*header, "parameters"], cells, numbers=2 if audit else 1)]
-    lines += ["", *(paragraph(line, 12) for line in _totals(conversion, found, audit))]
-    lines += ["", "in float:", *(paragraph(line, 4) for line in _floats(conversion, found))]
     here = f"{Path.cwd()}{os.sep}"
-    if outside := [line.replace(here, "") for line in _outside(conversion, audit)]:
-        lines += ["", "outside of the graphs:", *(paragraph(line, 4) for line in outside)]
-    return "\n".join(lines)
+    return Report(
+        model=type(conversion.root).__name__,
+        recipe=str(conversion.recipe),
+        layers=tuple(_layer(row, audit) for row in found),
+        parameters=tuple(_parameters(conversion, found)),
+        totals=dict(_totals(conversion, found, audit)),
+        in_float=tuple(_floats(conversion, found)),
+        outside=tuple(line.replace(here, "") for line in _outside(conversion, audit)),
+        is_audited=audit is not None,
+        folds=fold,
+    )
 
 
-def _cells(row: Row, audit: Audit | None) -> list[str]:
-    cells = [row.name, row.operation, _formats(row), f"{row.size:,}" if row.size else ""]
-    if audit is not None:
-        count = audit.inside[row.name] if row.has_output or row.operation == DERIVED else 0
-        cells.insert(2, audit.shapes.get(row.name, ""))
-        cells.insert(4, f"{count:,}" if count else "")
-    return cells
+def _layer(row: Row, audit: Audit | None) -> LayerLine:
+    formats = dict(zip(ROLES, row.formats, strict=True))
+    if audit is None:
+        return LayerLine(row.name, row.operation, "", formats, None, row.size, row.bits)
+    count = audit.inside[row.name] if row.has_output or row.operation == DERIVED else 0
+    return LayerLine(row.name, row.operation, audit.shapes.get(row.name, ""), formats, count, row.size, row.bits)
 
 
-def _formats(row: Row) -> str:
-    """``WGM bfp8[0], A e4m3, E e5m2``."""
-    letters: dict[str, str] = {}
-    for letter, spec in zip(ROLES, row.formats, strict=True):
-        if spec not in ("", str(FLOAT)):
-            letters[spec] = letters.get(spec, "") + letter
-    return ", ".join(f"{roles} {spec}" for spec, roles in letters.items()) or "-"
-
-
-def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> Iterator[str]:
+def _parameters(conversion: Conversion, found: list[Row]) -> Iterator[ParameterLine]:
     specs = {name: spec for row in found for name, spec in row.weights.items()}
-    parameters = dict(conversion.root.named_parameters())
-    bits = sum(p.numel() * _bits(specs.get(name, str(FLOAT)), p) for name, p in parameters.items())
-    values = sum(p.numel() for p in parameters.values())
-    counted = Counter(spec for name, spec in specs.items() if name in parameters)
+    for name, parameter in conversion.root.named_parameters():
+        spec = specs.get(name, str(FLOAT))
+        yield ParameterLine(name, tuple(parameter.shape), spec, parameter.numel(), stored_bits(spec, parameter))
+
+
+def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> Iterator[tuple[str, str]]:
+    recipe, parameters = conversion.recipe, list(_parameters(conversion, found))
+    bits, values = sum(each.bits for each in parameters), sum(each.values for each in parameters)
+    read = {name for row in found for name in row.weights}
+    counted = Counter(each.format for each in parameters if each.name in read)
     formats = ", ".join(f"{number} in {spec}" for spec, number in counted.items()) or "none"
-    yield f"roles       {', '.join(f'{letter} {role}' for letter, role in ROLES.items())}; one not named is in float"
-    yield f"parameters  {values:,} values in {len(parameters)} tensors: {formats}"
+    yield "roles", f"{', '.join(f'{letter} {role}' for letter, role in ROLES.items())}; one not named is in float"
+    yield "parameters", f"{values:,} values in {len(parameters)} tensors: {formats}"
     if values:
         share = bits / (32 * values)
-        yield f"bits        {bits:,.0f}, {share:.1%} of {32 * values:,} in float32 (shared exponents not counted)"
-    yield f"outputs     {_outputs(found) if conversion.graphs else UNSEEN}"
-    yield f"rounding    {conversion.recipe.rounding}{_own_roundings(found)}"
+        yield (
+            "bits",
+            f"{bits:,}, {share:.1%} of {32 * values:,} in float32; {bits / values:.2f} an element, scales included",
+        )
+    yield "outputs", _outputs(found) if conversion.graphs else UNSEEN
+    yield "rounding", f"{recipe.rounding}{_own_roundings(found)}"
+    if recipe.master is not None:
+        yield "master", f"{recipe.master}, which the optimizer steps on"
+    if recipe.average.rounds:
+        yield "average", f"{recipe.average}"
+    if states := list(_states(recipe)):
+        yield "states", f"{', '.join(states)}, of the optimizer"
     if audit is not None:
-        yield f"inside      {_inside(found, audit)}"
+        yield "inside", _inside(found, audit)
+
+
+def _states(recipe: Recipe) -> Iterator[str]:
+    """The states of an optimizer that a recipe names, and its rules."""
+    yield from (f"{name} {quantizer}" for name, quantizer in recipe.states)
+    for rule in recipe.rules:
+        yield from (f"{name} {quantizer} in {rule.match}" for name, quantizer in rule.states)
 
 
 def _own_roundings(found: list[Row]) -> str:
     specs = (spec for row in found for spec in row.formats)
-    return ", but where ~ names another" if any(Quantizer.parse(spec).rounding for spec in specs if spec) else ""
+    return ", but where ~ names another" if any(MARK in spec for spec in specs) else ""
 
 
 def _outputs(found: list[Row]) -> str:
@@ -122,8 +138,12 @@ def _inside(found: list[Row], audit: Audit) -> str:
     inside, outside = sum(audit.inside.values()), sum(sum(each.values()) for each in audit.outside.values())
     share = f"{inside / (inside + outside):.1%} of " if inside + outside else ""
     text = f"{share}{inside + outside:,} multiply-adds ran in rewritten graphs"
+    if inside:
+        whole = {row.name for row in found if row.whole}  # what they compute inside reads numbers that are not rounded
+        rounded = sum(count for place, count in audit.rounded.items() if place not in whole)
+        text += f", {rounded / (inside + outside):.1%} on rounded operands"
     counted = {row.whole for row in found if audit.inside[row.name]}
-    if unknown := dict.fromkeys(row.whole for row in found if row.whole and row.weights and row.whole not in counted):
+    if unknown := dict.fromkeys(row.whole for row in found if row.whole and row.whole not in counted):
         text += f" (those of {', '.join(unknown)} not counted)"
     return text
 
@@ -132,49 +152,43 @@ def _counted(numbers: Counter[str]) -> str:
     return ", ".join(f"{name} x {n}" if n > 1 else name for name, n in numbers.items())
 
 
-def _bits(spec: str, parameter: Tensor) -> float:
-    quantizer = Quantizer.parse(spec)
-    return quantizer.format.bits if quantizer.rounds else 8 * parameter.element_size()
-
-
-def _line(names: Iterable[str], reason: str, among: list[str], before: str = "") -> str:
-    room = max(WIDTH - 2 - len(before + reason), WIDTH // 2)
-    return f"  {before}{listed(dict.fromkeys(names), among, room)}{reason}"
-
-
-def _floats(conversion: Conversion, found: list[Row]) -> Iterator[str]:
-    """Why what is in float is in float, a line a reason."""
+def _floats(conversion: Conversion, found: list[Row]) -> Iterator[InFloat]:
+    """What is in float, a line a reason."""
     recipe = conversion.recipe
-    names, parameters = [row.name for row in found], [name for name, _ in conversion.root.named_parameters()]
+    names, parameters = tuple(row.name for row in found), [name for name, _ in conversion.root.named_parameters()]
+
+    def line(names: Iterable[str], why: str, among: Iterable[str] = (), before: str = "") -> InFloat:
+        return InFloat(tuple(dict.fromkeys(names)), why, before, tuple(among))
+
     if by_recipe := [role for role in ROLES.values() if not getattr(recipe, role).rounds]:
-        yield f"  {', '.join(by_recipe)}: the recipe says so"
+        yield line(by_recipe, "the recipe says so")
     inputs, moves = _inputs(conversion), _moves(conversion)
     if inputs and not recipe.quantize_input:
-        yield _line(inputs, ": the model's input", inputs)
+        yield line(inputs, "the model's input")
     bare = [row for row in found if row.unrounded]
     if recipe.activation.rounds or recipe.error.rounds or len(bare) < len(found):
         for reason in dict.fromkeys(row.unrounded for row in bare):
-            yield _line((row.name for row in bare if row.unrounded == reason), f": {reason}", names)
+            yield line((row.name for row in bare if row.unrounded == reason), reason, names)
     for graph, reason in dict.fromkeys(each for row in found for each in row.exceptions.items()):
         held = (row.name for row in found if row.exceptions.get(graph) == reason)
-        yield _line(held, f", in {graph}: {reason}", names)
+        yield line(held, f"{reason}, in {graph}", names)
     if moves:
-        yield f"  {', '.join(moves)}: no new numbers"
+        yield line(moves, "no new numbers")
     for meaning, why in MEANT.items():
         if meant := _meant(conversion, meaning):
-            yield _line(meant, f": {why}", meant)
+            yield line(meant, why)
     if norms := [row.name for row in found if row.is_written_norm]:
-        yield _line(norms, ": a norm is one operation, only what it gives is rounded", names, before="inside ")
+        yield line(norms, "a norm is one operation, only what it gives is rounded", names, before="inside ")
     if whole := [row.whole for row in found if row.whole]:
-        yield _line(whole, ": called whole, only weights are rounded", names, before="inside ")
+        yield line(whole, "called whole, only weights are rounded", names, before="inside ")
     if derived := [name for row in found if row.operation == DERIVED for name in row.weights]:
-        yield _line(derived, ": a weight is derived from them, and rounded", parameters)
+        yield line(derived, "a weight is derived from them, and rounded", parameters)
     read = dict.fromkeys(name for row in found for name in row.weights)
     if foreign := [name for name in read if name not in parameters]:
-        yield _line(foreign, ": no parameters of the model, only W is rounded", foreign)
+        yield line(foreign, "no parameters of the model, only W is rounded")
     parameters += conversion.places.loose
     if unread := [name for name in parameters if name not in read]:
-        yield _line(unread, ": never read by a graph", parameters)
+        yield line(unread, "never read by a graph", parameters)
 
 
 def _inputs(conversion: Conversion) -> list[str]:
@@ -208,18 +222,18 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
     """Where the model's code runs as Python, and with an audit what it computes there."""
     for made in conversion.graphs:
         if made.broke is not None:
-            yield f"  {made.entry} goes on in Python: {made.broke.splitlines()[0]}"
-    yield from (f"  {where} runs as Python" for where in _run_as_python(conversion))
+            yield f"{made.entry} goes on in Python: {made.broke.splitlines()[0]}"
+    yield from (f"{where} runs as Python" for where in _run_as_python(conversion))
     for path, module in conversion.root.named_modules():
         for name, function in set_on(module):
             if name != "forward":
                 code = inspect.unwrap(function).__code__
                 where = f"{code.co_filename}:{code.co_firstlineno} {'.'.join(filter(None, (path, name)))}"
-                yield f"  {where}: set after convert, in float where no graph calls it"
+                yield f"{where}: set after convert, in float where no graph calls it"
     if audit is not None:
         for line, counts in audit.outside.items():
             done = (f"{name} ({n:,} multiply-adds)" if n else name for name, n in counts.items())
-            yield f"  {line}: {', '.join(done)}"
+            yield f"{line}: {', '.join(done)}"
 
 
 def _run_as_python(conversion: Conversion) -> Iterator[str]:

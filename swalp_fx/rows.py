@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
@@ -17,12 +17,12 @@ from .passes import recipes_of_parameters
 from .passes.captured import LAYER, PARAMETER
 from .passes.classify import OUT
 from .passes.expand import Attention
-from .passes.names import PART, is_derived, place
+from .passes.names import PART, is_derived, parameter_subjects, place
 from .passes.operations import is_torch, name_of
 from .passes.tables import LAYER_PARTS, layer_part
-from .recipe import Recipe
+from .recipe import Quantizer, Recipe
 
-__all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows"]
+__all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows", "stored_bits"]
 
 # Operations of rows that are no layer's output.
 PARAMETER_ROW, DERIVED = "parameter", "derived weight"
@@ -40,6 +40,7 @@ class Row:
     formats: tuple[str, str, str, str, str]  # specs of W A E G M; "" for a role that it has not
     weights: dict[str, str]  # qualified name -> spec, of every parameter that it reads
     size: int = 0  # values in the parameters that no earlier row has read
+    bits: int = 0  # stored bits of these
     unrounded: str = ""  # why its output is in float, if it is
     whole: str = ""  # the name of the layer or function, if what that computes inside is out of the graph's sight
     is_written_norm: bool = False  # whether it is a norm that is no layer of PyTorch's
@@ -71,6 +72,9 @@ class _Parameters:
     def __init__(self, conversion: Conversion) -> None:
         self._parameters = dict(conversion.root.named_parameters())
         self._recipes = recipes_of_parameters(conversion.root, conversion.recipe)
+        self._written = {
+            name: conversion.recipe.at(*each) for name, each in parameter_subjects(conversion.root).items()
+        }
         self._floating = {name for name, parameter in self._parameters.items() if parameter.is_floating_point()}
 
     def specs(self) -> dict[str, str]:
@@ -84,12 +88,20 @@ class _Parameters:
     def formats(
         self, weights: dict[str, str], activation: str = "", error: str = "", spec: str | None = None
     ) -> tuple[str, str, str, str, str]:
-        local = [self._recipes[name] for name in weights if name in self._floating]
+        local = {name: self._recipes[name] for name in weights if name in self._floating}
         gradient, momentum = (
-            "/".join(dict.fromkeys(str(getattr(each, role)) for each in local)) for role in ("gradient", "momentum")
+            self._one(role, {name: str(getattr(each, role)) for name, each in local.items()})
+            for role in ("gradient", "momentum")
         )
-        weight = "/".join(dict.fromkeys(weights.values())) if spec is None else spec
-        return weight, activation, error, gradient, momentum
+        return self._one("weight", weights) if spec is None else spec, activation, error, gradient, momentum
+
+    def _one(self, role: str, specs: dict[str, str]) -> str:
+        """The spec of what is written once in the recipe: on the parameter that has the most axes, a layer's weight."""
+        found: dict[str, str] = {}
+        for name in sorted(specs, key=lambda name: -self._parameters[name].dim() if name in self._parameters else 0):
+            written = str(getattr(self._written[name], role)) if name in self._written else specs[name]
+            found.setdefault(written, specs[name])
+        return "/".join(dict.fromkeys(found.values()))
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The rows with their sizes: a parameter counts at the first that reads it."""
@@ -97,7 +109,17 @@ class _Parameters:
         for row in rows:
             new = row.weights.keys() - counted
             counted |= new
-            yield replace(row, size=sum(self._parameters[name].numel() for name in new if name in self._parameters))
+            own = {name: self._parameters[name] for name in new if name in self._parameters}
+            bits = sum(stored_bits(row.weights[name], parameter) for name, parameter in own.items())
+            yield replace(row, size=sum(parameter.numel() for parameter in own.values()), bits=bits)
+
+
+def stored_bits(spec: str, parameter: Tensor) -> int:
+    """Bits of a parameter in the format of the quantizer ``spec``, scales included; in ``float``, of its dtype."""
+    quantizer = Quantizer.parse(spec)
+    if quantizer.rounds:
+        return quantizer.format.stored_bits(parameter.shape)
+    return 8 * parameter.element_size() * parameter.numel()
 
 
 def _merged(first: Row, again: Row, made: Rewritten) -> Row:

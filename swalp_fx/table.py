@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from tabulate import tabulate
 
-__all__ = ["WIDTH", "folded", "folded_rows", "listed", "paragraph", "table"]
+__all__ = ["WIDTH", "folded", "folded_rows", "listed", "markdown", "paragraph", "table"]
 
 WIDTH = 100
 NARROW = 20  # no column but the first gives way below this, before the first does
@@ -31,11 +31,18 @@ def table(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
     return tabulate(cells, header, colalign=alignment, disable_numparse=True)
 
 
+def markdown(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
+    """The same as a table of Markdown, as wide as it is."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    alignment = ["left"] * (len(header) - numbers) + ["right"] * numbers
+    return tabulate(cells, header, "pipe", colalign=alignment, disable_numparse=True)
+
+
 def _broken(cell: str, width: int) -> str:
     if len(cell) <= width:
         return cell
     wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False)
-    breaks = r"(?<=, )" if ", " in cell else r"(?=\.)" if "." in cell else r"(?=_)"
+    breaks = r"(?<=, )|(?<=/)" if ", " in cell else r"(?=\.)" if "." in cell else r"(?=_)"
     wrapper.wordsep_simple_re = re.compile(breaks)
     return "\n".join(wrapper.wrap(cell))
 

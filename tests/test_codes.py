@@ -302,6 +302,7 @@ def test_bytes(spec, shape, nbytes):
     assert nbytes <= held <= nbytes + 8  # they are no views of larger memory, which a file would hold too
     assert codes.nbytes == nbytes and f"{nbytes} bytes" in repr(codes).replace(",", "")
     assert len(codes.hex()) == 2 * len(codes.packed)
+    assert -(-swalp_fx.parse(spec).stored_bits(shape) // 8) == nbytes
 
 
 # ---- the page ------------------------------------------------------------------------------------

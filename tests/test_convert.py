@@ -455,8 +455,8 @@ def test_parameters_of_other_dtypes_are_left_alone():
     for name in ("steps", "mask", "phase"):
         assert torch.equal(model.state_dict()[name], before[name]) and torch.equal(averaged[name], before[name])
     assert not torch.equal(model.layer.weight, before["layer.weight"])
-    rows = [line.split() for line in report(module).splitlines()]
-    assert ["steps", "parameter", "-", "3"] in rows
+    rows = [line.split() for line in str(report(module)).splitlines()]
+    assert ["steps", "parameter", "-", "3", "64.00"] in rows
 
 
 class Half(nn.Module):

@@ -1,9 +1,11 @@
 """Blocks along the contraction axis: which axis that is, in graphs and in steps, and which parameters fit no block."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torchvision
 from graphs import rewritten
 from torch import nn
 
@@ -38,8 +40,12 @@ def formats_of(recipe, target):
     "spec, due",
     [
         # conv, its bias, the transposed convolution, its bias, the linear layer, its bias
-        ("bfp8[c:4]", ["bfp8[1:4]", "bfp8", "bfp8[0:4]", "bfp8", "bfp8[1:4]", "bfp8"]),
-        ("e4m3[4x2]", ["e4m3[0:4,1:2]", "e4m3[]", "e4m3[1:4,0:2]", "e4m3[]", "e4m3[0:4,1:2]", "e4m3[]"]),
+        ("bfp8[c:4]", ["bfp8[1:4]", "bfp8", "bfp8[0:4]", "bfp8", "bfp8[-1:4]", "bfp8"]),
+        ("e4m3[4x2]", ["e4m3[0:4,1:2]", "e4m3[]", "e4m3[1:4,0:2]", "e4m3[]", "e4m3[0:4,-1:2]", "e4m3[]"]),
+        ("mxfp8", ["mxfp8[1:32]", "mxfp8", "mxfp8[0:32]", "mxfp8", "mxfp8", "mxfp8"]),
+        ("nvfp4", ["nvfp4[1:16]", "nvfp4", "nvfp4[0:16]", "nvfp4", "nvfp4", "nvfp4"]),
+        ("mxfp4+rceil", [f"mxfp4{block}+rceil" for block in ("[1:32]", "", "[0:32]", "", "", "")]),
+        ("mxfp4[-1:16]", ["mxfp4[-1:16]"] * 6),
         ("int8[0:2,1:2]", ["int8[0:2,1:2]", "int8", "int8[0:2,1:2]", "int8", "int8[0:2,1:2]", "int8"]),
         ("bfp8[1:4]", ["bfp8[1:4]", "bfp8", "bfp8[1:4]", "bfp8", "bfp8[1:4]", "bfp8"]),
         ("mxfp8[0]", ["mxfp8[0]"] * 6),
@@ -56,7 +62,57 @@ def test_an_output_has_runs_along_channels_where_convolutions_are_and_along_the_
     assert found[:4] == [channels] * 4 and found[-2:] == [last] * 2
 
 
-@pytest.mark.parametrize("spec", ["bfp8[c:4]", "e4m3[4x2]"])
+def formats_in(graph):
+    return [str(node.args[3]) for node in graph.nodes if node.target is swalp_fx.quantize_output]
+
+
+class ChannelsLast(nn.Module):
+    """A convolution, and what computes with channels in the last place, in several spellings."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = self.fc(self.norm(x.permute(0, 2, 3, 1)))
+        x = torch.relu(x.movedim(-1, 1))
+        x = torch.tanh(torch.transpose(x, dim0=1, dim1=-1))
+        return torch.sigmoid(x.mT)
+
+
+def test_the_axis_of_channels_goes_where_they_go():
+    graph = rewritten(ChannelsLast(), "A=mxfp8 rounding=nearest in_place=false quantize_logits=true", X).graph
+    found = {node.args[0].name: str(node.args[3]) for node in graph.nodes if node.target is swalp_fx.quantize_output}
+    assert found == {
+        "conv": "mxfp8[1:32]", "relu_1": "mxfp8[1:32]", "norm": "mxfp8", "fc": "mxfp8", "relu_2": "mxfp8[1:32]",
+        "tanh": "mxfp8", "sigmoid": "mxfp8[2:32]",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Conv1d(3, 4, 1), (3, 5), 0),
+        (nn.Conv1d(3, 4, 1), (2, 3, 5), 1),
+        (nn.ConvTranspose2d(3, 4, 1), (3, 5, 5), 0),
+        (nn.Conv3d(3, 4, 1), (2, 3, 5, 5, 5), 1),
+    ],
+)
+def test_channels_are_in_front_of_the_axes_of_space_with_a_batch_and_without(layer, shape, axis):
+    graph = rewritten(
+        nn.Sequential(layer, nn.Tanh()), "A=mxfp8 quantize_input=true quantize_logits=true", torch.randn(shape)
+    )
+    assert formats_in(graph.graph) == [f"mxfp8[{axis}:32]"] * 3
+
+
+def test_by_hand_the_runs_of_a_named_format_are_along_the_last_axis():
+    x = torch.randn(4, 40, 3, 5)
+    assert torch.equal(quantize(x, "mxfp8"), quantize(x.reshape(-1, 5), "mxfp8").view_as(x))
+    assert not torch.equal(quantize(x, "mxfp8"), quantize(x, "mxfp8[1:32]"))
+
+
+@pytest.mark.parametrize("spec", ["bfp8[c:4]", "e4m3[4x2]", "mxfp8", "nf4"])
 def test_a_step_rounds_as_the_graph_does(spec):
     torch.manual_seed(0)
     model = Both()
@@ -69,7 +125,7 @@ def test_a_step_rounds_as_the_graph_does(spec):
     for name, parameter in lp.named_parameters():
         format = swalp_fx.parse(spec).of_tensor(parameter.dim(), axes.get(name, 1))
         assert not torch.equal(parameter, before.get_parameter(name))
-        if spec.startswith("bfp"):
+        if spec.startswith(("bfp", "mxfp")):
             assert torch.equal(quantize(parameter, format), parameter)
         else:
             torch.testing.assert_close(quantize(parameter, format), parameter, rtol=2.0**-20, atol=0)
@@ -94,3 +150,42 @@ def test_by_hand_an_axis_has_to_be_named():
     with pytest.raises(RuntimeError, match="the block has 2 axes, and x 1; use a tensor with more"):
         quantize(x[0], "e4m3[4x2]")
     assert torch.equal(quantize(x, "e4m3[4x2]"), quantize(x, "e4m3[0:4,1:2]"))
+
+
+# ---- axes shorter than a run -------------------------------------------------------------------------------------
+
+
+def warned(model, recipe):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(model, None, recipe)
+    assert all(each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def test_runs_on_a_kernel_are_warned_of_with_their_real_bits_and_the_remedy():
+    with torch.device("meta"):
+        resnet50, alike = torchvision.models.resnet50(), torchvision.models.resnet50()
+    first, others = warned(resnet50, "W=int4[-1:128]")
+    assert first == (
+        "conv1.weight in int4[-1:128]: 8.6 bits an element, not 4.25, since an axis is shorter than a run and each "
+        "run has a scale; give a rule, such as Rule('conv1.weight', W='int4[0]')"
+    )
+    assert others == (
+        "layer*.*.conv*.weight (48), layer*.0.downsample.0.weight (4) in int4[-1:128]: 25.7 bits an element, not 4.25, "
+        "since an axis is shorter than a run and each run has a scale; use int4[c:128]"
+    )
+    rules = tuple(swalp_fx.Rule(f"layer1.{i}.conv2", W="int4[0]") for i in range(3))
+    first = swalp_fx.Rule("conv1.weight", W="int4[0]")
+    assert warned(alike, swalp_fx.Recipe.parse("W=int4[c:128]", rules=(first, *rules))) == []
+
+
+@pytest.mark.parametrize("spec", ["mxfp8", "nvfp4[-1:4]", "bfp8[0]", "e4m3[128x128]", "int4[-1:128]~up", "fixed8.6"])
+def test_rows_that_are_shorter_than_a_run_are_one_scale_each_and_no_fault(spec):
+    assert warned(nn.Sequential(nn.Linear(12, 5), nn.LayerNorm(5)), spec) == []
+
+
+def test_channels_that_are_fewer_than_a_run_are_warned_of():
+    (depthwise,) = warned(nn.Conv2d(8, 8, 3, groups=8), "bfp8[0] W=float G=mxfp8 M=mxfp8")
+    assert depthwise.startswith("weight in mxfp8: 16.0 bits an element, not 8.25, since")
+    assert depthwise.endswith("such as Rule('weight', G='mxfp8[0]', M='mxfp8[0]')")

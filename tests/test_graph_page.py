@@ -81,7 +81,7 @@ def test_the_rules():
     tokens = models.example(*models.default_shape("decoder"))
     module, _ = convert(models.build("decoder"), recipe=names["recipe"], example_inputs=(tokens,))
     report = swalp_fx.report(module)
-    rows = [re.split(" {2,}", line) for line in report.splitlines()]
+    rows = [re.split(" {2,}", line) for line in str(report).splitlines()]
     formats = {row[0]: row[2] for row in rows if len(row) > 2}
     assert formats["head"] == formats["norm"] == formats["blocks.0.norm1"] == "-"
     assert formats["tokens"] == "AE bfp4[0]"

@@ -13,7 +13,7 @@ PACKAGE = Path(swalp_fx.__file__).parent
 
 # Each layer imports only from those before it. Modules of one layer do not know each other.
 LAYERS = [
-    ["errors", "nearest", "table", "warn"],
+    ["errors", "files", "nearest", "page", "table", "warn"],
     ["formats"],
     ["recipe"],
     ["random"],
@@ -23,10 +23,10 @@ LAYERS = [
     ["passes"],
     ["capture"],
     ["graphs"],
-    ["codes"],
+    ["codes", "short_axes"],
     ["optimizer"],
     ["convert"],
-    ["audit", "check", "drawing", "rows"],
+    ["audit", "check", "drawing", "reported", "rows"],
     ["draw", "measure", "report"],
     ["__init__"],
 ]

@@ -45,7 +45,7 @@ KINDS = (*shapes.ALL, Reused, Namesakes, shapes.Inside, shapes.Normed, shapes.De
 
 def _rows(module):
     """Name -> role -> format, of each row of the report."""
-    rows = [re.split(r" {2,}", line) for line in report(module).split("\n\n")[0].splitlines()[2:]]
+    rows = [re.split(r" {2,}", line) for line in str(report(module)).split("\n\n")[0].splitlines()[2:]]
     return {name: _roles(formats) for name, _, formats, *_ in rows}
 
 
@@ -188,5 +188,5 @@ def test_a_checkpointed_block_is_named_as_it_is_outside_of_one():
 
 def test_a_weight_that_is_derived_for_each_reader_has_one_row():
     module, inputs = _converted(shapes.Normed), shapes.made(shapes.Normed)[1]
-    assert report(module).count("\nspectral.weight ") == 1
+    assert str(report(module)).count("\nspectral.weight ") == 1
     assert ("spectral.weight", "W") in measure(module, inputs)

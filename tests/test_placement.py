@@ -1,5 +1,8 @@
 """Placement: which outputs are rounded; pass and prover agree, and the SWALP authors' networks come out as theirs."""
 
+import re
+import warnings
+
 import pytest
 import shapes
 import torch
@@ -210,3 +213,58 @@ def test_bad_text_is_refused():
 def test_a_glob_that_matches_nothing_is_refused_with_the_nearest_names(field):
     with pytest.raises(RecipeError, match=rf"{field} 'downsampel' matches nothing .*blocks.1.downsample"):
         convert(shapes.PreResNet(), recipe=Recipe.parse("bfp8", **{field: ("downsampel",)}))
+
+
+class Pointwise(nn.Module):
+    """No product, a parameter, and two outputs of which one is read."""
+
+    inputs = (torch.Size([3, 4]),)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return torch.relu(x * self.scale)
+
+
+NOTHING = (
+    r"no output is rounded under {}, which leaves out {}; choose another placement or exclude less, or name W, G and M"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "words", "names"),
+    [
+        (Pointwise, "bfp8[0] placement=compute", "placement=compute", "mul"),
+        (Pointwise, "E=bfp8[0] exclude=*", "placement=every exclude=*", "mul"),
+        (shapes.Convnet, "A=bfp8 placement=compute exclude=0,6", "placement=compute exclude=0,6", "0, 1, 2, 3"),
+    ],
+)
+def test_a_placement_that_leaves_nothing_rounded_is_refused(kind, recipe, words, names):
+    message = re.escape(NOTHING.format(words, names))
+    model, inputs = shapes.made(kind)
+    with pytest.raises(RecipeError, match=message):
+        convert(model, None, recipe, example_inputs=inputs)
+    assert type(model) is kind and not hasattr(model, "graphs")
+    lp, _ = convert(model, None, recipe)
+    with pytest.warns(UserWarning, match=message):
+        lp(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        (Pointwise, "W=bfp8[0] placement=compute"),
+        (Pointwise, "bfp8[0] placement=compute include=mul"),
+        (Pointwise, "bfp8[0] placement=compute quantize_logits=true exclude=mul include=relu"),
+        (Pointwise, "bfp8[0] placement=compute rules=[mul A=float E=float]"),
+        (shapes.Tied, "bfp8 placement=compute"),
+    ],
+)
+def test_a_placement_that_leaves_something_is_not(kind, recipe):
+    model, inputs = shapes.made(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lp, _ = convert(model, None, recipe, example_inputs=inputs)
+        lp(*inputs)

@@ -176,7 +176,7 @@ def test_a_number_that_is_rounded_to_a_format_is_in_it_whatever_the_rounding():
 def test_what_is_shown_of_a_model_names_the_roundings(tmp_path):
     model, inputs = shapes.made(shapes.Convnet)
     lp, _ = convert(model, recipe="bfp8[0] rounding=nearest E=e5m2~stochastic8 G=bfp8[0]~up", example_inputs=inputs)
-    text = report(lp)
+    text = str(report(lp))
     assert "WAM bfp8[0], E e5m2~stochastic8, G bfp8[0]~up" in text
     assert "rounding    nearest, but where ~ names another" in text
     assert "100%" not in text.split("bits ")[1].splitlines()[0]  # a format with a rounding has its bits

@@ -1,7 +1,13 @@
 """The report of a rewritten module."""
 
+import csv
 import functools
+import io
+import json
 import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -18,28 +24,32 @@ from swalp_fx.passes.tables import LAYER_PARTS
 from swalp_fx.report import report
 
 
-def _report(kind, recipe, shown=True):
+def _of(kind, recipe, shown=True):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe=recipe, example_inputs=inputs)
     return report(module, *(inputs if shown else ()))
 
 
+def _report(kind, recipe, shown=True):
+    return str(_of(kind, recipe, shown))
+
+
 def test_a_convnet():
     expected = """\
-layer    operation    output    formats                       multiply-adds    parameters
--------  -----------  --------  --------------------------  ---------------  ------------
-0        Conv2d       2x4x8x8   WA bfp8[0], E e5m2, G bfp4           13,824           112
-1        BatchNorm2d  2x4x8x8   WA bfp8[0], E e5m2, G bfp4                              8
+layer    operation    output    formats                       multiply-adds    parameters    bits
+-------  -----------  --------  --------------------------  ---------------  ------------  ------
+0        Conv2d       2x4x8x8   WA bfp8[0], E e5m2, G bfp4           13,824           112    8.36
+1        BatchNorm2d  2x4x8x8   WA bfp8[0], E e5m2, G bfp4                              8   10.00
 2        ReLU         2x4x8x8   A bfp8[0], E e5m2
 3        MaxPool2d    2x4x4x4   A bfp8[0], E e5m2
-6        Linear       2x10      W bfp8[0], G bfp4                     1,280           650
+6        Linear       2x10      W bfp8[0], G bfp4                     1,280           650    8.14
 
 roles       W weight, A activation, E error, G gradient, M momentum; one not named is in float
 parameters  770 values in 6 tensors: 6 in bfp8[0]
-bits        6,160, 25.0% of 24,640 in float32 (shared exponents not counted)
+bits        6,304, 25.6% of 24,640 in float32; 8.19 an element, scales included
 outputs     4 of 5 rounded
 rounding    stochastic
-inside      100.0% of 15,104 multiply-adds ran in rewritten graphs
+inside      100.0% of 15,104 multiply-adds ran in rewritten graphs, 8.5% on rounded operands
 
 in float:
   momentum: the recipe says so
@@ -52,22 +62,22 @@ in float:
 def test_before_the_first_call_it_has_the_parameters_and_their_formats():
     model, inputs = shapes.made(shapes.Convnet)
     module, _ = convert(model, recipe=Recipe.parse("bfp8", rules=(Rule("6", weight="bfp4"),)))
-    text = report(module)
+    text = str(report(module))
     assert _rows(text)[-2:] == [
-        ["6.weight", "parameter", "W bfp4, GM bfp8", "640"],
-        ["6.bias", "parameter", "W bfp4, GM bfp8", "10"],
+        ["6.weight", "parameter", "W bfp4, GM bfp8", "640", "4.01"],
+        ["6.bias", "parameter", "W bfp4, GM bfp8", "10", "4.80"],
     ]
     assert "parameters  770 values in 6 tensors: 4 in bfp8, 2 in bfp4\n" in text
     assert _lines_of("outputs", text) == (
         "outputs layers are known after the first call: call the model once, or pass an input: report(lp, x)"
     )
     module(*inputs)
-    assert [row[0] for row in _rows(report(module))] == ["0", "1", "2", "3", "6"]
+    assert [row[0] for row in _rows(str(report(module)))] == ["0", "1", "2", "3", "6"]
 
 
 def test_without_inputs_there_are_no_shapes():
     assert _report(shapes.Convnet, "bfp8", shown=False).splitlines()[0].split() == [
-        "layer", "operation", "formats", "parameters",
+        "layer", "operation", "formats", "parameters", "bits",
     ]  # fmt: skip
 
 
@@ -76,9 +86,13 @@ def _rows(text):
 
 
 def test_shared_parameters_are_counted_once():
-    assert [row[-1] for row in _rows(_report(shapes.Tied, "bfp8"))] == ["42", "AE bfp8", "6"]
+    assert [row[-2:] for row in _rows(_report(shapes.Tied, "bfp8"))] == [
+        ["42", "8.38"],
+        ["2x6", "AE bfp8"],
+        ["6", "9.33"],
+    ]
     assert [row[2:] for row in _rows(_report(shapes.Twice, "bfp8", shown=False))] == [
-        ["WAEGM bfp8", "42"], ["AE bfp8"], ["WAEGM bfp8", "12"], ["WAEGM bfp8"], ["WGM bfp8"],
+        ["WAEGM bfp8", "42", "8.38"], ["AE bfp8"], ["WAEGM bfp8", "12", "9.33"], ["WAEGM bfp8"], ["WGM bfp8"],
     ]  # fmt: skip
 
 
@@ -87,14 +101,14 @@ def test_each_call_of_a_layer_has_a_row_by_whichever_name_it_is_called():
     model = nn.Sequential(nn.Sequential(tanh), nn.Sequential(tanh), nn.Linear(6, 6))
     model.append(model[0]).append(model[1])
     module, _ = convert(model, recipe="bfp8", example_inputs=(torch.ones(2, 6),))
-    assert [(row[0], row[2]) for row in _rows(report(module))] == [
+    assert [(row[0], row[2]) for row in _rows(str(report(module)))] == [
         ("0.0@1", "AE bfp8"), ("0.0@2", "AE bfp8"), ("2", "WAEGM bfp8"), ("0.0@3", "AE bfp8"), ("0.0@4", "-"),
     ]  # fmt: skip
 
 
 def test_a_weight_that_is_derived_at_each_call_is_one():
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6, bias=False))
-    text = report(convert(nn.Sequential(*[layer] * 4), recipe="bfp8", example_inputs=(torch.ones(2, 6),)).module)
+    text = str(report(convert(nn.Sequential(*[layer] * 4), recipe="bfp8", example_inputs=(torch.ones(2, 6),)).module))
     assert [row[:3] for row in _rows(text)][:2] == [
         ["0.weight", "derived weight", "WGM bfp8"], ["0.linear@1", "linear", "AE bfp8"],
     ]  # fmt: skip
@@ -103,15 +117,15 @@ def test_a_weight_that_is_derived_at_each_call_is_one():
 
 def test_parameters_read_by_themselves_have_a_row():
     rows = _rows(_report(shapes.Direct, "bfp8"))
-    assert ["scale", "parameter", "6", "WGM bfp8", "6"] in rows
+    assert ["scale", "parameter", "6", "WGM bfp8", "6", "9.33"] in rows
     rows = _rows(_report(shapes.Direct, "A=bfp8"))
-    assert ["scale", "parameter", "6", "-", "6"] in rows
+    assert ["scale", "parameter", "6", "-", "6", "32.00"] in rows
 
 
 def test_what_stayed_in_float_and_why():
     text = _report(shapes.Unused, "bfp8")
     assert "  spare.weight, spare.bias: never read" in text
-    assert "parameters  90 values in 6 tensors: 4 in bfp8\nbits        864, 30.0% of 2,880" in text
+    assert "parameters  90 values in 6 tensors: 4 in bfp8\nbits        896, 31.1% of 2,880" in text
 
 
 class Attentive(nn.Module):
@@ -141,7 +155,10 @@ def test_what_is_called_whole_is_told_and_its_inside_is_not_counted():
     assert (
         "  inside rows.* (3), attention, scaled_dot_product_attention: called whole, only weights are rounded" in text
     )
-    assert "ran in rewritten graphs (those of rows.0, rows.1, rows.2 not counted)" in " ".join(text.split())
+    assert _lines_of("inside", text.split("in float:")[0].split("rounding")[1]) == (
+        "inside 100.0% of 1,800 multiply-adds ran in rewritten graphs, 20.0% on rounded operands (those of rows.0, "
+        "rows.1, rows.2, scaled_dot_product_attention not counted)"
+    )
 
 
 def _lines_of(word, text):
@@ -172,9 +189,12 @@ class Broken(nn.Module):
 def test_what_runs_outside_of_the_graphs_is_told_with_its_line():
     model, (x,) = shapes.made(Broken)
     module, _ = convert(model, recipe="bfp8")
-    text = report(module, x)
+    text = str(report(module, x))
     gap, call = (f"{Path(__file__).name}:{_line_of(code)}" for code in ("x @ self.weight", "self.gap(x)"))
-    assert _lines_of("inside", text) == "inside 75.0% of 576 multiply-adds ran in rewritten graphs"
+    assert (
+        _lines_of("inside", text)
+        == "inside 75.0% of 576 multiply-adds ran in rewritten graphs, 50.0% on rounded operands"
+    )
     *_, broke, outside = text.split("outside of the graphs:")[1].replace("\n    ", "").split("\n")
     assert "Broken: forward goes on in Python: " in broke and call in broke
     assert outside.endswith(f"{gap} gap: mm (144 multiply-adds), relu")
@@ -194,7 +214,7 @@ def test_a_place_has_one_row_whichever_graphs_it_is_in():
     model, (x,) = shapes.made(shapes.Heads)
     module, _ = convert(model, recipe="bfp8")
     module(x), module.eval()(x)
-    text = report(module)
+    text = str(report(module))
     assert [row[0] for row in _rows(text)] == ["first", "relu", "sum", "second"]
     assert "\noutputs     2 of 4 rounded\n" in text
 
@@ -202,9 +222,9 @@ def test_a_place_has_one_row_whichever_graphs_it_is_in():
 def test_what_one_graph_rounds_and_another_returns_is_told():
     module, _ = convert(shapes.Tied(), recipe="bfp8")
     module(torch.ones(2, 6)), module.first(torch.ones(2, 6))
-    text = report(module)
-    assert ["first", "Linear", "WAEGM bfp8", "42"] in _rows(text)
-    assert "\n  first, in first: Linear: the model's output" in text
+    text = str(report(module))
+    assert ["first", "Linear", "WAEGM bfp8", "42", "8.38"] in _rows(text)
+    assert "\n  first: the model's output, in first: Linear" in text
 
 
 def test_error_signals_are_counted_where_they_differ():
@@ -248,7 +268,7 @@ FLOAT_WEIGHTS = "A=bfp8[0] rounding=nearest"
 )
 def test_it_fits_a_hundred_columns(name, recipe):
     module, x = _converted(name, recipe)
-    for text in (report(module, x), report(module)):
+    for text in (str(report(module, x)), str(report(module))):
         assert max(map(len, text.splitlines())) <= 100
         (made,) = module.graphs
         outputs = [place(node) for node in made.graph.nodes if node.meta.get(PART) in LAYER_PARTS]
@@ -263,14 +283,15 @@ def _names(text):
 
 
 def test_a_resnet_has_a_row_a_layer():
-    rows = report(*_converted("resnet18")).split("\n\n")[0].splitlines()[2:]
-    assert len(rows) == 68 and rows[3].split() == ["maxpool", "MaxPool2d", "1x64x56x56", "AE", "bfp8[0]"]
-    assert rows[0].split()[5:] == ["118,013,952", "9,408"]
+    found = report(*_converted("resnet18"))
+    rows = str(found).split("\n\n")[0].splitlines()[2:]
+    assert len(found.layers) == 68 and rows[3].split() == ["maxpool", "MaxPool2d", "1x64x56x56", "AE", "bfp8[0]"]
+    assert rows[0].split()[5:] == ["118,013,952", "9,408", "8.05"]
 
 
 def test_equal_blocks_are_folded_where_one_asks_for_it():
     module, x = _converted("vit_b_16")
-    text = report(module, x, fold=True)
+    text = str(report(module, x, fold=True))
     inner = ["in_proj_weight", "in_proj_bias", "linear@1", "attn_scores", "attn_probabilities"]
     inner += ["scaled_dot_product_attention", "out_proj.weight", "out_proj.bias", "linear@2"]
     attention = [f"self_attention.{name}" for name in inner]
@@ -281,13 +302,13 @@ def test_equal_blocks_are_folded_where_one_asks_for_it():
         *(f"encoder.layers.encoder_layer_*.{name}" for name in block), "encoder.ln", "heads.head",
     ]  # fmt: skip
     assert names.count("(12)") == len(block)
-    assert text.split("\n\n")[1:] == report(module, x).split("\n\n")[1:]
+    assert text.split("\n\n")[1:] == str(report(module, x)).split("\n\n")[1:]
 
 
 def test_layers_that_differ_are_not_folded():
     model, inputs = shapes.made(shapes.Nested)
     recipe = Recipe.parse("bfp8", rules=(Rule("stages.0.0", weight="bfp4"),))
-    rows = _rows(report(convert(model, recipe=recipe).module, *inputs, fold=True))
+    rows = _rows(str(report(convert(model, recipe=recipe).module, *inputs, fold=True)))
     assert [row[0] for row in rows][:2] == ["stages.0.0", "stages.0.1.0"]
 
 
@@ -319,7 +340,7 @@ def test_it_leaves_the_module_as_it_was():
 def test_an_input_may_be_named():
     model, (x,) = shapes.made(shapes.OptionalInput)
     module, _ = convert(model, recipe="bfp8")
-    assert [row[0] for row in _rows(report(module, x, mask=x.gt(0), invert=True))] == [
+    assert [row[0] for row in _rows(str(report(module, x, mask=x.gt(0), invert=True)))] == [
         "first",
         "mul@1",
         "mul@2",
@@ -331,3 +352,157 @@ def test_an_input_may_be_named():
 def test_a_float_model_has_no_report():
     with pytest.raises(ConvertError, match="takes the module that convert returns, not a Tied"):
         report(shapes.Tied())
+
+
+# ---- the value, and its forms --------------------------------------------------------------------
+
+
+@functools.cache
+def _of_resnet(recipe="int4[-1:128] master=bf16~stochastic average=bfp9[0] state.exp_avg_sq=bf16"):
+    with torch.device("meta"):
+        model, x = torchvision.models.resnet50(), torch.empty(1, 3, 224, 224)
+    return report(convert(model, recipe=recipe).module, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*an axis is shorter than a run")
+def test_bits_are_those_of_real_shapes_and_all_scales():
+    found = _of_resnet()
+    weights = [each for each in found.parameters if len(each.shape) == 4]
+    bits = sum(each.bits for each in weights)
+    assert f"{bits / sum(each.values for each in weights):.1f}" == "25.7"
+    layer = next(each for each in found.layers if each.name == "layer1.0.conv2")
+    assert (layer.values, layer.bits) == (64 * 64 * 9, 64 * 64 * 3 * (3 * 4 + 32))
+    (row,) = (row for row in found.rows() if row[0] == layer.name)
+    assert row[-2:] == ["36,864", "14.67"]
+    assert sum(each.bits for each in found.parameters) == sum(each.bits for each in found.layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*an axis is shorter than a run")
+@pytest.mark.parametrize(
+    ("recipe", "formats"),
+    [
+        ("bfp8[c:4]", "WAEGM bfp8[1:4]"),
+        ("mxfp8 G=mxfp8~up M=float", "WAE mxfp8[1:32], G mxfp8[1:32]~up"),
+        ("W=bfp8[c:4] rules=[0.bias W=float]", "W bfp8[1:4]/float"),
+    ],
+)
+def test_a_layer_has_the_format_of_its_weight_where_the_recipe_has_one(recipe, formats):
+    """A bias, which has one axis, has other blocks."""
+    found = _of(shapes.Convnet, recipe)
+    assert found.layers[0].rounded == formats and str(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*an axis is shorter than a run")
+def test_what_a_recipe_says_of_the_optimizer_is_told():
+    text = str(_of_resnet())
+    assert "\nmaster      e8m7~stochastic, which the optimizer steps on\n" in text
+    assert "\naverage     bfp9[0]\n" in text and "\nstates      exp_avg_sq e8m7, of the optimizer\n" in text
+    rule = Rule("6", states={"exp_avg": "float"})
+    lp = convert(shapes.made(shapes.Convnet)[0], recipe=Recipe.parse("bfp8[0] G=bfp8~up", rules=(rule,))).module
+    assert "\nstates      exp_avg float in 6, of the optimizer\n" in str(report(lp))
+    assert not any(word in str(report(lp)) for word in ("master", "average "))
+
+
+class Odd(nn.Module):
+    """What each form of a report has to escape, and one of everything that a report names."""
+
+    inputs = (torch.Size([2, 3, 8, 8]),)
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("a|<b>&", nn.Conv2d(3, 4, 1))
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = dict(self.named_children())["a|<b>&"](x).flatten(2)
+        scores = (x @ x.mT).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf).softmax(-1)
+        return scores @ torch.sin(torch.arange(4.0) * torch.ones(4, 4)) * 2
+
+
+def _of_odd():
+    return _of(Odd, "mxfp8[0]")
+
+
+def test_all_forms_say_the_same():
+    found = _of_odd()
+    names = [each.name for each in found.layers]
+    assert names[0] == "a|<b>&" and found.layers[0].formats["W"] == "mxfp8[0]"
+    fields = json.loads(found.to_json())
+    assert [each["name"] for each in fields["layers"]] == names and fields["recipe"] == found.recipe
+    assert fields["layers"][0]["bits"] == 12 * 8 + 4 * 8 + 4 * 8 + 8
+    kept = {each["why"]: each["names"] for each in fields["in_float"]}
+    assert kept["never read by a graph"] == ["spare.weight", "spare.bias"]
+    assert fields["parameters"][0] == {
+        "name": "a|<b>&.weight", "shape": [4, 3, 1, 1], "format": "mxfp8[0]", "values": 12, "bits": 128,
+    }  # fmt: skip
+    lines = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert [line["layer"] for line in lines] == names and lines[0]["W"] == "mxfp8[0]"
+    assert [int(line["multiply_adds"]) for line in lines] == [each.multiply_adds for each in found.layers]
+    rows = [line for line in found.to_markdown().splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(names) and rows[2].startswith("| a\\|<b>& ")
+    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
+    for kind in found.in_float:
+        assert str(kind) in " ".join(str(found).split()) and f"- {kind}" in found.to_markdown()
+
+
+def test_each_form_is_written_to_a_file(tmp_path):
+    found = _of_odd()
+    for form in ("markdown", "json", "csv", "html"):
+        text = getattr(found, f"to_{form}")(tmp_path / form)
+        assert (tmp_path / form).read_bytes().decode() == text == getattr(found, f"to_{form}")()
+
+
+class Page(HTMLParser):
+    """The cells of a page's tables, its text, and what it loads; every tag must be closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.rows, self.text, self.loads = [], [], "", []
+        self.feed(text), self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag != "meta":
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data if "style" not in self.open else ""
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def _is_page_of(text, found):
+    page = Page(text)
+    shown = [row for row in page.rows if len(row) == len(found.header)]
+    assert shown == [found.header, *found.rows()] and len(page.rows) == len(shown) + 1 + len(found.parameters)
+    assert all(line in page.text for line in (*found.totals.values(), *map(str, found.in_float), *found.outside))
+    return page
+
+
+def test_a_page_is_whole_and_loads_nothing():
+    for found in (_of_odd(), report(*_converted("vit_b_16"), fold=True)):
+        page = _is_page_of(found.to_html(), found)
+        assert page.loads == [] and not re.search(r"url\(|@import|<script", found.to_html())
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_the_page(tmp_path):
+    found = _of_odd()
+    found.to_html(tmp_path / "report.html")
+    words = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+    done = subprocess.run(
+        [BROWSER, *words, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    _is_page_of(done.stdout, found)

@@ -115,10 +115,10 @@ def test_the_report_follows():
     model, inputs = shapes.made(shapes.Convnet)
     recipe = _recipe(Rule("0", weight="bfp4", gradient="bfp5"), Rule("1", activation="float", error="float"))
     module, _ = convert(model, recipe=recipe, example_inputs=inputs)
-    rows = [line.split() for line in report(module).splitlines()[2:4]]
-    assert " ".join(rows[0]) == "0 Conv2d W bfp4, AEM bfp8[0], G bfp5 112"
-    assert " ".join(rows[1]) == "1 BatchNorm2d WGM bfp8[0] 8"
-    assert "  1: a rule says so" in report(module)
+    rows = [line.split() for line in str(report(module)).splitlines()[2:4]]
+    assert " ".join(rows[0]) == "0 Conv2d W bfp4, AEM bfp8[0], G bfp5 112 4.14"
+    assert " ".join(rows[1]) == "1 BatchNorm2d WGM bfp8[0] 8 10.00"
+    assert "  1: a rule says so" in str(report(module))
 
 
 def test_a_pickle_keeps_the_rules():

@@ -274,6 +274,21 @@ class TestReport:
         out = capsys.readouterr().out
         assert "def forward" in out and "quantize" in out
 
+    @pytest.mark.parametrize(
+        ("ending", "part"),
+        [
+            (".txt", "\nroles       W weight, A activation"),
+            (".md", "\n- **roles**: W weight, A activation"),
+            (".json", '\n  "roles": "W weight, A activation'),
+            (".csv", "layer,operation,output,W,A,E,G,M,multiply_adds,values,bits\n"),
+            (".html", "<dt>roles</dt><dd>W weight, A activation"),
+        ],
+    )
+    def test_to_is_a_file_by_its_ending(self, ending, part, tmp_path, capsys):
+        report.main(["convnet", "--recipe", "bfp8", "--to", str(tmp_path / f"report{ending}")])
+        text = (tmp_path / f"report{ending}").read_text()
+        assert part in text and "bfp8" in text and "bfp8" in capsys.readouterr().out
+
     def test_draw(self, tmp_path):
         report.main(["convnet", "--draw", str(tmp_path / "graph.dot")])
         assert "A ↓ bfp8[0]" in (tmp_path / "graph.dot").read_text()
@@ -298,6 +313,11 @@ class TestReport:
             (["vit_b_16", "--input-size", "100"], "100 pixels (Wrong image height! Expected 224 but got 100!); it was"),
             (["convnet", "--draw", "graph.jpg"], "cannot draw to graph.jpg: its name must end in one of"),
             (["convnet", "--draw", "/nowhere/graph.dot"], "/nowhere/graph.dot cannot be written: No such file or"),
+            (
+                ["convnet", "--to", "report.pdf"],
+                "--to: cannot write a report to report.pdf: its name must end in one of .txt",
+            ),
+            (["convnet", "--to", "/nowhere/r.html"], "/nowhere/r.html cannot be written: No such file or directory"),
             (["convnet", "--frog"], "unrecognized arguments: --frog; report.py --help lists the options"),
             ([], "required: MODEL"),
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -15,17 +15,27 @@ import swalp_fx
 import trial
 from command import CommandLine, number, run, show
 
+# The ending of a file -> the report as it stands in there.
+FORMS: dict[str, Callable[[swalp_fx.Report], str]] = {
+    ".txt": lambda report: f"{report}\n",
+    ".md": swalp_fx.Report.to_markdown,
+    ".json": swalp_fx.Report.to_json,
+    ".csv": swalp_fx.Report.to_csv,
+    ".html": swalp_fx.Report.to_html,
+}
+
 
 def command_line() -> CommandLine:
     parser = CommandLine(
         prog="report.py",
-        usage="%(prog)s MODEL [--recipe RECIPE] [--graph] [--draw FILE] [options]",
+        usage="%(prog)s MODEL [--recipe RECIPE] [--to FILE] [--graph] [--draw FILE] [options]",
         description=__doc__,
     )
     count = number(int, 1, "a whole number of 1 or more")
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{', '.join(models.MODELS)}, or one of torchvision's classification models")
     add("--recipe", default="bfp8[0]", help="number formats (default: %(default)s)")
+    add("--to", metavar="FILE", type=_target, help=f"write the report to a file too: {', '.join(FORMS)}")
     add("--graph", action="store_true", help="print the rewritten code as well")
     add(
         "--draw",
@@ -39,6 +49,15 @@ def command_line() -> CommandLine:
     return parser
 
 
+def _target(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in FORMS:
+        raise argparse.ArgumentTypeError(
+            f"cannot write a report to {name}: its name must end in one of {', '.join(FORMS)}"
+        )
+    return path
+
+
 def reported(args: argparse.Namespace) -> str:
     """The rewritten code, if it is asked for, and the report; raises what a bad command line is refused with."""
     *channels, size = models.default_shape(args.model)
@@ -48,10 +67,12 @@ def reported(args: argparse.Namespace) -> str:
     trial.of_model(args.model, model, *shape)
     module, _ = swalp_fx.convert(model.eval(), recipe=recipe)  # train mode may want more than one sample
     with trial.of_recipe(args.recipe):
-        text = swalp_fx.report(module, models.example(*shape))
+        report = swalp_fx.report(module, models.example(*shape))
+    if args.to:
+        files.write(args.to, FORMS[args.to.suffix](report).encode())
     if args.draw:
         draw(module, args.draw)
-    return f"{module.graphs}\n{text}" if args.graph else text
+    return f"{module.graphs}\n{report}" if args.graph else str(report)
 
 
 def draw(module: nn.Module, path: Path) -> None:

@@ -72,7 +72,7 @@ def lines(x: Tensor, format: Format, rounding: str, seed: int) -> Iterator[str]:
 
 def scales(codes: Codes) -> list[str]:
     """What is stored of each number's scale; of two levels, or with a zero point, two numbers with a colon between."""
-    sizes = tiles.sizes(codes.shape, codes.format.block)
+    sizes = codes.format.block.sizes(codes.shape)
     words = []
     for each in codes.scales:
         integers = each.view(torch.int32) if each.is_floating_point() else each

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from .. import nodes
-from ..passes.assign import subjects
+from ..passes.assign import left_out, subjects
 from ..passes.names import kinds_of_type
 from ..passes.tables import layer_part, may_name_function
-from ..recipe import Recipe, Subject
+from ..recipe import Recipe, RecipeError, Subject, shortened
 from ..warn import warn
 from .places import Places, within
 
@@ -159,20 +159,37 @@ class Conversion:
 
     def refuse_unmatched(self) -> None:
         """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
-        function may give."""
+        function may give; once there are graphs, for a placement that leaves nothing rounded too."""
         modules = [path for path, _ in self.root.named_modules()]
         for error in self.recipe.unmatched_whole(modules):
             raise error
         for pattern, error in self.recipe.unmatched(list(self._subjects())):
             if self.graphs or not may_name_function(pattern, modules):
                 raise error
-            self.is_proved = False
+        self.is_proved = bool(self.graphs)
+        for error in self._nothing_placed():
+            raise error
 
     def prove(self) -> None:
-        """Warns of patterns of the recipe that the graphs of a first call show to name nothing."""
+        """Warns of patterns of the recipe that the graphs of a first call show to name nothing, and of a placement that
+        leaves nothing rounded."""
         self.is_proved = True
+        for error in self._nothing_placed():
+            warn(str(error))
         for _, error in self.recipe.unmatched(list(self._subjects())):
             warn(str(error))
+
+    def _nothing_placed(self) -> Iterator[RecipeError]:
+        """What to raise where outputs have a format, and the model's own code rounds none of them."""
+        own = [made.captured for made in self.graphs if not made.path]
+        left = [left_out(graph, self.recipe) for graph in own]
+        if left and all(left):
+            excluded = f" exclude={','.join(self.recipe.exclude)}" if self.recipe.exclude else ""
+            names = shortened(list(dict.fromkeys(chain(*left))))
+            yield RecipeError(
+                f"no output is rounded under placement={self.recipe.placement}{excluded}, which leaves out {names}; "
+                "choose another placement or exclude less, or name W, G and M alone"
+            )
 
     def _subjects(self) -> Iterator[Subject]:
         yield from chain(*self.places.subjects.values())

@@ -80,7 +80,7 @@ def encode(
     format = _format(format)
     require_floating(x, "encode")
     computed = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    sizes = tiles.sizes(x.shape, format.block)
+    sizes = format.block.sizes(x.shape)
     if not x.numel():
         return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, x.shape, x.dtype)
     how = computed, format, sizes, rounding, key_of(rounding, key), stream
@@ -93,7 +93,7 @@ def decode(codes: Codes) -> Tensor:
     dtype = torch.promote_types(codes.dtype, torch.float32)
     if not codes.shape.numel():
         return torch.empty(codes.shape, dtype=codes.dtype, device=codes.packed.device)
-    format, sizes = codes.format, tiles.sizes(codes.shape, codes.format.block)
+    format, sizes = codes.format, codes.format.block.sizes(codes.shape)
     if isinstance(format.scale, Affine):
         lowest = _of_elements(stored.lowest_of(codes.scales, format, dtype), codes.shape, sizes)
         q = number_of(codes.integers, whole(format), dtype) - whole(format).bounds[0] + lowest

@@ -8,41 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Block, Runs
-
-__all__ = ["extremes", "per_block", "sizes", "spread"]
-
-
-def sizes(shape: Sequence[int], block: Block) -> list[int]:
-    """How many neighbours along each dimension lie in one block; the last block of a dimension may have fewer.
-
-    Raises FormatError for a dimension that there is not, and for a contraction axis, which a tensor does not know.
-    """
-    rank, here = len(shape), block.alone()
-    here.check(rank)
-    if isinstance(here, Runs):
-        runs = here.runs if rank else ()
-        apart = [1] * rank
-    else:
-        runs = tuple((d, 1) for d in here.dims) if rank > 1 else ()
-        apart = [*shape]
-    for axis, size in runs:
-        apart[axis] = min(size, shape[axis])
-    return apart
-
-
-def per_block(shape: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """The shape of a tensor that has one number for each block: of each dimension, how many blocks lie along it."""
-    return [-(-whole // size) for whole, size in zip(shape, sizes, strict=True)]
+__all__ = ["extremes", "spread"]
 
 
 def extremes(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The lowest and the largest number of each block, zero among them: of shape [*per_block, 2].
+    """The lowest and the largest number of each block, zero among them: of shape [*counts, 2].
+
+    sizes: how many neighbours along each dimension lie in one block, see ``Block.sizes``.
 
     Infinities and NaNs are left out.
     """
     x = x.where(x.isfinite(), 0.0)
-    counts = per_block(x.shape, sizes)
+    counts = [-(-whole // size) for whole, size in zip(x.shape, sizes, strict=True)]
     missing = [count * size - whole for count, size, whole in zip(counts, sizes, x.shape, strict=True)]
     if any(missing):
         x = F.pad(x, [n for each in reversed(missing) for n in (0, each)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import FormatError, require
@@ -34,6 +34,27 @@ class Block:
         Raises FormatError for a block along a contraction axis.
         """
         raise NotImplementedError
+
+    def sizes(self, shape: Sequence[int]) -> list[int]:
+        """How many neighbours along each dimension lie in one block; the last block of a dimension may have fewer.
+
+        Raises FormatError for a dimension that there is not, and for a contraction axis, which a tensor does not know.
+        """
+        rank, here = len(shape), self.alone()
+        here.check(rank)
+        if isinstance(here, Runs):
+            runs = here.runs if rank else ()
+            apart = [1] * rank
+        else:
+            runs = tuple((d, 1) for d in here.dims) if rank > 1 else ()
+            apart = [*shape]
+        for axis, size in runs:
+            apart[axis] = min(size, shape[axis])
+        return apart
+
+    def counts(self, shape: Sequence[int]) -> list[int]:
+        """How many blocks lie along each dimension. Raises what ``sizes`` does."""
+        return [-(-whole // size) if whole else 0 for whole, size in zip(shape, self.sizes(shape), strict=True)]
 
     def of_tensor(self, rank: int, axis: int) -> Block:
         """The block of a tensor of ``rank`` axes; one with a single axis or none, and fewer than the block, is one."""

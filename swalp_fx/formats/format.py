@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .block import WHOLE, Block
@@ -59,6 +61,16 @@ class Format:
         """Stored bits per element, with its part of a tile's scale; what a tensor or a slice shares is left out."""
         return self.element_bits + (self.scale_bits / self.block.size if self.block.size else 0)
 
+    def stored_bits(self, shape: Sequence[int]) -> int:
+        """Stored bits of a tensor of ``shape``: its elements', and those of every scale that its blocks have.
+
+        Raises FormatError where the block does not fit.
+        """
+        values = math.prod(shape)
+        scales = math.prod(self.block.counts(shape)) if self.scale and values else 0
+        of_tensor = self.scale.tensor_bits if self.scale and values else 0
+        return self.element_bits * values + self.scale_bits * scales + of_tensor
+
     @property
     def codes(self) -> int:
         """How many of an element's codes stand for finite numbers; with sign and magnitude, -0 and 0 are two."""
@@ -90,8 +102,14 @@ class Format:
         return self.scale.range if self.scale else (1.0, 1.0)
 
     def of_tensor(self, rank: int, axis: int) -> Format:
-        """The format of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
-        block = self.block.of_tensor(rank, axis)
+        """The format of a tensor of ``rank`` axes, ``axis`` being its contraction axis.
+
+        Runs that a stem has without brackets, as ``mxfp8`` has, are along that axis.
+        """
+        from .grammar import own_runs
+
+        runs = own_runs(self) if rank > 1 else None
+        block = (runs or self.block).of_tensor(rank, axis)
         return self if block == self.block else replace(self, block=block)
 
     @property

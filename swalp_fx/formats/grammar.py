@@ -21,7 +21,7 @@ from .format import FLOAT, Format
 from .named import ALIASES, PRESETS, STEMS
 from .scale import RULES, Absmax, Affine, PowerOfTwo, Scale, Static, TwoLevel
 
-__all__ = ["parse", "text"]
+__all__ = ["own_runs", "parse", "text"]
 
 
 @dataclass
@@ -222,6 +222,13 @@ def text(format: Format) -> str:
     suffixes = [*_of_element(format, base), *_of_scale(format.scale, base.scale)]
     suffixes += {"saturate": [], "infinity": ["inf"], "nan": ["tonan"]}[format.overflow]
     return stem + block + "".join(f"+{suffix}" for suffix in suffixes)
+
+
+@cache
+def own_runs(format: Format) -> Channel | None:
+    """The runs that the stem of ``format`` has without brackets, where these are its block: of mxfp8, those of 32."""
+    own = _parts_of_stem(_stem_of(format)).block
+    return Channel(own.size) if isinstance(own, Runs) and own == format.block else None
 
 
 def _stem_of(f: Format) -> str:

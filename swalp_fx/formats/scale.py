@@ -18,6 +18,7 @@ class Scale:
 
     is_exact = False  # whether it is a power of two, under which a number of the grid stays one
     is_shared = True  # whether it is a block's
+    tensor_bits = 0  # stored bits of what all blocks of a tensor share besides
 
     def stored_bits(self, element: Element) -> int:
         """Of a block's scale."""
@@ -146,6 +147,7 @@ class TwoLevel(Scale):
     """
 
     inner: Float
+    tensor_bits = 32
 
     def __post_init__(self) -> None:
         require(

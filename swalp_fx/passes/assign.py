@@ -19,7 +19,7 @@ from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
 from .tables import LAYER_PARTS
 
-__all__ = ["SITE", "Output", "Site", "Weight", "assign", "subjects"]
+__all__ = ["SITE", "Output", "Site", "Weight", "assign", "left_out", "subjects"]
 
 ADDS = ("add", "iadd")
 
@@ -82,6 +82,20 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
         if weight or output:
             node.meta[SITE] = Site(weight, output)
     return graph
+
+
+def left_out(graph: Graph, recipe: Recipe) -> list[str]:
+    """The places of outputs of an assigned graph that have a format and no site, if no output has one: the recipe's
+    placement and exclude leave nothing rounded. Of what a checkpoint runs there is nothing here."""
+    found = []
+    for node in graph.nodes:
+        site = node.meta.get(SITE)
+        if (site is not None and site.output is not None) or node.meta[PART] == "nested":
+            return []
+        if node.meta[PART] in LAYER_PARTS and not _is_integral(node) and _is_read(node):
+            here = recipe.at(subject(node))
+            found += [place(node)] if here.activation.rounds or here.error.rounds else []
+    return found
 
 
 def is_rounded_where_returned(recipe: Recipe, scope: Scope) -> bool:

@@ -5,42 +5,49 @@ What an operation contracts is in one table, CONTRACTED; whatever computes no pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from ..recipe import Quantizer, Recipe, Subject
 from .captured import LAYER
 from .operations import name_of
 from .tables import PARTS
 
-__all__ = ["contraction_axes", "fitted", "of_parameter"]
+__all__ = ["axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
 
 LAST = -1
-# The start of an operation's name -> the contraction axis of its weight, and of what it reads and gives.
-CONTRACTED = {
-    "conv_transpose": (0, 1),
-    "ConvTranspose": (0, 1),
-    "conv": (1, 1),
-    "Conv": (1, 1),
-    "DeformConv": (1, 1),
-    "deform_conv": (1, 1),
-}
-OTHERWISE = (1, LAST)  # linear's: its weight is [outputs, inputs]
+# The start of a convolution's name -> the contraction axis of its weight; of what it reads and gives, that is channels.
+CONTRACTED = {"conv_transpose": 0, "ConvTranspose": 0, "conv": 1, "Conv": 1, "DeformConv": 1, "deform_conv": 1}
+OTHERWISE = LAST  # linear's: its weight is [outputs, inputs]
+# What gives the axes of what it reads in another order.
+REORDERS = frozenset(("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"))
 _PRODUCTS = frozenset(PARTS["compute"])
 
 
-def _contracted(names: Iterable[str]) -> tuple[int, int] | None:
-    found = (axes for name in names for start, axes in CONTRACTED.items() if name.startswith(start))
+_SPATIAL = re.compile(r"([123])d")  # how many axes stand behind that of channels
+
+
+def _contracted(names: Iterable[str]) -> tuple[str, int] | None:
+    """(name, contraction axis of the weight) of the first name that is a convolution's."""
+    found = ((name, axis) for name in names for start, axis in CONTRACTED.items() if name.startswith(start))
     return next(found, None)
+
+
+def axis_of_parameter(subjects: tuple[Subject, ...]) -> int:
+    """The contraction axis of a parameter: its layer's."""
+    _, axis = _contracted(kind for _, kinds in subjects for kind in kinds) or ("", OTHERWISE)
+    return axis
 
 
 def of_parameter(recipe: Recipe, subjects: tuple[Subject, ...], rank: int) -> Recipe:
     """The recipe of a parameter of ``rank`` axes, its rule applied, its blocks along its layer's contraction axis."""
-    names = (kind for _, kinds in subjects for kind in kinds)
-    axis, _ = _contracted(names) or OTHERWISE
-    return recipe.at(*subjects).of_tensor(rank, axis)
+    return recipe.at(*subjects).of_tensor(rank, axis_of_parameter(subjects))
 
 
 def contraction_axes(graph: Graph) -> dict[Node, int]:
@@ -51,10 +58,30 @@ def contraction_axes(graph: Graph) -> dict[Node, int]:
             readers = (_of_operation(user) for user in node.users)
             axes[node] = next((axis for axis in readers if axis is not None), LAST)
             continue
-        own = _of_operation(node)
-        same_rank = (axes[source] for source in node.all_input_nodes if _rank(source) == _rank(node))
-        axes[node] = own if own is not None else next(same_rank, LAST)
+        source = next((each for each in node.all_input_nodes if _rank(each) == _rank(node)), None)
+        if (own := _of_operation(node)) is not None:
+            axes[node] = own
+        else:
+            axes[node] = _moved(node, axes[source]) if source is not None else LAST
     return axes
+
+
+def _moved(node: Node, axis: int) -> int:
+    """Where ``axis`` of the first tensor that ``node`` reads is in what it gives.
+
+    What a call does with the order of axes is seen on a tensor that has two elements along this one and one along all
+    others.
+    """
+    rank = _rank(node)
+    if name_of(node) not in REORDERS or rank is None or not -rank <= axis < rank:
+        return axis
+    sizes = [1] * rank
+    sizes[axis] = 2
+    probe = torch.empty(sizes, device="meta")
+    args, kwargs = map_arg((node.args, node.kwargs), lambda _: probe)
+    call: Any = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
+    moved = call(*args, **kwargs).shape.index(2) - rank
+    return moved if moved == LAST else moved + rank
 
 
 def _of_operation(node: Node) -> int | None:
@@ -62,8 +89,9 @@ def _of_operation(node: Node) -> int | None:
     names = [name_of(node)] if node.op.startswith("call") else []
     if LAYER in node.meta:
         names.append(node.meta[LAYER].kind.__name__)
-    if axes := _contracted(names):
-        return axes[1]
+    if convolution := _contracted(names):
+        spatial, rank = _SPATIAL.search(convolution[0]), _rank(node)
+        return rank - 1 - int(spatial[1]) if spatial and rank else 1  # 0 where there is no batch
     return LAST if _PRODUCTS.intersection(names) else None
 
 

@@ -11,7 +11,7 @@ document     and its JSON
 """
 
 from .errors import RecipeError
-from .patterns import Subject, matches
+from .patterns import Subject, matches, shortened
 from .quantizer import MARK, Quantizer, split
 from .recipe import PLACEMENTS, Recipe
 from .roles import LETTERS, ROLES
@@ -32,5 +32,6 @@ __all__ = [
     "Subject",
     "matches",
     "parse_rounding",
+    "shortened",
     "split",
 ]

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from ..nearest import listed, nearest
 from .errors import RecipeError
 
-__all__ = ["GLOBS", "Subject", "around", "is_all_of", "is_numbered", "matches", "unmatched"]
+__all__ = ["GLOBS", "Subject", "around", "is_all_of", "is_numbered", "matches", "shortened", "unmatched"]
 
 GLOBS = ("include", "exclude", "whole")  # the fields of a recipe that hold globs
 
@@ -59,9 +59,9 @@ def unmatched(what: str, wanted: str, known: Iterable[str]) -> RecipeError:
     if found:
         return RecipeError(f"{what} matches nothing in the model; the nearest names are {listed(found)}")
     outermost = [name for name in by_depth if "." not in name]
-    return RecipeError(f"{what} matches nothing in the model; its outermost names are {_shortened(outermost)}")
+    return RecipeError(f"{what} matches nothing in the model; its outermost names are {shortened(outermost)}")
 
 
-def _shortened(names: list[str], most: int = 12) -> str:
+def shortened(names: list[str], most: int = 12) -> str:
     """``"a, b, ..., z"``: the first and the last, if there are more than ``most``."""
     return ", ".join(names if len(names) <= most else [*names[: most // 2], "...", *names[-most // 2 :]])

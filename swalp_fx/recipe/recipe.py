@@ -175,7 +175,7 @@ class Recipe:
         """What to raise of each pattern of ``whole`` that matches none of the modules at ``paths``."""
         for pattern in self.whole:
             if not any(is_all_of(pattern.removeprefix("!"), path) for path in paths):
-                yield unmatched(f"whole {pattern!r}", pattern.removeprefix("!"), paths)
+                yield unmatched(f"whole {pattern!r}", pattern.removeprefix("!"), filter(None, paths))
 
     def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
         """(pattern, what to raise) of each rule, include and exclude that matches none of ``subjects``.
