@@ -8,7 +8,7 @@ from strategies import PRODUCTS
 from tables import hard_values
 
 from swalp_fx import encode, ops, parse
-from swalp_fx.codes import compiled, tiles
+from swalp_fx.codes import compiled
 from swalp_fx.codes.codes import _by_quotients
 
 INTEGERS = [
@@ -44,8 +44,8 @@ KEY = torch.tensor(5)
 
 def both(x, format, rounding):
     """From the compiled op, and from quotients: [(packed, scales), ...]."""
-    sizes = tiles.sizes(x.shape, format.block)
-    return [make(x, format, sizes, rounding, KEY, 7) for make in (compiled.codes_of, _by_quotients)]
+    drawing = rounding, KEY, 7
+    return [compiled.codes_of(x, format, *drawing), _by_quotients(x, format, format.block.sizes(x.shape), *drawing)]
 
 
 def assert_same(found, due):
@@ -96,7 +96,7 @@ def test_the_same_bytes_in_every_format(shape, format, rounding, seed):
 def test_what_is_not_finite_is_left_to_the_other_way(spec, at, value):
     x, format = torch.zeros(40, 512), parse(spec)
     x[at] = value
-    assert compiled.codes_of(x, format, tiles.sizes(x.shape, format.block), "nearest", None, 0) is None
+    assert compiled.codes_of(x, format, "nearest", None, 0) is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

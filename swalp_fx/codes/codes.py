@@ -83,8 +83,9 @@ def encode(
     sizes = format.block.sizes(x.shape)
     if not x.numel():
         return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, x.shape, x.dtype)
-    how = computed, format, sizes, rounding, key_of(rounding, key), stream
-    return Codes(*(compiled.codes_of(*how) or _by_quotients(*how)), format, x.shape, x.dtype)
+    drawing = rounding, key_of(rounding, key), stream
+    made = compiled.codes_of(computed, format, *drawing) or _by_quotients(computed, format, sizes, *drawing)
+    return Codes(*made, format, x.shape, x.dtype)
 
 
 @torch.no_grad()

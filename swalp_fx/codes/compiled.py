@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import ops
 from ..formats import Absmax, Affine, Codebook, Float, Format, Integer, PowerOfTwo, TwoLevel
-from . import tiles
 from .codecs import packed_size
 
 __all__ = ["codes_of"]
@@ -19,14 +18,14 @@ NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")  # where nothing is st
 
 
 def codes_of(
-    x: Tensor, format: Format, sizes: Sequence[int], rounding: str, key: Tensor | None, stream: int
+    x: Tensor, format: Format, rounding: str, key: Tensor | None, stream: int
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """The packed codes and the scales of a row-major ``x``; None where the op makes none, or x is not finite."""
     coding = _coding(format)
     if coding is None or x.dtype is not torch.float32 or not x.is_cpu:
         return None
     packed = torch.empty(packed_size(x.numel(), format.element_bits), dtype=torch.uint8, device="cpu")
-    scales = _room(format, tiles.per_block(x.shape, sizes))
+    scales = _room(format, format.block.counts(x.shape))
     first, second, *_ = *scales, NOTHING, NOTHING
     if not ops.write_codes(x, format, rounding, key, stream, coding, packed, first, second):
         return None
