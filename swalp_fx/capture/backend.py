@@ -60,7 +60,7 @@ def backend(
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
     conversion.graphs.add(made)
-    if keyed and not any(True for _ in _drawing(module)):  # nothing is rounded stochastically
+    if keyed and next(_drawing(module), None) is None:  # nothing is rounded stochastically
         _without_key(module)
         keyed = False
     run, gpu = module.forward, _gpu(module) if keyed and inner is not None else None
@@ -90,9 +90,9 @@ def _drawing(module: GraphModule) -> Iterator[Node]:
 
 
 def _gpu(module: GraphModule) -> torch.device | None:
-    """The GPU that all lies on which a graph rounds by its key, if it is one; the key belongs there.
+    """The GPU that holds all that a graph rounds by its key, if one does; the key then has to be there.
 
-    Kernels take a key on the CPU by value. A CUDA graph that another compiler makes would keep the first one for good.
+    A CUDA graph that another compiler makes of it takes no input from the CPU, where each run draws its key.
     """
     rounded = pytree.tree_leaves([node.args[0].meta.get("example_value") for node in _drawing(module)])  # type: ignore[union-attr]
     devices = {each.device for each in rounded if isinstance(each, Tensor)}
