@@ -444,7 +444,6 @@ def test_the_fused_evaluation_of_a_model_in_float_is_as_it_was():
     [
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 5)),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FUTURE.int()),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FUTURE, is_causal=True),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.5),
         lambda q, k, v: F.scaled_dot_product_attention(q, k[..., :5], v),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v.double()),
@@ -457,6 +456,17 @@ def test_bad_inputs_raise_what_pytorch_raises(function):
         model(X)
     with pytest.raises(type(expected.value)):
         converted(model, "bfp8[0]")(X)
+
+
+def test_a_mask_and_the_causal_one_besides_where_pytorch_takes_both():
+    model = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ~PADDING, is_causal=True))
+    try:
+        expected = model(X)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            converted(model, "bfp8[0]")(X)
+    else:
+        assert (converted(model, "bfp16[0] rounding=nearest")(X) - expected).abs().max() < 0.01
 
 
 def test_sizes_that_a_kernel_of_pytorch_does_not_look_at():

@@ -139,7 +139,7 @@ def _write_out(node: Node) -> None:
         sizes = write.size(query, -2), write.size(key, -2)
         future = write(torch.triu, write("new_ones", query, sizes, dtype=torch.bool), 1)
         scores = write(torch.masked_fill, scores, future, -math.inf)
-    elif mask is not None and value_of(mask).dtype == torch.bool:
+    if mask is not None and value_of(mask).dtype == torch.bool:
         scores = write(torch.masked_fill, scores, write(torch.logical_not, mask), -math.inf)
     elif mask is not None:
         scores = write(torch.add, scores, mask)
@@ -261,8 +261,13 @@ class _Scores:
             found = () if not takes_out else (mask, torch.logical_not) if kept is scores else (mask,)
         if not found or not isinstance(found[0], Node) or not isinstance(value_of(found[0]), Tensor):
             return None
-        size = value_of(scores).shape
-        return found if torch.broadcast_shapes(value_of(found[0]).shape, size) == size else None
+        return found if _expands(value_of(found[0]), value_of(scores)) else None
+
+
+def _expands(mask: Tensor, scores: Tensor) -> bool:
+    """Whether ``mask`` has the size of ``scores``, or may be expanded to it."""
+    sizes = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
+    return mask.dim() <= scores.dim() and all(length in (size, 1) for length, size in sizes)
 
 
 def _is_low(fill: Any) -> bool:
