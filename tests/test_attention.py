@@ -12,7 +12,11 @@ from marks import rounded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import ConvertError, check, convert, report
+from swalp_fx import ConvertError, Recipe, check, convert, report
+from swalp_fx.passes import verify
+from swalp_fx.passes.captured import Scope
+from swalp_fx.passes.names import parameter_subjects
+from swalp_fx.passes.verify import VerifyError
 
 WIDTH, HEADS, TOKENS = 24, 2, 40
 SIZE = WIDTH // HEADS  # no power of two: a scale is not exact
@@ -285,6 +289,14 @@ def test_where_nothing_is_rounded_all_stays_as_it_is(function):
     model = Attention(function)
     with torch.no_grad():
         assert torch.equal(converted(model, "W=float")(X), model(X))
+
+
+def test_the_proof_refuses_a_fused_product_that_hides_what_is_to_be_rounded():
+    model = Attention(_fused)
+    made = rewritten(model, "float", X)
+    scope, recipe = Scope(parameter_subjects(model)), Recipe.parse("bfp8[0] rounding=nearest")
+    with pytest.raises(VerifyError, match="it hides attn_scores, which is to be rounded"):
+        verify(made.graph, made.captured, recipe, scope, keyed=False)
 
 
 # Causality
