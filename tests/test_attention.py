@@ -12,7 +12,11 @@ from marks import rounded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swalp_fx import ConvertError, check, convert, report
+from swalp_fx import ConvertError, Recipe, check, convert, report
+from swalp_fx.passes import verify
+from swalp_fx.passes.captured import Scope
+from swalp_fx.passes.names import parameter_subjects
+from swalp_fx.passes.verify import VerifyError
 
 WIDTH, HEADS, TOKENS = 24, 2, 40
 SIZE = WIDTH // HEADS  # no power of two: a scale is not exact
@@ -287,6 +291,14 @@ def test_where_nothing_is_rounded_all_stays_as_it_is(function):
         assert torch.equal(converted(model, "W=float")(X), model(X))
 
 
+def test_the_proof_refuses_a_fused_product_that_hides_what_is_to_be_rounded():
+    model = Attention(_fused)
+    made = rewritten(model, "float", X)
+    scope, recipe = Scope(parameter_subjects(model)), Recipe.parse("bfp8[0] rounding=nearest")
+    with pytest.raises(VerifyError, match="it hides attn_scores, which is to be rounded"):
+        verify(made.graph, made.captured, recipe, scope, keyed=False)
+
+
 # Causality
 
 
@@ -444,7 +456,6 @@ def test_the_fused_evaluation_of_a_model_in_float_is_as_it_was():
     [
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 5)),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FUTURE.int()),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FUTURE, is_causal=True),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.5),
         lambda q, k, v: F.scaled_dot_product_attention(q, k[..., :5], v),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v.double()),
@@ -457,6 +468,17 @@ def test_bad_inputs_raise_what_pytorch_raises(function):
         model(X)
     with pytest.raises(type(expected.value)):
         converted(model, "bfp8[0]")(X)
+
+
+def test_a_mask_and_the_causal_one_besides_where_pytorch_takes_both():
+    model = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ~PADDING, is_causal=True))
+    try:
+        expected = model(X)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            converted(model, "bfp8[0]")(X)
+    else:
+        assert (converted(model, "bfp16[0] rounding=nearest")(X) - expected).abs().max() < 0.01
 
 
 def test_sizes_that_a_kernel_of_pytorch_does_not_look_at():

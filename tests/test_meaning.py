@@ -332,6 +332,7 @@ def test_what_a_product_gives_is_no_angle():
         (lambda x: F.pad(x, (1, 1), value=0.3)[..., 1:-1], True),
         (lambda x: torch.cat([x, torch.full_like(x, 0.3)], 1), True),
         (lambda x: torch.cat([x, torch.zeros_like(x)], 1), False),
+        (lambda x: torch.cat([torch.tensor([]), x], 1), False),
         (lambda x: torch.cat([x, torch.linspace(0, 1, WIDTH).expand(2, 1, -1)], 1), True),
         (lambda x: torch.where(x > 0, x, 0.3), True),
         (lambda x: torch.where(x > 0, x, 0.0), False),

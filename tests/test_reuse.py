@@ -85,9 +85,15 @@ def _embeddings():
     yield "embedding", lambda weight: F.embedding(where, weight), [ROWS]
 
 
+def _fills():
+    yield "masked_fill", lambda x: x.masked_fill(torch.tensor([True, False, False, True]), 0.0), [ROWS]
+    yield "masked_fill", lambda x: x.masked_fill(torch.zeros(5, 4, dtype=torch.bool), 0.0), [ROWS]
+    yield "masked_fill", lambda x, value: x.masked_fill(x > 0.5, value), [ROWS, ()]
+
+
 # (name in the tables, what it names, shapes of its inputs)
 CALLS = [
-    *_convolutions(), *_pools(), *_activations(), *_norms(), *_products(), *_sums(), *_embeddings(),
+    *_convolutions(), *_pools(), *_activations(), *_norms(), *_products(), *_sums(), *_embeddings(), *_fills(),
 ]  # fmt: skip
 # As readers only: what they write into is not theirs.
 IN_PLACE = [

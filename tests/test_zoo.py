@@ -65,3 +65,17 @@ def test_in_four_bits_all_that_is_rounded_is_on_the_grid_and_the_outputs_are_oth
     assert [spec for spec, value in roundings if not torch.equal(quantize(value, spec), value)] == []
     assert len(found) == len(expected)
     assert not any(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+def test_both_attentions_of_transformers_have_the_same_bits(name):
+    found = []
+    for implementation in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        model, args, keywords = ZOO[name]()
+        model.set_attn_implementation(implementation)
+        if "attention_mask" in keywords:  # of what is padding, the two differ in float
+            keywords["attention_mask"] = torch.ones_like(keywords["attention_mask"])
+        lp, _ = convert(model.eval(), recipe="mxfp8 rounding=nearest")
+        found.append(outputs(lp, args, keywords))
+    assert all(map(torch.equal, *found))

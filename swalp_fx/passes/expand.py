@@ -139,7 +139,7 @@ def _write_out(node: Node) -> None:
         sizes = write.size(query, -2), write.size(key, -2)
         future = write(torch.triu, write("new_ones", query, sizes, dtype=torch.bool), 1)
         scores = write(torch.masked_fill, scores, future, -math.inf)
-    elif mask is not None and value_of(mask).dtype == torch.bool:
+    if mask is not None and value_of(mask).dtype == torch.bool:
         scores = write(torch.masked_fill, scores, write(torch.logical_not, mask), -math.inf)
     elif mask is not None:
         scores = write(torch.add, scores, mask)
@@ -205,8 +205,8 @@ class _Scores:
         if not before and [stem_of(each) for each in behind[1:]] in ([], ["mul"]):
             return
         write = Writer(self.product, self.product.next)
-        factor = math.prod(_factor(each) or 1 for each in (*before, *behind[1:]))
-        scale = write(torch.mul, self.product, factor)
+        factors = [_factor(each) for each in (*before, *behind[1:])]
+        scale = write(torch.mul, self.product, math.prod(factors))
         behind[-1].replace_all_uses_with(scale, delete_user_cb=lambda user: user is not scale)
         for each in reversed(behind[1:]):
             each.replace_all_uses_with(scale)
@@ -261,8 +261,13 @@ class _Scores:
             found = () if not takes_out else (mask, torch.logical_not) if kept is scores else (mask,)
         if not found or not isinstance(found[0], Node) or not isinstance(value_of(found[0]), Tensor):
             return None
-        size = value_of(scores).shape
-        return found if torch.broadcast_shapes(value_of(found[0]).shape, size) == size else None
+        return found if _expands(value_of(found[0]), value_of(scores)) else None
+
+
+def _expands(mask: Tensor, scores: Tensor) -> bool:
+    """Whether ``mask`` has the size of ``scores``, or may be expanded to it."""
+    sizes = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
+    return mask.dim() <= scores.dim() and all(length in (size, 1) for length, size in sizes)
 
 
 def _is_low(fill: Any) -> bool:
@@ -284,16 +289,12 @@ def _reads_sizes(user: Node) -> bool:
 def _factor(node: Node) -> float | None:
     """The number that ``node`` multiplies by, or divides by; None if it does something else."""
     name = stem_of(node)
-    if name not in (*SCALES, *QUOTIENTS) or writes(node) or node.kwargs or LAYER in node.meta:
+    if name not in (*SCALES, *QUOTIENTS) or len(node.args) != 2 or node.kwargs or writes(node) or LAYER in node.meta:
         return None
-    numbers = [each for each in node.args if isinstance(each, (int, float))]
-    if (
-        len(numbers) != 1
-        or len(node.args) != 2
-        or (name in QUOTIENTS and (node.args[1] != numbers[0] or not numbers[0]))
-    ):
-        return None
-    return 1 / numbers[0] if name in QUOTIENTS else numbers[0]
+    first, second = node.args
+    if name in QUOTIENTS:
+        return 1 / second if isinstance(second, (int, float)) and second else None
+    return next((each for each in (first, second) if isinstance(each, (int, float))), None)
 
 
 def _scaled(operand: Any, reader: Node) -> Node | None:

@@ -135,12 +135,19 @@ class Purposes:
             given = list(tensors) if isinstance(tensors, (tuple, list)) else []
         else:
             return []
-        return [each for each in given if not isinstance(each, Node) or self.origins[each] is Origin.CONSTANT]
+        constants = (each for each in given if not isinstance(each, Node) or self.origins[each] is Origin.CONSTANT)
+        return [each for each in constants if not _is_empty(each)]
 
 
 def readers_of(node: Node) -> list[Node]:
     """Who reads ``node``'s numbers; the model may return it besides."""
     return [user for user in node.users if user.op != "output" and category(user) != "number"]
+
+
+def _is_empty(fill: Any) -> bool:
+    """Whether it has no number: a cache before the first token."""
+    value = fill.meta.get("example_value") if isinstance(fill, Node) else None
+    return isinstance(value, Tensor) and 0 in value.shape
 
 
 def is_softmax(user: Node, node: Node) -> bool:

@@ -75,7 +75,8 @@ def verify(
     8. no mode (autocast, gradients, inference) is switched between an output and its quantize node;
     9. an activation that is left as it is has all its numbers from a tensor rounded to that format, and nothing writes
        into it; an error signal, from an error signal rounded to that format; and the recipe allows it;
-    10. what is not rounded as a constant is made of no parameter and no floating input, as a mask or an angle read by
+    10. an attention product is fused only where nothing of what it computes inside would be rounded;
+    11. what is not rounded as a constant is made of no parameter and no floating input, as a mask or an angle read by
        nothing else than what takes it; and a norm that is one operation holds no product.
     """
     graph.lint()
@@ -152,6 +153,7 @@ class _Proof:
     def run(self) -> None:
         self._same_computation()
         self._meanings()
+        self._fused()
         self._weights_and_outputs()
         self._randomness()
         self._memory()
@@ -179,6 +181,22 @@ class _Proof:
                 _require(found is None, new, f"is no {kind}: {found} reads it")
             elif layer is not None and layer.part == "norm":
                 _require(old.meta[FACTS].category != "compute", new, f"is a product in {layer.path}, which is no norm")
+
+    def _fused(self) -> None:
+        """No product of queries and keys is hidden in a fused call that ``Recipe.at`` would have rounded."""
+        for node in self.model.graph.nodes:
+            given = [source.meta.get("example_value") for source in node.all_input_nodes]
+            is_plain = all(isinstance(each, torch.Tensor) and not each.is_nested for each in given)
+            if _called(node) != "scaled_dot_product_attention" or LAYER in node.meta or not is_plain:
+                continue
+            if not all(isinstance(size, int) for size in (given[0].shape[-1], *given[0].shape[-3:-2])):
+                continue  # no number to scale by, or of heads to share
+            for name, kind in (("attn_scores", "compute"), ("attn_probabilities", "activation")):
+                full = ".".join(filter(None, (node.meta.get(MODULE), name)))
+                here = self.recipe.at((full, (kind, name)))
+                is_float = not (here.activation.rounds or here.error.rounds) or self.recipe.excludes(full)
+                is_placed = self.recipe.placement != "compute" or kind == "compute" or self.recipe.includes(full)
+                _require(is_float or not is_placed, node, f"hides {full}, which is to be rounded")
 
     def _made_of(self, node: Node) -> Node | None:
         """A parameter, or a floating input, that ``node``'s numbers are made of."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -38,7 +39,7 @@ class Writer:
             node.meta[LAYER] = layer
         given, named = map_arg((args, kwargs), value_of)
         call = getattr(type(given[0]), function) if isinstance(function, str) else function
-        with torch.no_grad():
+        with torch.no_grad(), enable_python_dispatcher():  # else sizes that change become fixed
             node.meta[VALUE] = call(*given, **named)
         return node
 
