@@ -96,6 +96,7 @@ class TestData:
             (b"", "is not an IDX file"),
             (b"\x00\x00\x08\x01 not gzip", "cannot be read"),
         ],
+        ids=map(str, range(8)),  # compressed bytes hold the time, and processes must agree on names
     )
     def test_damaged_idx_file(self, tmp_path, content, complaint):
         path = tmp_path / "images.gz"
