@@ -23,10 +23,9 @@ def test_the_average_of_low_precision_weights_is_better_than_the_last_of_them():
 
 
 def test_a_rule_reaches_the_probabilities_of_a_layer_of_pytorchs_own():
-    text = printed("inspect_a_transformer.py")
-    graph, _, report = text.partition("layer  ")
-    assert "attn_probabilities_q = swalp_fx_quantize_output" in graph
-    assert re.search(r"self_attn\.attn_probabilities .*A e8m7", report)
+    lines = printed("inspect_a_transformer.py").splitlines()
+    (line,) = (each for each in lines if "self_attn_attn_probabilities_q = " in each)
+    assert "swalp_fx_quantize_output(self_attn_attn_probabilities, key, " in line and "'e8m7'" in line
 
 
 def test_codes_stand_for_what_quantize_gives():
