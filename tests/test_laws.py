@@ -303,7 +303,7 @@ def test_a_power_of_two_scales_a_block_and_its_result(x, format, rounding, key):
 def test_half_types_are_computed_in_float32_and_stored_once(example, rounding, key, dtype):
     x, format = example
     x = x.to(dtype)
-    due = quantize(x.float(), format, rounding, key=key).to(dtype)
+    due = reference.stored(quantize(x.float(), format, rounding, key=key), dtype)
     assert_same_bits(quantize(x, format, rounding, key=key), due)
 
 
@@ -315,6 +315,14 @@ def test_float32_and_float64_agree(x, format, rounding, key):
 
 
 # ---- unbiased ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec, due", [("mxfp4", 6.0), ("mxfp4+ceil", 7.9), ("mxfp4+rceil", 7.9)])
+def test_what_is_clipped_before_the_draw_is_biased(spec, due):
+    """A block's maximum under the rule floor, which may be beyond the largest number."""
+    x = torch.full((100_000, 1), 7.9)
+    assert quantize(x, spec, "stochastic", key=5).mean().item() == pytest.approx(due, abs=0.02)
+
 
 DRAWS = 1_000_000
 
