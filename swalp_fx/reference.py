@@ -199,9 +199,8 @@ def quantize(
 
 
 def stored(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``dtype`` stores of a result, by rounding to nearest even: of a finite one beyond float16, its largest number.
-
-    The other types reach as far as what they are computed in.
+    """What ``dtype`` stores of a result, by rounding to nearest even. Of a finite one beyond float16 that is its
+    largest number; the other types reach as far as what they are computed in.
     """
     if dtype != torch.float16:
         return result.to(dtype)
