@@ -141,6 +141,15 @@ def test_a_parameter_that_a_block_does_not_fit_is_named_before_anything_is_chang
     convert(model, None, swalp_fx.Recipe.parse("W=bfp8[3]", rules=(rule,)))
 
 
+@pytest.mark.parametrize("role", ["G", "M", "V", "master", "average"])
+def test_so_is_one_that_the_block_of_another_role_does_not_fit(role):
+    with pytest.raises(
+        ConvertError, match=r"parameter fc.weight has 2 dimensions, and bfp8\[3\] needs 4; give"
+    ) as error:
+        convert(Both(), None, f"W=float {role}=bfp8[3]")
+    assert f"{role}='float'" in str(error.value) or f"give {role} another format" in str(error.value)
+
+
 def test_by_hand_an_axis_has_to_be_named():
     x = torch.randn(4, 8)
     with pytest.raises(

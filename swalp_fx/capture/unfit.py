@@ -70,12 +70,17 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
     """Raises ConvertError for a parameter that has fewer axes than the block of a format of its."""
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
-        for role in ("weight", "gradient", "momentum", "second_moment"):
-            format = getattr(here, role).format
-            if parameter.is_floating_point() and format.block.rank > parameter.dim() > 1:
+        for role in ("weight", "gradient", "momentum", "second_moment", "master", "average"):
+            quantizer = getattr(here, role)
+            if quantizer is None or not parameter.is_floating_point():
+                continue
+            format = quantizer.format
+            if format.block.rank > parameter.dim() > 1:
+                rule = f"give it another format by a rule, such as Rule({name!r}, {LETTERS.get(role)}='float')"
+                remedy = rule if role in LETTERS else f"give {role} another format"
                 raise ConvertError(
                     f"parameter {name} has {parameter.dim()} dimensions, and {format} needs {format.block.rank}; "
-                    f"give it another format by a rule, such as Rule({name!r}, {LETTERS[role]}='float')"
+                    f"{remedy}"
                 )
 
 
