@@ -17,10 +17,10 @@ SPEC = "bfp4[0]"
 X = torch.linspace(-2, 2, 40).view(5, 8)
 
 
-def trained():
+def trained(out=4):
     """A model, its SWALP and its optimizer, after one step and one update of the average."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, out))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     lp, swalp = swalp_fx.convert(model, optimizer, f"{SPEC} rounding=nearest master=float")
     step(lp, optimizer)
@@ -82,6 +82,26 @@ def test_an_average_does_not_mix_shapes():
     ):
         swalp.update_average()
     assert swalp.n_averaged == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda lp: setattr(lp, "2", nn.Linear(8, 3)), r"'2.weight', of shape \(3, 8\), is of shape \(1, 8\) in the"),
+        (lambda lp: setattr(lp, "2", nn.Identity()), "the average of 1 has '2.weight', which the model has no more"),
+        (lambda lp: lp.append(nn.Linear(1, 1)), r"'3.weight', of shape \(1, 1\), is not in the average of 1"),
+    ],
+    ids=["of a shape that broadcasts", "gone", "new"],
+)
+def test_an_average_of_other_parameters_is_refused_wherever_it_is_used(change, complaint):
+    lp, swalp, _ = trained(out=1)
+    change(lp)
+    before = copy.deepcopy(lp.state_dict())
+    for use in (swalp.averaged_model, swalp.averaged().__enter__, swalp.update_average):
+        with pytest.raises(ValueError, match=complaint):
+            use()
+    assert swalp.n_averaged == 1
+    assert all(torch.equal(value, before[name]) for name, value in lp.state_dict().items())
 
 
 def test_a_layer_that_is_added_with_its_group_is_stepped():

@@ -292,7 +292,8 @@ class SWALP:
         average: one of ``averages``, by its name.
         low_precision: the copy computes in the recipe, as the model does, and so do its statistics.
         forward: calls the model with a batch of another kind, see ``recalibrate``.
-        Raises ValueError if update_average() was never called, KeyError for a name that is not in ``averages``.
+        Raises ValueError if update_average() was never called, or if the model has other parameters than then; KeyError
+            for a name that is not in ``averages``.
         """
         of_name = self._averaged(average, "averaged_model()")
         copied = copy.deepcopy if low_precision else self._float_copy
@@ -318,6 +319,7 @@ class SWALP:
         of_name = self._averaged(average, "averaged()")
         self._refuse_averaged("averaged()")
         self._follow_model()
+        of_name.refuse(self._parameters)
         held = {**self._parameters, **dict(self.model.named_buffers())}
         before = {name: tensor.detach().clone() for name, tensor in held.items()}
         self._is_averaged = True

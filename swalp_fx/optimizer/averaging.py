@@ -85,7 +85,7 @@ class Average:
 
         key: of stochastic rounding; each mean has its place among ``parameters`` for a stream. Without a key, one is
             drawn from torch's default generator.
-        Raises ValueError, before anything is changed, for a parameter that the average so far does not have.
+        Raises ValueError, before anything is changed, for other parameters than the average so far is of.
         """
         since = self.n_seen - self.start
         if since < 0 or since % self.every:
@@ -114,15 +114,18 @@ class Average:
         self.n_seen += 1
 
     def refuse(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raises ValueError for a parameter that the average so far does not have."""
+        """Raises ValueError if the average so far is not of these parameters: of their names and shapes."""
+        remedy = "begin a new average: convert again, or use an Average of its own"
         for name, parameter in parameters.items():
             mean = self.means.get(name)
             if mean_dtype(parameter) is not None and (mean is None or mean.shape != parameter.shape):
                 averaged = "is not in" if mean is None else f"is of shape {tuple(mean.shape)} in"
                 raise ValueError(
                     f"parameter {name!r}, of shape {tuple(parameter.shape)}, {averaged} the average of "
-                    f"{self.n_averaged}; begin a new average: convert again, or use an Average of its own"
+                    f"{self.n_averaged}; {remedy}"
                 )
+        if gone := [name for name in self.means if name not in parameters]:
+            raise ValueError(f"the average of {self.n_averaged} has {gone[0]!r}, which the model has no more; {remedy}")
 
     @torch.no_grad()
     def mean(self, format: str | Format = FLOAT) -> dict[str, Tensor]:
@@ -140,8 +143,10 @@ class Average:
     ) -> nn.Module:
         """A deep copy of ``model`` with ``mean(format)`` as its parameters, in the parameters' own dtype.
 
-        Tied parameters stay tied; buffers and modes are the model's of this moment.
+        Tied parameters stay tied; buffers and modes are the model's of this moment. Raises ValueError for a model of
+        other parameters.
         """
+        self.refuse(dict(model.named_parameters()))
         averaged = copied(model)
         parameters = dict(averaged.named_parameters())
         for name, mean in self.mean(format).items():
