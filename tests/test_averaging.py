@@ -436,6 +436,31 @@ def test_an_error_within_puts_the_weights_back_too():
     assert all(torch.equal(value, before[name]) for name, value in lp.state_dict().items())
 
 
+class Counting(nn.Module):
+    """Has buffers that its forward sets: to another tensor, and for the first time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.last = x.amax()
+        return self.layer(x)
+
+
+def test_buffers_that_a_forward_sets_are_put_back_too():
+    model = Counting()
+    lp, swalp = swalp_fx.convert(model, torch.optim.SGD(model.parameters(), lr=0.1), "W=bfp8[0]")
+    swalp.average.update(dict(lp.named_parameters()))
+    with swalp.averaged():
+        lp(rows(4, 6))
+        assert lp.calls == 1 and lp.last is not None
+    assert lp.calls == 0 and lp.last is None
+
+
 def test_an_averaged_model_in_low_precision_computes_and_is_recalibrated_in_the_recipe():
     lp, _, swalp = net_with_norm()
     data, x = rows(32, 6, seed=9), rows(8, 6, seed=7)

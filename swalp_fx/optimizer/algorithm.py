@@ -320,8 +320,14 @@ class SWALP:
         self._refuse_averaged("averaged()")
         self._follow_model()
         of_name.refuse(self._parameters)
-        held = {**self._parameters, **dict(self.model.named_buffers())}
-        before = {name: tensor.detach().clone() for name, tensor in held.items()}
+        # A forward may set a buffer to another tensor, or to None, so each goes back to its place.
+        places = [
+            (module._buffers, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+        tensors = [*self._parameters.values(), *(buffer for _, _, buffer in places if buffer is not None)]
+        before = [tensor.detach().clone() for tensor in tensors]
         self._is_averaged = True
         try:
             with torch.no_grad():
@@ -333,8 +339,10 @@ class SWALP:
         finally:
             self._is_averaged = False
             with torch.no_grad():
-                for name, tensor in held.items():
-                    tensor.copy_(before[name])
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
+            for buffers, name, buffer in places:
+                buffers[name] = buffer
 
     def _averaged(self, name: str, caller: str) -> Average:
         """The average of that name, which has a mean."""
