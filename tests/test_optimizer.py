@@ -234,6 +234,21 @@ def test_a_parameter_without_gradient_is_left_alone(name, master):
     assert torch.equal(model[3].weight, quantize(model[3].weight, "bfp4"))
 
 
+@pytest.mark.parametrize("master", MASTERS)
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_parameter_frozen_after_its_backward_is_stepped_in_low_precision(name, master):
+    """An optimizer steps what has a gradient, frozen or not."""
+    runs = [setup(OPTIMIZERS[name], **MASTERS[master]) for _ in range(2)]
+    for freeze, (model, optimizer, _) in zip((False, True), runs, strict=True):
+        train(model, optimizer, range(2))
+        loss_of(model, 2).backward()
+        model[0].weight.requires_grad_(not freeze)
+        optimizer.step()
+    (model, _, swalp), (frozen, _, of_frozen) = runs
+    assert same(values(model), values(frozen))
+    assert same(swalp.state_dict()["masters"], of_frozen.state_dict()["masters"])
+
+
 def test_a_tied_parameter_is_rounded_once():
     class Tied(nn.Module):
         def __init__(self):

@@ -558,6 +558,8 @@ class SWALP:
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
         """(index in the model, parameter) of what ``optimizer`` trains, frozen parameters left out.
 
+        An optimizer steps whatever has a gradient. So one that was frozen after its backward is still trained.
+
         Raises ValueError for a parameter that is not the model's, or that is complex.
         """
         if any(held.get(name) is not value for held, name, value in self._places):
@@ -574,7 +576,7 @@ class SWALP:
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
                         f"{tuple(parameter.shape)}, is not the model's; build the optimizer from model.parameters()"
                     )
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and parameter.grad is None:
                     continue
                 if parameter.is_complex():
                     raise ValueError(
