@@ -1,6 +1,7 @@
 """Averages of weights: which updates count and how, what rounding does to them, and those of a run."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -434,6 +435,17 @@ def test_an_error_within_puts_the_weights_back_too():
     with pytest.raises(OSError, match="the disk is gone"), swalp.averaged([rows(16, 6)]):
         raise OSError("the disk is gone")
     assert all(torch.equal(value, before[name]) for name, value in lp.state_dict().items())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_a_copy_of_a_run_is_not_made_within_averaged(duplicate):
+    """Its weights would be the average for good, and its masters those of the run."""
+    parts = run("bfp8[0] A=float E=float", range(2), Average())
+    with parts[2].averaged():
+        with pytest.raises(ValueError, match=r"a copy of swalp inside `with swalp.averaged\(\)` would use the"):
+            duplicate(parts)
+        assert torch.equal(copy.deepcopy(parts[0])[0].weight, parts[0][0].weight)  # the model alone is copied
+    duplicate(parts)
 
 
 class Counting(nn.Module):

@@ -17,14 +17,15 @@ SPEC = "bfp4[0]"
 X = torch.linspace(-2, 2, 40).view(5, 8)
 
 
-def trained(out=4):
+def trained(out=4, averaged=True):
     """A model, its SWALP and its optimizer, after one step and one update of the average."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, out))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     lp, swalp = swalp_fx.convert(model, optimizer, f"{SPEC} rounding=nearest master=float")
     step(lp, optimizer)
-    swalp.update_average()
+    if averaged:
+        swalp.update_average()
     return lp, swalp, optimizer
 
 
@@ -102,6 +103,27 @@ def test_an_average_of_other_parameters_is_refused_wherever_it_is_used(change, c
             use()
     assert swalp.n_averaged == 1
     assert all(torch.equal(value, before[name]) for name, value in lp.state_dict().items())
+
+
+def test_a_state_is_of_the_model_as_it_is_now():
+    """A run that got a new head is resumed by one that has it from before its first step on."""
+    torch.manual_seed(1)
+    runs = [trained(averaged=False), trained(averaged=False)]
+    for lp, swalp, optimizer in runs:
+        lp[2] = nn.Linear(8, 3)
+        assert set(swalp.state_dict()["masters"]) == {"0.weight", "0.bias"}  # and none of the head that is gone
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = list(lp.parameters())
+    (lp, swalp, optimizer), (resumed, into, of_resumed) = runs
+    step(lp, optimizer)
+    swalp.update_average()
+    into.load_state_dict(swalp.state_dict())
+    resumed.load_state_dict(lp.state_dict())
+    of_resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, its in ((lp, optimizer), (resumed, of_resumed)):
+        step(model, its)
+    assert torch.equal(lp[2].weight, resumed[2].weight)
+    assert torch.equal(swalp.state_dict()["masters"]["2.weight"], into.state_dict()["masters"]["2.weight"])
 
 
 def test_a_layer_that_is_added_with_its_group_is_stepped():

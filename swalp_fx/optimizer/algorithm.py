@@ -237,6 +237,7 @@ class SWALP:
         self._masters.clear()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_averaged("a copy of swalp")
         return self.__dict__ | {"_handles": [], "_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -366,6 +367,7 @@ class SWALP:
 
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step.
         """
+        self._follow_model()
         return {
             "version": VERSION,
             "recipe": str(self.recipe),
@@ -386,6 +388,7 @@ class SWALP:
         Raises ValueError, before anything is changed, if the state is of another version, another
         recipe or another model.
         """
+        self._follow_model()
         found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
         for average, (n_seen, n_averaged, means) in zip(
