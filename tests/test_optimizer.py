@@ -694,6 +694,17 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups
 
 
+class SAM(torch.optim.Optimizer):
+    """Steps by another, which has the momenta, and has hooks of its own."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.base_optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.base_optimizer.step(closure)
+
+
 def sgd(*parameters, **options):
     return torch.optim.SGD(parameters, lr=0.1, **options)
 
@@ -703,7 +714,8 @@ class TestRefusedByAttach:
         ("make", "error", "message"),
         [
             (lambda m: m, TypeError, r"takes a torch.optim.Optimizer, not Sequential"),
-            (lambda m: Wrapper(sgd(*m.parameters())), ValueError, r"Wrapper wraps another optimizer .*; attach to its"),
+            (lambda m: Wrapper(sgd(*m.parameters())), ValueError, r"Wrapper wraps .*; attach to its .optimizer"),
+            (lambda m: SAM(sgd(*m.parameters())), ValueError, r"SAM wraps another .*; attach to its .base_optimizer"),
             (lambda m: torch.optim.LBFGS(m.parameters()), ValueError, r"LBFGS evaluates .*; use SGD or Adam"),
             (lambda m: sgd(*m.parameters(), differentiable=True), ValueError, r"SGD has differentiable=True"),
             (

@@ -184,8 +184,11 @@ class SWALP:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise ValueError(f"{name} wraps another optimizer and has no hooks of its own; attach to its .optimizer")
+        inner = next((key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
+        if inner is not None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError(
+                f"{name} wraps another optimizer, which has the states; attach to its .{inner or 'optimizer'}"
+            )
         if self._optimizer is not None:
             raise ValueError(f"this SWALP is already attached to {type(self._optimizer).__name__}; call detach() first")
         if isinstance(optimizer, LBFGS):
