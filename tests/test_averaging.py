@@ -383,6 +383,25 @@ def test_a_state_with_other_averages_is_refused_by_name_and_one_of_before_there_
     assert plain[2].n_averaged == 2
 
 
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        (Average(), "has decay=0.5, and this SWALP's decay=None; make swalp"),
+        (Average("bfp6[0]", decay=0.5), "has format='float', and this SWALP's format='bfp6"),
+        (Average(decay=0.5, every=2), "has every=1, and this SWALP's every=2"),
+    ],
+)
+def test_an_average_of_other_updates_is_not_resumed(other, complaint):
+    parts = with_averages()
+    run("", range(2), run=parts)
+    state = copy.deepcopy(parts[2].state_dict())
+    parts[2].averages["ema"] = other
+    with pytest.raises(ValueError, match=f"the state's average 'ema' {complaint}"):
+        parts[2].load_state_dict(state)
+    parts[2].averages["ema"] = Average(decay=0.5, device="cpu")  # where it is kept is not what it is of
+    parts[2].load_state_dict(state)
+
+
 def test_a_name_that_no_average_has_and_an_average_without_an_update_are_refused():
     parts = with_averages()
     run("", range(1), run=parts)

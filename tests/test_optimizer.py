@@ -864,7 +864,7 @@ def with_value(*path, value):
         ),
         (
             with_value("averages", value=[]),
-            r"the state's averages map names to n_seen, n_averaged and means; pass what",
+            r"the state's averages map names to n_seen, n_averaged, means and settings; pass",
         ),
         (with_value("averages", "ema", value={"means": {}}), r"the state's averages map names to n_seen"),
         (with_value("masters", "x", value=torch.ones(2)), r"masters has 'x', which this model does not"),

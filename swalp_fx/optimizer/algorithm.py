@@ -379,7 +379,12 @@ class SWALP:
             "n_averaged": self.n_averaged,
             "average": dict(self._average.means),
             "averages": {
-                name: {"n_seen": each.n_seen, "n_averaged": each.n_averaged, "means": dict(each.means)}
+                name: {
+                    "n_seen": each.n_seen,
+                    "n_averaged": each.n_averaged,
+                    "means": dict(each.means),
+                    "settings": each.settings,
+                }
                 for name, each in self.averages.items()
             },
             "masters": dict(self._masters),

@@ -72,6 +72,12 @@ class Average:
         self.n_averaged = 0  # those that counted
         self.means: dict[str, Tensor] = {}
 
+    @property
+    def settings(self) -> dict[str, str | float | None]:
+        """Argument -> value, of those that say what the mean is of, and not where it is kept."""
+        text = {"format": str(self.format), "rounding": self.rounding}
+        return {**text, "decay": self.decay, "start": self.start, "every": self.every}
+
     def mean_dtype(self, parameter: Tensor) -> torch.dtype | None:
         """The dtype of the mean of ``parameter``; None if it is an integer, with no mean."""
         dtype = mean_dtype(parameter)

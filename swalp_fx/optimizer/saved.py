@@ -49,7 +49,7 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
     for key in ("seed", "step", "n_averaged"):
         if not isinstance(state[key], int) or state[key] < 0:
             raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
-    of_state = _averages(state, [name for name in averages if name != SWA])
+    of_state = _averages(state, {name: average for name, average in averages.items() if name != SWA})
     found_averages = [
         (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters))
         for name, average in averages.items()
@@ -60,16 +60,23 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
     )
 
 
-def _averages(state: Mapping[str, Any], names: list[str]) -> dict[str, tuple[int, int, Any]]:
+def _averages(state: Mapping[str, Any], wanted: Mapping[str, Average]) -> dict[str, tuple[int, int, Any]]:
     """Name -> (n_seen, n_averaged, means) of each average of a state, which must have these besides the paper's."""
     others = state["averages"]
     if not _are_averages(others):
         raise ValueError(
-            "the state's averages map names to n_seen, n_averaged and means; pass what state_dict() returned"
+            "the state's averages map names to n_seen, n_averaged, means and settings; pass what state_dict() returned"
         )
-    if set(others) != set(names):
-        has, due = (", ".join(map(repr, each)) or "none" for each in (others, names))
+    if set(others) != set(wanted):
+        has, due = (", ".join(map(repr, each)) or "none" for each in (others, wanted))
         raise ValueError(f"the state's averages are {has}, and this SWALP's {due}; set swalp.averages to those first")
+    for name, average in wanted.items():
+        found = others[name]["settings"]
+        if differs := next((key for key, value in average.settings.items() if found.get(key) != value), None):
+            raise ValueError(
+                f"the state's average {name!r} has {differs}={found.get(differs)!r}, and this SWALP's "
+                f"{differs}={average.settings[differs]!r}; make swalp.averages[{name!r}] with the former to resume"
+            )
     # Of the paper's average every update counts.
     found = {SWA: (state["n_averaged"], state["n_averaged"], state["average"])}
     return found | {name: (each["n_seen"], each["n_averaged"], each["means"]) for name, each in others.items()}
@@ -79,7 +86,9 @@ def _are_averages(averages: Any) -> bool:
     if not isinstance(averages, Mapping) or not all(isinstance(each, Mapping) for each in averages.values()):
         return False
     return all(
-        set(each) == {*COUNTS, "means"} and all(isinstance(each[name], int) and each[name] >= 0 for name in COUNTS)
+        set(each) == {*COUNTS, "means", "settings"}
+        and isinstance(each["settings"], Mapping)
+        and all(isinstance(each[name], int) and each[name] >= 0 for name in COUNTS)
         for each in averages.values()
     )
 
