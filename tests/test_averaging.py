@@ -402,6 +402,18 @@ def test_an_average_of_other_updates_is_not_resumed(other, complaint):
     parts[2].load_state_dict(state)
 
 
+@pytest.mark.parametrize(("name", "average"), [("ema", 0.999), ("", Average()), (0, Average())])
+def test_what_is_no_average_or_has_no_name_is_refused(name, average):
+    """The paper's own average has the name "", in averaged_model."""
+    parts = run("bfp8[0] A=float E=float", range(1))
+    state = parts[2].state_dict()
+    parts[2].averages[name] = average
+    for use in (parts[2].update_average, lambda: parts[2].load_state_dict(state)):
+        with pytest.raises(TypeError, match=rf"swalp.averages\[{name!r}\] is .*; it takes a text, not empty, and an"):
+            use()
+    assert parts[2].n_averaged == 1
+
+
 def test_a_name_that_no_average_has_and_an_average_without_an_update_are_refused():
     parts = with_averages()
     run("", range(1), run=parts)

@@ -271,6 +271,7 @@ class SWALP:
             self._may_average_float = True
             remedy = "call it after optimizer.step()" if self._optimizer else "call attach(optimizer) before training"
             warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
+        self._refuse_misnamed_averages()
         self._follow_model()
         for each in self.averages.values():
             if each.n_averaged:
@@ -348,6 +349,14 @@ class SWALP:
             for buffers, name, buffer in places:
                 buffers[name] = buffer
 
+    def _refuse_misnamed_averages(self) -> None:
+        for name, each in self.averages.items():
+            if not isinstance(name, str) or name == SWA or not isinstance(each, Average):
+                raise TypeError(
+                    f"swalp.averages[{name!r}] is {each!r}; it takes a text, not empty, and an Average: "
+                    'swalp.averages["ema"] = Average(decay=0.999)'
+                )
+
     def _averaged(self, name: str, caller: str) -> Average:
         """The average of that name, which has a mean."""
         if name != SWA and name not in self.averages:
@@ -396,6 +405,7 @@ class SWALP:
         Raises ValueError, before anything is changed, if the state is of another version, another
         recipe or another model.
         """
+        self._refuse_misnamed_averages()
         self._follow_model()
         found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
