@@ -289,6 +289,24 @@ def test_states_in_containers_are_rounded_each_with_a_stream_of_its_own():
             assert torch.equal(optimizer.state[p]["momentum_buffer"][beta], due)
 
 
+class Numbered(optim.SGD):
+    """Calls its states by numbers."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p][0] = p.grad.clone()
+        super().step(closure)
+
+
+def test_a_state_without_a_text_for_a_name_stays_in_float_too():
+    model, optimizer, _ = setup(lambda p: Numbered(p, lr=0.1, momentum=0.9), "bfp4[0] G=float")
+    with pytest.warns(match="Numbered's state '0' stays in float, since nothing says .* a mean of gradients$"):
+        train(model, optimizer, range(2))
+    for parameter, state in optimizer.state.items():
+        assert torch.equal(state[0], parameter.grad)
+        assert torch.equal(state["momentum_buffer"], quantize(state["momentum_buffer"], "bfp4[0]"))
+
+
 def test_a_state_that_no_table_knows_stays_in_float_and_the_first_step_says_so():
     model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', 'M=bfp4~up')}")
     with pytest.warns(UserWarning) as found:

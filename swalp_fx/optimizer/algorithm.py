@@ -541,9 +541,10 @@ class SWALP:
                 continue
             for name in sorted(unknown_states(optimizer, parameter, self._recipes[index]) - self._warned_of):
                 self._warned_of.add(name)
+                how = f"; name it: state.{name}={self._recipes[index].momentum}, or state.{name}=float"
                 warn(
                     f"{type(optimizer).__name__}'s state {name!r} stays in float, since nothing says whether it is a "
-                    f"mean of gradients; name it: state.{name}={self._recipes[index].momentum}, or state.{name}=float"
+                    f"mean of gradients{how if name.isidentifier() else ''}"
                 )
 
     def _in_role(

@@ -76,8 +76,8 @@ def _rounded(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
     They may lie in containers, as AggMo's, which has a momentum for each beta: ``momentum_buffer.0.9``.
     """
-    for name, value in state.items():
-        if name in COUNTERS:
+    for key, value in state.items():
+        if (name := str(key)) in COUNTERS:
             continue
         if isinstance(value, Tensor):  # as nearly all are
             if value.is_floating_point():
