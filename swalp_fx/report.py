@@ -110,10 +110,13 @@ def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> It
 
 
 def _states(recipe: Recipe) -> Iterator[str]:
-    """The states of an optimizer that a recipe names, and its rules."""
+    """What a recipe and its rules say of an optimizer's second moments, and of states by name."""
+    if recipe.second_moment.rounds:
+        yield f"V {recipe.second_moment}"
     yield from (f"{name} {quantizer}" for name, quantizer in recipe.states)
     for rule in recipe.rules:
-        yield from (f"{name} {quantizer} in {rule.match}" for name, quantizer in rule.states)
+        second_moment = [("V", rule.second_moment)] if rule.second_moment is not None else []
+        yield from (f"{name} {quantizer} in {rule.match}" for name, quantizer in (*second_moment, *rule.states))
 
 
 def _own_roundings(found: list[Row]) -> str:

@@ -17,7 +17,7 @@ from .warn import warn
 __all__ = ["warn_of_short_axes"]
 
 ROOM = 120  # columns that names take in a warning
-OF_PARAMETERS = ("weight", "gradient", "momentum")
+OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment")
 
 
 def warn_of_short_axes(model: nn.Module, recipe: Recipe) -> None:

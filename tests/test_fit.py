@@ -172,6 +172,12 @@ def warned(model, recipe):
     return [str(each.message) for each in caught]
 
 
+@pytest.mark.parametrize("role", ["W", "G", "M", "V"])
+def test_runs_longer_than_an_axis_are_warned_of_in_each_role_of_a_parameter(role):
+    (message,) = warned(nn.Conv2d(8, 4, 1, bias=False), f"{role}=bfp4[-1:128]")
+    assert message.startswith("weight in bfp4[-1:128]: 12.0 bits an element, not 4.0625,")
+
+
 def test_runs_on_a_kernel_are_warned_of_with_their_real_bits_and_the_remedy():
     with torch.device("meta"):
         resnet50, alike = torchvision.models.resnet50(), torchvision.models.resnet50()

@@ -401,6 +401,9 @@ def test_what_a_recipe_says_of_the_optimizer_is_told():
     lp = convert(shapes.made(shapes.Convnet)[0], recipe=Recipe.parse("bfp8[0] G=bfp8~up", rules=(rule,))).module
     assert "\nstates      exp_avg float in 6, of the optimizer\n" in str(report(lp))
     assert not any(word in str(report(lp)) for word in ("master", "average "))
+    recipe = Recipe.parse("bfp8[0] V=bf16~nearest state.exp_avg=e5m2 rules=[6 V=float]")
+    lp = convert(shapes.made(shapes.Convnet)[0], recipe=recipe).module
+    assert "\nstates      V e8m7~nearest, exp_avg e5m2, V float in 6, of the optimizer\n" in str(report(lp))
 
 
 class Odd(nn.Module):
