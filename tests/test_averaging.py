@@ -67,6 +67,17 @@ def test_an_integer_parameter_has_no_mean():
     assert list(average.means) == ["w"]
 
 
+def test_a_complex_mean_is_not_rounded_beside_others_that_are():
+    """No format holds it; a model may have it frozen."""
+    parameters = {"c": torch.full((2,), 0.3 + 0.7j), "w": torch.full((2,), 0.3)}
+    average = Average("fixed4.2")
+    for _ in range(2):
+        average.update(parameters)
+    for means in (average.means, average.mean("fixed4.2")):
+        assert torch.equal(means["c"], parameters["c"])
+        assert means["w"].tolist() == [0.25, 0.25]
+
+
 def test_the_mean_is_a_copy():
     average, parameter = Average(), torch.ones(2)
     average.update({"w": parameter})

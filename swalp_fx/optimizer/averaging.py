@@ -112,8 +112,9 @@ class Average:
                 # The model may have moved to another device, or dtype, since.
                 mean = self.means[name].to(device, dtype).lerp_(parameter.detach().to(device, dtype), share)
             self.means[name] = mean
-            means.append(mean)
-            streams.append(stream)
+            if mean.is_floating_point():  # no format holds a complex one
+                means.append(mean)
+                streams.append(stream)
         if self.format != FLOAT:
             quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
         self.n_averaged = n
@@ -137,7 +138,10 @@ class Average:
     def mean(self, format: str | Format = FLOAT) -> dict[str, Tensor]:
         """Copies of the means by name, rounded to ``format``, to nearest; the average itself goes on unrounded."""
         rounds = parse(format) != FLOAT
-        return {name: quantize(mean, format) if rounds else mean.clone() for name, mean in self.means.items()}
+        return {
+            name: quantize(mean, format) if rounds and mean.is_floating_point() else mean.clone()
+            for name, mean in self.means.items()
+        }
 
     @torch.no_grad()
     def applied_to(
