@@ -370,6 +370,22 @@ def test_an_optimizer_that_a_method_steps_is_none_of_the_model(kind):
     assert {made.entry for made in lp.graphs} == {"Trained: fit"}
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_first_call_may_be_in_a_closure_of_an_optimizers_step(kind):
+    (lp, _), (alike, _) = (convert(Trained(), recipe=RECIPE) for _ in range(2))
+    optimizer = kind(lp.parameters(), lr=0.1)
+    expected = alike.loss(X)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = lp.loss(X)
+        loss.backward()
+        return loss
+
+    assert torch.equal(optimizer.step(closure), expected)
+    assert {made.entry for made in lp.graphs} == {made.entry for made in alike.graphs}
+
+
 def test_an_entry_has_what_a_method_has():
     lp, _ = convert(Trained(), recipe=RECIPE)
     assert lp.loss.__func__ is Trained.loss and lp.loss.__self__ is lp and lp.loss.__qualname__ == "Trained.loss"

@@ -81,6 +81,8 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
 
 def _is_no_models(code: CodeType) -> bool:
     """Whether code is an optimizer's, or of this package: what a method of a model may call, and is none of it."""
+    if code.co_filename == __file__:  # the entry itself, which may be called in a closure of an optimizer's step
+        return False
     if code.co_filename.startswith(PACKAGE) and not code.co_filename.startswith(CAPTURE):
         return True
     around: FrameType | None = sys._getframe(2)
