@@ -490,6 +490,15 @@ def test_a_copy_of_a_run_is_not_made_within_averaged(duplicate):
     duplicate(parts)
 
 
+def test_a_state_is_not_loaded_within_averaged():
+    """What is loaded into the model there is gone afterwards, and so the two would not belong together."""
+    _, _, swalp = run("bfp8[0] A=float E=float", range(2))
+    state = copy.deepcopy(swalp.state_dict())
+    with swalp.averaged(), pytest.raises(ValueError, match=r"load_state_dict\(\) inside `with swalp.averaged\(\)`"):
+        swalp.load_state_dict(state)
+    swalp.load_state_dict(state)
+
+
 class Counting(nn.Module):
     """Has buffers that its forward sets: to another tensor, and for the first time."""
 

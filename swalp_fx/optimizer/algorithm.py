@@ -369,7 +369,7 @@ class SWALP:
 
     def _refuse_averaged(self, what: str) -> None:
         if self._is_averaged:
-            raise ValueError(f"{what} inside `with swalp.averaged()` would use the averaged weights; call it outside")
+            raise ValueError(f"{what} inside `with swalp.averaged()` would use the averaged weights; do it outside")
 
     # The state
 
@@ -405,6 +405,7 @@ class SWALP:
         Raises ValueError, before anything is changed, if the state is of another version, another
         recipe or another model.
         """
+        self._refuse_averaged("load_state_dict()")
         self._refuse_misnamed_averages()
         self._follow_model()
         found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
