@@ -192,7 +192,8 @@ def test_of_a_process_group_the_statistics_are_those_of_all_its_data(tmp_path):
     recalibrate(due, batches)
     with mp.get_context("spawn").Manager() as manager:
         found = manager.dict()
-        mp.spawn(of_rank, (tmp_path, [batches[:1], batches[1:]], found), nprocs=2)
+        mp.spawn(of_rank, (tmp_path, [batches[:1], batches[1:], []], found), nprocs=3)
+        assert len(found) == 3
         for mean, variance in found.values():
             torch.testing.assert_close(mean, due[1].running_mean)
             torch.testing.assert_close(variance, due[1].running_var)

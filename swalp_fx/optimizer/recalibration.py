@@ -35,6 +35,7 @@ def recalibrate(
         It is not read if the model has no norm with running statistics.
     forward: calls the model with a batch of any other kind: ``lambda model, batch: model(**batch)``.
     group: a process group of which each rank calls this with its own part of the data; the statistics are those of all.
+        A rank may have no batch.
     Raises TypeError (a batch of another kind) and ValueError (no batch at all).
     """
     # The base of batch and instance norms: whatever has running statistics and a momentum.
@@ -51,13 +52,14 @@ def recalibrate(
         for norm in norms:
             norm.train()
             norm.momentum = 1.0  # after a call the running statistics are that call's own
-        batch = None
+        batches = 0
         for batch in loader:
             if forward is not None:
                 forward(model, batch)
             else:
                 model(_inputs(batch).to(device))
-        if batch is None:
+            batches += 1
+        if _total(batches, device, group) == 0:
             raise ValueError("the loader yielded no batch to take batch-norm statistics from; pass one that does")
     except BaseException:
         for each in statistics.values():
@@ -114,12 +116,20 @@ class _Statistics:
 
     def _reduce(self, group: distributed.ProcessGroup) -> None:
         """Over the ranks, each weighted by the values that it saw."""
-        values = torch.tensor(float(self.values), dtype=torch.float64, device=self.buffers[0].device)
-        distributed.all_reduce(values, group=group)
+        values = _total(self.values, self.buffers[0].device, group)
         for mean in self.means:
-            mean.mul_(self.values / max(1.0, values.item()))
+            mean.mul_(self.values / max(1, values))
             distributed.all_reduce(mean, group=group)
-        self.values = int(values.item())
+        self.values = values
+
+
+def _total(number: int, device: torch.device | None, group: distributed.ProcessGroup | None) -> int:
+    """The sum of the number over the ranks of a group."""
+    if group is None:
+        return number
+    total = torch.tensor(number, device=device)
+    distributed.all_reduce(total, group=group)
+    return int(total.item())
 
 
 def _inputs(batch: Any) -> Tensor:
