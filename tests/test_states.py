@@ -11,6 +11,7 @@ from torch import nn
 
 from swalp_fx import Recipe, RecipeError, Rule, convert, quantize
 from swalp_fx.optimizer import SWALP
+from swalp_fx.optimizer.states import quantizer_of
 from swalp_fx.random import fold_in
 
 optim = torch.optim
@@ -307,8 +308,18 @@ def test_a_state_without_a_text_for_a_name_stays_in_float_too():
         assert torch.equal(state["momentum_buffer"], quantize(state["momentum_buffer"], "bfp4[0]"))
 
 
-def test_a_state_that_no_table_knows_stays_in_float_and_the_first_step_says_so():
-    model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', 'M=bfp4~up')}")
+@pytest.mark.parametrize(
+    ("state", "role"),
+    [("momentum", "M"), ("grad_sum_sq", "V"), ("x0", None), ("last_grad", None)],  # SGDP's, MADGRAD's, MARS's
+)
+def test_states_of_optimizers_of_packages_have_roles(state, role):
+    recipe = Recipe.parse("M=bfp4 V=bfp5")
+    assert str(quantizer_of(recipe, state)) == {"M": "bfp4", "V": "bfp5", None: "float"}[role]
+
+
+@pytest.mark.parametrize("role", ["M", "V"])
+def test_a_state_that_no_table_knows_stays_in_float_and_the_first_step_says_so(role):
+    model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', '')} {role}=bfp4~up")
     with pytest.warns(UserWarning) as found:
         train(model, optimizer, range(2))
     assert [str(each.message) for each in found] == [

@@ -538,11 +538,13 @@ class SWALP:
 
     def _warn_of_unknown_states(self, step: _Step, optimizer: Optimizer) -> None:
         for index, parameter in step.parameters:
-            if not self._recipes[index].momentum.rounds:
+            recipe = self._recipes[index]
+            rounded = next((each for each in (recipe.momentum, recipe.second_moment) if each.rounds), None)
+            if rounded is None:
                 continue
-            for name in sorted(unknown_states(optimizer, parameter, self._recipes[index]) - self._warned_of):
+            for name in sorted(unknown_states(optimizer, parameter, recipe) - self._warned_of):
                 self._warned_of.add(name)
-                how = f"; name it: state.{name}={self._recipes[index].momentum}, or state.{name}=float"
+                how = f"; name it: state.{name}={rounded}, or state.{name}=float"
                 warn(
                     f"{type(optimizer).__name__}'s state {name!r} stays in float, since nothing says whether it is a "
                     f"mean of gradients{how if name.isidentifier() else ''}"

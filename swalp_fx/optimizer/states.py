@@ -22,16 +22,16 @@ __all__ = ["quantizer_of", "refuse_misnamed", "states_of", "unknown_states"]
 # What the optimizers of torch, and well-known ones of packages, call their states -> the role. Those of no role are
 # averages of weights, step sizes and gradients of earlier steps.
 ROLES: Mapping[str, str | None] = {
-    **dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_diff", "exp_avg_slow", "moments"), "momentum"),
+    **dict.fromkeys(("momentum_buffer", "momentum", "exp_avg", "exp_avg_diff", "exp_avg_slow", "moments"), "momentum"),
     **dict.fromkeys(
         # A gradient's mean too, where the divisor is made of it: that of a centered RMSprop.
         ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum", "acc_delta", "exp_avg_var"),
         "second_moment",
     ),
     **dict.fromkeys(("max_exp_avg_var", "row_var", "col_var", "variance", "hessian"), "second_moment"),
-    **dict.fromkeys(("exp_avg_sq_row", "exp_avg_sq_col"), "second_moment"),
-    **dict.fromkeys(("ax", "z", "slow_buffer", "slow_param", "p0", "s"), None),
-    **dict.fromkeys(("step_size", "prev", "previous_grad", "pre_grad", "neg_pre_grad"), None),
+    **dict.fromkeys(("exp_avg_sq_row", "exp_avg_sq_col", "grad_sum_sq"), "second_moment"),
+    **dict.fromkeys(("ax", "z", "slow_buffer", "slow_param", "p0", "x0", "s"), None),
+    **dict.fromkeys(("step_size", "prev", "previous_grad", "pre_grad", "neg_pre_grad", "last_grad"), None),
 }
 # What torch.optim counts in tensors without dimensions, which the shape of a parameter without
 # dimensions cannot tell from its moments: Adam's step, ASGD's eta and mu, NAdam's mu_product.
