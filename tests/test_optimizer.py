@@ -342,6 +342,19 @@ def test_dtypes_and_recipes_side_by_side_round_as_each_alone(master):
         assert same(optimizer.state[p]["momentum_buffer"], q(gradient, "momentum", 4))
 
 
+def test_masters_follow_a_model_to_another_dtype():
+    """In float16 they would lose what a float32 weight has, and the state of the run would not load."""
+    model, optimizer, swalp = setup(lambda p: torch.optim.SGD(p, lr=0.1), "W=bfp8[0]", net().half(), master="float")
+    model(torch.ones(4, 6).half()).sum().backward()
+    optimizer.step()
+    model.float()
+    train(model, optimizer, range(1))
+    masters = swalp.state_dict()["masters"]
+    assert {master.dtype for master in masters.values()} == {torch.float32}
+    assert any(not torch.equal(master, master.half().float()) for master in masters.values())
+    swalp.load_state_dict(swalp.state_dict())
+
+
 def test_a_gradient_that_two_parameters_share_is_rounded_for_each():
     model = nn.ParameterList([torch.randn(6, 5), torch.randn(6, 5)])
     recipe = Recipe.parse("float", gradient="fixed8.3", rounding="stochastic")

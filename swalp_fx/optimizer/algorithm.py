@@ -572,12 +572,12 @@ class SWALP:
             quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
-        """The parameter's master, on its device; at first a copy of the parameter."""
+        """The parameter's master, on its device and in its dtype; at first a copy of the parameter."""
         name = self._names[index]
         master = self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
-        self._masters[name] = master.to(parameter.device)
+        self._masters[name] = master.to(parameter.device, parameter.dtype)
         return self._masters[name]
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
