@@ -332,6 +332,8 @@ def test_a_mean_may_live_on_another_device_than_its_parameter():
         ({"decay": 0.0}, "decay=0.0 is out of range"),
         ({"start": -1}, "start=-1, every=1 is out of range"),
         ({"every": 0}, "start=0, every=0 is out of range"),
+        ({"start": 1.5}, "start=1.5, every=1 is out of range; use whole numbers"),  # no call has that number
+        ({"every": 2.5}, "start=0, every=2.5 is out of range"),
         ({"dtype": torch.bfloat16}, "kept in float32 or float64, not torch.bfloat16; name a format"),
     ],
 )
@@ -423,6 +425,18 @@ def test_what_is_no_average_or_has_no_name_is_refused(name, average):
         with pytest.raises(TypeError, match=rf"swalp.averages\[{name!r}\] is .*; it takes a text, not empty, and an"):
             use()
     assert parts[2].n_averaged == 1
+
+
+def test_one_average_under_two_names_is_refused():
+    """Each update would count twice in it."""
+    for other in (Average(), None):
+        *_, swalp = run("bfp8[0] A=float E=float", range(1))
+        swalp.averages["first"] = swalp.average if other is None else other
+        swalp.averages["second"] = other or Average()
+        name = "swalp.average" if other is None else r"swalp.averages\['first'\]"
+        with pytest.raises(ValueError, match=f"is {name} too, and would have each update twice"):
+            swalp.update_average()
+        assert swalp.n_averaged == 1
 
 
 def test_a_name_that_no_average_has_and_an_average_without_an_update_are_refused():

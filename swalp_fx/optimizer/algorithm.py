@@ -350,12 +350,17 @@ class SWALP:
                 buffers[name] = buffer
 
     def _refuse_misnamed_averages(self) -> None:
+        places = {id(self._average): "swalp.average"}
         for name, each in self.averages.items():
+            here = f"swalp.averages[{name!r}]"
             if not isinstance(name, str) or name == SWA or not isinstance(each, Average):
                 raise TypeError(
-                    f"swalp.averages[{name!r}] is {each!r}; it takes a text, not empty, and an Average: "
+                    f"{here} is {each!r}; it takes a text, not empty, and an Average: "
                     'swalp.averages["ema"] = Average(decay=0.999)'
                 )
+            if id(each) in places:
+                raise ValueError(f"{here} is {places[id(each)]} too, and would have each update twice; make another")
+            places[id(each)] = here
 
     def _averaged(self, name: str, caller: str) -> Average:
         """The average of that name, which has a mean."""

@@ -61,8 +61,8 @@ class Average:
         parse_rounding(rounding)
         if decay is not None and not 0.0 < decay < 1.0:
             raise ValueError(f"decay={decay} is out of range; use more than 0 and less than 1, such as 0.999")
-        if start < 0 or every < 1:
-            raise ValueError(f"start={start}, every={every} is out of range; begin at 0 or later, every 1 or more")
+        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
+            raise ValueError(f"start={start}, every={every} is out of range; use whole numbers, from 0 and 1 on")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"an average is kept in float32 or float64, not {dtype}; name a format to round it")
         self.format, self.rounding = parse(format), rounding
