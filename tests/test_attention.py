@@ -192,6 +192,35 @@ def test_grouped_queries():
     _assert_same_bits(Attention(fused), Attention(by_hand), "mxfp8", X)
 
 
+@pytest.mark.parametrize(("keys", "values"), [(1, 2), (2, 1), (4, 2), (1, 4)])
+def test_groups_of_keys_and_of_values_may_differ(keys, values):
+    def fused(q, k, v):
+        q, k, v = (torch.cat([each, each.flip(1)], 1)[:, :heads] for each, heads in ((q, 4), (k, keys), (v, values)))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, 1:3]
+
+    _assert_as_the_model(Attention(fused), X)
+
+
+def _assert_as_the_model(model, *inputs):
+    """With so many bits that rounding is not seen, forward and backward."""
+    low = converted(model, "A=e8m22 E=e8m22 rounding=nearest")
+    x, again = (inputs[0].clone().requires_grad_() for _ in range(2))
+    expected, found = model(x, *inputs[1:]), low(again, *inputs[1:])
+    assert "quantize_output(" in str(low.graphs) and all(each.broke is None for each in low.graphs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(again.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_queries_that_are_the_keys():
+    def by_hand(q, k, v):
+        q = q * SIZE**-0.25
+        return torch.einsum("bhqd,bhkd->bhqk", q, q).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
 @pytest.mark.parametrize("shape", [(TOKENS, WIDTH), (3, 2, TOKENS, WIDTH)])
 def test_any_batch_dimensions(shape):
     _assert_same_bits(Attention(_fused), Attention(_by_hand), "bfp8[0]", torch.randn(shape))
@@ -233,6 +262,17 @@ def test_half_types_and_autocast(dtype):
     with torch.autocast("cpu", dtype):
         expected, found = model(X), converted(model, "bfp8[0] rounding=nearest")(X)
     assert found.dtype == dtype and (expected - found).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_type_with_a_mask_in_float32(dtype):
+    def masked(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_added(FUTURE, -1e9))
+
+    model, x = Attention(masked).to(dtype), X.to(dtype)
+    found = converted(model, "mxfp8 rounding=nearest")(x)
+    assert found.dtype == dtype and (found - model(x)).abs().max() < 0.1
+    _assert_same_bits(model, Attention(CAUSAL["fused"]).to(dtype), "mxfp8", x)
 
 
 def test_in_a_checkpoint_it_has_the_same_bits():

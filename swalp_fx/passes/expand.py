@@ -109,7 +109,7 @@ def _is_fused(node: Node) -> bool:
     if not all(isinstance(each, Tensor) and not each.is_nested for each in values):
         return False
     branches = (given["dropout_p"], given["is_causal"], given["enable_gqa"])
-    lengths = (values[0].shape[-1], *(each.shape[-3] for each in values[:2] if given["enable_gqa"]))  # type: ignore[union-attr]
+    lengths = (values[0].shape[-1], *(each.shape[-3] for each in values if given["enable_gqa"]))  # type: ignore[union-attr]
     return not any(isinstance(each, Node) for each in branches) and all(isinstance(each, int) for each in lengths)
 
 
@@ -129,12 +129,10 @@ def _write_out(node: Node) -> None:
         return Layer(f"{name} {node.name}", path + name, _kind(name), part)
 
     if given["enable_gqa"]:
-        heads, groups = (value_of(each).shape[-3] for each in (query, key))
-        if heads != groups:
-            key, value = (write(torch.repeat_interleave, each, heads // groups, -3) for each in (key, value))
+        key, value = (_for_each_head(each, query, write) for each in (key, value))
     across = write(torch.transpose, key, -2, -1)
     scores = write(torch.matmul, query, across, layer=layer(SCORES, "compute"))
-    scores = write(torch.mul, scores, 1 / math.sqrt(value_of(query).shape[-1]) if scale is None else scale)
+    scores = write(torch.mul, scores, 1 / math.sqrt(value_of(query).shape[-1] or 1) if scale is None else scale)
     if given["is_causal"]:
         sizes = write.size(query, -2), write.size(key, -2)
         future = write(torch.triu, write("new_ones", query, sizes, dtype=torch.bool), 1)
@@ -142,6 +140,8 @@ def _write_out(node: Node) -> None:
     if mask is not None and value_of(mask).dtype == torch.bool:
         scores = write(torch.masked_fill, scores, write(torch.logical_not, mask), -math.inf)
     elif mask is not None:
+        if value_of(mask).dtype != value_of(scores).dtype:  # a mask in float32 goes with any query
+            mask = write("to", mask, value_of(scores).dtype)
         scores = write(torch.add, scores, mask)
     # A row without any key left gives zeros, not NaN.
     softmax = torch.softmax if mask is None else torch._safe_softmax
@@ -150,6 +150,12 @@ def _write_out(node: Node) -> None:
         weights = write(F.dropout, weights, given["dropout_p"])
     result = write(torch.matmul, weights, value, layer=layer(ATTENTION, "compute"))
     _replace(node, result)
+
+
+def _for_each_head(tensor: Node, query: Node, write: Writer) -> Node:
+    """Keys or values, those of a group given to each head of it."""
+    heads, groups = (value_of(each).shape[-3] for each in (query, tensor))
+    return tensor if heads == groups else write(torch.repeat_interleave, tensor, heads // groups, -3)
 
 
 def _replace(old: Node, new: Node) -> None:
@@ -211,7 +217,7 @@ class _Scores:
         for each in reversed(behind[1:]):
             each.replace_all_uses_with(scale)
             each.graph.erase_node(each)
-        for each in before:
+        for each in dict.fromkeys(before):  # both operands may be one tensor
             each.replace_all_uses_with(each.all_input_nodes[0])
             each.graph.erase_node(each)
         self.purposes.leads.add(scale)
