@@ -213,6 +213,47 @@ def _assert_as_the_model(model, *inputs):
     torch.testing.assert_close(again.grad, x.grad, rtol=1e-4, atol=1e-4)
 
 
+FULL = torch.arange(TOKENS).flip(0)
+LOW = _added(FUTURE, -1e4)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda s: s.transpose(-2, -1) + _added(FUTURE),
+        lambda s: s.flip(-1).masked_fill(FUTURE, -1e9),
+        lambda s: torch.where(FUTURE, -math.inf, s.roll(1, -1)),
+        lambda s: s[..., FULL] + _added(FUTURE),
+        lambda s: s.index_select(-2, FULL) + _added(FUTURE),
+        lambda s: (s + _added(FUTURE)).flip(-1),
+    ],
+)
+def test_a_mask_takes_out_what_it_is_laid_on(scores):
+    def by_hand(q, k, v):
+        return scores(q @ k.mT).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda s: (s + LOW) / 5e3,
+        lambda s: (s + LOW) * -1,
+        lambda s: (s + LOW) * torch.tensor(-1.0),
+        lambda s: 3 - (s + LOW),
+        lambda s: torch.add(s, LOW, alpha=-1),
+        lambda s: torch.add(s, LOW, alpha=1e-4),
+        lambda s: s.masked_fill(FUTURE, -1e4) * -1e-4,
+    ],
+)
+def test_a_mask_takes_out_by_what_the_softmax_is_given(scores):
+    def by_hand(q, k, v):
+        return scores(q @ k.mT * 3).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
 def test_queries_that_are_the_keys():
     def by_hand(q, k, v):
         q = q * SIZE**-0.25
@@ -363,6 +404,15 @@ def test_an_earlier_output_does_not_depend_on_a_later_token(spelling, recipe):
     later[:, 21:] *= 100
     assert torch.equal(low(X)[:, :21], low(later)[:, :21])
     assert not torch.equal(low(X)[:, 21:], low(later)[:, 21:])
+
+
+@pytest.mark.parametrize("spelling", CAUSAL)
+def test_nor_under_autocast_where_a_mask_is_in_float32(spelling):
+    low = converted(Decoder(CAUSAL[spelling]), "mxfp8 rounding=nearest")
+    later = X.clone()
+    later[:, 21:] *= 100
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low(X)[:, :21], low(later)[:, :21])
 
 
 # PyTorch's own layers

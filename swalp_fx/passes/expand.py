@@ -6,6 +6,7 @@ Whoever writes it, and however: a fused product is written out, and what is writ
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -21,9 +22,9 @@ from ..recipe import Recipe
 from .captured import KEPT, LAYER, UPDATE, Layer, around
 from .facts import Origin
 from .names import base_name, kinds_of_type
-from .operations import category, is_view, name_of, operation_of, stem_of, writes
+from .operations import CASTS, category, is_view, name_of, operation_of, stem_of, writes
 from .origin import origins
-from .purpose import ATTENTION, QUOTIENTS, Purposes, constant_of, is_softmax, readers_of
+from .purpose import ATTENTION, QUOTIENTS, SUMS, Purposes, constant_of, is_softmax, readers_of
 from .purpose import PRODUCTS as SCALES
 from .tables import PROBABILITIES, SCORES, does
 from .write import Writer, value_of
@@ -34,6 +35,9 @@ PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 UNFIT = "{} gives scaled_dot_product_attention tensors that do not fit: {}"
 NONE_LEFT = -1e4  # what a softmax is given of a number this far below: nothing
+# What gives a number for each that it reads, at its place.
+KEEPS = ("masked_fill", "where", "contiguous", "clone", "view", "reshape", "dropout")
+PLACED = {*SUMS, *SCALES, *QUOTIENTS, *CASTS, *KEEPS}
 
 
 class Attention(nn.Module):
@@ -225,16 +229,17 @@ class _Scores:
     def _mask(self) -> None:
         """What a mask takes out of the scores is zero before they are rounded, and all that is read of them then."""
         chain = [self.product]
-        masks: list[tuple[Any, ...]] = []
-        last = self.product
         while (reader := _only_reader(chain[-1])) is not None and reader in self.purposes.leads:
-            given, made = value_of(self.product), value_of(reader)
-            if made.shape != given.shape or made.dtype != given.dtype:
-                break
-            if (found := self._taken_out(reader, chain[-1])) is not None:
-                masks.append(found)
-                last = reader
             chain.append(reader)
+        placed = 1 + len(list(itertools.takewhile(self._is_in_place, chain[1:])))
+        masks: list[tuple[Any, ...]] = []
+        last, factor = self.product, 1.0  # of what stands behind
+        for i in reversed(range(1, len(chain))):
+            found = self._taken_out(chain[i], chain[i - 1], factor) if i < placed else None
+            if found is not None:
+                masks.insert(0, found)
+                last = chain[i] if last is self.product else last
+            factor *= _factor_of_reader(chain[i], chain[i - 1])
         if not masks:
             return
         for node in chain[1 : chain.index(last)]:  # go behind what makes the masks, which may be of their size
@@ -253,11 +258,20 @@ class _Scores:
         filled = write(torch.masked_fill, self.product, taken, 0.0, layer=layer)
         first.replace_input_with(self.product, filled)
 
-    def _taken_out(self, node: Node, scores: Node) -> tuple[Any, ...] | None:
-        """(mask, the function of it that is true where ``node`` takes ``scores`` out, its other arguments), or None."""
+    def _is_in_place(self, node: Node) -> bool:
+        """Whether ``node`` has each number where the product has it; a mask that is made like it is of its type too."""
+        given, made = value_of(self.product), value_of(node)
+        is_of_type = made.dtype == given.dtype or not any(map(_reads_sizes, node.users))
+        return stem_of(node) in PLACED and made.shape == given.shape and is_of_type
+
+    def _taken_out(self, node: Node, scores: Node, factor: float) -> tuple[Any, ...] | None:
+        """(mask, the function of it that is true where ``node`` takes ``scores`` out, its other arguments), or None.
+
+        factor: what the softmax is given times, of what ``node`` makes.
+        """
         found: tuple[Any, ...] = ()
-        if stem_of(node) in ("add", "iadd") and node in self.purposes.moved:
-            found = *(each for each in node.all_input_nodes if each is not scores), torch.le, NONE_LEFT
+        if stem_of(node) in ("add", "iadd") and node in self.purposes.moved and not node.kwargs and factor > 0:
+            found = *(each for each in node.all_input_nodes if each is not scores), torch.le, NONE_LEFT / factor
         elif stem_of(node) == "masked_fill":
             given = dict(zip(("input", "mask", "value"), node.args, strict=False)) | node.kwargs
             found = (given["mask"],) if _is_low(given["value"]) else ()
@@ -301,6 +315,16 @@ def _factor(node: Node) -> float | None:
     if name in QUOTIENTS:
         return 1 / second if isinstance(second, (int, float)) and second else None
     return next((each for each in (first, second) if isinstance(each, (int, float))), None)
+
+
+def _factor_of_reader(node: Node, scores: Node) -> float:
+    """What ``node`` multiplies ``scores`` by on the way to the softmax; NaN if that is not known."""
+    name = stem_of(node)
+    if name in (*SCALES, *QUOTIENTS):
+        factor = _factor(node)
+        return math.nan if factor is None else factor
+    is_plain = name not in SUMS or (not node.kwargs and (node.args[0] is scores or "sub" not in name))
+    return 1.0 if is_plain else math.nan
 
 
 def _scaled(operand: Any, reader: Node) -> Node | None:
