@@ -254,6 +254,36 @@ def test_a_mask_takes_out_by_what_the_softmax_is_given(scores):
     _assert_as_the_model(Attention(by_hand), X)
 
 
+def _without_gradient(function, *given):
+    with torch.no_grad():
+        return function(*given)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda q, k: _without_gradient(torch.mul, q, 0.5) @ k.mT,
+        lambda q, k: (_without_gradient(torch.mul, q, 0.5) * 0.5) @ k.mT,
+        lambda q, k: _without_gradient(torch.mul, q @ k.mT, 0.5) / 2,
+        lambda q, k: _without_gradient(torch.mul, q @ k.mT, 0.5) + _added(FUTURE),
+        lambda q, k: q @ k.mT * 0.5 + _without_gradient(torch.mul, _added(FUTURE), 0.5),
+    ],
+)
+def test_scales_and_masks_stay_on_their_side_of_no_grad(scores):
+    def by_hand(q, k, v):
+        return scores(q, k).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
+def test_a_mask_that_is_made_without_gradients_behind_the_product_takes_out():
+    def made_behind(q, k, v):
+        scores = q @ k.mT * SIZE**-0.5
+        return (scores + _without_gradient(torch.mul, _added(FUTURE), 2)).softmax(-1) @ v
+
+    _assert_same_bits(Attention(made_behind), Attention(_causal_by_hand), "bfp8[0]", X)
+
+
 def test_queries_that_are_the_keys():
     def by_hand(q, k, v):
         q = q * SIZE**-0.25

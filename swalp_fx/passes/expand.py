@@ -22,7 +22,7 @@ from ..recipe import Recipe
 from .captured import KEPT, LAYER, UPDATE, Layer, around
 from .facts import Origin
 from .names import base_name, kinds_of_type
-from .operations import CASTS, category, is_view, name_of, operation_of, stem_of, writes
+from .operations import CASTS, SWITCHES, category, is_view, name_of, operation_of, stem_of, writes
 from .origin import origins
 from .purpose import ATTENTION, QUOTIENTS, SUMS, Purposes, constant_of, is_softmax, readers_of
 from .purpose import PRODUCTS as SCALES
@@ -211,6 +211,8 @@ class _Scores:
         before = [each for operand in self.product.args if (each := _scaled(operand, self.product)) is not None]
         behind = [self.product]
         while (reader := _only_reader(behind[-1])) is not None and _factor(reader) is not None:
+            if not _in_one_mode(self.product, reader):
+                break
             behind.append(reader)
         if not before and [stem_of(each) for each in behind[1:]] in ([], ["mul"]):
             return
@@ -262,7 +264,8 @@ class _Scores:
         """Whether ``node`` has each number where the product has it; a mask that is made like it is of its type too."""
         given, made = value_of(self.product), value_of(node)
         is_of_type = made.dtype == given.dtype or not any(map(_reads_sizes, node.users))
-        return stem_of(node) in PLACED and made.shape == given.shape and is_of_type
+        is_placed = stem_of(node) in PLACED and made.shape == given.shape
+        return is_placed and is_of_type and _in_one_mode(self.product, node)
 
     def _taken_out(self, node: Node, scores: Node, factor: float) -> tuple[Any, ...] | None:
         """(mask, the function of it that is true where ``node`` takes ``scores`` out, its other arguments), or None.
@@ -327,15 +330,30 @@ def _factor_of_reader(node: Node, scores: Node) -> float:
     return 1.0 if is_plain else math.nan
 
 
-def _scaled(operand: Any, reader: Node) -> Node | None:
-    """What makes ``operand`` a number times another tensor, views in between, if ``reader`` alone reads it."""
+def _scaled(operand: Any, product: Node) -> Node | None:
+    """What makes ``operand`` a number times another tensor, views in between, if ``product`` alone reads it."""
+    reader = product
     while isinstance(operand, Node) and _only_reader(operand) is reader and operand.op.startswith("call"):
         if _factor(operand) is not None:
-            return None if any(_is_written(each) for each in operand.all_input_nodes) else operand
+            is_fixed = not any(_is_written(each) for each in operand.all_input_nodes)
+            return operand if is_fixed and _in_one_mode(operand, product) else None
         if not is_view(operand) or LAYER in operand.meta or len(operand.all_input_nodes) != 1:
             return None
         reader, operand = operand, operand.args[0]
     return None
+
+
+def _in_one_mode(first: Node, second: Node) -> bool:
+    """Whether both run with gradients or both without, and in the same blocks of autocast and inference."""
+    return _mode(first) == _mode(second)
+
+
+def _mode(node: Node) -> tuple[Any, set[Any]]:
+    sets, enters, exits, *inference = (node.graph.find_nodes(op="call_function", target=each) for each in SWITCHES)
+    before = [each for each in sets if each < node] or sets  # the last of all gives back what was at the start
+    opened = {each for each in (*enters, *inference[0]) if each < node}
+    closed = {each.args[0] for each in (*exits, *inference[1]) if each < node}
+    return before[-1].args if before else None, opened - closed
 
 
 def _is_written(node: Node) -> bool:
