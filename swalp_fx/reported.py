@@ -13,7 +13,7 @@ from .files import written
 from .formats import FLOAT
 from .page import Table, page
 from .recipe import ROLES
-from .table import WIDTH, folded_rows, listed, markdown, paragraph, table
+from .table import WIDTH, escaped, folded_rows, listed, markdown, paragraph, table
 
 __all__ = ["InFloat", "LayerLine", "ParameterLine", "Report"]
 
@@ -124,9 +124,9 @@ class Report:
     def to_markdown(self, path: str | os.PathLike[str] | None = None) -> str:
         """The table, and lists below it. Written to ``path`` too, if given, as the other forms are."""
         parts = [f"# {self.model}: `{self.recipe}`", markdown(self.header, self.rows(), numbers=self.numbers)]
-        parts.append("\n".join(f"- **{label}**: {text}" for label, text in self.totals.items()))
+        parts.append("\n".join(f"- **{label}**: {escaped(text)}" for label, text in self.totals.items()))
         for title, lines in self.lists():
-            parts.append("\n".join([f"**{title}**", "", *(f"- {line}" for line in lines)]))
+            parts.append("\n".join([f"**{title}**", "", *(f"- {escaped(line)}" for line in lines)]))
         return written("\n\n".join(parts) + "\n", path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

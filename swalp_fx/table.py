@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 
 from tabulate import tabulate
 
-__all__ = ["WIDTH", "folded", "folded_rows", "listed", "markdown", "paragraph", "table"]
+__all__ = ["WIDTH", "escaped", "folded", "folded_rows", "listed", "markdown", "paragraph", "table"]
 
 WIDTH = 100
 NARROW = 20  # no column but the first gives way below this, before the first does
+_MARKS = re.compile(r"[\\`*<&|]|\b_|_\b")  # an underline within a word is one to Markdown too
 GAP = 2  # columns between two cells; tabulate leaves as many beside a header
 
 
@@ -33,9 +34,14 @@ def table(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
 
 def markdown(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
     """The same as a table of Markdown, as wide as it is."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[escaped(cell) for cell in row] for row in rows]
     alignment = ["left"] * (len(header) - numbers) + ["right"] * numbers
     return tabulate(cells, header, "pipe", colalign=alignment, disable_numparse=True)
+
+
+def escaped(text: str) -> str:
+    """``text`` that Markdown shows as it is: ``layers.*.relu@*`` keeps its stars, and ``<b>`` is no tag."""
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def _broken(cell: str, width: int) -> str:

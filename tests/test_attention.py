@@ -192,6 +192,106 @@ def test_grouped_queries():
     _assert_same_bits(Attention(fused), Attention(by_hand), "mxfp8", X)
 
 
+@pytest.mark.parametrize(("keys", "values"), [(1, 2), (2, 1), (4, 2), (1, 4)])
+def test_groups_of_keys_and_of_values_may_differ(keys, values):
+    def fused(q, k, v):
+        q, k, v = (torch.cat([each, each.flip(1)], 1)[:, :heads] for each, heads in ((q, 4), (k, keys), (v, values)))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, 1:3]
+
+    _assert_as_the_model(Attention(fused), X)
+
+
+def _assert_as_the_model(model, *inputs):
+    """With so many bits that rounding is not seen, forward and backward."""
+    low = converted(model, "A=e8m22 E=e8m22 rounding=nearest")
+    x, again = (inputs[0].clone().requires_grad_() for _ in range(2))
+    expected, found = model(x, *inputs[1:]), low(again, *inputs[1:])
+    assert "quantize_output(" in str(low.graphs) and all(each.broke is None for each in low.graphs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(again.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
+FULL = torch.arange(TOKENS).flip(0)
+LOW = _added(FUTURE, -1e4)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda s: s.transpose(-2, -1) + _added(FUTURE),
+        lambda s: s.flip(-1).masked_fill(FUTURE, -1e9),
+        lambda s: torch.where(FUTURE, -math.inf, s.roll(1, -1)),
+        lambda s: s[..., FULL] + _added(FUTURE),
+        lambda s: s.index_select(-2, FULL) + _added(FUTURE),
+        lambda s: (s + _added(FUTURE)).flip(-1),
+    ],
+)
+def test_a_mask_takes_out_what_it_is_laid_on(scores):
+    def by_hand(q, k, v):
+        return scores(q @ k.mT).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda s: (s + LOW) / 5e3,
+        lambda s: (s + LOW) * -1,
+        lambda s: (s + LOW) * torch.tensor(-1.0),
+        lambda s: 3 - (s + LOW),
+        lambda s: torch.add(s, LOW, alpha=-1),
+        lambda s: torch.add(s, LOW, alpha=1e-4),
+        lambda s: s.masked_fill(FUTURE, -1e4) * -1e-4,
+    ],
+)
+def test_a_mask_takes_out_by_what_the_softmax_is_given(scores):
+    def by_hand(q, k, v):
+        return scores(q @ k.mT * 3).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
+def _without_gradient(function, *given):
+    with torch.no_grad():
+        return function(*given)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda q, k: _without_gradient(torch.mul, q, 0.5) @ k.mT,
+        lambda q, k: (_without_gradient(torch.mul, q, 0.5) * 0.5) @ k.mT,
+        lambda q, k: _without_gradient(torch.mul, q @ k.mT, 0.5) / 2,
+        lambda q, k: _without_gradient(torch.mul, q @ k.mT, 0.5) + _added(FUTURE),
+        lambda q, k: q @ k.mT * 0.5 + _without_gradient(torch.mul, _added(FUTURE), 0.5),
+    ],
+)
+def test_scales_and_masks_stay_on_their_side_of_no_grad(scores):
+    def by_hand(q, k, v):
+        return scores(q, k).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
+def test_a_mask_that_is_made_without_gradients_behind_the_product_takes_out():
+    def made_behind(q, k, v):
+        scores = q @ k.mT * SIZE**-0.5
+        return (scores + _without_gradient(torch.mul, _added(FUTURE), 2)).softmax(-1) @ v
+
+    _assert_same_bits(Attention(made_behind), Attention(_causal_by_hand), "bfp8[0]", X)
+
+
+def test_queries_that_are_the_keys():
+    def by_hand(q, k, v):
+        q = q * SIZE**-0.25
+        return torch.einsum("bhqd,bhkd->bhqk", q, q).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
 @pytest.mark.parametrize("shape", [(TOKENS, WIDTH), (3, 2, TOKENS, WIDTH)])
 def test_any_batch_dimensions(shape):
     _assert_same_bits(Attention(_fused), Attention(_by_hand), "bfp8[0]", torch.randn(shape))
@@ -233,6 +333,17 @@ def test_half_types_and_autocast(dtype):
     with torch.autocast("cpu", dtype):
         expected, found = model(X), converted(model, "bfp8[0] rounding=nearest")(X)
     assert found.dtype == dtype and (expected - found).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_type_with_a_mask_in_float32(dtype):
+    def masked(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_added(FUTURE, -1e9))
+
+    model, x = Attention(masked).to(dtype), X.to(dtype)
+    found = converted(model, "mxfp8 rounding=nearest")(x)
+    assert found.dtype == dtype and (found - model(x)).abs().max() < 0.1
+    _assert_same_bits(model, Attention(CAUSAL["fused"]).to(dtype), "mxfp8", x)
 
 
 def test_in_a_checkpoint_it_has_the_same_bits():
@@ -323,6 +434,15 @@ def test_an_earlier_output_does_not_depend_on_a_later_token(spelling, recipe):
     later[:, 21:] *= 100
     assert torch.equal(low(X)[:, :21], low(later)[:, :21])
     assert not torch.equal(low(X)[:, 21:], low(later)[:, 21:])
+
+
+@pytest.mark.parametrize("spelling", CAUSAL)
+def test_nor_under_autocast_where_a_mask_is_in_float32(spelling):
+    low = converted(Decoder(CAUSAL[spelling]), "mxfp8 rounding=nearest")
+    later = X.clone()
+    later[:, 21:] *= 100
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low(X)[:, :21], low(later)[:, :21])
 
 
 # PyTorch's own layers

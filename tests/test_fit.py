@@ -106,6 +106,33 @@ def test_channels_are_in_front_of_the_axes_of_space_with_a_batch_and_without(lay
     assert formats_in(graph.graph) == [f"mxfp8[{axis}:32]"] * 3
 
 
+class Patches(nn.Module):
+    """A vision transformer's patches, which a linear layer reads; one of two ways to make them tokens."""
+
+    def __init__(self, flattened):
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 40, 2, 2), nn.LayerNorm(40), nn.Linear(40, 5)
+        self.flattened = flattened
+
+    def forward(self, x):
+        y = self.conv(x)
+        tokens = y.flatten(2).transpose(1, 2) if self.flattened else y.permute(0, 2, 3, 1).flatten(1, 2)
+        return self.linear(self.norm(tokens + 1))
+
+
+def test_patches_that_become_tokens_have_runs_along_their_channels():
+    x = torch.randn(2, 3, 18, 18)
+    torch.manual_seed(0)
+    made = Patches(True)
+    other = Patches(False)
+    other.load_state_dict(made.state_dict())
+    found = [convert(each, recipe="mxfp8 rounding=nearest").module(x) for each in (made, other)]
+    assert torch.equal(*found)
+    graph = rewritten(Patches(True), "mxfp8", x).graph
+    (norm,) = [node for node in graph.nodes if node.name == "norm_q"]
+    assert norm.args[3] == "mxfp8"
+
+
 def test_by_hand_the_runs_of_a_named_format_are_along_the_last_axis():
     x = torch.randn(4, 40, 3, 5)
     assert torch.equal(quantize(x, "mxfp8"), quantize(x.reshape(-1, 5), "mxfp8").view_as(x))

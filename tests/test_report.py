@@ -1,5 +1,6 @@
 """The report of a rewritten module."""
 
+import copy
 import csv
 import functools
 import io
@@ -442,10 +443,22 @@ def test_all_forms_say_the_same():
     assert [line["layer"] for line in lines] == names and lines[0]["W"] == "mxfp8[0]"
     assert [int(line["multiply_adds"]) for line in lines] == [each.multiply_adds for each in found.layers]
     rows = [line for line in found.to_markdown().splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(names) and rows[2].startswith("| a\\|<b>& ")
+    assert len(rows) == 2 + len(names) and rows[2].startswith("| a\\|\\<b>\\& ")
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
     for kind in found.in_float:
-        assert str(kind) in " ".join(str(found).split()) and f"- {kind}" in found.to_markdown()
+        assert str(kind) in " ".join(str(found).split()) and f"- {kind}" in _shown(found.to_markdown())
+
+
+def _shown(markdown):
+    """What a reader sees: a sign behind a backslash as it is, a pair of stars as emphasis."""
+    return re.sub(r"\\(.)|(?<=\S)\*([^*]+)\*", lambda found: found[1] or found[2], markdown)
+
+
+def test_names_in_markdown_keep_their_stars():
+    layer = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+    lp = convert(nn.Sequential(*(copy.deepcopy(layer) for _ in range(3))), recipe="bfp8").module
+    found = report(lp, torch.randn(2, 4), fold=True)
+    assert found.rows()[0][0] == "*.*.0 (9)" and "| *.*.0 (9) " in _shown(found.to_markdown())
 
 
 def test_each_form_is_written_to_a_file(tmp_path):

@@ -6,6 +6,7 @@ Whoever writes it, and however: a fused product is written out, and what is writ
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -21,9 +22,9 @@ from ..recipe import Recipe
 from .captured import KEPT, LAYER, UPDATE, Layer, around
 from .facts import Origin
 from .names import base_name, kinds_of_type
-from .operations import category, is_view, name_of, operation_of, stem_of, writes
+from .operations import CASTS, SWITCHES, category, is_view, name_of, operation_of, stem_of, writes
 from .origin import origins
-from .purpose import ATTENTION, QUOTIENTS, Purposes, constant_of, is_softmax, readers_of
+from .purpose import ATTENTION, QUOTIENTS, SUMS, Purposes, constant_of, is_softmax, readers_of
 from .purpose import PRODUCTS as SCALES
 from .tables import PROBABILITIES, SCORES, does
 from .write import Writer, value_of
@@ -34,6 +35,9 @@ PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 UNFIT = "{} gives scaled_dot_product_attention tensors that do not fit: {}"
 NONE_LEFT = -1e4  # what a softmax is given of a number this far below: nothing
+# What gives a number for each that it reads, at its place.
+KEEPS = ("masked_fill", "where", "contiguous", "clone", "view", "reshape", "dropout")
+PLACED = {*SUMS, *SCALES, *QUOTIENTS, *CASTS, *KEEPS}
 
 
 class Attention(nn.Module):
@@ -109,7 +113,7 @@ def _is_fused(node: Node) -> bool:
     if not all(isinstance(each, Tensor) and not each.is_nested for each in values):
         return False
     branches = (given["dropout_p"], given["is_causal"], given["enable_gqa"])
-    lengths = (values[0].shape[-1], *(each.shape[-3] for each in values[:2] if given["enable_gqa"]))  # type: ignore[union-attr]
+    lengths = (values[0].shape[-1], *(each.shape[-3] for each in values if given["enable_gqa"]))  # type: ignore[union-attr]
     return not any(isinstance(each, Node) for each in branches) and all(isinstance(each, int) for each in lengths)
 
 
@@ -129,12 +133,10 @@ def _write_out(node: Node) -> None:
         return Layer(f"{name} {node.name}", path + name, _kind(name), part)
 
     if given["enable_gqa"]:
-        heads, groups = (value_of(each).shape[-3] for each in (query, key))
-        if heads != groups:
-            key, value = (write(torch.repeat_interleave, each, heads // groups, -3) for each in (key, value))
+        key, value = (_for_each_head(each, query, write) for each in (key, value))
     across = write(torch.transpose, key, -2, -1)
     scores = write(torch.matmul, query, across, layer=layer(SCORES, "compute"))
-    scores = write(torch.mul, scores, 1 / math.sqrt(value_of(query).shape[-1]) if scale is None else scale)
+    scores = write(torch.mul, scores, 1 / math.sqrt(value_of(query).shape[-1] or 1) if scale is None else scale)
     if given["is_causal"]:
         sizes = write.size(query, -2), write.size(key, -2)
         future = write(torch.triu, write("new_ones", query, sizes, dtype=torch.bool), 1)
@@ -142,6 +144,8 @@ def _write_out(node: Node) -> None:
     if mask is not None and value_of(mask).dtype == torch.bool:
         scores = write(torch.masked_fill, scores, write(torch.logical_not, mask), -math.inf)
     elif mask is not None:
+        if value_of(mask).dtype != value_of(scores).dtype:  # a mask in float32 goes with any query
+            mask = write("to", mask, value_of(scores).dtype)
         scores = write(torch.add, scores, mask)
     # A row without any key left gives zeros, not NaN.
     softmax = torch.softmax if mask is None else torch._safe_softmax
@@ -150,6 +154,12 @@ def _write_out(node: Node) -> None:
         weights = write(F.dropout, weights, given["dropout_p"])
     result = write(torch.matmul, weights, value, layer=layer(ATTENTION, "compute"))
     _replace(node, result)
+
+
+def _for_each_head(tensor: Node, query: Node, write: Writer) -> Node:
+    """Keys or values, those of a group given to each head of it."""
+    heads, groups = (value_of(each).shape[-3] for each in (query, tensor))
+    return tensor if heads == groups else write(torch.repeat_interleave, tensor, heads // groups, -3)
 
 
 def _replace(old: Node, new: Node) -> None:
@@ -201,6 +211,8 @@ class _Scores:
         before = [each for operand in self.product.args if (each := _scaled(operand, self.product)) is not None]
         behind = [self.product]
         while (reader := _only_reader(behind[-1])) is not None and _factor(reader) is not None:
+            if not _in_one_mode(self.product, reader):
+                break
             behind.append(reader)
         if not before and [stem_of(each) for each in behind[1:]] in ([], ["mul"]):
             return
@@ -211,7 +223,7 @@ class _Scores:
         for each in reversed(behind[1:]):
             each.replace_all_uses_with(scale)
             each.graph.erase_node(each)
-        for each in before:
+        for each in dict.fromkeys(before):  # both operands may be one tensor
             each.replace_all_uses_with(each.all_input_nodes[0])
             each.graph.erase_node(each)
         self.purposes.leads.add(scale)
@@ -219,16 +231,17 @@ class _Scores:
     def _mask(self) -> None:
         """What a mask takes out of the scores is zero before they are rounded, and all that is read of them then."""
         chain = [self.product]
-        masks: list[tuple[Any, ...]] = []
-        last = self.product
         while (reader := _only_reader(chain[-1])) is not None and reader in self.purposes.leads:
-            given, made = value_of(self.product), value_of(reader)
-            if made.shape != given.shape or made.dtype != given.dtype:
-                break
-            if (found := self._taken_out(reader, chain[-1])) is not None:
-                masks.append(found)
-                last = reader
             chain.append(reader)
+        placed = 1 + len(list(itertools.takewhile(self._is_in_place, chain[1:])))
+        masks: list[tuple[Any, ...]] = []
+        last, factor = self.product, 1.0  # of what stands behind
+        for i in reversed(range(1, len(chain))):
+            found = self._taken_out(chain[i], chain[i - 1], factor) if i < placed else None
+            if found is not None:
+                masks.insert(0, found)
+                last = chain[i] if last is self.product else last
+            factor *= _factor_of_reader(chain[i], chain[i - 1])
         if not masks:
             return
         for node in chain[1 : chain.index(last)]:  # go behind what makes the masks, which may be of their size
@@ -247,11 +260,21 @@ class _Scores:
         filled = write(torch.masked_fill, self.product, taken, 0.0, layer=layer)
         first.replace_input_with(self.product, filled)
 
-    def _taken_out(self, node: Node, scores: Node) -> tuple[Any, ...] | None:
-        """(mask, the function of it that is true where ``node`` takes ``scores`` out, its other arguments), or None."""
+    def _is_in_place(self, node: Node) -> bool:
+        """Whether ``node`` has each number where the product has it; a mask that is made like it is of its type too."""
+        given, made = value_of(self.product), value_of(node)
+        is_of_type = made.dtype == given.dtype or not any(map(_reads_sizes, node.users))
+        is_placed = stem_of(node) in PLACED and made.shape == given.shape
+        return is_placed and is_of_type and _in_one_mode(self.product, node)
+
+    def _taken_out(self, node: Node, scores: Node, factor: float) -> tuple[Any, ...] | None:
+        """(mask, the function of it that is true where ``node`` takes ``scores`` out, its other arguments), or None.
+
+        factor: what the softmax is given times, of what ``node`` makes.
+        """
         found: tuple[Any, ...] = ()
-        if stem_of(node) in ("add", "iadd") and node in self.purposes.moved:
-            found = *(each for each in node.all_input_nodes if each is not scores), torch.le, NONE_LEFT
+        if stem_of(node) in ("add", "iadd") and node in self.purposes.moved and not node.kwargs and factor > 0:
+            found = *(each for each in node.all_input_nodes if each is not scores), torch.le, NONE_LEFT / factor
         elif stem_of(node) == "masked_fill":
             given = dict(zip(("input", "mask", "value"), node.args, strict=False)) | node.kwargs
             found = (given["mask"],) if _is_low(given["value"]) else ()
@@ -297,15 +320,40 @@ def _factor(node: Node) -> float | None:
     return next((each for each in (first, second) if isinstance(each, (int, float))), None)
 
 
-def _scaled(operand: Any, reader: Node) -> Node | None:
-    """What makes ``operand`` a number times another tensor, views in between, if ``reader`` alone reads it."""
+def _factor_of_reader(node: Node, scores: Node) -> float:
+    """What ``node`` multiplies ``scores`` by on the way to the softmax; NaN if that is not known."""
+    name = stem_of(node)
+    if name in (*SCALES, *QUOTIENTS):
+        factor = _factor(node)
+        return math.nan if factor is None else factor
+    is_plain = name not in SUMS or (not node.kwargs and (node.args[0] is scores or "sub" not in name))
+    return 1.0 if is_plain else math.nan
+
+
+def _scaled(operand: Any, product: Node) -> Node | None:
+    """What makes ``operand`` a number times another tensor, views in between, if ``product`` alone reads it."""
+    reader = product
     while isinstance(operand, Node) and _only_reader(operand) is reader and operand.op.startswith("call"):
         if _factor(operand) is not None:
-            return None if any(_is_written(each) for each in operand.all_input_nodes) else operand
+            is_fixed = not any(_is_written(each) for each in operand.all_input_nodes)
+            return operand if is_fixed and _in_one_mode(operand, product) else None
         if not is_view(operand) or LAYER in operand.meta or len(operand.all_input_nodes) != 1:
             return None
         reader, operand = operand, operand.args[0]
     return None
+
+
+def _in_one_mode(first: Node, second: Node) -> bool:
+    """Whether both run with gradients or both without, and in the same blocks of autocast and inference."""
+    return _mode(first) == _mode(second)
+
+
+def _mode(node: Node) -> tuple[Any, set[Any]]:
+    sets, enters, exits, *inference = (node.graph.find_nodes(op="call_function", target=each) for each in SWITCHES)
+    before = [each for each in sets if each < node] or sets  # the last of all gives back what was at the start
+    opened = {each for each in (*enters, *inference[0]) if each < node}
+    closed = {each.args[0] for each in (*exits, *inference[1]) if each < node}
+    return before[-1].args if before else None, opened - closed
 
 
 def _is_written(node: Node) -> bool:

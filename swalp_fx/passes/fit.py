@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from ..recipe import Quantizer, Recipe, Subject
@@ -58,21 +59,25 @@ def contraction_axes(graph: Graph) -> dict[Node, int]:
             readers = (_of_operation(user) for user in node.users)
             axes[node] = next((axis for axis in readers if axis is not None), LAST)
             continue
-        source = next((each for each in node.all_input_nodes if _rank(each) == _rank(node)), None)
+        sources = [each for each in node.all_input_nodes if _rank(each) is not None]
+        source = next((each for each in sources if _rank(each) == _rank(node)), *sources[:1] or (None,))
         if (own := _of_operation(node)) is not None:
             axes[node] = own
         else:
-            axes[node] = _moved(node, axes[source]) if source is not None else LAST
+            axes[node] = _moved(node, source, axes[source]) if source is not None else LAST
     return axes
 
 
-def _moved(node: Node, axis: int) -> int:
-    """Where ``axis`` of the first tensor that ``node`` reads is in what it gives.
+def _moved(node: Node, source: Node, axis: int) -> int:
+    """Where ``axis`` of ``source``, which ``node`` reads, is in what it gives.
 
+    Where it gives more or fewer axes, as ``flatten(2)`` does, it has those up to this one, or the last one counts.
     What a call does with the order of axes is seen on a tensor that has two elements along this one and one along all
     others.
     """
     rank = _rank(node)
+    if rank != _rank(source):
+        return axis if _has_first_axes(node, source, axis + 1) else LAST
     if name_of(node) not in REORDERS or rank is None or not -rank <= axis < rank:
         return axis
     sizes = [1] * rank
@@ -82,6 +87,14 @@ def _moved(node: Node, axis: int) -> int:
     call: Any = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
     moved = call(*args, **kwargs).shape.index(2) - rank
     return moved if moved == LAST else moved + rank
+
+
+def _has_first_axes(node: Node, source: Node, number: int) -> bool:
+    """Whether the first ``number`` axes of both have the same lengths, and ``node`` has more."""
+    made, given = node.meta.get("example_value"), source.meta.get("example_value")
+    if not isinstance(made, Tensor) or not isinstance(given, Tensor) or made.dim() <= number:
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(made.shape[:number], given.shape[:number], strict=True))
 
 
 def _of_operation(node: Node) -> int | None:

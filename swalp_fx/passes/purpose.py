@@ -19,7 +19,7 @@ from .facts import Origin, is_floating
 from .operations import CASTS, category, stem_of
 from .tables import LAYER_PARTS
 
-__all__ = ["ATTENTION", "PRODUCTS", "QUOTIENTS", "Purposes", "constant_of", "is_softmax", "readers_of"]
+__all__ = ["ATTENTION", "PRODUCTS", "QUOTIENTS", "SUMS", "Purposes", "constant_of", "is_softmax", "readers_of"]
 
 SOFTMAX = ("softmax", "_safe_softmax", "log_softmax", "logsumexp", "cross_entropy")
 MAXIMA = ("max", "amax", "argmax", "topk")  # behind these, too, nothing is left of what masked numbers are filled with
