@@ -7,8 +7,6 @@
 #include <limits>
 #include <type_traits>
 
-#include <torch/headeronly/util/Half.h>
-
 #if defined(__CUDACC__)
 #define SWALP_HD __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -108,20 +106,6 @@ SWALP_HD T power_of_two(int e) {
   using Bits = typename Ieee<T>::Bits;
   const Bits normal = static_cast<Bits>(e + Ieee<T>::bias) << Ieee<T>::mantissa;
   return bit_cast<T>(normal > 0 ? normal : Bits(1) << (Ieee<T>::mantissa - 1));
-}
-
-// What S stores of a result: of a finite one that is beyond float16, the largest that float16 has, and no infinity. The
-// other types reach as far as what they are computed in.
-template <class S, class T>
-SWALP_HD S stored(T result) {
-  if constexpr (std::is_same_v<S, torch::headeronly::Half>) {
-    constexpr T largest = 65504.0f;
-    const auto magnitude = magnitude_bits(result);
-    const bool beyond = magnitude > magnitude_bits(largest) && is_finite_magnitude<T>(magnitude);
-    return static_cast<S>(beyond ? with_sign(largest, result) : result);
-  } else {
-    return static_cast<S>(result);
-  }
 }
 
 }  // namespace swalp_fx

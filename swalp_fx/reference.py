@@ -48,7 +48,6 @@ __all__ = [
     "quotient",
     "random_draws",
     "scale_of",
-    "stored",
     "two_levels",
 ]
 
@@ -195,17 +194,7 @@ def quantize(
         q = _on_grid(y.double(), torch.ones((), dtype=torch.float64), format, how).to(computed.dtype) * scale
     if format.keeps_infinity or format.overflow == "nan":
         q = torch.where(computed.isinf(), computed * (1.0 if format.keeps_infinity else math.nan), q)
-    return stored(torch.where(computed.isnan(), computed, q).to(computed.dtype), x.dtype)
-
-
-def stored(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``dtype`` stores of a result, by rounding to nearest even. Of a finite one beyond float16 that is its
-    largest number; the other types reach as far as what they are computed in.
-    """
-    if dtype != torch.float16:
-        return result.to(dtype)
-    largest = torch.finfo(dtype).max
-    return torch.where(result.isfinite(), result.clamp(-largest, largest), result).to(dtype)
+    return torch.where(computed.isnan(), computed, q).to(x.dtype)
 
 
 def divided(x: Tensor, by: Tensor | float) -> Tensor:

@@ -385,25 +385,3 @@ def test_a_mark_that_the_recipe_forbids_is_refused():
         node.kwargs = {name: letters for name, letters in node.kwargs.items() if name == "kept"}
     with pytest.raises(VerifyError, match="leaves out a rounding where the recipe says not to"):
         made.proved(Recipe.parse(RECIPE, in_place=False))
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype", "is_kept"),
-    [
-        ("bfp8[0]", torch.float16, True),
-        ("e4m3", torch.float16, True),
-        ("bf16", torch.float16, False),
-        ("bf16", torch.bfloat16, True),
-        ("bf16", torch.float32, True),
-        ("e6m3", torch.float16, False),
-        ("mxfp8[0]+rceil", torch.float16, False),
-    ],
-)
-def test_where_float16_stores_a_number_beside_the_format_every_rounding_is_made(spec, dtype, is_kept):
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).to(dtype)
-    graph = rewritten(model, spec, torch.randn(2, 4, dtype=dtype)).graph
-    kept = [node.kwargs.get("kept", "") for node in graph.nodes if node.target is nodes.quantize_output]
-    assert kept == (["E", "A"] if is_kept else ["", ""])
-    once = quantize(torch.tensor([65504.0, 60000.0], dtype=dtype), spec, "up")
-    again = [quantize(once, spec, rounding) for rounding in ("nearest", "up", "down", "toward_zero")]
-    assert all(torch.equal(each, once) for each in again) == is_kept

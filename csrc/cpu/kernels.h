@@ -7,7 +7,7 @@ inline auto differences(const S* x, int64_t n, const Q& quantizer, const Look& l
   using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, typename Ieee<Compute<S>>::Bits>;
   Bits found = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const S rounded = stored<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), 0u, look));
+    const S rounded = static_cast<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), 0u, look));
     found |= swalp_fx::bit_cast<Bits>(rounded) ^ swalp_fx::bit_cast<Bits>(x[i]);
   }
   return found;
@@ -67,7 +67,7 @@ __attribute__((noinline)) void quantize_run(const S* x, Result<S, Round>* y, int
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      y[i] = stored<S>(quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round));
+      y[i] = static_cast<S>(quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round));
     }
   }
 }
@@ -221,7 +221,7 @@ inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, c
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int i = 0; i < kSize; ++i) {
-      y[i] = stored<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), Round::draws ? draw[i] : 0u, round));
+      y[i] = static_cast<S>(quantizer.apply(static_cast<Compute<S>>(x[i]), Round::draws ? draw[i] : 0u, round));
     }
   }
 }
@@ -371,7 +371,7 @@ __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, R
         const auto maximum = maxima[i - done];
         const auto quantizer = format.template usual<T>(maximum, tensor_maximum);
         const T rounded = quantizer.apply(static_cast<T>(x[i]), Round::draws ? draw[i] : 0u, round);
-        const S result = stored<S>(format.template is_usual<T>(maximum) ? rounded : static_cast<T>(x[i]));
+        const S result = static_cast<S>(format.template is_usual<T>(maximum) ? rounded : static_cast<T>(x[i]));
         if constexpr (std::is_same_v<Round, Look>) {
           differs |= bit_cast<typename Ieee<T>::Bits>(static_cast<T>(result)) ^
                      bit_cast<typename Ieee<T>::Bits>(static_cast<T>(x[i]));

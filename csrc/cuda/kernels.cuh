@@ -137,7 +137,7 @@ struct Share {
   __device__ __forceinline__ void apply(const Quantizer& quantizer, int r, int j, const Draws& draws,
                                         const Random& random, const Round& round) {
     const auto value = static_cast<Compute<S>>(at[r].at[j]);
-    at[r].at[j] = stored<S>(quantizer.apply(value, draws.at(random, r, j), round));
+    at[r].at[j] = static_cast<S>(quantizer.apply(value, draws.at(random, r, j), round));
   }
 };
 
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kThreads)
     const T second = Format::shared == Shared::BlockAndTensor ? bit_cast<T>(beside[of_blocks ? p.block : 0]) : T(0);
     const uint32_t draw = Round::draws ? draw_at(random, p.index) : 0u;
     format.template with_quantizer<T>(maximum, second, [&](const auto& quantizer) {
-      y[p.memory] = stored<S>(quantizer.apply(static_cast<T>(x[p.memory]), draw, round));
+      y[p.memory] = static_cast<S>(quantizer.apply(static_cast<T>(x[p.memory]), draw, round));
     });
   }
 }
@@ -480,14 +480,14 @@ __global__ void __launch_bounds__(kThreads)
       const auto maximum = Format::shared == Shared::Nothing ? 0 : maxima[first.block];
       format.template with_quantizer<T>(maximum, T(0), [&](const auto& quantizer) {
         each([&](S& value, int, int, uint32_t draw) {
-          value = stored<S>(quantizer.apply(static_cast<T>(value), draw, round));
+          value = static_cast<S>(quantizer.apply(static_cast<T>(value), draw, round));
         });
       });
     } else {
       each([&](S& value, int r, int c, uint32_t draw) {
         const auto maximum = maxima[first.block + r * tiles.along.step.block + c * tiles.across.step.block];
         format.template with_quantizer<T>(maximum, T(0), [&](const auto& quantizer) {
-          value = stored<S>(quantizer.apply(static_cast<T>(value), draw, round));
+          value = static_cast<S>(quantizer.apply(static_cast<T>(value), draw, round));
         });
       });
     }

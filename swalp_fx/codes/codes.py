@@ -100,7 +100,7 @@ def decode(codes: Codes) -> Tensor:
         q = number_of(codes.integers, whole(format), dtype) - whole(format).bounds[0] + lowest
     else:
         q = number_of(codes.integers, format.element, dtype)
-    return reference.stored(q * _of_elements(stored.load(codes.scales, format, dtype), codes.shape, sizes), codes.dtype)
+    return (q * _of_elements(stored.load(codes.scales, format, dtype), codes.shape, sizes)).to(codes.dtype)
 
 
 def _of_elements(of_blocks: Tensor, shape: torch.Size, sizes: list[int]) -> Tensor:

@@ -117,14 +117,6 @@ class Format:
         """Whether an infinity stays one."""
         return self.overflow == "infinity" or (self.overflow == "saturate" and self.element.has_infinity)
 
-    def stays_within(self, largest: float) -> bool:
-        """Whether no number of up to ``largest``, of a binary type, is rounded to one beyond it: what that type stores
-        in its place is none of the format's."""
-        if self.scale is None:
-            return self.max <= largest
-        is_floor = isinstance(self.scale, PowerOfTwo) and self.scale.rule == "floor"
-        return is_floor and self.min == -self.max
-
     @property
     def keeps_subsets(self) -> bool:
         """Whether every rounding keeps numbers that have been rounded, by themselves or where others of their block

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import nodes
@@ -19,7 +17,6 @@ from .tables import LAYER_PARTS, part_of
 
 __all__ = ["elide"]
 
-HALF = torch.finfo(torch.float16).max  # float16 has fewer numbers than formats have; the other types have as many
 ACTIVATION, ERROR = 3, 4  # places of quantize_output's arguments
 
 
@@ -79,10 +76,7 @@ def _format(node: Node, role: int) -> Format:
 def _rounds(node: Any, role: int, format: Format) -> bool:
     """Whether ``node`` rounds to this format in that role, so that subsets are kept."""
     is_rounded = isinstance(node, Node) and node.target is nodes.quantize_output and _format(node, role) == format
-    if not is_rounded or format == FLOAT or not format.keeps_subsets:
-        return False
-    value = node.args[0].meta.get("example_value")
-    return not isinstance(value, Tensor) or value.dtype != torch.float16 or format.stays_within(HALF)
+    return is_rounded and format != FLOAT and format.keeps_subsets
 
 
 def _is_within_rows(format: Format) -> bool:

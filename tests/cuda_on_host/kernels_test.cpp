@@ -100,11 +100,7 @@ __attribute__((noinline)) S law(const Format& format, const Round& round, S x, B
   S y{};
   format.template with_quantizer<T>(maximum, most, [&](const auto& quantizer) {
     const uint32_t draw = Round::draws ? draw_at(random, index) : 0u;
-    const T result = quantizer.apply(static_cast<T>(x), draw, round);
-    const T largest = static_cast<T>(std::numeric_limits<S>::max());
-    const bool is_short = std::is_same_v<S, torch::headeronly::Half>;  // the other types reach as far as T
-    const bool beyond = is_short && std::isfinite(result) && std::fabs(result) > largest;
-    y = static_cast<S>(beyond ? std::copysign(largest, result) : result);
+    y = static_cast<S>(quantizer.apply(static_cast<T>(x), draw, round));
   });
   return y;
 }
