@@ -612,3 +612,12 @@ def test_a_padding_mask_of_another_shape():
     wrong = torch.zeros(TOKENS, 2, dtype=torch.bool)
     with pytest.raises(AssertionError, match=r"Expected key_padded_mask\.shape"):
         converted(model, "bfp8[0]")(X, src_key_padding_mask=wrong)
+
+
+def test_that_pytorchs_layers_are_traced_into_outlives_the_rules_of_the_front_end():
+    """torch.distributed.init_process_group makes them anew."""
+    torch._dynamo.trace_rules.clear_lru_cache()
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+    lp = convert(model, recipe="bfp8[0] quantize_logits=true", example_inputs=(X, X, X)).module
+    assert "softmax(" in lp.graphs[0].code and "multi_head_attention_forward" not in lp.graphs[0].code

@@ -45,8 +45,7 @@ KINDS = (*shapes.ALL, Reused, Namesakes, shapes.Inside, shapes.Normed, shapes.De
 
 def _rows(module):
     """Name -> role -> format, of each row of the report."""
-    rows = [re.split(r" {2,}", line) for line in str(report(module)).split("\n\n")[0].splitlines()[2:]]
-    return {name: _roles(formats) for name, _, formats, *_ in rows}
+    return {line.name: _roles(line.rounded) for line in report(module).layers}
 
 
 def _roles(formats):

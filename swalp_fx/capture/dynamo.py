@@ -21,7 +21,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._dynamo.trace_rules import get_torch_obj_rule_map, torch_name_rule_map
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._dynamo.variables import UserFunctionVariable
 from torch._dynamo.variables.base import VariableTracker
@@ -100,13 +100,26 @@ def compiled(
 
 def trace_into(function: Callable[..., Any]) -> None:
     """From now on a trace goes into ``function``, as into any code, where it would have made one node of its call."""
-    get_torch_obj_rule_map()[function] = UserFunctionVariable
+    _set_rule(function, UserFunctionVariable)
 
 
 def trace_instead(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates what a trace goes into from now on in the place of ``function``."""
-    get_torch_obj_rule_map().pop(function, None)
+    _set_rule(function, None)
     return torch.compiler.substitute_in_graph(function)
+
+
+def _set_rule(function: Callable[..., Any], rule: Any) -> None:
+    """What a trace makes of ``function``'s call; None: what it makes of others'.
+
+    By its name: the rules by object are made anew from those, as in torch.distributed.init_process_group.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+    maps: Any = torch_name_rule_map
+    for rules in maps:
+        if rules.pop(name, None) is not None and rule is not None:
+            rules[name] = rule
+    get_torch_obj_rule_map.cache_clear()
 
 
 def original_code(function: Any) -> CodeType:
