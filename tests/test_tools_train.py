@@ -180,6 +180,7 @@ class TestTrain:
             (["--recipe", "Q=bfp8"], "there is no role 'Q'"),
             (["--recipe", "bfp8[5]"], "parameter 0.weight has 4 dimensions, and bfp8[5] needs 6; give it"),
             (["--recipe", "bfp8[0] G=bfp8[5]"], "parameter 0.weight has 4 dimensions, and bfp8[5] needs 6; give it"),
+            (["--recipe", "bfp8[0] A=bfp8[5]"], "does not fit the model: block dimension 5 does not exist"),
             (["--recipe", "bfp8[0] average=bfp8[5]"], "4 dimensions, and bfp8[5] needs 6; give average another format"),
             (["--model", "convnett"], "unknown model 'convnett'; use convnet"),
             (["--model", "resnet18"], "resnet18 takes images of 3 channels, not 1; use one of convnet"),
