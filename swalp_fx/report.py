@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,14 @@ def report(module: nn.Module, /, *inputs: Any, fold: bool = False, **keywords: A
     conversion = conversion_in(module, "report")
     audit = audited(conversion, module, inputs, keywords) if inputs or keywords else None
     found = rows(conversion)
+    parameters = tuple(_parameters(conversion, found))
     here = f"{Path.cwd()}{os.sep}"
     return Report(
         model=type(conversion.root).__name__,
         recipe=str(conversion.recipe),
         layers=tuple(_layer(row, audit) for row in found),
-        parameters=tuple(_parameters(conversion, found)),
-        totals=dict(_totals(conversion, found, audit)),
+        parameters=parameters,
+        totals=dict(_totals(conversion, found, parameters, audit)),
         in_float=tuple(_floats(conversion, found)),
         outside=tuple(line.replace(here, "") for line in _outside(conversion, audit)),
         is_audited=audit is not None,
@@ -83,8 +84,10 @@ def _parameters(conversion: Conversion, found: list[Row]) -> Iterator[ParameterL
         yield ParameterLine(name, tuple(parameter.shape), spec, parameter.numel(), stored_bits(spec, parameter))
 
 
-def _totals(conversion: Conversion, found: list[Row], audit: Audit | None) -> Iterator[tuple[str, str]]:
-    recipe, parameters = conversion.recipe, list(_parameters(conversion, found))
+def _totals(
+    conversion: Conversion, found: list[Row], parameters: Sequence[ParameterLine], audit: Audit | None
+) -> Iterator[tuple[str, str]]:
+    recipe = conversion.recipe
     bits, values = sum(each.bits for each in parameters), sum(each.values for each in parameters)
     read = {name for row in found for name in row.weights}
     counted = Counter(each.format for each in parameters if each.name in read)

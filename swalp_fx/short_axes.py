@@ -10,14 +10,13 @@ from torch import nn
 from .formats import ROWS, Block, Channel, Format, Runs
 from .passes.fit import axis_of_parameter
 from .passes.names import parameter_subjects
-from .recipe import LETTERS, Recipe
+from .recipe import LETTERS, OF_PARAMETERS, Recipe
 from .table import listed
 from .warn import warn
 
 __all__ = ["warn_of_short_axes"]
 
 ROOM = 120  # columns that names take in a warning
-OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment")
 
 
 def warn_of_short_axes(model: nn.Module, recipe: Recipe) -> None:

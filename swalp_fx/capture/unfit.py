@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import UNPACK, ConvertError
 from ..passes.fit import of_parameter
 from ..passes.names import parameter_subjects
-from ..recipe import LETTERS, Recipe, Subject
+from ..recipe import LETTERS, OF_PARAMETERS, Recipe, Subject
 from .conversion import conversion_of
 
 __all__ = ["refuse_unfit"]
@@ -70,7 +70,7 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
     """Raises ConvertError for a parameter that has fewer axes than the block of a format of its."""
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
-        for role in ("weight", "gradient", "momentum", "second_moment", "master", "average"):
+        for role in (*OF_PARAMETERS, "master", "average"):
             quantizer = getattr(here, role)
             if quantizer is None or not parameter.is_floating_point():
                 continue

@@ -497,12 +497,10 @@ class SWALP:
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
+            # SGD's momentum buffer is as sparse.
             states = (recipe.momentum, recipe.second_moment, *(quantizer for _, quantizer in recipe.states))
-            if not any(
-                quantizer.rounds for quantizer in (recipe.gradient, *states)
-            ):  # SGD's momentum buffer is as sparse
-                continue
-            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            is_rounded = any(quantizer.rounds for quantizer in (recipe.gradient, *states))
+            if is_rounded and parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(
                     f"the gradient of {self._names[index]!r} is {parameter.grad.layout}, which has no rounding; "
                     "make it dense (sparse=False in nn.Embedding)"
@@ -521,7 +519,7 @@ class SWALP:
         step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
-            self._round_momentum(step, optimizer)
+            self._round_states(step, optimizer)
         self._step = None
         self._steps += 1
 
@@ -532,7 +530,7 @@ class SWALP:
                 self._masters[self._names[index]].copy_(parameter)
         self._round(self._in_role("weight", step.parameters), step)
 
-    def _round_momentum(self, step: _Step, optimizer: Optimizer) -> None:
+    def _round_states(self, step: _Step, optimizer: Optimizer) -> None:
         self._warn_of_unknown_states(step, optimizer)
         states = (
             (quantizer, MOMENTUM + slot, index, tensor)

@@ -14,13 +14,14 @@ from .errors import RecipeError
 from .patterns import Subject, matches, shortened
 from .quantizer import MARK, Quantizer, split
 from .recipe import PLACEMENTS, Recipe
-from .roles import LETTERS, ROLES
+from .roles import LETTERS, OF_PARAMETERS, ROLES
 from .rounding import RANDOM_BITS, ROUNDINGS, parse_rounding
 from .rule import Rule
 
 __all__ = [
     "LETTERS",
     "MARK",
+    "OF_PARAMETERS",
     "PLACEMENTS",
     "RANDOM_BITS",
     "ROLES",

@@ -8,7 +8,7 @@ from typing import Any
 from ..nearest import did_you_mean
 from .errors import RecipeError
 
-__all__ = ["ALL_ROLES", "AVERAGE_ROUNDING", "LETTERS", "ROLES", "STATE", "once"]
+__all__ = ["ALL_ROLES", "AVERAGE_ROUNDING", "LETTERS", "OF_PARAMETERS", "ROLES", "STATE", "once"]
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
@@ -16,6 +16,7 @@ ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "
 # rounded to zero, and a step would be as long as 1 / epsilon.
 ALL_ROLES = {**ROLES, "V": "second_moment"}
 LETTERS = {role: letter for letter, role in ALL_ROLES.items()}
+OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment")  # which all calls of a layer share
 STATE = "state."  # before the name of an optimizer's state
 AVERAGE_ROUNDING = "average_rounding"  # once a field: now average=FORMAT~ROUNDING
 _FIELDS = {**ALL_ROLES, "accumulator": "master"}  # letters, and the old word: hardware's accumulator is a product's

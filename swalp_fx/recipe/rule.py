@@ -10,7 +10,7 @@ from typing import Any
 from .errors import RecipeError
 from .patterns import Subject, is_numbered, matches
 from .quantizer import Quantizer, States, as_states
-from .roles import ALL_ROLES, LETTERS, once
+from .roles import ALL_ROLES, LETTERS, OF_PARAMETERS, once
 
 __all__ = ["FIELDS_OF_RULE", "Rule"]
 
@@ -71,7 +71,7 @@ class Rule:
 
     def refuse_shared(self, subjects: Iterable[Subject]) -> None:
         """Raises RecipeError if it means single calls of a layer, and sets what all its calls share."""
-        shared = [role for role in ("weight", "gradient", "momentum", "second_moment") if role in self.roles()]
+        shared = [role for role in OF_PARAMETERS if role in self.roles()]
         matched = (name for name, kinds in subjects if self.matches([(name, kinds)]))
         if shared and "@" in self.match and all(map(is_numbered, matched)):
             raise RecipeError(
