@@ -41,7 +41,7 @@ from .moments import ends_in
 from .one_pass import in_one_pass
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
-from .states import quantizer_of, refuse_misnamed, states_of, unknown_states
+from .states import is_known, quantizer_of, refuse_misnamed, states_of
 
 __all__ = ["SWALP"]
 
@@ -531,27 +531,26 @@ class SWALP:
         self._round(self._in_role("weight", step.parameters), step)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> None:
-        self._warn_of_unknown_states(step, optimizer)
-        states = (
-            (quantizer, MOMENTUM + slot, index, tensor)
-            for index, parameter in step.parameters
-            for slot, (tensor, quantizer) in enumerate(states_of(optimizer, parameter, self._recipes[index]))
-        )
-        self._round(states, step)
-
-    def _warn_of_unknown_states(self, step: _Step, optimizer: Optimizer) -> None:
+        states = []
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
-            rounded = next((each for each in (recipe.momentum, recipe.second_moment) if each.rounds), None)
-            if rounded is None:
-                continue
-            for name in sorted(unknown_states(optimizer, parameter, recipe) - self._warned_of):
-                self._warned_of.add(name)
-                how = f"; name it: state.{name}={rounded}, or state.{name}=float"
-                warn(
-                    f"{type(optimizer).__name__}'s state {name!r} stays in float, since nothing says whether it is a "
-                    f"mean of gradients{how if name.isidentifier() else ''}"
-                )
+            for slot, (name, tensor, quantizer) in enumerate(states_of(optimizer, parameter, recipe)):
+                if not is_known(recipe, name) and tensor.shape == parameter.shape:
+                    self._warn_of_unknown(name, recipe, optimizer)
+                states.append((quantizer, MOMENTUM + slot, index, tensor))
+        self._round(states, step)
+
+    def _warn_of_unknown(self, name: str, recipe: Recipe, optimizer: Optimizer) -> None:
+        """Warns, once, that a state stays in float, if the recipe rounds states."""
+        rounded = next((each for each in (recipe.momentum, recipe.second_moment) if each.rounds), None)
+        if rounded is None or name in self._warned_of:
+            return
+        self._warned_of.add(name)
+        how = f"; name it: state.{name}={rounded}, or state.{name}=float" if name.isidentifier() else ""
+        warn(
+            f"{type(optimizer).__name__}'s state {name!r} stays in float, since nothing says whether it is a mean of "
+            f"gradients{how}"
+        )
 
     def _in_role(
         self, role: str, tensors: Iterable[tuple[int, Tensor]]

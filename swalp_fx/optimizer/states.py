@@ -17,7 +17,7 @@ from ..nearest import did_you_mean
 from ..ops import quantize_
 from ..recipe import Quantizer, Recipe, RecipeError
 
-__all__ = ["quantizer_of", "refuse_misnamed", "states_of", "unknown_states"]
+__all__ = ["is_known", "quantizer_of", "refuse_misnamed", "states_of"]
 
 # What the optimizers of torch, and well-known ones of packages, call their states -> the role. Those of no role are
 # averages of weights, step sizes and gradients of earlier steps.
@@ -48,23 +48,20 @@ def quantizer_of(recipe: Recipe, name: str) -> Quantizer:
     return _IN_FLOAT if role is None else getattr(recipe, role)
 
 
-def states_of(optimizer: Optimizer, parameter: nn.Parameter, recipe: Recipe) -> list[tuple[Tensor, Quantizer]]:
-    """(tensor, how it is rounded) of each state of ``parameter``, in the order of their streams.
+def is_known(recipe: Recipe, name: str) -> bool:
+    """Whether the table or ``recipe`` says what the state of that name is."""
+    return name in ROLES or name in dict(recipe.states)
+
+
+def states_of(optimizer: Optimizer, parameter: nn.Parameter, recipe: Recipe) -> list[tuple[str, Tensor, Quantizer]]:
+    """(name, tensor, how it is rounded) of each state of ``parameter``, in the order of their streams.
 
     That is the order of their names, because a loaded state may hold them in another: first those of the parameter's
     shape, then others.
     """
     found = sorted(_rounded(optimizer.state.get(parameter, {})), key=lambda state: state[0])
     found.sort(key=lambda state: state[1].shape != parameter.shape)
-    return [(tensor, quantizer_of(recipe, _first(path))) for path, tensor in found]
-
-
-def unknown_states(optimizer: Optimizer, parameter: nn.Parameter, recipe: Recipe) -> set[str]:
-    """The states of the parameter's shape of which neither the table nor ``recipe`` says what they are."""
-    state = optimizer.state.get(parameter, {})
-    unknown = state.keys() - ROLES.keys() - COUNTERS - dict(recipe.states).keys()
-    of_unknown = _rounded({name: state[name] for name in unknown})
-    return {_first(path) for path, tensor in of_unknown if tensor.shape == parameter.shape}
+    return [((name := _first(path)), tensor, quantizer_of(recipe, name)) for path, tensor in found]
 
 
 def _first(path: str) -> str:
