@@ -226,6 +226,22 @@ class TestModels:
         assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
         torch.fx.symbolic_trace(model)
 
+    def test_vit(self):
+        model = models.build("vit", 10, 1, 28)
+        block = 4 * 64**2 + 2 * 4 * 64**2 + (4 + 4 + 1) * 64 + 4 * 64  # products, their biases, two norms
+        assert sum(p.numel() for p in model.parameters()) == (16 + 1 + 49) * 64 + 4 * block + 2 * 64 + 65 * 10
+        assert model(models.example(1, 28)).shape == (1, 10)
+
+    def test_rotary(self):
+        model = models.build("rotary")
+        block = 4 * 128**2 + 3 * 128 * 341 + 2 * 128
+        assert sum(p.numel() for p in model.parameters()) == 2 * 256 * 128 + 3 * block + 128
+        text = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+        changed = text.clone()
+        changed[:, 40:] = 0
+        before, after = model(text), model(changed)
+        assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before[:, 40], after[:, 40])
+
     def test_decoder(self):
         model = models.build("decoder")
         blocks = 3 * (12 * 128**2 + 13 * 128)  # weights, and the biases and norms
