@@ -334,11 +334,13 @@ def test_dtypes_and_recipes_side_by_side_round_as_each_alone(master):
             return quantize(tensor, format, its.rounding, key=fold_in(7, 0), stream=half << 32 | index)
 
         gradient = q(gradients[index], "gradient", 1)
-        stepped = before[index] - 0.5 * gradient
+        assert same(p.grad, gradient)
+        dtype = p.dtype if its.master is None else torch.promote_types(p.dtype, torch.float32)  # of the step
+        gradient = gradient.to(dtype)
+        stepped = before[index].to(dtype) - 0.5 * gradient
         if its.master is not None:
             stepped = q(stepped, "master", 2)
-        assert same(p.grad, gradient)
-        assert same(p.detach(), q(stepped, "weight", 3))
+        assert same(p.detach(), q(stepped, "weight", 3).to(p.dtype))
         assert same(optimizer.state[p]["momentum_buffer"], q(gradient, "momentum", 4))
 
 

@@ -42,6 +42,7 @@ from .one_pass import in_one_pass
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
+from .twin import Loading, Twin, is_half, narrow_states
 
 __all__ = ["SWALP"]
 
@@ -61,6 +62,11 @@ class _Step:
     ready: bool = False  # gradients rounded, masters in the place of the weights
     # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    twin: Twin | None = None  # of the optimizer, where a parameter has a master of another dtype
+
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer steps in the place of ``parameter``."""
+        return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
 
 
 class SWALP:
@@ -210,6 +216,12 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if self.recipe.master is not None:
+            loading = Loading()
+            self._handles += [
+                optimizer.register_load_state_dict_pre_hook(loading.before),
+                optimizer.register_load_state_dict_post_hook(loading.after),
+            ]
 
     def _warn_of_moments(self, optimizer: Optimizer) -> None:
         pairs = [
@@ -230,12 +242,15 @@ class SWALP:
     def detach(self) -> None:
         """Take the hooks off, if they are on; the weights stay as they are.
 
-        The masters are dropped, so that a later attach() starts from the weights of that moment.
+        The masters are dropped, so that a later attach() starts from the weights of that moment. States of parameters
+        in half precision, which are float32 beside a master, go back to their parameter's dtype.
         """
         if self._optimizer is None:
             return
         for handle in self._handles:
             handle.remove()
+        if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
+            narrow_states(self._optimizer)
         self._optimizer, self._handles = None, []
         self._masters.clear()
 
@@ -448,11 +463,14 @@ class SWALP:
         _refuse_unserved(optimizer, kwargs)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
         step = _Step(frame, key, self._trained(optimizer))
+        if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
+            step.twin = Twin(optimizer)
+            args = (step.twin.optimizer, *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
             self._step = step
-            return None
+            return args, kwargs
         self._step = step
         closure = self._rounding(closure, step)
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
@@ -481,9 +499,25 @@ class SWALP:
             gradients = ((index, p.grad) for index, p in step.parameters if p.grad is not None)
             self._round(self._in_role("gradient", gradients), step)
             if self.recipe.master is not None:
-                for index, parameter in step.parameters:
-                    parameter.copy_(self._master(index, parameter))
+                self._put_masters(step)
         step.ready = True
+
+    def _put_masters(self, step: _Step) -> None:
+        wide = {}
+        for index, parameter in step.parameters:
+            master = self._master(index, parameter)
+            if master.dtype == parameter.dtype:
+                parameter.copy_(master)
+            else:
+                wide[parameter] = master
+        narrow = step.twin.put(wide) if step.twin is not None else []
+        if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
+            parameter, state = narrow[0]
+            name = self._names[self._index[parameter]]
+            warn(
+                f"the optimizer's state {state!r} of {name!r} was in {parameter.dtype} and goes on in float32; "
+                "if float32 was saved, load the optimizer's state after convert() or attach()"
+            )
 
     def _step_in_one_pass(self, step: _Step) -> None:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
@@ -519,16 +553,22 @@ class SWALP:
         step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
+            if step.twin is not None:
+                step.twin.give_back(optimizer)
             self._round_states(step, optimizer)
         self._step = None
         self._steps += 1
 
     def _round_weights(self, step: _Step) -> None:
+        stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
         if self.recipe.master is not None:
-            self._round(self._in_role("master", step.parameters), step)
-            for index, parameter in step.parameters:
-                self._masters[self._names[index]].copy_(parameter)
-        self._round(self._in_role("weight", step.parameters), step)
+            self._round(self._in_role("master", stepped), step)
+            for index, tensor in stepped:
+                self._masters[self._names[index]].copy_(tensor)
+        self._round(self._in_role("weight", stepped), step)
+        for (_, parameter), (_, tensor) in zip(step.parameters, stepped, strict=True):
+            if tensor is not parameter:
+                parameter.copy_(tensor)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> None:
         states = []
@@ -574,12 +614,12 @@ class SWALP:
             quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
-        """The parameter's master, on its device and in its dtype; at first a copy of the parameter."""
+        """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
         name = self._names[index]
         master = self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
-        self._masters[name] = master.to(parameter.device, parameter.dtype)
+        self._masters[name] = master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
         return self._masters[name]
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
