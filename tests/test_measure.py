@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swalp_fx import ConvertError, convert, measure
-from swalp_fx.measure import Measures, Rounded
+from swalp_fx.reports import Measures, Rounded
 
 
 class Scale(nn.Module):

@@ -1,15 +1,13 @@
-"""Tables, paragraphs and lists of names, at most WIDTH columns wide."""
+"""Tables and paragraphs, at most WIDTH columns wide."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Collection, Iterable
-from fnmatch import fnmatchcase
 
 from tabulate import tabulate
 
-__all__ = ["WIDTH", "escaped", "folded", "folded_rows", "listed", "markdown", "paragraph", "table"]
+__all__ = ["WIDTH", "escaped", "markdown", "paragraph", "table"]
 
 WIDTH = 100
 NARROW = 20  # no column but the first gives way below this, before the first does
@@ -56,47 +54,3 @@ def _broken(cell: str, width: int) -> str:
 def paragraph(text: str, indent: int) -> str:
     """``text`` in lines of at most WIDTH columns, those after the first indented."""
     return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
-
-
-def listed(names: Iterable[str], among: Collection[str], room: int) -> str:
-    """``names`` with commas between them, folded if they take more than ``room`` columns."""
-    names = tuple(names)
-    full = ", ".join(names)
-    return full if len(full) <= room else ", ".join(folded(names, among))
-
-
-def folded(names: Iterable[str], among: Collection[str]) -> list[str]:
-    """Names that differ only in their numbers as one glob, with how many they are: ``layer*.*.relu@* (16)``.
-
-    Where the glob matches more of the names ``among`` which these are, it says so: ``(2 of 16)``.
-    """
-    alike: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        alike.setdefault(_unnumbered(name), []).append(name)
-    return [_glob(each, among) for each in alike.values()]
-
-
-def folded_rows(rows: list[list[str]]) -> list[list[str]]:
-    """``rows``, those of equal blocks as one, where the first of them stood.
-
-    These differ only in numbers in front of the last dot of the name in their first cell.
-    """
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name, *cells in rows:
-        around, _, last = name.rpartition(".")
-        alike.setdefault((_unnumbered(around), last, *cells), []).append(name)
-    every = [name for name, *_ in rows]
-    return [[_glob(names, every), *cells] for (_, _, *cells), names in alike.items()]
-
-
-def _unnumbered(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
-def _glob(alike: list[str], among: Collection[str]) -> str:
-    if len(alike) == 1:
-        return alike[0]
-    pieces = zip(*(re.split(r"(\d+)", name) for name in alike), strict=True)
-    glob = "".join(here[0] if len(set(here)) == 1 else "*" for here in pieces)
-    matched = sum(fnmatchcase(name, glob) for name in set(among))
-    return f"{glob} ({len(alike)})" if matched <= len(alike) else f"{glob} ({len(alike)} of {matched})"

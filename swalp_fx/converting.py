@@ -15,8 +15,8 @@ from .capture.trial import try_on
 from .errors import UNPACK, ConvertError
 from .optimizer import SWALP
 from .passes import recipes_of_parameters
+from .passes.short_axes import warn_of_short_axes
 from .recipe import Recipe
-from .short_axes import warn_of_short_axes
 
 __all__ = ["Converted", "convert", "in_float", "restore"]
 

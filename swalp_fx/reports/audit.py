@@ -15,14 +15,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .capture import Conversion, Rewritten, local
-from .capture.trial import untouched
+from ..capture import Conversion, Rewritten, local
+from ..capture.trial import untouched
+from ..passes.captured import LAYER
+from ..passes.names import NAME
+from ..passes.operations import operation_of
+from ..passes.tables import part_of
+from ..recipe import Quantizer
 from .graphs import inlined, is_quantizer
-from .passes.captured import LAYER
-from .passes.names import NAME
-from .passes.operations import operation_of
-from .passes.tables import part_of
-from .recipe import Quantizer
 
 __all__ = ["Audit", "audited"]
 

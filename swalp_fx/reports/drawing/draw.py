@@ -11,21 +11,21 @@ from pathlib import Path
 from torch import nn
 from torch.fx import Node
 
-from . import nodes
-from .capture import Conversion, Rewritten
-from .drawing.dot import picture
-from .drawing.kinds import signature
-from .drawing.labels import box, chips, moved, port
-from .drawing.marks import Call, Mark, seen_from, tree
-from .errors import ConvertError
-from .formats import FLOAT
-from .graphs import conversion_in, inlined, is_quantizer
-from .passes.captured import LAYER, MODULE, Layer, calls_around
-from .passes.facts import MEANINGS
-from .passes.names import PART, is_derived, place
-from .passes.operations import name_of
-from .passes.tables import LAYER_PARTS
-from .rows import operation_of, parameter_of
+from ... import nodes
+from ...capture import Conversion, Rewritten
+from ...errors import ConvertError
+from ...formats import FLOAT
+from ...passes.captured import LAYER, MODULE, Layer, calls_around
+from ...passes.facts import MEANINGS
+from ...passes.names import PART, is_derived, place
+from ...passes.operations import name_of
+from ...passes.tables import LAYER_PARTS
+from ..graphs import conversion_in, inlined, is_quantizer
+from ..rows import operation_of, parameter_of
+from .dot import picture
+from .kinds import signature
+from .labels import box, chips, moved, port
+from .marks import Call, Mark, seen_from, tree
 
 __all__ = ["draw"]
 

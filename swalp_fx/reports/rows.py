@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
-from . import nodes
-from .capture import Conversion, Rewritten
-from .formats import FLOAT
+from .. import nodes
+from ..capture import Conversion, Rewritten
+from ..formats import FLOAT
+from ..passes import recipes_of_parameters
+from ..passes.captured import LAYER, PARAMETER
+from ..passes.classify import OUT
+from ..passes.expand import Attention
+from ..passes.names import PART, is_derived, parameter_subjects, place
+from ..passes.operations import is_torch, name_of
+from ..passes.tables import LAYER_PARTS, layer_part
+from ..recipe import Quantizer, Recipe
 from .graphs import inlined
-from .passes import recipes_of_parameters
-from .passes.captured import LAYER, PARAMETER
-from .passes.classify import OUT
-from .passes.expand import Attention
-from .passes.names import PART, is_derived, parameter_subjects, place
-from .passes.operations import is_torch, name_of
-from .passes.tables import LAYER_PARTS, layer_part
-from .recipe import Quantizer, Recipe
 
 __all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows", "stored_bits"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 
-from ..formats import FLOAT
+from ...formats import FLOAT
 from .kinds import Box, Kind
 from .marks import names, seen_from
 

@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from ..formats import FLOAT
+from ..globs import folded_rows, in_room
+from ..recipe import ROLES
 from .files import written
-from .formats import FLOAT
 from .page import Table, page
-from .recipe import ROLES
-from .table import WIDTH, escaped, folded_rows, listed, markdown, paragraph, table
+from .table import WIDTH, escaped, markdown, paragraph, table
 
 __all__ = ["InFloat", "LayerLine", "ParameterLine", "Report"]
 
@@ -62,7 +63,7 @@ class InFloat:
 
     def __str__(self) -> str:
         room = max(WIDTH - 4 - len(self.before + self.why), WIDTH // 2)
-        return f"{self.before}{listed(self.names, self.among or self.names, room)}: {self.why}"
+        return f"{self.before}{in_room(self.names, self.among or self.names, room)}: {self.why}"
 
 
 @dataclass(frozen=True, repr=False)

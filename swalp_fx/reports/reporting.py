@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn
 
+from ..capture import Conversion
+from ..capture.methods import set_on
+from ..formats import FLOAT
+from ..nodes import quantize_output
+from ..passes.names import PART, place
+from ..recipe import ROLES, Recipe
+from ..recipe.quantizer import MARK
 from .audit import Audit, audited
-from .capture import Conversion
-from .capture.methods import set_on
-from .formats import FLOAT
 from .graphs import conversion_in, inlined
-from .nodes import quantize_output
-from .passes.names import PART, place
-from .recipe import ROLES, Recipe
-from .recipe.quantizer import MARK
-from .reported import InFloat, LayerLine, ParameterLine, Report
 from .rows import DERIVED, Row, operation_of, rows, stored_bits
+from .value import InFloat, LayerLine, ParameterLine, Report
 
 __all__ = ["report"]
 
@@ -244,7 +244,7 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
 
 def _run_as_python(conversion: Conversion) -> Iterator[str]:
     """Where the methods stand that PyTorch's front end leaves to Python."""
-    from .capture.compiler import PYTHON  # and with it the front end, a second's import
+    from ..capture.compiler import PYTHON  # and with it the front end, a second's import
 
     kinds = dict.fromkeys(base for module in conversion.root.modules() for base in type(module).__mro__)
     for function in (value for kind in kinds for value in vars(kind).values()):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import Conversion, refuse_unfit
-from .capture.trial import randomness_kept
-from .recipe import Recipe
+from ..capture import Conversion, refuse_unfit
+from ..capture.trial import randomness_kept
+from ..recipe import Recipe
 
 __all__ = ["Check", "check"]
 
@@ -52,7 +52,7 @@ def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
     deterministic differs from itself; see torch.use_deterministic_algorithms.
     Raises ConvertError if the model cannot be converted.
     """
-    from .capture.entries import install
+    from ..capture.entries import install
 
     differences = []
     compared = 0

@@ -19,15 +19,15 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
-from . import nodes
-from .capture import Rewritten, local
-from .capture.trial import untouched
+from .. import nodes
+from ..capture import Rewritten, local
+from ..capture.trial import untouched
+from ..formats import FLOAT
+from ..ops import quantize
+from ..passes.names import place
+from ..recipe import LETTERS, Quantizer
 from .files import written
-from .formats import FLOAT
 from .graphs import conversion_in, inlined, is_quantizer
-from .ops import quantize
-from .passes.names import place
-from .recipe import LETTERS, Quantizer
 from .table import table
 
 __all__ = ["Measures", "Rounded", "measure"]

@@ -9,10 +9,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from . import nodes
-from .capture import Conversion, conversion_of
-from .errors import UNPACK, ConvertError
-from .passes.operations import name_of
+from .. import nodes
+from ..capture import Conversion, conversion_of
+from ..errors import UNPACK, ConvertError
+from ..passes.operations import name_of
 
 __all__ = ["conversion_in", "inlined", "is_quantizer"]
 
@@ -34,7 +34,7 @@ def conversion_in(module: object, who: str) -> Conversion:
 
 def _outermost(module: nn.Module) -> Iterator[Conversion]:
     if conversion_of(module) is not None:
-        from .capture.entries import settled
+        from ..capture.entries import settled
 
         yield settled(module)
     else:
