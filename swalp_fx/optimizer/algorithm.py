@@ -37,6 +37,7 @@ from ..random import fold_in, is_captured, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
 from .averaging import Average
+from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
 from .recalibration import recalibrate
@@ -155,7 +156,8 @@ class SWALP:
         With masters, what the user writes into the weights between two steps does not reach
         the masters; detach() and attach() start them again from the weights.
 
-        Warns of second moments in a format in which the optimizer may diverge.
+        Warns of second moments in a format in which the optimizer may diverge, and of updates that are less than the
+        dtype of a parameter without a master holds.
         Raises TypeError (not an optimizer) and ValueError: a wrapper, a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step, a state
         that the recipe names and the optimizer does not have.
@@ -168,6 +170,7 @@ class SWALP:
             )
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
 
     def replace(self, optimizer: Optimizer) -> None:
         """``attach``, after the ``detach`` of an earlier SWALP of the same model, which nobody may hold any more.
@@ -182,6 +185,7 @@ class SWALP:
         earlier.detach()
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
@@ -237,6 +241,24 @@ class SWALP:
                 f"{type(optimizer).__name__} divides one moment by another, and may diverge with the {state} of "
                 f"{self._names[index]!r} {others}in {quantizer_of(recipe, state).format}; keep it in float: "
                 f"{word}=float"
+            )
+
+    def _warn_of_lost_updates(self, optimizer: Optimizer) -> None:
+        if self.recipe.master is not None:
+            return
+        lost = [
+            (parameter, length)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and loses_updates(parameter, length := length_of(group))
+        ]
+        if lost:
+            parameter, length = lost[0]
+            name = self._names[self._index[parameter]]
+            others = f"and {len(lost) - 1} more " if len(lost) > 1 else ""
+            warn(
+                f"an update of {length:.2g}, which is {type(optimizer).__name__}'s for a gradient of one, is lost in "
+                f"most of {name!r} {others}in {parameter.dtype}; keep masters: master=float"
             )
 
     def detach(self) -> None:
