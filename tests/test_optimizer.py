@@ -512,20 +512,6 @@ def test_a_closure_that_raised_is_no_step(master):
     assert same(values(model), values(plain))
 
 
-@pytest.mark.parametrize("unscale_first", [True, False])
-def test_a_grad_scaler_that_unscales_before_the_step_is_served(unscale_first):
-    model, optimizer, swalp = setup(OPTIMIZERS["sgd"])
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # a power of two: unscaling is exact
-    scaler.scale(loss_of(model, 0)).backward()
-    if unscale_first:
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    plain = net()
-    algorithm_2(plain, OPTIMIZERS["sgd"](plain.parameters()), swalp.recipe, 7, range(1))
-    assert same(values(model), values(plain))
-
-
 # The average
 
 

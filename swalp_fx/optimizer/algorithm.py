@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -42,8 +43,9 @@ from .moments import ends_in
 from .one_pass import in_one_pass
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
+from .scaling import scale_of, scaler_of, skip
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
-from .twin import Loading, Twin, is_half, narrow_states
+from .twin import Loading, Twin, idle, is_half, narrow_states
 
 __all__ = ["SWALP"]
 
@@ -64,6 +66,9 @@ class _Step:
     # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     twin: Twin | None = None  # of the optimizer, where a parameter has a master of another dtype
+    scaler: GradScaler | None = None  # that calls the step
+    scale: float = 1.0  # of the loss; the gradients are divided by it already
+    overflows: bool = False  # rounding made infinities of the gradients that a GradScaler found finite: no step
 
     def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the optimizer steps in the place of ``parameter``."""
@@ -106,6 +111,9 @@ class SWALP:
         self._average = Average(average.format, average.rounding or "nearest")
         #: Averages besides the paper's, by name: ``swalp.averages["ema"] = Average(decay=0.999)``.
         self.averages: dict[str, Average] = {}
+        #: What the loss is multiplied by, and gradients are divided by before the step: a number, or a function that
+        #: returns it. None: the scale of the GradScaler that calls the step, or 1.
+        self.grad_scale: float | Callable[[], float] | None = None
         self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
         self._steps = 0
@@ -485,6 +493,8 @@ class SWALP:
         _refuse_unserved(optimizer, kwargs)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
         step = _Step(frame, key, self._trained(optimizer))
+        step.scaler = scaler_of(frame)
+        step.scale = scale_of(self.grad_scale, step.scaler)
         if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
             step.twin = Twin(optimizer)
             args = (step.twin.optimizer, *args[1:])
@@ -492,6 +502,9 @@ class SWALP:
         if closure is None:
             self._prepare(step)
             self._step = step
+            if step.scaler is not None and step.overflows:
+                skip(step.scaler, optimizer)
+                args = (idle(optimizer), *args[1:])
             return args, kwargs
         self._step = step
         closure = self._rounding(closure, step)
@@ -517,12 +530,29 @@ class SWALP:
         step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
         self._refuse_sparse(step)
         with torch.no_grad():
-            self._step_in_one_pass(step)
-            gradients = ((index, p.grad) for index, p in step.parameters if p.grad is not None)
-            self._round(self._in_role("gradient", gradients), step)
-            if self.recipe.master is not None:
+            if step.scale == 1.0 and step.scaler is None:
+                self._step_in_one_pass(step)
+            gradients = self._round_gradients(step)
+            step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
+            if self.recipe.master is not None and not step.overflows:
                 self._put_masters(step)
         step.ready = True
+
+    def _round_gradients(self, step: _Step) -> list[Tensor]:
+        """Round the gradients in the scale of the loss; returns those whose format has infinities or NaN beyond its
+        largest number."""
+        gradients = [
+            (index, p.grad)
+            for index, p in step.parameters
+            if p.grad is not None and self._recipes[index].gradient.rounds
+        ]
+        tensors = list({id(gradient): gradient for _, gradient in gradients}.values())  # two parameters may share one
+        if step.scale != 1.0 and tensors:
+            torch._foreach_mul_(tensors, step.scale)
+        self._round(self._in_role("gradient", gradients), step)
+        if step.scale != 1.0 and tensors:
+            torch._foreach_div_(tensors, step.scale)
+        return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
 
     def _put_masters(self, step: _Step) -> None:
         wide = {}
@@ -565,6 +595,9 @@ class SWALP:
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
         if step is None or step.frame is not sys._getframe(1):
+            return
+        if step.overflows:
+            self._step = None
             return
         if not step.ready:
             raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-__all__ = ["Loading", "Twin", "is_half", "narrow_states"]
+__all__ = ["Loading", "Twin", "idle", "is_half", "narrow_states"]
 
 OWN = ("param_groups", "state")  # the attributes in which a twin differs
 
@@ -66,6 +66,14 @@ class Twin:
         for group, of_twin in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
             group.update({name: value for name, value in of_twin.items() if name != "params"})
         vars(optimizer).update({name: value for name, value in vars(self.optimizer).items() if name not in OWN})
+
+
+def idle(optimizer: Optimizer) -> Optimizer:
+    """A twin that has nothing to step."""
+    twin = Twin(optimizer).optimizer
+    for group in twin.param_groups:
+        group["params"].clear()
+    return twin
 
 
 class Loading:
