@@ -50,17 +50,25 @@ __all__ = ["SWALP"]
 STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
 MOMENTUM = STREAMS["momentum"]
 
+# Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
+_AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graphs; leave out fullgraph=True")
+
 
 @dataclass
 class _Step:
     """One step in progress, from its outermost pre-hook to the post-hook that matches it."""
 
-    frame: FrameType  # of the call that fired the pre-hook
+    calls: list[FrameType]  # those that fired a pre-hook and whose post-hook is due, the outermost first
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
     # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+    def is_running(self) -> bool:
+        """Whether its outermost call goes on. Calls that raised, and never reached their post-hook, are dropped."""
+        self.calls = [call for call in self.calls if _is_running(call)]
+        return bool(self.calls)
 
 
 class SWALP:
@@ -261,6 +269,7 @@ class SWALP:
         """How many times update_average() was called."""
         return self._average.n_averaged
 
+    @_AS_PYTHON
     def update_average(self) -> None:
         """Add the weights of this moment to the average, and to each of ``averages``.
 
@@ -438,16 +447,18 @@ class SWALP:
 
     # One step
 
+    @_AS_PYTHON
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        frame = sys._getframe(1)
+        call = _hooked_call()
         # A subclass's step() calls super().step(), which fires the hooks again: only the outermost
         # call counts. A step that raised never reached its post-hook, and must not pass for one.
-        if self._step is not None and _is_running(self._step.frame):
+        if self._step is not None and self._step.is_running():
+            self._step.calls.append(call)
             return None
         self._refuse_averaged(f"{type(optimizer).__name__}.step()")
         _refuse_unserved(optimizer, kwargs)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
-        step = _Step(frame, key, self._trained(optimizer))
+        step = _Step([call], key, self._trained(optimizer))
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
@@ -506,9 +517,13 @@ class SWALP:
                     "make it dense (sparse=False in nn.Embedding)"
                 )
 
+    @_AS_PYTHON
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
-        if step is None or step.frame is not sys._getframe(1):
+        if step is None or not step.is_running():
+            return
+        step.calls.pop()
+        if step.calls:
             return
         if not step.ready:
             raise ValueError(
@@ -640,6 +655,17 @@ def _steps_low(recipe: Recipe) -> bool:
     """Whether a step in ``recipe`` rounds anything."""
     quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.master, *dict(recipe.states).values())
     return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
+
+
+def _hooked_call() -> FrameType:
+    """The frame of ``Optimizer.step`` that fired the hook which asks, past those of torch.compiler.disable.
+
+    It lasts until the step is over. A compiled step goes on in calls that this frame makes.
+    """
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__", "").startswith("torch._dynamo") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _is_running(frame: FrameType) -> bool:
