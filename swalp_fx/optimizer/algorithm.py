@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -39,6 +40,7 @@ from ..warn import warn
 from .averaging import Average
 from .moments import ends_in
 from .one_pass import in_one_pass
+from .ranks import agreed_seed
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
@@ -82,8 +84,8 @@ class SWALP:
     float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
-    The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
-    stay equal if they are seeded alike, or load the state of one rank.
+    The seed is ``torch.initial_seed()`` at construction, which draws nothing. In a process group it
+    is rank 0's: the ranks agree on it in their first step.
 
     ``copy.deepcopy`` and pickle take the model and the attached optimizer along, and attach the
     copies to one another. An optimizer copied without its SWALP is an ordinary optimizer again,
@@ -109,6 +111,8 @@ class SWALP:
         self.averages: dict[str, Average] = {}
         self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
+        self._has_agreed = False  # with the other ranks on the seed
+        self._group: ProcessGroup | None = None
         self._steps = 0
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
@@ -151,8 +155,11 @@ class SWALP:
 
     # Attaching
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer, *, group: ProcessGroup | None = None) -> None:
         """Make every later ``optimizer.step()`` a low-precision step. Changes no value.
+
+        group: the ranks that train this model, where those are not all ranks. They take rank 0's
+            seed in the first step, and after a state was loaded compare theirs: each has to step.
 
         With masters, what the user writes into the weights between two steps does not reach
         the masters; detach() and attach() start them again from the weights.
@@ -168,6 +175,7 @@ class SWALP:
                 f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first, "
                 "or convert its model again with this optimizer, which does"
             )
+        self._group = group
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
 
@@ -213,7 +221,7 @@ class SWALP:
         refuse_misnamed(optimizer, trained)
 
     def _hook(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._has_agreed = optimizer, False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -249,13 +257,14 @@ class SWALP:
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_averaged("a copy of swalp")
-        return self.__dict__ | {"_handles": [], "_step": None}
+        return self.__dict__ | {"_handles": [], "_step": None, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
         self.__dict__.update(state, _optimizer=None)
         if optimizer is not None:
             self._hook(optimizer)
+            self._has_agreed = state["_has_agreed"]
 
     # The average
 
@@ -424,6 +433,7 @@ class SWALP:
         self._follow_model()
         found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
+        self._has_agreed = False
         for average, (n_seen, n_averaged, means) in zip(
             (self._average, *self.averages.values()), found.averages, strict=True
         ):
@@ -457,8 +467,10 @@ class SWALP:
             return None
         self._refuse_averaged(f"{type(optimizer).__name__}.step()")
         _refuse_unserved(optimizer, kwargs)
+        trained = self._trained(optimizer)
+        self._agree(trained)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
-        step = _Step([call], key, self._trained(optimizer))
+        step = _Step([call], key, trained)
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
@@ -467,6 +479,12 @@ class SWALP:
         self._step = step
         closure = self._rounding(closure, step)
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
+
+    def _agree(self, trained: list[tuple[int, nn.Parameter]]) -> None:
+        """Before the first step, and the first of a loaded state, the ranks of a process group have one seed."""
+        if not self._has_agreed and trained:
+            self._seed = agreed_seed(self._seed, self._steps, trained[0][1].device, self._group)
+            self._has_agreed = True
 
     def _rounding(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
         """``closure``, after which the gradients it left are rounded and the masters in place."""
