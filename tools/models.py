@@ -1,4 +1,4 @@
-"""The networks of the tools: a small convnet, three small transformers, the paper's VGG16 and PreResNet, torchvision's."""
+"""The networks of the tools: a convnet and transformers, small; the SWALP paper's VGG16, PreResNet; torchvision's."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from ..formats import FLOAT
 from ..passes import recipes_of_parameters
 from ..passes.captured import LAYER, PARAMETER
 from ..passes.classify import OUT
-from ..passes.expand import Attention
 from ..passes.names import PART, is_derived, parameter_subjects, place
 from ..passes.operations import is_torch, name_of
+from ..passes.purpose import Attention
 from ..passes.tables import LAYER_PARTS, layer_part
 from ..recipe import Quantizer, Recipe
 from .graphs import inlined
