@@ -219,7 +219,7 @@ class _Proof:
             is_read = user.op != "output" and user.meta[FACTS].category != "number"
             if not is_read or ENDS[kind].fullmatch(_called(user)):
                 continue
-            # Scaled scores may meet a table of positions, and a mask behind it; a layer sees what a mask takes out.
+            # Scaled scores may meet a table of positions, and a mask behind it. What it takes out is seen in a layer.
             passed = ("movement", "exit", kind, *(("arithmetic", "inside") if kind == "mask" else ()))
             is_passed = self.model.kinds[user] in passed
             found = self._read_by_other(user, kind) if is_passed else user

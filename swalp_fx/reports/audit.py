@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -106,18 +107,24 @@ class _Watched(Interpreter):
 
 
 def _rounded(graph: Graph) -> set[Node]:
-    """The nodes with rounded outputs: quantize nodes, and movement of rounded numbers only."""
+    """The nodes with rounded outputs: quantize nodes, and movement of rounded numbers, or products with a power of two."""
     found: set[Node] = set()
     for node in graph.nodes:
         if is_quantizer(node):
             is_rounded = Quantizer.parse(str(node.args[3])).rounds
         else:
             sources = _floating_inputs(node)
-            moves = part_of(operation_of(node)) == "movement"
+            moves = part_of(operation_of(node)) == "movement" or _is_shift(node)
             is_rounded = moves and bool(sources) and found.issuperset(sources)
         if is_rounded:
             found.add(node)
     return found
+
+
+def _is_shift(node: Node) -> bool:
+    """Whether it is a product with a power of two, as queries are scaled by."""
+    factor = node.args[1] if operation_of(node) == "mul" and len(node.args) == 2 else None
+    return isinstance(factor, float) and math.frexp(factor)[0] == 0.5
 
 
 def _floating_inputs(node: Node) -> list[Node]:
