@@ -7,9 +7,11 @@ which module a frame stands, has to look behind that.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from types import CodeType
+from functools import cache, wraps
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 from torch._dynamo.variables import UserFunctionVariable
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import stateless
@@ -37,6 +40,7 @@ __all__ = [
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "Frame",
+    "Inner",
     "TorchDynamoException",
     "assume_constant_result",
     "call_of_module",
@@ -47,6 +51,7 @@ __all__ = [
     "knobs",
     "original_code",
     "skip_code",
+    "straighten",
     "switched_off",
     "trace_instead",
     "trace_into",
@@ -122,6 +127,28 @@ def _set_rule(function: Callable[..., Any], rule: Any) -> None:
     get_torch_obj_rule_map.cache_clear()
 
 
+def straighten(goes_straight: Callable[[Inner], bool]) -> None:
+    """From now on a trace takes the call of a module for that of its class's forward, where ``goes_straight`` says so.
+
+    The front end does so itself, but not where a module has a forward of its own.
+    """
+    otherwise = UnspecializedNNModuleVariable.call_function
+
+    @wraps(otherwise)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
+        function = inspect.getattr_static(self.value_type, "forward", None)
+        is_plain = self.value_type.__call__ is nn.Module.__call__ and type(function) is FunctionType
+        if self.source is None or not is_plain or not goes_straight(Inner(tx, self)):
+            return otherwise(self, tx, args, kwargs)
+        source = AttrSource(self.cls_source, "forward")
+        install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
+        forward = UserFunctionVariable(function, source=source)
+        with record_nn_module_stack(str(id(self.value)), self.get_nn_module_stack_source(), tx, self.value):
+            return forward.call_function(tx, [self, *args], kwargs)
+
+    UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+
+
 def original_code(function: Any) -> CodeType:
     """The code of what ``compiled`` has compiled: its graphs are kept by it."""
     return function._torchdynamo_orig_callable.__code__
@@ -181,23 +208,38 @@ class Inner:
             source = AttrSource(source, name)
         install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
 
+    def guard_identity(self, *attributes: str) -> None:
+        """The same, while each of these attributes is the object that it is."""
+        for name in attributes:
+            install_guard(AttrSource(self._variable.source, name).make_guard(GuardBuilder.ID_MATCH))
+
     def is_set(self, attribute: str) -> bool:
         """Whether the trace has set this attribute of the module."""
         return bool(self._tx.output.side_effects.has_pending_mutation_of_attr(self._variable, attribute))
 
     def has_hooks(self) -> bool:
         """Whether the module has hooks, or all modules have; guarded."""
-        of_all = self._tx.nn_modules_globals_vt
-        for name in HOOKS_OF_ALL:  # the front end itself does not guard these
-            install_guard(AttrSource(of_all.source, name).make_guard(GuardBuilder.SEQUENCE_LENGTH))
-        return any(self._length(self._variable, name) for name in HOOKS) or any(
-            self._length(of_all, name) for name in HOOKS_OF_ALL
-        )
+        of_all = self._tx.output.root_tx.nn_modules_globals_vt
+        lengths = [self._length(of_all, source) for source in _attributes(of_all.source, HOOKS_OF_ALL)]
+        own = self._variable.source
+        return any(lengths) or any(self._length(self._variable, AttrSource(own, name)) for name in HOOKS)
 
-    def _length(self, variable: Any, name: str) -> int:
+    def _length(self, variable: Any, source: Any) -> int:
+        """That of the hooks that a module, torch.nn's or Python's, has at ``source``."""
+        install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))  # of all modules, the front end does not
+        name, effects = source.member, self._tx.output.side_effects
+        hooks = vars(variable.value)[name]
+        if hooks not in effects and not effects.has_pending_mutation_of_attr(variable, name):
+            return len(hooks)  # what the trace has not met, it has not changed
         read = getattr(variable, "tp_getattro_impl", None) or variable.var_getattr
         length: int = read(self._tx, name).realize().len()
         return length
+
+
+@cache
+def _attributes(source: Any, names: tuple[str, ...]) -> list[Any]:
+    """The sources of attributes. They know their hash, which the same guard for each module asks for."""
+    return [AttrSource(source, name) for name in names]
 
 
 class Frame:
@@ -247,10 +289,9 @@ class Frame:
 
     @property
     def inner(self) -> Inner:
-        """The module whose call or method is being inlined: it is called ``module`` there, or ``self``."""
+        """The module whose method is being inlined: it is called ``self`` there."""
         tx = self._tx.output.current_tx
-        names = tx.symbolic_locals
-        return Inner(tx, names["module" if "module" in names else "self"].realize())
+        return Inner(tx, tx.symbolic_locals["self"].realize())
 
     @property
     def backend(self) -> Any:

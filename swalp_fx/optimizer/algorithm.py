@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -38,12 +39,15 @@ from ..random import fold_in, is_captured, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
 from .averaging import Average
+from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
 from .ranks import agreed_seed
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
+from .scaling import scale_of, scaler_of, skip
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
+from .twin import Loading, Twin, idle, is_half, narrow_states
 
 __all__ = ["SWALP"]
 
@@ -66,6 +70,14 @@ class _Step:
     ready: bool = False  # gradients rounded, masters in the place of the weights
     # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    twin: Twin | None = None  # of the optimizer, where a parameter has a master of another dtype
+    scaler: GradScaler | None = None  # that calls the step
+    scale: float = 1.0  # of the loss; the gradients are divided by it already
+    overflows: bool = False  # rounding made infinities of the gradients that a GradScaler found finite: no step
+
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer steps in the place of ``parameter``."""
+        return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
 
     def is_running(self) -> bool:
         """Whether its outermost call goes on. Calls that raised, and never reached their post-hook, are dropped."""
@@ -109,6 +121,9 @@ class SWALP:
         self._average = Average(average.format, average.rounding or "nearest")
         #: Averages besides the paper's, by name: ``swalp.averages["ema"] = Average(decay=0.999)``.
         self.averages: dict[str, Average] = {}
+        #: What the loss is multiplied by, and gradients are divided by before the step: a number, or a function that
+        #: returns it. None: the scale of the GradScaler that calls the step, or 1.
+        self.grad_scale: float | Callable[[], float] | None = None
         self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
         self._has_agreed = False  # with the other ranks on the seed
@@ -164,7 +179,8 @@ class SWALP:
         With masters, what the user writes into the weights between two steps does not reach
         the masters; detach() and attach() start them again from the weights.
 
-        Warns of second moments in a format in which the optimizer may diverge.
+        Warns of second moments in a format in which the optimizer may diverge, and of updates that are less than the
+        dtype of a parameter without a master holds.
         Raises TypeError (not an optimizer) and ValueError: a wrapper, a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step, a state
         that the recipe names and the optimizer does not have.
@@ -178,6 +194,7 @@ class SWALP:
         self._group = group
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
 
     def replace(self, optimizer: Optimizer) -> None:
         """``attach``, after the ``detach`` of an earlier SWALP of the same model, which nobody may hold any more.
@@ -192,6 +209,7 @@ class SWALP:
         earlier.detach()
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
@@ -226,6 +244,12 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if self.recipe.master is not None:
+            loading = Loading()
+            self._handles += [
+                optimizer.register_load_state_dict_pre_hook(loading.before),
+                optimizer.register_load_state_dict_post_hook(loading.after),
+            ]
 
     def _warn_of_moments(self, optimizer: Optimizer) -> None:
         pairs = [
@@ -243,15 +267,36 @@ class SWALP:
                 f"{word}=float"
             )
 
+    def _warn_of_lost_updates(self, optimizer: Optimizer) -> None:
+        if self.recipe.master is not None:
+            return
+        lost = [
+            (parameter, length)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and loses_updates(parameter, length := length_of(group))
+        ]
+        if lost:
+            parameter, length = lost[0]
+            name = self._names[self._index[parameter]]
+            others = f"and {len(lost) - 1} more " if len(lost) > 1 else ""
+            warn(
+                f"an update of {length:.2g}, which is {type(optimizer).__name__}'s for a gradient of one, is lost in "
+                f"most of {name!r} {others}in {parameter.dtype}; keep masters: master=float"
+            )
+
     def detach(self) -> None:
         """Take the hooks off, if they are on; the weights stay as they are.
 
-        The masters are dropped, so that a later attach() starts from the weights of that moment.
+        The masters are dropped, so that a later attach() starts from the weights of that moment. States of parameters
+        in half precision, which are float32 beside a master, go back to their parameter's dtype.
         """
         if self._optimizer is None:
             return
         for handle in self._handles:
             handle.remove()
+        if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
+            narrow_states(self._optimizer)
         self._optimizer, self._handles = None, []
         self._masters.clear()
 
@@ -471,11 +516,19 @@ class SWALP:
         self._agree(trained)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
         step = _Step([call], key, trained)
+        step.scaler = scaler_of(call)
+        step.scale = scale_of(self.grad_scale, step.scaler)
+        if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
+            step.twin = Twin(optimizer)
+            args = (step.twin.optimizer, *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
             self._step = step
-            return None
+            if step.scaler is not None and step.overflows:
+                skip(step.scaler, optimizer)
+                args = (idle(optimizer), *args[1:])
+            return None if args[0] is optimizer else (args, kwargs)
         self._step = step
         closure = self._rounding(closure, step)
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
@@ -506,13 +559,46 @@ class SWALP:
         step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
         self._refuse_sparse(step)
         with torch.no_grad():
-            self._step_in_one_pass(step)
-            gradients = ((index, p.grad) for index, p in step.parameters if p.grad is not None)
-            self._round(self._in_role("gradient", gradients), step)
-            if self.recipe.master is not None:
-                for index, parameter in step.parameters:
-                    parameter.copy_(self._master(index, parameter))
+            if step.scale == 1.0 and step.scaler is None:
+                self._step_in_one_pass(step)
+            gradients = self._round_gradients(step)
+            step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
+            if self.recipe.master is not None and not step.overflows:
+                self._put_masters(step)
         step.ready = True
+
+    def _round_gradients(self, step: _Step) -> list[Tensor]:
+        """Round the gradients in the scale of the loss; returns those whose format has infinities or NaN beyond its
+        largest number."""
+        gradients = [
+            (index, p.grad)
+            for index, p in step.parameters
+            if p.grad is not None and self._recipes[index].gradient.rounds
+        ]
+        tensors = list({id(gradient): gradient for _, gradient in gradients}.values())  # two parameters may share one
+        if step.scale != 1.0 and tensors:
+            torch._foreach_mul_(tensors, step.scale)
+        self._round(self._in_role("gradient", gradients), step)
+        if step.scale != 1.0 and tensors:
+            torch._foreach_div_(tensors, step.scale)
+        return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
+
+    def _put_masters(self, step: _Step) -> None:
+        wide = {}
+        for index, parameter in step.parameters:
+            master = self._master(index, parameter)
+            if master.dtype == parameter.dtype:
+                parameter.copy_(master)
+            else:
+                wide[parameter] = master
+        narrow = step.twin.put(wide) if step.twin is not None else []
+        if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
+            parameter, state = narrow[0]
+            name = self._names[self._index[parameter]]
+            warn(
+                f"the optimizer's state {state!r} of {name!r} was in {parameter.dtype} and goes on in float32; "
+                "if float32 was saved, load the optimizer's state after convert() or attach()"
+            )
 
     def _step_in_one_pass(self, step: _Step) -> None:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
@@ -543,6 +629,9 @@ class SWALP:
         step.calls.pop()
         if step.calls:
             return
+        if step.overflows:
+            self._step = None
+            return
         if not step.ready:
             raise ValueError(
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
@@ -552,16 +641,22 @@ class SWALP:
         step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
+            if step.twin is not None:
+                step.twin.give_back(optimizer)
             self._round_states(step, optimizer)
         self._step = None
         self._steps += 1
 
     def _round_weights(self, step: _Step) -> None:
+        stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
         if self.recipe.master is not None:
-            self._round(self._in_role("master", step.parameters), step)
-            for index, parameter in step.parameters:
-                self._masters[self._names[index]].copy_(parameter)
-        self._round(self._in_role("weight", step.parameters), step)
+            self._round(self._in_role("master", stepped), step)
+            for index, tensor in stepped:
+                self._masters[self._names[index]].copy_(tensor)
+        self._round(self._in_role("weight", stepped), step)
+        for (_, parameter), (_, tensor) in zip(step.parameters, stepped, strict=True):
+            if tensor is not parameter:
+                parameter.copy_(tensor)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> None:
         states = []
@@ -607,12 +702,12 @@ class SWALP:
             quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
-        """The parameter's master, on its device and in its dtype; at first a copy of the parameter."""
+        """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
         name = self._names[index]
         master = self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
-        self._masters[name] = master.to(parameter.device, parameter.dtype)
+        self._masters[name] = master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
         return self._masters[name]
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
