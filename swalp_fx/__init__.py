@@ -13,7 +13,7 @@ from .formats import (
     parse,
 )
 from .measure import Measures, Rounded, measure
-from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
+from .nodes import checkpointed, draw_key, quantize_output, quantize_weight, recurrent
 from .ops import quantize, quantize_
 from .optimizer import SWALP, Average, recalibrate
 from .recipe import Quantizer, Recipe, RecipeError, Rule
@@ -55,6 +55,7 @@ __all__ = [
     "quantize_output",
     "quantize_weight",
     "recalibrate",
+    "recurrent",
     "report",
     "restore",
 ]

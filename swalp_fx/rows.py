@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
@@ -26,9 +26,11 @@ __all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows", "stored_bit
 
 # Operations of rows that are no layer's output.
 PARAMETER_ROW, DERIVED = "parameter", "derived weight"
-# Layers and functions that compute much on their own, out of the graph's sight.
-WHOLE = (nn.RNNBase, nn.RNNCellBase)
-WHOLE_FUNCTIONS = ("scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+# Functions that compute much on their own, out of the graph's sight.
+WHOLE_FUNCTIONS = (
+    "scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,7 @@ def _is_written(node: Node) -> bool:
 def _whole(node: Node, layer: list[Node]) -> str:
     """The name of what computes much on its own, of which no graph sees the inside; "" if ``node`` does not."""
     if layer:
-        kind = node.meta[LAYER].kind
-        is_whole = issubclass(kind, WHOLE) or any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
+        is_whole = any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
         is_whole = is_whole or (_is_written(node) and node.meta[PART] != "norm")
         return (node.meta[LAYER].path or place(node)) if is_whole else ""
     called = _called(node)

@@ -80,10 +80,10 @@ def _held(weakly: weakref.ref[Conversion]) -> Conversion:
 
 
 def _drawing(module: GraphModule) -> Iterator[Node]:
-    """The nodes of a graph, and of the checkpoints that it runs, that round by its key."""
+    """The nodes of a graph, and of those that it runs, that round by its key."""
     key = next(iter(module.graph.nodes))
     for user in key.users:
-        if user.target is nodes.checkpointed:
+        if user.target in nodes.RUNS:
             yield from _drawing(getattr(module, str(user.args[0].target)))
         else:
             yield user

@@ -10,13 +10,14 @@ from torch.fx import Graph, Node
 
 from ..random import stream_of
 from ..recipe import Recipe, Subject
-from .captured import LAYER, PARAMETER, UPDATE, Scope
+from .captured import CARRIED, LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
 from .expand import Attention, inside
 from .facts import MEANINGS
 from .fit import contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
+from .recurrent import inside_recurrent
 from .tables import LAYER_PARTS
 
 __all__ = ["SITE", "Output", "Site", "Weight", "assign", "left_out", "subjects"]
@@ -148,9 +149,10 @@ def _free(scope: Scope, *place: str) -> int:
 def subjects(graph: Graph) -> Iterator[Subject]:
     """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
     for node in graph.nodes:
-        if node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
+        if node.meta.get(PART) in ("input", *LAYER_PARTS, *MEANINGS):
             yield subject(node)
-            yield from inside(node)
+        yield from inside(node)
+        yield from inside_recurrent(node)
 
 
 def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
@@ -234,7 +236,7 @@ def _is_integral(node: Node) -> bool:
 
 def _is_read(node: Node) -> bool:
     """Whether a later layer reads it, or a later call: what the model only returns (its logits) is left as it is."""
-    return _is_kept(node) or any(user.meta[PART] not in OUT for user in node.users)
+    return _is_kept(node) or node.meta.get(CARRIED, False) or any(user.meta[PART] not in OUT for user in node.users)
 
 
 def _is_kept(node: Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..errors import ConvertError
-from ..recipe import Recipe
+from ..recipe import Recipe, Subject
 from .captured import KEPT, LAYER, UPDATE, Layer, around
 from .facts import Origin
 from .names import base_name, kinds_of_type
@@ -29,7 +29,7 @@ from .purpose import PRODUCTS as SCALES
 from .tables import PROBABILITIES, SCORES, does
 from .write import Writer, value_of
 
-__all__ = ["Attention", "expand", "inside"]
+__all__ = ["Attention", "expand", "inside", "rounds"]
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -71,27 +71,27 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
     rounded, so it has no part in the maximum of a block. Where nothing is rounded, all stays as it is.
     """
     for node in list(graph.nodes):
-        if _is_fused(node) and any(_rounds(recipe, *subject) for subject in inside(node)):
+        if _is_fused(node) and any(rounds(recipe, *subject) for subject in inside(node)):
             try:
                 _write_out(node)
             except RuntimeError as error:  # PyTorch's kernels do not look at all sizes
                 raise ConvertError(UNFIT.format(around(node) or "the model", error)) from error
     purposes = Purposes(graph, origins(graph))
     for node in list(graph.nodes):
-        if _gives_scores(node, purposes) and _rounds(recipe, *_subject_of(node)):
+        if _gives_scores(node, purposes) and rounds(recipe, *_subject_of(node)):
             _Scores(node, purposes).bring_into_form()
     graph.lint()
     return graph
 
 
-def inside(node: Node) -> Iterator[tuple[str, list[str]]]:
+def inside(node: Node) -> Iterator[Subject]:
     """What a recipe sees of the scores and the probabilities of a fused product."""
     if operation_of(node) == ATTENTION:
         for name, part in ((SCORES, "compute"), (PROBABILITIES, "activation")):
             yield ".".join(filter(None, (around(node), name))), kinds_of_type(_kind(name), part)
 
 
-def _rounds(recipe: Recipe, name: str, kinds: list[str]) -> bool:
+def rounds(recipe: Recipe, name: str, kinds: Collection[str]) -> bool:
     """Whether an output of that name is rounded; by all placements if it is a product's."""
     here = recipe.at((name, kinds))
     is_placed = recipe.placement != "compute" or "compute" in kinds or recipe.includes(name)
