@@ -122,7 +122,7 @@ def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
         if is_quantizer(node):
             is_rounded = Quantizer.parse(str(node.args[3])).rounds
         elif node.target is nodes.recurrent:
-            body: Any = getattr(module, str(node.args[0].target))
+            body: Any = module.get_submodule(str(node.args[0].target))
             first, _ = _rounded_of_steps(body, node, found)
             _, (output, *_) = body.graph.output_node().args[0]
             is_rounded = output in first

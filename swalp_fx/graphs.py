@@ -80,9 +80,10 @@ class _Inlining:
             if node.op == "placeholder" and given is not None:
                 read[node] = given.pop(0)
             elif node.target in self.runs:
-                body = str(node.args[0].target)
+                name = str(node.args[0].target)
+                body: Any = module.get_submodule(name)
                 operands = map_arg([node.args[1], *operands_of(node)], read.__getitem__)
-                read[node] = self.run(getattr(module, body), f"{prefix}{body}.", list(operands))
+                read[node] = self.run(body, f"{prefix}{name}.", list(operands))
                 if node.target is nodes.recurrent:
                     _, read[node] = read[node]  # behind what the next step is given
             elif name_of(node) == "getitem" and not isinstance(read[node.args[0]], Node):

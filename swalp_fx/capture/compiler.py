@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
@@ -26,6 +27,7 @@ from .dynamo import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     Frame,
+    Inner,
     assume_constant_result,
     compiled,
     functional_call,
@@ -41,7 +43,7 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "goes_straight", "rewriting"]
+__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "goes_straight", "is_given_packed", "rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 HERE, APART = "here", "apart"
@@ -180,8 +182,21 @@ def goes_straight() -> bool:
 
     frame = Frame()
     inner = frame.inner
+    if _is_given_packed(inner):
+        return False
     is_its_class = type(vars(inner.module)["forward"]) is Bound and not inner.is_set("forward")
     return is_its_class and not inner.has_hooks() and _inner_rewriting(frame) == HERE
+
+
+@assume_constant_result
+def is_given_packed() -> bool:
+    """Asked by the call of a module while it is traced: whether a recurrent layer is given a PackedSequence. The front
+    end would run PyTorch's code on it as it is."""
+    return _is_given_packed(Frame().inner)
+
+
+def _is_given_packed(inner: Inner) -> bool:
+    return isinstance(inner.module, nn.RNNBase) and inner.is_given(PackedSequence)
 
 
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded

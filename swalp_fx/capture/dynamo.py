@@ -7,7 +7,7 @@ which module a frame stands, has to look behind that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any
@@ -37,6 +37,7 @@ __all__ = [
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "Frame",
+    "Inner",
     "TorchDynamoException",
     "assume_constant_result",
     "call_of_module",
@@ -159,8 +160,8 @@ def switched_off() -> str | None:
 class Inner:
     """A module as it stands in a trace, what the trace has already changed of it included."""
 
-    def __init__(self, tx: Any, variable: Any) -> None:
-        self._tx, self._variable = tx, variable
+    def __init__(self, tx: Any, variable: Any, given: Iterable[Any]) -> None:
+        self._tx, self._variable, self._given = tx, variable, given
         self.module: nn.Module = variable.value
 
     def stand_in(self) -> None:
@@ -173,6 +174,12 @@ class Inner:
         call = calls.get(name, 0)
         calls[name] = call + 1
         stack[f"{key}@{call}" if call else key] = (name, type(self.module))
+
+    def is_given(self, kind: type) -> bool:
+        """Whether an argument of the call is of this type; guarded."""
+        items = (each.realize().items for each in self._given)
+        given = (item for each in items for item in (each.values() if isinstance(each, Mapping) else each))
+        return any(_type_of(item.realize()) is kind for item in given)
 
     def guard(self, *attributes: str) -> None:
         """What is made of this frame holds while this attribute of the module is what it is."""
@@ -250,7 +257,8 @@ class Frame:
         """The module whose call or method is being inlined: it is called ``module`` there, or ``self``."""
         tx = self._tx.output.current_tx
         names = tx.symbolic_locals
-        return Inner(tx, names["module" if "module" in names else "self"].realize())
+        given = [names[name] for name in ("args", "kwargs") if name in names]
+        return Inner(tx, names["module" if "module" in names else "self"].realize(), given)
 
     @property
     def backend(self) -> Any:
@@ -322,6 +330,14 @@ class Frame:
             return eval(source.name if isinstance(source.name, str) else source.name(), scope)
         except Exception:  # an expression of the guards, which may need more than locals and globals
             return None
+
+
+def _type_of(variable: Any) -> type | None:
+    try:
+        kind: type = variable.python_type()
+    except NotImplementedError:
+        return None
+    return kind
 
 
 def _node_of(variable: Any) -> str | None:

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import nodes
 from ..recipe import Recipe, Subject
-from .captured import ARGUMENT, CARRIED, HOLDS, KEPT, LAYER, UPDATE, Layer, around
+from .captured import ARGUMENT, CALLS, CARRIED, HOLDS, KEPT, LAYER, UPDATE, Layer, around
 from .expand import rounds
 from .facts import Origin
 from .names import PART, kinds_of_type
@@ -199,7 +199,8 @@ class _Call:
         self.node, self.kind = node, kind
         self.layer: Layer | None = node.meta.get(LAYER)
         self.path = around(node) if self.layer is None else self.layer.path
-        self.type = type if self.layer is None else self.layer.kind
+        calls = [each.kind for each in node.meta.get(CALLS, ())[-1:] if issubclass(each.kind, type)]  # of a subclass
+        self.type = self.layer.kind if self.layer is not None else (*calls, type)[0]
 
     def is_rounded_inside(self, recipe: Recipe) -> bool:
         """Whether ``recipe`` rounds anything inside; it does not if it calls the layer, or what is around it, whole."""
@@ -230,6 +231,12 @@ class _Call:
 
         return self.kind.step(Step(written, weights), x, *states)
 
+    def _cast(self, write: Writer, *given: Node) -> list[Node]:
+        """What autocast makes of the operands of the call: they have the type of what it gives."""
+        value = self.node.meta[VALUE]
+        dtype = (value if isinstance(value, Tensor) else value[0]).dtype
+        return [each if value_of(each).dtype == dtype else write("to", each, dtype) for each in given]
+
     def _replace(self, *results: Node) -> None:
         """What the call gave is ``results``, and what else is in its layer is movement around it."""
         for node in self.node.graph.nodes if self.layer is not None else ():
@@ -251,16 +258,17 @@ class _Call:
 class _CellCall(_Call):
     def __init__(self, node: Node, kind: Kind) -> None:
         super().__init__(node, kind, kind.cell)
-        self.given = dict(zip(OF_CELL, node.args, strict=False)) | node.kwargs
+        self.given: dict[str, Any] = dict(zip(OF_CELL, node.args, strict=False)) | node.kwargs
 
     def runs(self) -> Iterator[tuple[str, Weights]]:
         yield "", Weights(*(self.given.get(name) for name in OF_CELL[2:]))
 
     def write_out(self, bodies: MutableMapping[str, Any]) -> None:
         ((name, weights),) = self.runs()
-        hx: Any = self.given["hx"]
-        states = [hx] if isinstance(hx, Node) else list(hx)
-        self._replace(*self._step(Writer(self.node), name, weights, self.given["input"], states))  # type: ignore[arg-type]
+        hx = self.given["hx"]
+        write = Writer(self.node)
+        x, *states = self._cast(write, self.given["input"], *([hx] if isinstance(hx, Node) else hx))
+        self._replace(*self._step(write, name, weights, x, states))
 
 
 class _LayerCall(_Call):
@@ -277,9 +285,9 @@ class _LayerCall(_Call):
             yield name, Weights(ih, hh, *(rest[:biases] or (None, None)), *rest[biases:])
 
     def write_out(self, bodies: MutableMapping[str, Any]) -> None:
-        write, given = Writer(self.node), self.given
+        write, given, directions = Writer(self.node), self.given, 1 + self.given["bidirectional"]
         hx = [given["hx"]] if isinstance(given["hx"], Node) else given["hx"]
-        x, directions = given["input"], 1 + given["bidirectional"]
+        x, *hx = self._cast(write, given["input"], *hx)
         last: list[tuple[Node, ...]] = []
         outputs: list[Node] = []
         for i, (name, weights) in enumerate(self.runs()):
@@ -335,7 +343,8 @@ class _LayerCall(_Call):
             return node
 
         with enable_python_dispatcher():
-            now = placeholder("x", value_of(x).select(axis, 0))
+            sizes = value_of(x).shape
+            now = placeholder("x", value_of(x).new_empty((*sizes[:axis], *sizes[axis + 1 :])))
         states = [placeholder(*each) for each in zip(self.kind.states, map(value_of, first), strict=True)]
         own = Weights(*(each and placeholder(field, value_of(each)) for field, each in weights._asdict().items()))
         output = body.output(None)
