@@ -5,6 +5,7 @@
     python tools/benchmark.py codes               # encode, which writes codes, beside quantize, which writes floats
     python tools/benchmark.py graph               # what a node costs beside its arithmetic
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
+    python tools/benchmark.py recurrent           # recurrent layers, against PyTorch's fused calls
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
 
 Each first checks that the results agree, the op with the oracle, the graph with the model, and times nothing wrong.
@@ -28,6 +29,7 @@ from torch import Tensor
 import captures
 import codes
 import files
+import loops
 import models
 import overhead
 import steps
@@ -209,7 +211,11 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    add("what", choices=["op", "codes", "graph", "capture", "step"], help="op: quantize_ in place, on float32")
+    add(
+        "what",
+        choices=["op", "codes", "graph", "capture", "recurrent", "step"],
+        help="op: quantize_ in place, on float32",
+    )
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
         "--elements",
@@ -273,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = overhead.measure(clock.once, args.device)
     elif args.what == "capture":
         tables = captures.measure(clock.once, args.device)
+    elif args.what == "recurrent":
+        tables = loops.measure(clock.once, args.device)
     else:
         tables = steps.measure(clock.once, args.models or steps.MODELS, args.device)
     show("\n".join(f"{name}: {value}" for name, value in about.items()))
