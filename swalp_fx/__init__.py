@@ -1,10 +1,8 @@
 """Low-precision training with weight averaging (SWALP), as a rewrite of torch.fx graphs."""
 
 from .capture import Graphs, Rewritten
-from .check import Check, check
 from .codes import Codes, decode, encode
-from .convert import Converted, convert, in_float, restore
-from .draw import draw
+from .converting import Converted, convert, in_float, restore
 from .errors import ConvertError, NotRewritten
 from .formats import (
     FLOAT,
@@ -12,13 +10,11 @@ from .formats import (
     FormatError,
     parse,
 )
-from .measure import Measures, Rounded, measure
 from .nodes import checkpointed, draw_key, quantize_output, quantize_weight, recurrent
 from .ops import quantize, quantize_
 from .optimizer import SWALP, Average, recalibrate
 from .recipe import Quantizer, Recipe, RecipeError, Rule
-from .report import report
-from .reported import Report
+from .reports import Check, Measures, Report, Rounded, check, draw, measure, report
 
 __all__ = [
     "FLOAT",

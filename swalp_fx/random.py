@@ -25,6 +25,7 @@ ROUNDS = 10
 COUNTERS = 16
 
 
+@torch.compiler.disable(reason="the products of Philox take 64 bits, one more than a compiled integer has")
 def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """The four 32-bit words of Philox4x32-10 for a 64-bit ``key`` and a 4 x 32-bit ``counter``."""
     k0, k1 = key & MASK, (key >> 32) & MASK

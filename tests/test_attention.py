@@ -112,6 +112,28 @@ CAUSAL = {
     "filled in": lambda q, k, v: (q @ k.mT * SIZE**-0.5).masked_fill(FUTURE, -1e9).softmax(-1) @ v,
     "where": lambda q, k, v: torch.where(~FUTURE, q * SIZE**-0.5 @ k.mT, -math.inf).softmax(-1) @ v,
     "added in place": lambda q, k, v: (q @ k.mT * SIZE**-0.5).add_(_added(FUTURE)).softmax(-1) @ v,
+    "subtracted": lambda q, k, v: (q @ k.mT * SIZE**-0.5 - 1e9 * FUTURE.float()).softmax(-1) @ v,
+    "of ones": lambda q, k, v: (q @ k.mT * SIZE**-0.5 + (1 - (~FUTURE).float()) * -10000.0).softmax(-1) @ v,
+    "of ones, and a product": lambda q, k, v: (
+        (q @ k.mT * SIZE**-0.5 * (~FUTURE).float() + -1e4 * (1 - (~FUTURE).float())).softmax(-1) @ v
+    ),
+    "of integers": lambda q, k, v: (q @ k.mT * SIZE**-0.5 + (1 - (~FUTURE).long()) * -10000).softmax(-1) @ v,
+    "in another shape": lambda q, k, v: (
+        ((q @ k.mT * SIZE**-0.5).view(-1, 1, HEADS, TOKENS, TOKENS) + _added(FUTURE)[None, None])
+        .view(-1, HEADS, TOKENS, TOKENS)
+        .softmax(-1)
+        @ v
+    ),
+    "filled in, in another shape": lambda q, k, v: (
+        (q @ k.mT).mul(SIZE**-0.5).flatten(0, 1).masked_fill(FUTURE, -1e9).unflatten(0, (-1, HEADS)).softmax(-1) @ v
+    ),
+    "in two shapes": lambda q, k, v: (
+        ((q @ k.mT).flatten(0, 1) * SIZE**-0.5 + _added(FUTURE & (FUTURE.cumsum(-1) > 3)))
+        .unflatten(0, (-1, HEADS))
+        .masked_fill(FUTURE, -1e9)
+        .softmax(-1)
+        @ v
+    ),
     "of its own size": lambda q, k, v: _of_its_own_size(q @ k.mT * SIZE**-0.5).softmax(-1) @ v,
     "in two masks": lambda q, k, v: (
         ((q @ k.mT * SIZE**-0.5).masked_fill(FUTURE & (FUTURE.cumsum(-1) > 3), -math.inf) + _added(FUTURE)).softmax(-1)
@@ -160,6 +182,25 @@ def test_baddbmm_is_a_product_a_scale_and_a_mask():
         return ((q @ k.mT * SIZE**-0.5 + _added(FUTURE)).softmax(-1) @ v).unflatten(0, (2, HEADS))
 
     _assert_same_bits(Attention(in_one), Attention(by_hand), "bfp8[0]", X)
+
+
+SLOPES = torch.arange(1, 2 * HEADS + 1).view(-1, 1, 1) * torch.arange(TOKENS) * -0.125  # positions, as ALiBi has them
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_baddbmm_by_keywords_in_a_shape_without_heads(beta):
+    """As Bloom has it: positions in the product, the mask behind it, in another shape."""
+
+    def in_one(q, k, v):
+        alike = {"batch1": q.flatten(0, 1), "batch2": k.flatten(0, 1).mT, "beta": beta, "alpha": SIZE**-0.5}
+        scores = SLOPES.baddbmm(**alike).view(-1, HEADS, TOKENS, TOKENS)
+        return (scores + _added(FUTURE, torch.finfo(torch.float32).min)).softmax(-1) @ v
+
+    def by_hand(q, k, v):
+        scores = q @ k.mT * SIZE**-0.5 + SLOPES.view(-1, HEADS, 1, TOKENS) * beta
+        return scores.masked_fill(FUTURE, -math.inf).softmax(-1) @ v
+
+    _assert_same_bits(Attention(in_one), Attention(by_hand), "mxfp8", X)
 
 
 @pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8 rounding=stochastic"])
@@ -252,6 +293,54 @@ def test_a_mask_takes_out_by_what_the_softmax_is_given(scores):
         return scores(q @ k.mT * 3).softmax(-1) @ v
 
     _assert_as_the_model(Attention(by_hand), X)
+
+
+ROWS = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+ROWS[:5] = True  # of five tokens, every key
+FIRST = torch.zeros(TOKENS, dtype=torch.bool)
+FIRST[:3] = True  # the keys of three tokens: padding on the left
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda s: s + _added(ROWS, -1e4),
+        lambda s: s + (1 - (~ROWS).float()) * -1e4,
+        lambda s: s - 1e4 * ROWS.float(),
+        lambda s: s + _added(ROWS | FUTURE, -1e4),
+        lambda s: s + _added(ROWS[:, :1], -1e4),
+        lambda s: (s - 8e4 * (ROWS | FUTURE).float()) / 8,
+        lambda s: s + _added(FUTURE, -1e4) + _added(FIRST, -1e4),
+        lambda s: torch.where(FUTURE, -1e4, s) + _added(FIRST, -1e4),
+        lambda s: s.masked_fill(FUTURE, -math.inf) + _added(FIRST, -1e4),
+        lambda s: s.flatten(0, 1).masked_fill(FUTURE, -math.inf).unflatten(0, (-1, HEADS)) + _added(FIRST, -1e4),
+        lambda s: (s + _added(FIRST, -1e4)).unsqueeze(0).masked_fill(FUTURE, -math.inf).squeeze(0),
+    ],
+)
+def test_a_row_that_is_masked_by_ten_thousand_has_the_softmax_of_its_scores(scores):
+    def by_hand(q, k, v):
+        return scores(q @ k.mT).softmax(-1) @ v
+
+    model = Attention(by_hand)
+    low = converted(model, "A=e8m22 E=e8m22 rounding=nearest")
+    torch.testing.assert_close(low(X), model(X), rtol=1e-4, atol=2e-5)
+    places = [place.split("@")[0] for place in rounded(low.graphs[0].graph)]
+    assert places == ["query", "key", "value", "matmul", "softmax", "matmul"]
+
+
+@pytest.mark.parametrize("low", [-1e9, -math.inf, torch.finfo(torch.float32).min])
+def test_a_row_that_is_masked_by_more_has_no_part_in_a_block(low):
+    mask = ROWS | FUTURE
+
+    def added(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_added(mask, low))
+
+    def filled_in(q, k, v):
+        if low == -math.inf:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask)
+        return (q @ k.mT * SIZE**-0.5).masked_fill(mask, low).softmax(-1) @ v
+
+    _assert_same_bits(Attention(added), Attention(filled_in), "bfp8[0]", X)
 
 
 def _without_gradient(function, *given):

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from swalp_fx import ConvertError
-from swalp_fx.check import check
+from swalp_fx.reports import check
 
 torch.set_num_threads(2)
 

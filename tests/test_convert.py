@@ -32,7 +32,7 @@ from swalp_fx import (
     restore,
 )
 from swalp_fx.capture import conversion_of
-from swalp_fx.convert import Converted, convert
+from swalp_fx.converting import Converted, convert
 
 kinds = pytest.mark.parametrize("kind", shapes.ALL, ids=lambda kind: kind.__name__)
 

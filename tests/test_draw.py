@@ -15,11 +15,11 @@ from torch import nn
 import swalp_fx
 from swalp_fx import ConvertError, Rule, convert, draw, nodes
 from swalp_fx.capture import conversion_of
-from swalp_fx.draw import _roots
-from swalp_fx.drawing.fold import RANKS, panels
-from swalp_fx.drawing.kinds import Box, ranks
-from swalp_fx.drawing.labels import TIMES
-from swalp_fx.graphs import inlined
+from swalp_fx.reports.drawing.draw import _roots
+from swalp_fx.reports.drawing.fold import RANKS, panels
+from swalp_fx.reports.drawing.kinds import Box, ranks
+from swalp_fx.reports.drawing.labels import TIMES
+from swalp_fx.reports.graphs import inlined
 
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
 

@@ -295,6 +295,14 @@ def test_what_is_made_of_tokens_and_of_an_integer_mask_is_constant():
     assert _between(masked, X, torch.ones(2, TOKENS, dtype=torch.int64)) == ["mul@2"]
 
 
+def test_a_constant_in_the_size_of_an_activation_is_a_constant():
+    def sized(model, x):
+        return x * model.table.cos().expand_as(x).sin().reshape_as(x)
+
+    assert _meant(sized, "constant", table=torch.randn(WIDTH)) == ["cos", "sin"]
+    assert _between(sized, table=torch.randn(WIDTH)) == ["mul"]
+
+
 def test_a_constant_is_rounded_where_it_meets_numbers_and_where_the_recipe_names_it():
     def placed(model, x):
         return x + model.frequencies.repeat(2).exp()

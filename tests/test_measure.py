@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from swalp_fx import ConvertError, convert, measure
-from swalp_fx.graphs import inlined
-from swalp_fx.measure import Measures, Rounded
+from swalp_fx.reports import Measures, Rounded
+from swalp_fx.reports.graphs import inlined
 
 
 class Scale(nn.Module):

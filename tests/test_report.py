@@ -18,11 +18,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from swalp_fx import ConvertError, Recipe, Rule, table
-from swalp_fx.convert import convert
+from swalp_fx import ConvertError, Recipe, Rule, globs
+from swalp_fx.converting import convert
 from swalp_fx.passes.names import PART, place
 from swalp_fx.passes.tables import LAYER_PARTS
-from swalp_fx.report import report
+from swalp_fx.reports import report
 
 
 def _of(kind, recipe, shown=True):
@@ -323,7 +323,7 @@ def test_layers_that_differ_are_not_folded():
     ],
 )
 def test_names_that_differ_in_numbers_are_folded(names, folded):
-    assert table.folded(names, {*names, "layer1.2.relu@1", "layer2.0.relu@2"}) == folded
+    assert globs.folded(names, {*names, "layer1.2.relu@1", "layer2.0.relu@2"}) == folded
 
 
 def test_it_leaves_the_module_as_it_was():

@@ -14,7 +14,7 @@ from swalp_fx import FLOAT, Recipe, RecipeError, Rule, convert, nodes, parse, qu
 from swalp_fx.passes import recipes_of_parameters
 from swalp_fx.passes.names import place
 from swalp_fx.recipe import matches
-from swalp_fx.report import report
+from swalp_fx.reports import report
 
 
 def _recipe(*rules, **fields):

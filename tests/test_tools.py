@@ -14,12 +14,14 @@ import torch
 import torchvision
 from refusal import refusal
 
+import attention
 import benchmark
 import captures
 import codes
 import data
 import loops
 import models
+import optimizers
 import overhead
 import plot
 import report
@@ -226,6 +228,22 @@ class TestModels:
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
         torch.fx.symbolic_trace(model)
+
+    def test_vit(self):
+        model = models.build("vit", 10, 1, 28)
+        block = 4 * 64**2 + 2 * 4 * 64**2 + (4 + 4 + 1) * 64 + 4 * 64  # products, their biases, two norms
+        assert sum(p.numel() for p in model.parameters()) == (16 + 1 + 49) * 64 + 4 * block + 2 * 64 + 65 * 10
+        assert model(models.example(1, 28)).shape == (1, 10)
+
+    def test_rotary(self):
+        model = models.build("rotary")
+        block = 4 * 128**2 + 3 * 128 * 341 + 2 * 128
+        assert sum(p.numel() for p in model.parameters()) == 2 * 256 * 128 + 3 * block + 128
+        text = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+        changed = text.clone()
+        changed[:, 40:] = 0
+        before, after = model(text), model(changed)
+        assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before[:, 40], after[:, 40])
 
     def test_decoder(self):
         model = models.build("decoder")
@@ -507,6 +525,29 @@ def test_benchmark_prints_what_a_full_disk_does_not_take(tmp_path, monkeypatch, 
     assert "1.500" in out and (tmp_path / "b.json").read_text() == "earlier"
 
 
+def test_benchmark_of_an_optimizer_times_each_beside_the_plain_one(tmp_path, monkeypatch, capsys):
+    for name, value in {"SECONDS": 0.001, "TURNS": 1, "MODEL": "preresnet20", "TINY": (5, 64)}.items():
+        monkeypatch.setattr(optimizers, name, value)
+    benchmark.main(["optimizer", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert len(rows) == len(optimizers.CASES) + 1
+    assert {row["parameters"] for row in rows} == {"preresnet20", "5 of 64"}
+    assert all(row["ratio to plain"] == pytest.approx(row["ms"] / row["plain ms"]) for row in rows)
+    by_master = {row["recipe"]: row for row in rows if row["optimizer"] == "AdamW" and row["parameters"] != "5 of 64"}
+    weights = 4 * sum(p.numel() for p in models.build("preresnet20").parameters()) / 2**20
+    plain, masters = by_master["bfp8[0]"]["peak MiB"], by_master["bfp8[0] master=float"]["peak MiB"]
+    assert 4 * weights < plain < plain + weights * 0.99 < masters < plain + 3 * weights
+    assert "ratio of peaks" in capsys.readouterr().out
+
+
+def test_benchmark_times_no_step_that_is_wrong(monkeypatch):
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "AdamW", lambda p: torch.optim.SGD(p, lr=torch.rand(()).item()))
+    monkeypatch.setattr(optimizers, "TINY", (5, 64))
+    monkeypatch.setattr(optimizers, "MODEL", "preresnet20")
+    with pytest.raises(SystemExit, match=r"AdamW: a step that rounds nothing differs from the plain one"):
+        benchmark.main(["optimizer"])
+
+
 def test_benchmark_of_the_graph_times_each_node_forward_and_backward(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "SECONDS", 0.001)
     monkeypatch.setattr(overhead, "CHAIN", 3)
@@ -527,6 +568,32 @@ def test_benchmark_of_the_graph_times_no_wrong_node(monkeypatch):
     monkeypatch.setattr(swalp_fx, "quantize_output", lambda x, *how, in_place="": x * (2 if in_place else 1))
     with pytest.raises(SystemExit, match="float, nearest: in place the numbers differ"):
         benchmark.main(["graph"])
+
+
+def test_benchmark_of_attention_stands_beside_the_fused_product(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "SHAPE", (1, 2, 16, 4))
+    monkeypatch.setattr(attention, "TURNS", 1)
+    benchmark.main(["attention", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["full"] * 4 + ["causal"] * 4
+    for fused, *others in (rows[:4], rows[4:]):
+        assert fused["computed"] == "fused, in float" and fused["ratio to fused"] == 1
+        for row in others:
+            assert row["ratio of forwards"] == pytest.approx(row["forward ms"] / fused["forward ms"])
+            assert row["ratio to fused"] == pytest.approx(row["with backward ms"] / fused["with backward ms"])
+    assert "by hand, in float" in capsys.readouterr().out
+
+
+def test_benchmark_of_attention_rounds_what_it_says_and_times_no_wrong_product(monkeypatch):
+    monkeypatch.setattr(attention, "SHAPE", (1, 2, 16, 4))
+    given = [torch.randn(attention.SHAPE) for _ in range(3)]
+    fused, by_hand, rounded, whole = (attention.forward(each, given) for each in attention.contenders(True).values())
+    assert torch.allclose(fused, by_hand, atol=1e-5) and not torch.equal(whole, rounded)
+    for each in (rounded, whole):
+        assert torch.equal(swalp_fx.quantize(each, attention.FORMAT), each) and not torch.equal(each, fused)
+    monkeypatch.setattr(attention.ByHand, "forward", lambda self, query, key, value: value)
+    with pytest.raises(SystemExit, match="differs from that by hand"):
+        benchmark.main(["attention"])
 
 
 def test_benchmark_of_the_capture_stands_beside_torch_compile(tmp_path, monkeypatch, capsys):

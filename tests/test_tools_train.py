@@ -459,9 +459,10 @@ class TestDecoder:
             ["low2", "bfp8"],
         ]
 
-    def test_the_rewritten_decoder_is_bit_equal_in_both_modes(self):
+    @pytest.mark.parametrize("name", ["decoder", "rotary"])
+    def test_the_rewritten_decoder_is_bit_equal_in_both_modes(self, name):
         torch.manual_seed(0)
-        found = swalp_fx.check(models.build("decoder"), torch.randint(256, (2, 64)))
+        found = swalp_fx.check(models.build(name), torch.randint(256, (2, 64)))
         assert found and found.compared > 100, found
 
     def test_one_weight_node_serves_the_embedding_and_the_head(self):

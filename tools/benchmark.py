@@ -1,14 +1,19 @@
-"""How fast the op, codes, the nodes of a graph, its capture and a training step are, each against its like, in one run.
+"""How fast the op, codes, attention, a graph's nodes, its capture, a training step and an optimizer's step are.
+
+Each is measured against its like, in one run.
 
     python tools/benchmark.py op                  # the op, against a copy of the same tensor and against its peers
     python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
     python tools/benchmark.py codes               # encode, which writes codes, beside quantize, which writes floats
+    python tools/benchmark.py attention           # rounded, and in float, beside the fused product
     python tools/benchmark.py graph               # what a node costs beside its arithmetic
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
     python tools/benchmark.py recurrent           # recurrent layers, against PyTorch's fused calls
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
+    python tools/benchmark.py optimizer           # the optimizer's step, and its memory, against the plain optimizer's
 
-Each first checks that the results agree, the op with the oracle, the graph with the model, and times nothing wrong.
+Each first checks that the results agree, the op with the oracle, the graph with the model, a step that rounds
+nothing with the plain one, and times nothing wrong.
 """
 
 from __future__ import annotations
@@ -26,11 +31,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import attention
 import captures
 import codes
 import files
 import loops
 import models
+import optimizers
 import overhead
 import steps
 import swalp_fx
@@ -211,11 +218,8 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    add(
-        "what",
-        choices=["op", "codes", "graph", "capture", "recurrent", "step"],
-        help="op: quantize_ in place, on float32",
-    )
+    kinds = ["op", "codes", "attention", "graph", "capture", "recurrent", "step", "optimizer"]
+    add("what", choices=kinds, help="op: quantize_ in place, on float32")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
         "--elements",
@@ -245,7 +249,7 @@ def refuse_unmeasurable(args: argparse.Namespace, parser: CommandLine) -> None:
     try:
         if args.json:
             files.refuse_unwritable(args.json)
-        if args.what in ("graph", "capture"):
+        if args.what in ("graph", "capture", "optimizer"):
             models.names()  # torchvision's among them
         for name in (args.models or steps.MODELS) if args.what == "step" else ():
             shape = (3, steps.SIZE)
@@ -275,12 +279,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = {"rows": measure(counts, args.device), "layouts": measure_layouts(args.device)}
     elif args.what == "codes":
         tables = codes.measure(clock.beside, counts, args.device)
+    elif args.what == "attention":
+        tables = attention.measure(clock.once, args.device)
     elif args.what == "graph":
         tables = overhead.measure(clock.once, args.device)
     elif args.what == "capture":
         tables = captures.measure(clock.once, args.device)
     elif args.what == "recurrent":
         tables = loops.measure(clock.once, args.device)
+    elif args.what == "optimizer":
+        tables = optimizers.measure(clock.once, args.device)
     else:
         tables = steps.measure(clock.once, args.models or steps.MODELS, args.device)
     show("\n".join(f"{name}: {value}" for name, value in about.items()))

@@ -47,8 +47,11 @@ def backend(
         frame.guard_attribute(owner.name, "_swalp", "is_entered")
     new = copied(graph_module)
     graph = prepare(new, inputs, frame, owner, conversion.places, conversion.recipe, foreign=inner is not None)
-    place, bodies = _place(frame), dict(new.named_children())
-    returns = reason is None and (inner is not None or (owner.is_entry and not place and not local.nested))
+    bodies = dict(new.named_children())
+    # Code that calls the model holds whole calls of it, on either side of its graph breaks.
+    calls = inner is not None and not owner.is_known
+    place = "" if calls else _place(frame)
+    returns = calls or (reason is None and (inner is not None or (owner.is_entry and not place and not local.nested)))
     enters = not place and (inner is not None or (owner.module is not None and owner.module is local.entered))
     scope = Scope(conversion.places.subjects, place, returns, enters=enters, bodies=bodies)
     keyed = conversion.is_keyed

@@ -20,7 +20,7 @@ from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
 from ..recipe import RecipeError
 from .backend import backend, chained
-from .conversion import ENTRY, Conversion, conversion_of
+from .conversion import CALL, ENTRY, Conversion, conversion_of
 from .dynamo import (
     LEFT,
     MAX_GRAPHS,
@@ -34,6 +34,7 @@ from .dynamo import (
     innermost_backend,
     is_functorch_active,
     knobs,
+    straighten,
     switched_off,
     trace_instead,
     trace_into,
@@ -43,7 +44,7 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "goes_straight", "is_given_packed", "rewriting"]
+__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_given_packed", "rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 HERE, APART = "here", "apart"
@@ -168,24 +169,28 @@ def _why() -> str:
 def rewriting() -> str:
     """Asked by a method of a module while it is traced: where it is rewritten. See ``_rewriting``."""
     frame = Frame()
-    frame.inner.stand_in()
-    return _inner_rewriting(frame)
+    inner = frame.inner
+    inner.stand_in()
+    return _rewritten_where(frame, inner)
 
 
-@assume_constant_result
-def goes_straight() -> bool:
-    """Asked by the call of a module while it is traced: whether that comes to the forward of its class alone.
+@straighten
+def _goes_straight(inner: Inner) -> bool:
+    """Asked of the call of a module while it is traced: whether that comes to the forward of its class alone.
 
     To trace what a call does comes to the same, at twice the cost. What is looked at here is guarded.
     """
-    from .ways import Bound
+    from .ways import Bound, is_call
 
-    frame = Frame()
-    inner = frame.inner
     if _is_given_packed(inner):
         return False
-    is_its_class = type(vars(inner.module)["forward"]) is Bound and not inner.is_set("forward")
-    return is_its_class and not inner.has_hooks() and _inner_rewriting(frame) == HERE
+    own = vars(inner.module)
+    if type(own.get("forward")) is not Bound or not is_call(own.get(CALL)) or inner.is_set("forward"):
+        return False
+    if inner.has_hooks() or _rewritten_where(Frame(), inner) != HERE:
+        return False
+    inner.guard_identity("forward", CALL)
+    return True
 
 
 @assume_constant_result
@@ -222,11 +227,12 @@ def _rounds_outputs() -> bool:
     return conversion is not None and conversion.recipe.rounds_outputs
 
 
-def _inner_rewriting(frame: Frame) -> str:
-    conversion = conversion_of(frame.inner.module)
+def _rewritten_where(frame: Frame, inner: Inner) -> str:
+    """``_rewriting`` of the module that is called."""
+    conversion = conversion_of(inner.module)
     where = _rewriting(conversion, frame) if conversion is not None else ""
     if conversion is not None and where == HERE and innermost_backend(frame.backend) is not conversion.backend:
-        frame.inner.guard(ENTRY, "conversion", "root", "training")  # a graph that is compiled further is for one mode
+        inner.guard(ENTRY, "conversion", "root", "training")  # a graph that is compiled further is for one mode
     return where
 
 

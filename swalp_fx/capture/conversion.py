@@ -23,10 +23,11 @@ from ..recipe import Recipe, RecipeError, Subject, shortened
 from ..warn import warn
 from .places import Places, within
 
-__all__ = ["ENTRY", "Conversion", "Graphs", "Rewritten", "conversion_of"]
+__all__ = ["CALL", "ENTRY", "Conversion", "Graphs", "Rewritten", "conversion_of"]
 
 
 ENTRY = "_swalp"  # the attribute of a module that holds its Entry
+CALL = "_compiled_call_impl"  # the attribute of a module that PyTorch calls in place of its forward
 
 
 def conversion_of(module: nn.Module | None) -> Conversion | None:

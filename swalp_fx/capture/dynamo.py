@@ -7,9 +7,11 @@ which module a frame stands, has to look behind that.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from types import CodeType
+from functools import cache, wraps
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 from torch._dynamo.variables import UserFunctionVariable
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import stateless
@@ -48,6 +51,7 @@ __all__ = [
     "knobs",
     "original_code",
     "skip_code",
+    "straighten",
     "switched_off",
     "trace_instead",
     "trace_into",
@@ -123,6 +127,28 @@ def _set_rule(function: Callable[..., Any], rule: Any) -> None:
     get_torch_obj_rule_map.cache_clear()
 
 
+def straighten(goes_straight: Callable[[Inner], bool]) -> None:
+    """From now on a trace takes the call of a module for that of its class's forward, where ``goes_straight`` says so.
+
+    The front end does so itself, but not where a module has a forward of its own.
+    """
+    otherwise = UnspecializedNNModuleVariable.call_function
+
+    @wraps(otherwise)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
+        function = inspect.getattr_static(self.value_type, "forward", None)
+        is_plain = self.value_type.__call__ is nn.Module.__call__ and type(function) is FunctionType
+        if self.source is None or not is_plain or not goes_straight(Inner(tx, self, [*args, *kwargs.values()])):
+            return otherwise(self, tx, args, kwargs)
+        source = AttrSource(self.cls_source, "forward")
+        install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
+        forward = UserFunctionVariable(function, source=source)
+        with record_nn_module_stack(str(id(self.value)), self.get_nn_module_stack_source(), tx, self.value):
+            return forward.call_function(tx, [self, *args], kwargs)
+
+    UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+
+
 def original_code(function: Any) -> CodeType:
     """The code of what ``compiled`` has compiled: its graphs are kept by it."""
     return function._torchdynamo_orig_callable.__code__
@@ -177,9 +203,7 @@ class Inner:
 
     def is_given(self, kind: type) -> bool:
         """Whether an argument of the call is of this type; guarded."""
-        items = (each.realize().items for each in self._given)
-        given = (item for each in items for item in (each.values() if isinstance(each, Mapping) else each))
-        return any(_type_of(item.realize()) is kind for item in given)
+        return any(_type_of(each.realize()) is kind for each in self._given)
 
     def guard(self, *attributes: str) -> None:
         """What is made of this frame holds while this attribute of the module is what it is."""
@@ -188,23 +212,38 @@ class Inner:
             source = AttrSource(source, name)
         install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
 
+    def guard_identity(self, *attributes: str) -> None:
+        """The same, while each of these attributes is the object that it is."""
+        for name in attributes:
+            install_guard(AttrSource(self._variable.source, name).make_guard(GuardBuilder.ID_MATCH))
+
     def is_set(self, attribute: str) -> bool:
         """Whether the trace has set this attribute of the module."""
         return bool(self._tx.output.side_effects.has_pending_mutation_of_attr(self._variable, attribute))
 
     def has_hooks(self) -> bool:
         """Whether the module has hooks, or all modules have; guarded."""
-        of_all = self._tx.nn_modules_globals_vt
-        for name in HOOKS_OF_ALL:  # the front end itself does not guard these
-            install_guard(AttrSource(of_all.source, name).make_guard(GuardBuilder.SEQUENCE_LENGTH))
-        return any(self._length(self._variable, name) for name in HOOKS) or any(
-            self._length(of_all, name) for name in HOOKS_OF_ALL
-        )
+        of_all = self._tx.output.root_tx.nn_modules_globals_vt
+        lengths = [self._length(of_all, source) for source in _attributes(of_all.source, HOOKS_OF_ALL)]
+        own = self._variable.source
+        return any(lengths) or any(self._length(self._variable, AttrSource(own, name)) for name in HOOKS)
 
-    def _length(self, variable: Any, name: str) -> int:
+    def _length(self, variable: Any, source: Any) -> int:
+        """That of the hooks that a module, torch.nn's or Python's, has at ``source``."""
+        install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))  # of all modules, the front end does not
+        name, effects = source.member, self._tx.output.side_effects
+        hooks = vars(variable.value)[name]
+        if hooks not in effects and not effects.has_pending_mutation_of_attr(variable, name):
+            return len(hooks)  # what the trace has not met, it has not changed
         read = getattr(variable, "tp_getattro_impl", None) or variable.var_getattr
         length: int = read(self._tx, name).realize().len()
         return length
+
+
+@cache
+def _attributes(source: Any, names: tuple[str, ...]) -> list[Any]:
+    """The sources of attributes. They know their hash, which the same guard for each module asks for."""
+    return [AttrSource(source, name) for name in names]
 
 
 class Frame:
@@ -254,11 +293,11 @@ class Frame:
 
     @property
     def inner(self) -> Inner:
-        """The module whose call or method is being inlined: it is called ``module`` there, or ``self``."""
+        """The module whose method is being inlined: it is called ``self`` there."""
         tx = self._tx.output.current_tx
         names = tx.symbolic_locals
-        given = [names[name] for name in ("args", "kwargs") if name in names]
-        return Inner(tx, names["module" if "module" in names else "self"].realize(), given)
+        given = (each for name in ("args", "kwargs") if name in names for each in _items(names[name]))
+        return Inner(tx, names["self"].realize(), given)
 
     @property
     def backend(self) -> Any:
@@ -330,6 +369,12 @@ class Frame:
             return eval(source.name if isinstance(source.name, str) else source.name(), scope)
         except Exception:  # an expression of the guards, which may need more than locals and globals
             return None
+
+
+def _items(variable: Any) -> Iterable[Any]:
+    """What a tuple, or the values of a dict, holds."""
+    items: Any = variable.realize().items
+    return items.values() if isinstance(items, Mapping) else items
 
 
 def _type_of(variable: Any) -> type | None:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..errors import NotRewritten
 from ..warn import warn
 from .compiler import compile_entry, explain
-from .conversion import ENTRY, Conversion, Graphs, conversion_of
+from .conversion import CALL, ENTRY, Conversion, Graphs, conversion_of
 from .dynamo import (
     MAX_GRAPHS,
     FailOnRecompileLimitHit,
@@ -36,7 +36,6 @@ from .packed import refuse_packed
 from .running import local
 from .ways import Bound, Own, bound, call_of, is_call, share
 
-CALL = "_compiled_call_impl"  # the attribute of a module that PyTorch calls in place of its forward
 # A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
 Key = tuple[str, Callable[..., Any], bool]
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from ..errors import NotRewritten
-from .compiler import APART, FOREIGN, goes_straight, is_given_packed, rewriting
+from .compiler import APART, FOREIGN, is_given_packed, rewriting
 from .conversion import ENTRY
 from .dynamo import call_of_module, skip_code
 from .running import local
@@ -30,19 +30,13 @@ def call_of(module: nn.Module) -> types.MethodType:
     PyTorch leaves it out of a module's state. Where a model's own ``__getstate__`` does not, its name makes pickle look
     for PyTorch's call, which an entry that is read then replaces.
     """
-    run = types.FunctionType(_call.__code__.replace(), globals(), "call")  # its own code has its own cache
-
-    def _call_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() and goes_straight():
-            return type(module).forward(module, *args, **kwargs)
-        return run(module, *args, **kwargs)
-
-    return types.MethodType(_call_impl, module)
+    run = types.FunctionType(_call.__code__.replace(), globals(), "_call_impl")  # its own code has its own cache
+    return types.MethodType(run, module)
 
 
 def is_call(value: Any) -> bool:
     """Whether it was made by ``call_of``."""
-    return isinstance(value, types.MethodType) and value.__code__ in call_of.__code__.co_consts
+    return isinstance(value, types.MethodType) and value.__code__ == _call.__code__
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +46,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
     if local.entered is None:
-        _refuse_traced(self, sys._getframe(3))  # what calls the module
+        _refuse_traced(self, sys._getframe(2))  # what calls the module
     return self._swalp.enter("", call_of_module, args, kwargs)
 
 
@@ -115,9 +109,7 @@ class Own(Bound):
         return Own, (self.given, self.module, self.name)
 
 
-# Frames of what they call are traced. These are not: all modules share their code, and would share its limit.
-for code in filter(inspect.iscode, call_of.__code__.co_consts):
-    skip_code(code)
+# Frames of what it calls are traced. This is not: all modules share its code, and would share its limit.
 skip_code(Bound.__call__.__code__)
 
 

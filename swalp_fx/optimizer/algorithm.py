@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -37,11 +39,15 @@ from ..random import fold_in, is_captured, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
 from .averaging import Average
+from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
+from .ranks import agreed_seed
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
+from .scaling import scale_of, scaler_of, skip
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
+from .twin import Loading, Twin, idle, is_half, narrow_states
 
 __all__ = ["SWALP"]
 
@@ -50,17 +56,33 @@ __all__ = ["SWALP"]
 STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
 MOMENTUM = STREAMS["momentum"]
 
+# Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
+_AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graphs; leave out fullgraph=True")
+
 
 @dataclass
 class _Step:
     """One step in progress, from its outermost pre-hook to the post-hook that matches it."""
 
-    frame: FrameType  # of the call that fired the pre-hook
+    calls: list[FrameType]  # those that fired a pre-hook and whose post-hook is due, the outermost first
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
     # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    twin: Twin | None = None  # of the optimizer, where a parameter has a master of another dtype
+    scaler: GradScaler | None = None  # that calls the step
+    scale: float = 1.0  # of the loss; the gradients are divided by it already
+    overflows: bool = False  # rounding made infinities of the gradients that a GradScaler found finite: no step
+
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer steps in the place of ``parameter``."""
+        return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
+
+    def is_running(self) -> bool:
+        """Whether its outermost call goes on. Calls that raised, and never reached their post-hook, are dropped."""
+        self.calls = [call for call in self.calls if _is_running(call)]
+        return bool(self.calls)
 
 
 class SWALP:
@@ -74,8 +96,8 @@ class SWALP:
     float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
-    The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
-    stay equal if they are seeded alike, or load the state of one rank.
+    The seed is ``torch.initial_seed()`` at construction, which draws nothing. In a process group it
+    is rank 0's: the ranks agree on it in their first step.
 
     ``copy.deepcopy`` and pickle take the model and the attached optimizer along, and attach the
     copies to one another. An optimizer copied without its SWALP is an ordinary optimizer again,
@@ -99,8 +121,13 @@ class SWALP:
         self._average = Average(average.format, average.rounding or "nearest")
         #: Averages besides the paper's, by name: ``swalp.averages["ema"] = Average(decay=0.999)``.
         self.averages: dict[str, Average] = {}
+        #: What the loss is multiplied by, and gradients are divided by before the step: a number, or a function that
+        #: returns it. None: the scale of the GradScaler that calls the step, or 1.
+        self.grad_scale: float | Callable[[], float] | None = None
         self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
+        self._has_agreed = False  # with the other ranks on the seed
+        self._group: ProcessGroup | None = None
         self._steps = 0
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
@@ -143,13 +170,17 @@ class SWALP:
 
     # Attaching
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer, *, group: ProcessGroup | None = None) -> None:
         """Make every later ``optimizer.step()`` a low-precision step. Changes no value.
+
+        group: the ranks that train this model, where those are not all ranks. They take rank 0's
+            seed in the first step, and after a state was loaded compare theirs: each has to step.
 
         With masters, what the user writes into the weights between two steps does not reach
         the masters; detach() and attach() start them again from the weights.
 
-        Warns of second moments in a format in which the optimizer may diverge.
+        Warns of second moments in a format in which the optimizer may diverge, and of updates that are less than the
+        dtype of a parameter without a master holds.
         Raises TypeError (not an optimizer) and ValueError: a wrapper, a second attach without detach, a
         parameter that is not the model's or that is complex, LBFGS, a differentiable step, a state
         that the recipe names and the optimizer does not have.
@@ -160,8 +191,10 @@ class SWALP:
                 f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first, "
                 "or convert its model again with this optimizer, which does"
             )
+        self._group = group
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
 
     def replace(self, optimizer: Optimizer) -> None:
         """``attach``, after the ``detach`` of an earlier SWALP of the same model, which nobody may hold any more.
@@ -176,6 +209,7 @@ class SWALP:
         earlier.detach()
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
@@ -205,11 +239,17 @@ class SWALP:
         refuse_misnamed(optimizer, trained)
 
     def _hook(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._has_agreed = optimizer, False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if self.recipe.master is not None:
+            loading = Loading()
+            self._handles += [
+                optimizer.register_load_state_dict_pre_hook(loading.before),
+                optimizer.register_load_state_dict_post_hook(loading.after),
+            ]
 
     def _warn_of_moments(self, optimizer: Optimizer) -> None:
         pairs = [
@@ -227,27 +267,49 @@ class SWALP:
                 f"{word}=float"
             )
 
+    def _warn_of_lost_updates(self, optimizer: Optimizer) -> None:
+        if self.recipe.master is not None:
+            return
+        lost = [
+            (parameter, length)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and loses_updates(parameter, length := length_of(group))
+        ]
+        if lost:
+            parameter, length = lost[0]
+            name = self._names[self._index[parameter]]
+            others = f"and {len(lost) - 1} more " if len(lost) > 1 else ""
+            warn(
+                f"an update of {length:.2g}, which is {type(optimizer).__name__}'s for a gradient of one, is lost in "
+                f"most of {name!r} {others}in {parameter.dtype}; keep masters: master=float"
+            )
+
     def detach(self) -> None:
         """Take the hooks off, if they are on; the weights stay as they are.
 
-        The masters are dropped, so that a later attach() starts from the weights of that moment.
+        The masters are dropped, so that a later attach() starts from the weights of that moment. States of parameters
+        in half precision, which are float32 beside a master, go back to their parameter's dtype.
         """
         if self._optimizer is None:
             return
         for handle in self._handles:
             handle.remove()
+        if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
+            narrow_states(self._optimizer)
         self._optimizer, self._handles = None, []
         self._masters.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_averaged("a copy of swalp")
-        return self.__dict__ | {"_handles": [], "_step": None}
+        return self.__dict__ | {"_handles": [], "_step": None, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
         self.__dict__.update(state, _optimizer=None)
         if optimizer is not None:
             self._hook(optimizer)
+            self._has_agreed = state["_has_agreed"]
 
     # The average
 
@@ -261,6 +323,7 @@ class SWALP:
         """How many times update_average() was called."""
         return self._average.n_averaged
 
+    @_AS_PYTHON
     def update_average(self) -> None:
         """Add the weights of this moment to the average, and to each of ``averages``.
 
@@ -415,6 +478,7 @@ class SWALP:
         self._follow_model()
         found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
+        self._has_agreed = False
         for average, (n_seen, n_averaged, means) in zip(
             (self._average, *self.averages.values()), found.averages, strict=True
         ):
@@ -438,24 +502,42 @@ class SWALP:
 
     # One step
 
+    @_AS_PYTHON
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        frame = sys._getframe(1)
+        call = _hooked_call()
         # A subclass's step() calls super().step(), which fires the hooks again: only the outermost
         # call counts. A step that raised never reached its post-hook, and must not pass for one.
-        if self._step is not None and _is_running(self._step.frame):
+        if self._step is not None and self._step.is_running():
+            self._step.calls.append(call)
             return None
         self._refuse_averaged(f"{type(optimizer).__name__}.step()")
         _refuse_unserved(optimizer, kwargs)
+        trained = self._trained(optimizer)
+        self._agree(trained)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
-        step = _Step(frame, key, self._trained(optimizer))
+        step = _Step([call], key, trained)
+        step.scaler = scaler_of(call)
+        step.scale = scale_of(self.grad_scale, step.scaler)
+        if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
+            step.twin = Twin(optimizer)
+            args = (step.twin.optimizer, *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
             self._step = step
-            return None
+            if step.scaler is not None and step.overflows:
+                skip(step.scaler, optimizer)
+                args = (idle(optimizer), *args[1:])
+            return None if args[0] is optimizer else (args, kwargs)
         self._step = step
         closure = self._rounding(closure, step)
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
+
+    def _agree(self, trained: list[tuple[int, nn.Parameter]]) -> None:
+        """Before the first step, and the first of a loaded state, the ranks of a process group have one seed."""
+        if not self._has_agreed and trained:
+            self._seed = agreed_seed(self._seed, self._steps, trained[0][1].device, self._group)
+            self._has_agreed = True
 
     def _rounding(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
         """``closure``, after which the gradients it left are rounded and the masters in place."""
@@ -477,13 +559,46 @@ class SWALP:
         step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
         self._refuse_sparse(step)
         with torch.no_grad():
-            self._step_in_one_pass(step)
-            gradients = ((index, p.grad) for index, p in step.parameters if p.grad is not None)
-            self._round(self._in_role("gradient", gradients), step)
-            if self.recipe.master is not None:
-                for index, parameter in step.parameters:
-                    parameter.copy_(self._master(index, parameter))
+            if step.scale == 1.0 and step.scaler is None:
+                self._step_in_one_pass(step)
+            gradients = self._round_gradients(step)
+            step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
+            if self.recipe.master is not None and not step.overflows:
+                self._put_masters(step)
         step.ready = True
+
+    def _round_gradients(self, step: _Step) -> list[Tensor]:
+        """Round the gradients in the scale of the loss; returns those whose format has infinities or NaN beyond its
+        largest number."""
+        gradients = [
+            (index, p.grad)
+            for index, p in step.parameters
+            if p.grad is not None and self._recipes[index].gradient.rounds
+        ]
+        tensors = list({id(gradient): gradient for _, gradient in gradients}.values())  # two parameters may share one
+        if step.scale != 1.0 and tensors:
+            torch._foreach_mul_(tensors, step.scale)
+        self._round(self._in_role("gradient", gradients), step)
+        if step.scale != 1.0 and tensors:
+            torch._foreach_div_(tensors, step.scale)
+        return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
+
+    def _put_masters(self, step: _Step) -> None:
+        wide = {}
+        for index, parameter in step.parameters:
+            master = self._master(index, parameter)
+            if master.dtype == parameter.dtype:
+                parameter.copy_(master)
+            else:
+                wide[parameter] = master
+        narrow = step.twin.put(wide) if step.twin is not None else []
+        if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
+            parameter, state = narrow[0]
+            name = self._names[self._index[parameter]]
+            warn(
+                f"the optimizer's state {state!r} of {name!r} was in {parameter.dtype} and goes on in float32; "
+                "if float32 was saved, load the optimizer's state after convert() or attach()"
+            )
 
     def _step_in_one_pass(self, step: _Step) -> None:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
@@ -506,9 +621,16 @@ class SWALP:
                     "make it dense (sparse=False in nn.Embedding)"
                 )
 
+    @_AS_PYTHON
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
-        if step is None or step.frame is not sys._getframe(1):
+        if step is None or not step.is_running():
+            return
+        step.calls.pop()
+        if step.calls:
+            return
+        if step.overflows:
+            self._step = None
             return
         if not step.ready:
             raise ValueError(
@@ -519,16 +641,22 @@ class SWALP:
         step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
+            if step.twin is not None:
+                step.twin.give_back(optimizer)
             self._round_states(step, optimizer)
         self._step = None
         self._steps += 1
 
     def _round_weights(self, step: _Step) -> None:
+        stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
         if self.recipe.master is not None:
-            self._round(self._in_role("master", step.parameters), step)
-            for index, parameter in step.parameters:
-                self._masters[self._names[index]].copy_(parameter)
-        self._round(self._in_role("weight", step.parameters), step)
+            self._round(self._in_role("master", stepped), step)
+            for index, tensor in stepped:
+                self._masters[self._names[index]].copy_(tensor)
+        self._round(self._in_role("weight", stepped), step)
+        for (_, parameter), (_, tensor) in zip(step.parameters, stepped, strict=True):
+            if tensor is not parameter:
+                parameter.copy_(tensor)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> None:
         states = []
@@ -574,12 +702,12 @@ class SWALP:
             quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
-        """The parameter's master, on its device and in its dtype; at first a copy of the parameter."""
+        """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
         name = self._names[index]
         master = self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
-        self._masters[name] = master.to(parameter.device, parameter.dtype)
+        self._masters[name] = master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
         return self._masters[name]
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
@@ -640,6 +768,17 @@ def _steps_low(recipe: Recipe) -> bool:
     """Whether a step in ``recipe`` rounds anything."""
     quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.master, *dict(recipe.states).values())
     return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
+
+
+def _hooked_call() -> FrameType:
+    """The frame of ``Optimizer.step`` that fired the hook which asks, past those of torch.compiler.disable.
+
+    It lasts until the step is over. A compiled step goes on in calls that this frame makes.
+    """
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__", "").startswith("torch._dynamo") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _is_running(frame: FrameType) -> bool:

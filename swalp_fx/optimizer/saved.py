@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..formats import FormatError
 from ..recipe import Recipe, RecipeError
-from .averaging import Average
+from .averaging import Average, mean_dtype
 
 __all__ = ["SWA", "VERSION", "Saved", "read"]
 
@@ -54,10 +54,19 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
         (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters))
         for name, average in averages.items()
     ]
-    masters = {} if recipe.master is None else {name: p.dtype for name, p in parameters.items()}
-    return Saved(
-        state["seed"], state["step"], found_averages, _copied("masters", state["masters"], masters, parameters)
-    )
+    return Saved(state["seed"], state["step"], found_averages, _masters(state["masters"], recipe, parameters))
+
+
+def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    dtypes = {name: dtype for name, p in parameters.items() if (dtype := mean_dtype(p)) is not None}
+    if isinstance(masters, Mapping):  # those of half-precision parameters were once as narrow as they
+        masters = {
+            name: master.to(dtypes[name])
+            if isinstance(master, Tensor) and name in dtypes and master.dtype == parameters[name].dtype
+            else master
+            for name, master in masters.items()
+        }
+    return _copied("masters", masters, {} if recipe.master is None else dtypes, parameters)
 
 
 def _averages(state: Mapping[str, Any], wanted: Mapping[str, Average]) -> dict[str, tuple[int, int, Any]]:

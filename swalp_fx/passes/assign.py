@@ -12,11 +12,12 @@ from ..random import stream_of
 from ..recipe import Recipe, Subject
 from .captured import CARRIED, LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
-from .expand import Attention, inside
+from .expand import inside
 from .facts import MEANINGS
 from .fit import contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
+from .purpose import Attention
 from .recurrent import inside_recurrent
 from .tables import LAYER_PARTS
 

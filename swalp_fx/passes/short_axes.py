@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from .formats import ROWS, Block, Channel, Format, Runs
-from .passes.fit import axis_of_parameter
-from .passes.names import parameter_subjects
-from .recipe import LETTERS, OF_PARAMETERS, Recipe
-from .table import listed
-from .warn import warn
+from ..formats import ROWS, Block, Channel, Format, Runs
+from ..globs import in_room
+from ..recipe import LETTERS, OF_PARAMETERS, Recipe
+from ..warn import warn
+from .fit import axis_of_parameter
+from .names import parameter_subjects
 
 __all__ = ["warn_of_short_axes"]
 
@@ -37,8 +37,9 @@ def warn_of_short_axes(model: nn.Module, recipe: Recipe) -> None:
         bits = sum(_bits(format, parameters[name].shape, axis_of_parameter(subjects[name])) for name in roles)
         values = sum(parameters[name].numel() for name in roles)
         advice = _advice(replace(format, block=remedy), *next(iter(roles.items())))
+        names = in_room(roles, parameters, ROOM)
         warn(
-            f"{listed(roles, parameters, ROOM)} in {format}: {bits / values:.1f} bits an element, not {format.bits:g}, "
+            f"{names} in {format}: {bits / values:.1f} bits an element, not {format.bits:g}, "
             f"since an axis is shorter than a run and each run has a scale; {advice}"
         )
 

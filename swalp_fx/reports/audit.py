@@ -1,4 +1,4 @@
-"""One forward of a converted model, watched: output shapes, and what ran inside and outside of its graphs."""
+"""One forward of a converted model, watched: output shapes, and the operations inside and outside of its graphs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from . import nodes
-from .capture import Conversion, Rewritten, local
-from .capture.trial import untouched
+from .. import nodes
+from ..capture import Conversion, Rewritten, local
+from ..capture.trial import untouched
+from ..passes.captured import LAYER
+from ..passes.names import NAME
+from ..passes.operations import operands_of, operation_of
+from ..passes.tables import part_of
+from ..recipe import Quantizer
 from .graphs import inlined, is_quantizer
-from .passes.captured import LAYER
-from .passes.names import NAME
-from .passes.operations import operands_of, operation_of
-from .passes.tables import part_of
-from .recipe import Quantizer
 
 __all__ = ["Audit", "audited"]
 
@@ -33,7 +33,7 @@ HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
-    """What a call of ``module``, in its mode, does; the model and the random state are as before."""
+    """The audit of one call of ``module`` in its present mode. The model and the random state stay as they were."""
     audit = Audit()
     with untouched(conversion.root):
         module(*inputs, **keywords)  # makes the graphs: tracing has operations of its own
@@ -47,21 +47,21 @@ def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], 
 
 
 class Audit(TorchDispatchMode):
-    """Sees each operation of PyTorch that runs while it holds."""
+    """Counts each operation of PyTorch that runs while the mode is active."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # else PyTorch's front end leaves all code alone while a mode holds
+        return True  # else PyTorch's front end leaves all code alone while a mode is active
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[str, str] = {}  # place -> "2x4x8x8"
         self.inside: Counter[str] = Counter()  # place -> multiply-adds
-        self.rounded: Counter[str] = Counter()  # place -> those of operations all of whose operands are rounded
+        self.rounded: Counter[str] = Counter()  # place -> multiply-adds of operations that read only rounded numbers
         self.outside: dict[str, Counter[str]] = {}  # "model.py:12 forward" -> operation -> multiply-adds
         self._running: list[
             tuple[str, bool]
-        ] = []  # in graphs, what runs now: its place, whether it reads rounded numbers
+        ] = []  # the running nodes of graphs: place, and whether the node reads only rounded numbers
 
     def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         graph_module = inlined(made.graph_module, steps=False)
@@ -84,12 +84,12 @@ class Audit(TorchDispatchMode):
 
 
 class _Watched(Interpreter):
-    """A run of one graph, which notes where it is."""
+    """A run of one graph that notes the node it is at."""
 
     def __init__(self, audit: Audit, graph_module: GraphModule, rounded: set[Node]) -> None:
         super().__init__(graph_module)
         self.audit, self.rounded = audit, rounded
-        # A layer's name is that of what it gives; its other nodes run before that.
+        # All nodes of a layer count under the name of its output, which is the last of them.
         named = [node for node in self.graph.nodes if NAME in node.meta]
         names = {node.meta[LAYER]: node.meta[NAME] for node in named if LAYER in node.meta}
         self.places = {
@@ -115,8 +115,8 @@ class _Watched(Interpreter):
 
 
 def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
-    """The nodes of a graph that give rounded numbers: what rounds them, what moves nothing but such numbers, loops
-    whose steps give such; and what it is ``given`` of them."""
+    """The nodes with rounded outputs: quantize nodes, movement of rounded numbers only, loops whose steps give rounded
+    outputs; and the nodes that are ``given`` as rounded."""
     found = set(given)
     for node in module.graph.nodes:
         if is_quantizer(node):
@@ -159,7 +159,7 @@ def _is_floating(node: Node) -> bool:
 
 
 def _is_layer(name: str, given: Any) -> bool:
-    """Whether an operation of aten makes new numbers, so that a graph could have rounded them."""
+    """Whether an operation of aten makes new numbers: in a graph they would have been rounded."""
     name = name.strip("_")
     makes = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(given))
     return makes and part_of(name) not in ("movement", "number")

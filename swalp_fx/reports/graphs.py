@@ -1,4 +1,4 @@
-"""What report, measure and draw read of a converted model: its conversion, and graphs with no graph inside."""
+"""The conversion of a model and its flattened graphs, for report, measure and draw."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from . import nodes
-from .capture import Conversion, conversion_of
-from .errors import UNPACK, ConvertError
-from .passes.operations import name_of, operands_of
+from .. import nodes
+from ..capture import Conversion, conversion_of
+from ..errors import UNPACK, ConvertError
+from ..passes.operations import name_of, operands_of
 
 __all__ = ["conversion_in", "inlined", "is_quantizer"]
 
@@ -20,7 +20,7 @@ __all__ = ["conversion_in", "inlined", "is_quantizer"]
 def conversion_in(module: object, who: str) -> Conversion:
     """The conversion of ``module``, or of the one converted model that it wraps.
 
-    Raises ConvertError, on behalf of ``who``, where there is none, or more than one.
+    Raises ConvertError, in the name of ``who``, if there is none, or more than one.
     """
     if isinstance(module, tuple):
         raise ConvertError(f"{who} takes a module, not a {type(module).__name__}; {UNPACK}")
@@ -34,7 +34,7 @@ def conversion_in(module: object, who: str) -> Conversion:
 
 def _outermost(module: nn.Module) -> Iterator[Conversion]:
     if conversion_of(module) is not None:
-        from .capture.entries import settled
+        from ..capture.entries import settled
 
         yield settled(module)
     else:
@@ -47,7 +47,7 @@ def is_quantizer(node: Node) -> bool:
 
 
 def inlined(module: GraphModule, *, steps: bool = True) -> GraphModule:
-    """The same computation without checkpoints: the graphs that they run stand in the one that calls them.
+    """The same computation without checkpoints: each graph that a checkpoint runs is inlined into its caller.
 
     steps: so does a loop's step, once: the graph is then to be read, and not to be run.
 

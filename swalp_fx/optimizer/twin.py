@@ -1,0 +1,121 @@
+"""Steps of an optimizer on float32 masters of half-precision parameters.
+
+An optimizer steps what its groups hold, and in the dtype of that. So its step runs on a twin: an optimizer of the same
+class, attributes and states, whose groups hold a float32 parameter in the place of each half-precision one. States are
+float32 too, since a second moment that moves by a thousandth a step would stand still in the 8 bits of bfloat16. The
+optimizer itself holds the model's parameters all the while: closures, zero_grad and GradScaler find them there, and
+after an exception inside the step it is what it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+__all__ = ["Loading", "Twin", "idle", "is_half", "narrow_states"]
+
+OWN = ("param_groups", "state")  # the attributes in which a twin differs
+
+
+def is_half(parameter: Tensor) -> bool:
+    """Whether float32 holds more than ``parameter`` does."""
+    return parameter.is_floating_point() and torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype
+
+
+class Twin:
+    """The twin of ``optimizer``, for one step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer: Optimizer = object.__new__(type(optimizer))
+        groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+        vars(self.optimizer).update(vars(optimizer) | {"param_groups": groups, "state": copy.copy(optimizer.state)})
+        self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}  # by the model's parameter
+
+    def put(self, masters: Mapping[nn.Parameter, Tensor]) -> list[tuple[nn.Parameter, str]]:
+        """Let copies of ``masters`` stand in for their parameters, with gradients and states in their dtype.
+
+        Returns (parameter, name) of the states that were in the parameter's own.
+        """
+        twin = self.optimizer
+        narrow = []
+        for parameter, master in masters.items():
+            self.stand_ins[parameter] = stand_in = nn.Parameter(master.clone(), requires_grad=parameter.requires_grad)
+            stand_in.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            if parameter in twin.state:
+                state = twin.state[parameter]
+                names = [name for name, value in state.items() if _has(value, parameter.dtype)]
+                narrow += [(parameter, str(name)) for name in names]
+                wide = {name: _cast(state[name], parameter.dtype, master.dtype) for name in names}
+                twin.state[parameter] = {**state, **wide}
+        _rename(twin.state, self.stand_ins)
+        for group in twin.param_groups:
+            group["params"][:] = [self.stand_ins.get(parameter, parameter) for parameter in group["params"]]
+        return narrow
+
+    def give_back(self, optimizer: Optimizer) -> None:
+        """Write what the step did to the twin into ``optimizer``: states, options of groups, attributes."""
+        optimizer.state.clear()
+        optimizer.state.update(self.optimizer.state)
+        _rename(optimizer.state, {stand_in: parameter for parameter, stand_in in self.stand_ins.items()})
+        for group, of_twin in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
+            group.update({name: value for name, value in of_twin.items() if name != "params"})
+        vars(optimizer).update({name: value for name, value in vars(self.optimizer).items() if name not in OWN})
+
+
+def idle(optimizer: Optimizer) -> Optimizer:
+    """A twin that has nothing to step."""
+    twin = Twin(optimizer).optimizer
+    for group in twin.param_groups:
+        group["params"].clear()
+    return twin
+
+
+class Loading:
+    """Hooks of ``load_state_dict`` that keep float32 states of half-precision parameters, which torch narrows."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, Any] = {}
+
+    def before(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self.saved = state_dict
+
+    def after(self, optimizer: Optimizer) -> None:
+        saved, self.saved = self.saved, {}
+        places = [key for group in saved["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for place, parameter in zip(places, parameters, strict=True):
+            if is_half(parameter) and place in saved["state"]:
+                loaded = optimizer.state[parameter]
+                optimizer.state[parameter] = pytree.tree_map(_as_saved, loaded, saved["state"][place])
+
+
+def narrow_states(optimizer: Optimizer) -> None:
+    """Cast the states of half-precision parameters to their dtype, as torch itself has them."""
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _rename(states: dict[Tensor, Any], names: Mapping[Any, Tensor]) -> None:
+    """Move each state from its key to ``names[key]``, in the order that they have."""
+    moved = {names.get(key, key): state for key, state in states.items()}
+    states.clear()
+    states.update(moved)
+
+
+def _has(value: Any, dtype: torch.dtype) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.dtype == dtype for leaf in pytree.tree_leaves(value))
+
+
+def _cast(value: Any, dtype: torch.dtype, to: torch.dtype) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.to(to) if _has(leaf, dtype) else leaf, value)
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    if isinstance(loaded, Tensor) and loaded.dtype != saved.dtype:
+        return saved.to(loaded.device, copy=True)
+    return loaded

@@ -1,0 +1,1 @@
+"""The drawing of ``draw``: marks, folded if the graph is large, then Graphviz source."""
