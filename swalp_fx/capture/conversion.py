@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule
 from .. import nodes
 from ..passes.assign import left_out, subjects
 from ..passes.names import kinds_of_type
+from ..passes.recurrent import inside_module
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, RecipeError, Subject, shortened
 from ..warn import warn
@@ -89,9 +90,11 @@ class Graphs(Sequence[Rewritten]):
         if not self._made:
             return "no graph yet: call the module once, or give example_inputs to convert"
         modes = {True: "train", False: "eval"}
-        # Leave out the "; x = None" that frees a value after its last use.
-        texts = ((each, re.sub(r";  (\w+ = )+None$", "", each.code, flags=re.MULTILINE)) for each in self._made)
-        return "\n\n".join(f"# {each.entry}, {modes[each.training]} mode\n{text.strip()}" for each, text in texts)
+        return "\n\n".join(
+            f"# {each.entry}, {modes[each.training]} mode{name}\n{text}"
+            for each in self._made
+            for name, text in _texts(each.graph_module)
+        )
 
     __repr__ = __str__
 
@@ -99,6 +102,15 @@ class Graphs(Sequence[Rewritten]):
 
     def __reduce__(self) -> Any:
         return Graphs, ()
+
+
+def _texts(module: GraphModule) -> Iterator[tuple[str, str]]:
+    """(name, code) of a graph, whose name is empty, and of those that it runs."""
+    for name, graph in module.named_modules():
+        if isinstance(graph, GraphModule):
+            # Leave out the "; x = None" that frees a value after its last use.
+            code = re.sub(r";  (\w+ = )+None$", "", graph.code, flags=re.MULTILINE)
+            yield f", {name}" if name else "", code.strip()
 
 
 class Conversion:
@@ -199,8 +211,12 @@ class Conversion:
         for path, module in self.root.named_modules():
             if path:
                 yield path, kinds_of_type(type(module), layer_part(type(module)))
+            yield from inside_module(path, module)
         for each in self.graphs:
             yield from subjects(each.captured)
+            for name, graph in each.graph_module.named_modules():
+                if name and isinstance(graph, GraphModule):
+                    yield from subjects(graph.graph)
 
     def key(self, device: torch.device | None = None) -> Tensor | None:
         """The key of one run; each run has another. None in eval mode, where stochastic rounding is to nearest.
