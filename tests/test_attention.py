@@ -16,7 +16,7 @@ from swalp_fx import ConvertError, Recipe, check, convert, report
 from swalp_fx.passes import verify
 from swalp_fx.passes.captured import Scope
 from swalp_fx.passes.names import PART, parameter_subjects
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 
 WIDTH, HEADS, TOKENS = 24, 2, 40
 SIZE = WIDTH // HEADS  # no power of two: a scale is not exact
