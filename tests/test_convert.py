@@ -1,4 +1,4 @@
-"""``convert``: what it changes and what it leaves alone, what it computes, and what it refuses."""
+"""``convert``: its changes, the things it leaves alone, its results and its errors."""
 
 import copy
 import pickle
@@ -373,7 +373,7 @@ class Outputs:
 
 
 class Opaque:
-    """What pytrees do not know."""
+    """An object that pytrees do not know."""
 
     def __init__(self, value):
         self.value = value
@@ -579,7 +579,7 @@ def test_a_forward_that_no_graph_holds_is_named():
 
 
 class Storing(nn.Module):
-    """Gives at its second call what it has computed at its first."""
+    """Returns at its second call the result of its first."""
 
     def __init__(self):
         super().__init__()

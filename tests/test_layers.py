@@ -28,16 +28,16 @@ LAYERS = [
     ["converting", "reports"],
     ["__init__"],
 ]
-# Beyond the order: what must stay apart, so that each can be trusted alone.
+# Beyond the order: pairs that must stay apart, so that each can be trusted alone.
 NEVER = [
-    ("reference", "ops"),  # the oracle may not ask what it judges
+    ("reference", "ops"),  # the oracle may not ask the op that it judges
     ("ops", "reference"),
     ("optimizer", "passes"),
     ("optimizer", "capture"),
     ("passes", "optimizer"),
 ]
-# The proof reads what the capture and the analysis have written, and which axis a product contracts. What the passes
-# make of that it does not.
+# The proof reads the notes of the capture and the analysis, and the contraction axes of products. It does not read the
+# results of the passes.
 PROOF = {"formats", "nodes", "recipe", "passes.captured", "passes.facts", "passes.fit"}
 OUTSIDE = {"torch", "tabulate", *sys.stdlib_module_names}
 

@@ -1,4 +1,4 @@
-"""What rounding did to each site."""
+"""The rounding error of each site."""
 
 import copy
 import csv

@@ -1,4 +1,4 @@
-"""The table of operations holds on real operations: what moves makes no new number, what may be a view is one."""
+"""The table of operations holds on real operations: movement makes no new number, and a possible view is one."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(2)) + 2
 ROW, INDEX = torch.tensor([1, 0]), torch.tensor([[1, 0, 2, 3, 1, 0]])
 ONES = X > 2
 
-# Name -> a call that moves what it is given. Without a line: no argument but the tensor.
+# Name -> a call that moves its argument. Without a line: the tensor is the only argument.
 CALLS = {
     "getitem": lambda x: x[1:],
     "data": lambda x: x.data,
@@ -191,7 +191,7 @@ def test_what_makes_new_numbers_is_rounded(call):
 def test_what_moves_is_not_rounded_again(name):
     model = converted(Before(CALLS[name]), "bfp8[0]")
     model(X)
-    # Some calls break a graph. What a graph behind a break gives is rounded.
+    # Some calls break a graph. The outputs of a graph after a break are rounded.
     places = [each for made in model.graphs for each in rounded(made.graph) if each != "exp"]
     assert [each for each in places if not each.startswith("max_pool")] == ["layer"]
 

@@ -1,4 +1,4 @@
-"""Recipes: texts that round-trip, roles one by one, and what is refused."""
+"""Recipes: texts that round-trip, roles one by one, and errors."""
 
 import dataclasses
 import pickle
