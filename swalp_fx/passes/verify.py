@@ -103,7 +103,7 @@ class _Model:
             kinds += [base.__name__ for base in layer.kind.__mro__]
         elif node.op != "placeholder":
             kinds += [_called(node), _called(node).rstrip("_")]
-        return self.places[node], kinds
+        return self.places[node], [*kinds, *_types_around(node)]
 
     def sources(self, node: Node) -> list[Node]:
         """What ``node`` reads, or, where it ends a layer, what the layer reads."""
@@ -193,7 +193,7 @@ class _Proof:
                 continue  # no number to scale by, or of heads to share
             for name, kind in (("attn_scores", "compute"), ("attn_probabilities", "activation")):
                 full = ".".join(filter(None, (node.meta.get(MODULE), name)))
-                here = self.recipe.at((full, (kind, name)))
+                here = self.recipe.at((full, (kind, name, *_types_around(node))))
                 is_float = not (here.activation.rounds or here.error.rounds) or self.recipe.excludes(full)
                 is_placed = self.recipe.placement != "compute" or kind == "compute" or self.recipe.includes(full)
                 _require(is_float or not is_placed, node, f"hides {full}, which is to be rounded")
@@ -408,6 +408,12 @@ class _Proof:
             switches += SWITCHES.fullmatch(_called(node)) is not None
             made_after[node] = switches
         return made_after
+
+
+def _types_around(node: Node) -> list[str]:
+    """What the innermost module whose code ``node`` is of is an instance of."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return [base.__name__ for base in getattr(stack[-1][1], "__mro__", ())] if stack else []
 
 
 def _takes_first(reader: Node, node: Node) -> bool:

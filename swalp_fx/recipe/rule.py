@@ -27,7 +27,8 @@ class Rule:
     A role goes by its letter too: ``Rule("fc", W="float", G="e5m2~stochastic")``. ``states`` maps names of an
     optimizer's states to formats, as in a recipe.
     ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
-    ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
+    ("Conv2d") or a function's name ("matmul"). What the code of a module gives is of that module's type besides, as
+    what is inside of a "MultiheadAttention" is. A parameter is of the kind of the layer that holds it, or "parameter".
     Where several outputs have one name, as those of a module that is called twice, it matches them all;
     ``layer1.0.relu@2`` is the second of them in the graph, and has no role but activation and error. ``report`` prints
     every name.
