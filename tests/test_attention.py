@@ -646,6 +646,14 @@ def test_the_layer_is_whole_where_the_recipe_says_so(whole):
     assert rounded(made.graph) == ["0", *(["1.layer"] if whole else inner)]
 
 
+def test_a_rule_for_the_layer_by_its_kind_reaches_what_is_inside():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Called(_layer(), need_weights=False), nn.Linear(WIDTH, 2))
+    assert rounded(rewritten(model, "bfp8[0] rules=[* kind=MultiheadAttention A=float E=float]", X).graph) == ["0"]
+    made = rewritten(model, "bfp8[0] rules=[* kind=MultiheadAttention A=e4m3 E=e5m2]", X)
+    found = [node.args[3] for node in made.graph.nodes if "quantize_output" in str(node.target)]
+    assert found == ["bfp8[0]", *["e4m3"] * 5]
+
+
 def _transformers():
     given = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from ... import nodes
 from ...recipe import Subject
 from ..captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, UPDATE
 from ..facts import FACTS, MEANINGS, Facts, Origin
-from .reading import called, does, written_by
+from .reading import called, does, types_around, written_by
 
 __all__ = ["LAYERS", "Model"]
 
@@ -40,7 +40,7 @@ class Model:
             kinds += [base.__name__ for base in layer.kind.__mro__]
         elif node.op != "placeholder":
             kinds += [called(node), called(node).rstrip("_")]
-        return self.places[node], kinds
+        return self.places[node], [*kinds, *types_around(node)]
 
     def sources(self, node: Node) -> list[Node]:
         """What ``node`` reads, or, where it ends a layer, what the layer reads."""

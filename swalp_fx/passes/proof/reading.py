@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..facts import FACTS
 
-__all__ = ["called", "does", "is_own_code", "written_by"]
+__all__ = ["called", "does", "is_own_code", "types_around", "written_by"]
 
 WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
 
@@ -60,3 +60,9 @@ def _is_torch(thing: Any) -> bool:
         re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", getattr(thing, "__module__", None) or "torch")
         is not None
     )
+
+
+def types_around(node: Node) -> list[str]:
+    """The types of the innermost module whose code ``node`` is of."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return [base.__name__ for base in getattr(stack[-1][1], "__mro__", ())] if stack else []

@@ -17,7 +17,7 @@ from ..captured import CARRIED, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, S
 from ..facts import FACTS, MEANINGS
 from ..fit import contraction_axes, fitted, of_parameter
 from .model import LAYERS, Model
-from .reading import called, does, is_own_code, written_by
+from .reading import called, does, is_own_code, types_around, written_by
 from .rules import require
 
 __all__ = ["verify"]
@@ -125,7 +125,7 @@ class _Proof:
                 continue  # no number to scale by, or of heads to share
             for name, kind in (("attn_scores", "compute"), ("attn_probabilities", "activation")):
                 full = ".".join(filter(None, (node.meta.get(MODULE), name)))
-                self._hides_nothing(node, full, (kind, name))
+                self._hides_nothing(node, full, (kind, name, *types_around(node)))
 
     def _recurrent(self) -> None:
         """No step of a recurrent layer is hidden in a call of PyTorch's that ``Recipe.at`` would have rounded."""
