@@ -16,8 +16,8 @@ from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.captured import MODULE, Scope
 from swalp_fx.passes.elide import elide
 from swalp_fx.passes.names import NAME, PART, parameter_subjects, place
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.passes.reuse import reuse
-from swalp_fx.passes.verify import VerifyError
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from marks import Traced, assert_refused, captured, letters_of, marked, marks, t
 from torch import nn
 
 from swalp_fx import Recipe, Rule, check, convert, nodes, quantize
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.passes.tables import OPERATIONS
-from swalp_fx.passes.verify import VerifyError
 
 RECIPE = Recipe.parse("bfp6[0]")
 IMAGE = (2, 4, 6, 6)

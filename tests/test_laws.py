@@ -153,6 +153,34 @@ def test_twos_complement_blocks_are_not_idempotent():
     assert quantize(once, "bfp4+twos").tolist() == [-2.0, 0.0]
 
 
+EVERY = frozenset(("nearest", "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up"))
+DIRECTED, NONE = frozenset(("toward_zero", "down", "up")), frozenset()
+# Format -> the roundings that change what they gave. docs/formats.md has them by kind.
+CHANGED_TWICE = {
+    **dict.fromkeys(("fixed8.6", "e4m3", "e5m2", "bf16", "posit8.1"), NONE),
+    **dict.fromkeys(("bfp8[0]", "bfp4[-1:16]", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8"), NONE),
+    **dict.fromkeys(("mxfp8+ceil", "mxfp8+rceil", "mxfp4+even", "e2m1[-1:16]"), NONE),
+    "mxfp8+even": DIRECTED | {"stochastic"},
+    "bfp4[0]+twos": EVERY - {"toward_zero", "up"},
+    "bfp8[0]+twos": EVERY - {"toward_zero", "up"},
+    **dict.fromkeys(("int8", "int8[0]", "int4[-1:32]", "e4m3[0]", "nf4", "posit8.1[0]"), DIRECTED),
+    **dict.fromkeys(("nvfp4", "uint8[0]", "int8[0]+asym"), EVERY),
+}
+
+
+@pytest.mark.parametrize("format", CHANGED_TWICE)
+def test_which_roundings_change_what_they_gave(format):
+    generator = torch.Generator().manual_seed(0)
+    x, sizes = (torch.randn(shape, generator=generator) for shape in ((64, 64), (64, 1)))
+    given = [x, x * (sizes * 3).exp(), x.exp(), (x * 4).round() / 4 - 0.5]
+    changed = set()
+    for rounding in EVERY:
+        once = [quantize(each, format, rounding, key=1) for each in given]
+        if not all(torch.equal(quantize(each, format, rounding, key=2), each) for each in once):
+            changed.add(rounding)
+    assert changed == CHANGED_TWICE[format]
+
+
 @law
 @hypothesis.given(moderate, SCALED_INTEGERS)
 def test_a_second_pass_over_scaled_integers_keeps_the_integers(x, format):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import swalp_fx
+from swalp_fx.passes.proof import RULES
 
 PACKAGE = Path(swalp_fx.__file__).parent
 
@@ -104,7 +105,17 @@ def test_every_layer_is_there():
 
 
 def test_the_proof_shares_nothing_with_the_passes():
-    names = {name for name in imports(PACKAGE / "passes" / "verify.py") if name.startswith("swalp_fx.")}
+    proof = [*(PACKAGE / "passes" / "proof").glob("*.py")]
+    names = {name for path in proof for name in imports(path) if name.startswith("swalp_fx.")}
     modules = {re.match(r"swalp_fx\.(passes\.\w+|\w+)", name)[1] for name in names}
-    assert modules == PROOF
-    assert not {"swalp_fx.part", "swalp_fx.name", "swalp_fx.site"} & string_constants(PACKAGE / "passes" / "verify.py")
+    assert modules - {"passes.proof"} == PROOF
+    assert not {"swalp_fx.part", "swalp_fx.name", "swalp_fx.site"} & set().union(*map(string_constants, proof))
+
+
+def test_each_rule_of_the_proof_is_required_somewhere():
+    tree = ast.parse((PACKAGE / "passes" / "proof" / "verifier.py").read_text())
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
+    ]
+    named = {call.args[0].id if isinstance(call.args[0], ast.Name) else call.args[0].value for call in calls}
+    assert named - {"rule"} | {2, 3} == set(RULES)  # the one name is of rules 2 and 3

@@ -66,6 +66,8 @@ CALLS = {
     "cat": lambda x: torch.cat([x, x]),
     "concat": lambda x: torch.concat([x, x]),
     "concatenate": lambda x: torch.concatenate([x, x]),
+    "_chunk_cat": lambda x: torch._chunk_cat([x, x], 0, 2),
+    "linalg_diagonal": lambda x: torch.linalg.diagonal(x),
     "stack": lambda x: torch.stack([x, x]),
     "hstack": lambda x: torch.hstack([x, x]),
     "vstack": lambda x: torch.vstack([x, x]),
@@ -112,13 +114,20 @@ CALLS = {
 # Names that a captured graph has, and no call of ours.
 SPELLED = ["_get_data_attr", "register_hook", "numpy_T", "matrix_H", "_squeeze", "_unsqueeze", "requires_grad_", "cuda"]
 SPELLED += ["fft_fftshift", "fft_ifftshift"]
-DRAWN = ["feature_dropout", "native_dropout", "stochastic_depth", "drop_block2d", "drop_block3d"]
+DRAWN = [
+    "feature_dropout",
+    "native_dropout",
+    "native_dropout_backward",
+    "stochastic_depth",
+    "drop_block2d",
+    "drop_block3d",
+]
 OF_ATEN = [name for name in OPERATIONS if name.endswith("_copy") or name in ("slice", "alias", "lift", "lift_fresh")]
 OF_ATEN += ["constant_pad_nd", "unsafe_view", "to_copy", "resize", "set"]
 OF_OTHERS = ["fill", "zero", "copy", "complex", "view_as_real", "view_as_complex", "imag"]  # than one real tensor
 OTHERS = ("setitem", *SPELLED, *DRAWN, *OF_ATEN, *OF_OTHERS)
 MOVES = [name for name, row in OPERATIONS.items() if row.part == "movement" and name.strip("_")[0].islower()]
-HALVES = ("double", "half", "bfloat16")  # another dtype: of these numbers, copies
+HALVES = ("double", "half", "bfloat16", "cfloat", "cdouble", "chalf")  # another dtype: of these numbers, copies
 
 
 def _call(name, x):

@@ -13,7 +13,7 @@ from swalp_fx import Recipe, check, nodes
 from swalp_fx.passes import insert
 from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.names import PART, place
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.random import stream_of
 
 RECIPE = Recipe.parse("bfp8[0]")

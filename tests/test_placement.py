@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 from swalp_fx import Recipe, RecipeError, convert, quantize
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.recipe import PLACEMENTS
 
 

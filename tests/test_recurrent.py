@@ -16,7 +16,7 @@ from swalp_fx.nodes import recurrent
 from swalp_fx.passes import verify
 from swalp_fx.passes.captured import Scope
 from swalp_fx.passes.names import parameter_subjects
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 
 FORMATS = ["bfp8[0]", "mxfp8", pytest.param("e4m3", marks=pytest.mark.slow)]
 FEATURES, HIDDEN, BATCH, TIMES = 6, 5, 4, 3

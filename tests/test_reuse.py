@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from swalp_fx import Recipe, convert, nodes
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.passes.tables import OPERATIONS
-from swalp_fx.passes.verify import VerifyError
 
 RECIPE = Recipe.parse("bfp6[0]")
 
