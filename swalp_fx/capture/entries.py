@@ -133,11 +133,12 @@ class Entry:
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What ``function`` gives, by rewritten graphs. Raises NotRewritten where it would compute in float."""
         is_outside = conversion_of(local.entered) is not self.conversion  # nothing runs, or another converted model
+        key = name, function, is_outside
         if is_outside:
             adopt_strays(settled(self.module))
+            self.conversion.refuse_unwhole(key not in self.made)
         if type(self.module) is not self.kind:
             self.attach()
-        key = name, function, is_outside
         run = self.compiled.get(key)
         if run is None:
             run = self.compiled[key] = compile_entry(self, name, function)

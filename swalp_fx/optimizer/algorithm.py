@@ -38,6 +38,7 @@ from ..ops import quantize_foreach_
 from ..random import fold_in, is_captured, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
+from ..whole import SHARDED, class_of_torch, unwhole
 from .averaging import Average
 from .lost import length_of, loses_updates
 from .moments import ends_in
@@ -218,6 +219,10 @@ class SWALP:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
+        if (kind := class_of_torch(type(optimizer), SHARDED)) is not None:
+            raise ValueError(f"cannot attach to {kind}; {SHARDED[kind]}")
+        if (shard := unwhole(self.model)) is not None:
+            raise ValueError(f"{name} cannot train {shard}")
         inner = next((key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
         if inner is not None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise ValueError(
@@ -726,6 +731,8 @@ class SWALP:
                 if index is None:
                     self._follow_model()
                     index = self._index.get(parameter)
+                if index is None and (shard := unwhole(self.model)) is not None:
+                    raise ValueError(f"{type(optimizer).__name__} cannot train {shard}")
                 if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
