@@ -37,6 +37,6 @@ def unwhole(model: nn.Module) -> str | None:
             if name in vars(module):
                 return (
                     f"{which}, which an attribute of that name in its module's __dict__ hides from the forward; delete "
-                    "that, or where FullyShardedDataParallel put it, wrap the converted module in DistributedDataParallel"
+                    "that, or use DistributedDataParallel where FullyShardedDataParallel put it"
                 )
     return None

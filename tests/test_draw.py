@@ -19,6 +19,7 @@ from swalp_fx.reports.drawing.draw import _roots
 from swalp_fx.reports.drawing.fold import RANKS, panels
 from swalp_fx.reports.drawing.kinds import Box, ranks
 from swalp_fx.reports.drawing.labels import TIMES
+from swalp_fx.reports.graphs import inlined
 
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
 
@@ -65,7 +66,7 @@ def test_every_quantize_node_is_drawn_with_its_formats(kind, tmp_path):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe="W=fixed8.6 A=bfp8[0] E=e5m2", example_inputs=inputs)
     source = _drawn(module, tmp_path)
-    targets = Counter(node.target for made in module.graphs for node in made.graph.nodes)
+    targets = Counter(node.target for made in module.graphs for node in inlined(made.graph_module).graph.nodes)
     # A number, a tensor without dimensions, is one block: [0] is not said of it.
     specs = Counter(text.split(" ")[-1].removesuffix("[0]") for _, text in _chips(source) if text[-5:] != "float")
     outputs = targets[nodes.quantize_output]
@@ -159,7 +160,7 @@ def test_graphs_that_look_alike_are_drawn_once(tmp_path):
 
 
 def test_a_layer_with_several_outputs_is_one_box(tmp_path):
-    source = _source(shapes.Recurrent(), tmp_path, torch.ones(2, 5, 6))
+    source = _source(shapes.Recurrent(), tmp_path, torch.ones(2, 5, 6), "bfp8[0] whole=lstm")
     assert source.count("<b>LSTM</b>") == 1
     assert "lstm@1, lstm@2" in source and {("lstm_1", "lstm_1_q"), ("lstm_1", "lstm_2_q")} <= _edges(source).keys()
 

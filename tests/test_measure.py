@@ -16,6 +16,7 @@ from torch import nn
 
 from swalp_fx import ConvertError, convert, measure
 from swalp_fx.reports import Measures, Rounded
+from swalp_fx.reports.graphs import inlined
 
 
 class Scale(nn.Module):
@@ -82,7 +83,8 @@ def test_every_site_of_every_shape(kind):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe="bfp8[0]")
     found = measure(module, inputs)
-    sites = {node.name for made in module.graphs for node in made.graph.nodes if node.name.endswith("_q")}
+    graphs = [inlined(made.graph_module).graph for made in module.graphs]
+    sites = {node.name for graph in graphs for node in graph.nodes if node.name.endswith("_q")}
     assert len(found) == len(sites) and {role for _, role in found} <= {"W", "A"}
     assert all(each.values and each.sqnr > 20 and not each.nan for each in found.values())
 

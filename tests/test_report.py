@@ -148,7 +148,7 @@ class Attentive(nn.Module):
 
 
 def test_what_is_called_whole_is_told_and_its_inside_is_not_counted():
-    text = _report(Attentive, "bfp8 whole=attention exclude=attn_scores,attn_probabilities")
+    text = _report(Attentive, "bfp8 whole=attention,rows.* exclude=attn_scores,attn_probabilities")
     assert _lines_of("outputs", text) == (
         "outputs 5 of 6 rounded; inside LSTM x 3, MultiheadAttention, scaled_dot_product_attention, "
         "called whole, none (not counted)"

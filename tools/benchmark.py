@@ -8,6 +8,7 @@ Each is measured against its like, in one run.
     python tools/benchmark.py attention           # rounded, and in float, beside the fused product
     python tools/benchmark.py graph               # what a node costs beside its arithmetic
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
+    python tools/benchmark.py recurrent           # recurrent layers, against PyTorch's fused calls
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
     python tools/benchmark.py optimizer           # the optimizer's step, and its memory, against the plain optimizer's
 
@@ -34,6 +35,7 @@ import attention
 import captures
 import codes
 import files
+import loops
 import models
 import optimizers
 import overhead
@@ -216,7 +218,7 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    kinds = ["op", "codes", "attention", "graph", "capture", "step", "optimizer"]
+    kinds = ["op", "codes", "attention", "graph", "capture", "recurrent", "step", "optimizer"]
     add("what", choices=kinds, help="op: quantize_ in place, on float32")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
@@ -283,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = overhead.measure(clock.once, args.device)
     elif args.what == "capture":
         tables = captures.measure(clock.once, args.device)
+    elif args.what == "recurrent":
+        tables = loops.measure(clock.once, args.device)
     elif args.what == "optimizer":
         tables = optimizers.measure(clock.once, args.device)
     else:

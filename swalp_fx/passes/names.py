@@ -83,7 +83,7 @@ def name_places(graph: Graph) -> None:
     for node in graph.nodes:
         if node.meta[PART] == "parameter":
             derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
-            node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.name
+            node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.meta.get(ARGUMENT) or node.name
         elif node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
             names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
         elif node.op == "placeholder":

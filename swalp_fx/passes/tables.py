@@ -55,6 +55,7 @@ compute | own regrad | linear conv1d conv2d conv3d conv_transpose1d conv_transpo
 compute | own | bilinear embedding mv
 compute | | deform_conv2d embedding_bag dot vdot inner outer ger einsum tensordot addmm addmv addbmm baddbmm addr
 compute | | convolution scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd
+compute | | lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
 compute | | cdist Linear Bilinear _ConvNd Conv1d
 compute | | Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d Embedding EmbeddingBag
 compute | | MultiheadAttention RNNBase RNNCellBase Transformer TransformerEncoder TransformerDecoder

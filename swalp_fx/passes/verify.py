@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from .. import nodes
 from ..formats import FLOAT, Format, Slices, parse
 from ..recipe import Recipe, Subject
-from .captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
+from .captured import ARGUMENT, CARRIED, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
 from .facts import FACTS, MEANINGS, Facts, Origin
 from .fit import contraction_axes, fitted, of_parameter
 
@@ -40,6 +40,22 @@ LAYERS = ("compute", "norm", "activation", "arithmetic", "pooling")
 ENDS = {
     "mask": re.compile(r"(?:log_|_?safe_)?softmax|logsumexp|cross_entropy|exp|a?max|scaled_dot_product_attention"),
     "angle": re.compile(r"(?:sin|cos)_?"),
+}
+
+# What a call of a recurrent layer or cell computes in each step, by its part.
+INSIDE = {
+    "lstm": {
+        "compute": "input_product hidden_product",
+        "arithmetic": "gates kept_cell new_cell cell hidden",
+        "activation": "input_gate forget_gate cell_gate output_gate cell_tanh",
+    },
+    "gru": {
+        "compute": "input_product hidden_product",
+        "arithmetic": "reset_sum update_sum new_sum reset_hidden new_share new_hidden kept_hidden hidden",
+        "activation": "reset_gate update_gate new_gate",
+    },
+    "rnn_tanh": {"compute": "input_product hidden_product", "arithmetic": "sum", "activation": "hidden"},
+    "rnn_relu": {"compute": "input_product hidden_product", "arithmetic": "sum", "activation": "hidden"},
 }
 
 OURS = (nodes.quantize_weight, nodes.quantize_output)
@@ -75,7 +91,8 @@ def verify(
     8. no mode (autocast, gradients, inference) is switched between an output and its quantize node;
     9. an activation that is left as it is has all its numbers from a tensor rounded to that format, and nothing writes
        into it; an error signal, from an error signal rounded to that format; and the recipe allows it;
-    10. an attention product is fused only where nothing of what it computes inside would be rounded;
+    10. an attention product, or a recurrent layer, is one call only where nothing that it computes inside would be
+       rounded;
     11. what is not rounded as a constant is made of no parameter and no floating input, as a mask or an angle read by
        nothing else than what takes it; and a norm that is one operation holds no product.
     """
@@ -154,6 +171,7 @@ class _Proof:
         self._same_computation()
         self._meanings()
         self._fused()
+        self._recurrent()
         self._weights_and_outputs()
         self._randomness()
         self._memory()
@@ -193,10 +211,28 @@ class _Proof:
                 continue  # no number to scale by, or of heads to share
             for name, kind in (("attn_scores", "compute"), ("attn_probabilities", "activation")):
                 full = ".".join(filter(None, (node.meta.get(MODULE), name)))
-                here = self.recipe.at((full, (kind, name)))
-                is_float = not (here.activation.rounds or here.error.rounds) or self.recipe.excludes(full)
-                is_placed = self.recipe.placement != "compute" or kind == "compute" or self.recipe.includes(full)
-                _require(is_float or not is_placed, node, f"hides {full}, which is to be rounded")
+                self._hides_nothing(node, full, (kind, name))
+
+    def _recurrent(self) -> None:
+        """No step of a recurrent layer is hidden in a call of PyTorch's that ``Recipe.at`` would have rounded."""
+        for node in self.model.graph.nodes:
+            name, layer = _called(node), node.meta.get(LAYER)
+            inside = INSIDE.get(name.removesuffix("_cell")) if node.op == "call_function" else None
+            if inside is None or (layer is not None and self.recipe.is_whole(layer.path)):
+                continue
+            path = node.meta.get(MODULE) if layer is None else layer.path
+            types = [] if layer is None else [base.__name__ for base in layer.kind.__mro__]
+            for run in [""] if name.endswith("_cell") else _runs(node):
+                for kind, places in inside.items():
+                    for place in places.split():
+                        full = ".".join(filter(None, (path, run, place)))
+                        self._hides_nothing(node, full, (kind, *types))
+
+    def _hides_nothing(self, node: Node, place: str, kinds: tuple[str, ...]) -> None:
+        here = self.recipe.at((place, kinds))
+        is_float = not (here.activation.rounds or here.error.rounds) or self.recipe.excludes(place)
+        is_placed = self.recipe.placement != "compute" or "compute" in kinds or self.recipe.includes(place)
+        _require(is_float or not is_placed, node, f"hides {place}, which is to be rounded")
 
     def _made_of(self, node: Node) -> Node | None:
         """A parameter, or a floating input, that ``node``'s numbers are made of."""
@@ -219,7 +255,7 @@ class _Proof:
             is_read = user.op != "output" and user.meta[FACTS].category != "number"
             if not is_read or ENDS[kind].fullmatch(_called(user)):
                 continue
-            # Scaled scores may meet a table of positions, and a mask behind it; what a mask takes out is seen in a layer.
+            # Scaled scores may meet a table of positions, and a mask behind it; what a mask takes out is in a layer.
             passed = ("movement", "exit", kind, *(("arithmetic", "inside") if kind == "mask" else ()))
             is_passed = self.model.kinds[user] in passed
             found = self._read_by_other(user, kind) if is_passed else user
@@ -250,6 +286,8 @@ class _Proof:
 
     def _reads_bare(self, reader: Node, node: Node) -> bool:
         """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
+        if reader.op == "output" and node.meta.get(CARRIED, False):  # the next step reads it
+            return False
         if reader.op == "output" and node.meta.get(KEPT, False):  # kept as a layer reads it, if one does
             return not self.returns_rounded and all(
                 user.op == "output" or self._reads_bare(user, node) for user in node.users
@@ -312,16 +350,16 @@ class _Proof:
                 _require(seen.setdefault(stream, node) is node, node, f"shares stream {stream} with {seen[stream]}")
                 _require(0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
         for node in self.graph.nodes:
-            if node.target in (*OURS, nodes.checkpointed):
+            if node.target in (*OURS, *nodes.RUNS):
                 _require(node.args[1] is self.key, node, f"draws from {node.args[1]}, not from the key of this run")
             if node.target in OURS:
                 _require(node.args[0] in self.old, node, f"quantizes {node.args[0]}, which is quantized")
 
     def _all_nodes(self, graph: Graph, bodies: Any) -> Iterator[Node]:
-        """The nodes of ``graph``, and of the checkpoints in it."""
+        """The nodes of ``graph``, and of the graphs that it runs."""
         for node in graph.nodes:
             yield node
-            if node.target is nodes.checkpointed:
+            if node.target in nodes.RUNS:
                 body = bodies[node.args[0].target]
                 yield from self._all_nodes(body.graph, dict(body.named_children()))
 
@@ -410,6 +448,16 @@ class _Proof:
         return made_after
 
 
+def _runs(node: Node) -> Iterator[str]:
+    """``l0``, ``l0_reverse``, ``l1``, ...: what a call of a recurrent layer runs."""
+    names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    for number in range(given["num_layers"]):
+        yield f"l{number}"
+        if given["bidirectional"]:
+            yield f"l{number}_reverse"
+
+
 def _takes_first(reader: Node, node: Node) -> bool:
     """Whether ``node`` is the first input of ``reader``."""
     return bool(reader.args) and reader.args[0] is node
@@ -459,6 +507,8 @@ def _line(node: Node, names: dict[Node, str]) -> str:
         target = f"{node.meta[HOLDS]} {node.meta.get(PARAMETER)}"
     elif target is nodes.checkpointed:
         target, arguments = torch.ops.higher_order.tag_activation_checkpoint, (arguments[0], *arguments[2:])
+    elif target is nodes.recurrent:
+        arguments = (arguments[0], None, *arguments[2:])
     return f"{node.op} {target} {map_arg((arguments, node.kwargs), lambda source: names[source])}"
 
 
@@ -479,7 +529,7 @@ def _kind(node: Node, kinds: dict[Node, str]) -> str:
         return node.meta.get(HOLDS, "output")
     if node.meta.get(MODULE, "") is None:
         return "outside"
-    if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+    if node.target in (torch.ops.higher_order.tag_activation_checkpoint, nodes.recurrent):
         return "nested"
     if any(kinds.get(_whole(written)) == "state" for written in _written_by(node)):
         return "state"

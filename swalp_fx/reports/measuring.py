@@ -231,8 +231,8 @@ class _Watch:
 
     def run(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         if id(made) not in self._graphs:
-            self._graphs[id(made)] = made, inlined(made.graph_module)
-            self._begin(self._graphs[id(made)][1].graph)
+            self._graphs[id(made)] = made, inlined(made.graph_module, steps=False)
+            self._begin(inlined(made.graph_module).graph)
         return _Run(self, self._graphs[id(made)][1]).run(*args)
 
     def _begin(self, graph: Graph) -> None:
@@ -258,6 +258,9 @@ class _Run(Interpreter):
         self.watch = watch
 
     def run_node(self, n: Node) -> Any:
+        if n.target is nodes.recurrent:
+            (body, *args), how = self.fetch_args_kwargs_from_env(n)
+            return nodes.recurrent(_Run(self.watch, body).run, *args, **how)
         if not is_quantizer(n):
             return super().run_node(n)
         x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]
