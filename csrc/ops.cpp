@@ -18,16 +18,17 @@
 
 // The forms ending in _ work in place and return nothing. _plan rounds nothing, but gives the address of a plan (plan.h) of
 // such calls. On the CPU alone: _sgd_, a step of torch.optim.SGD with its roundings, where a role without streams is not
-// rounded and undamped is 1 - dampening; and _codes, which writes codes (codes.h) of 8 bits or fewer side by side, and scales
-// as swalp_fx/codes/stored.py has them, and tells whether it could. coding: the fields of Coding, then the bias of a scale's
-// exponent.
+// rounded, undamped is 1 - dampening, and weights become copies of masters, if there are any, that are stepped instead; and
+// _codes, which writes codes (codes.h) of 8 bits or fewer side by side, and scales as swalp_fx/codes/stored.py has them, and
+// tells whether it could. coding: the fields of Coding, then the bias of a scale's exponent.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> Tensor");
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
   m.def("quantize_foreach_(Tensor(a!)[] xs, " SWALP_FORMAT SWALP_ROUNDING "int[] streams) -> ()");
   m.def("quantize_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> int");
-  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, " SWALP_SGD SWALP_FORMAT
-            SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams) -> ()");
+  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, Tensor(d!)[] masters, "
+        SWALP_SGD SWALP_FORMAT SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams"
+        ") -> ()");
   m.def("quantize_codes(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream, int[] coding, Tensor(a!) packed, "
         "Tensor(b!) scales, Tensor(c!) second) -> bool");
 }

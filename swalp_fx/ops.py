@@ -458,6 +458,7 @@ def sgd_(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     momenta: Sequence[Tensor],
+    masters: Sequence[Tensor],
     group: Mapping[str, Any],
     format: str | Format,
     rounding: str,
@@ -468,13 +469,14 @@ def sgd_(
     """A step of torch.optim.SGD with the numbers of ``group``, rounded to ``format`` in the same pass over memory.
 
     Gradients are rounded before the update, weights and momenta after it: the bits of ``quantize_foreach_`` before and
-    after torch's own step, on processors with AVX2. All are dense float32 on the CPU, each weight's three tensors alike
-    in strides; without momentum there are no momenta.
+    after torch's own step, on processors with AVX2. All are dense float32 on the CPU, each weight's tensors alike in
+    strides; without momentum there are no momenta. Masters, if there are any, are stepped, and not rounded; the weights
+    become rounded copies of them.
     streams: of the weights, the gradients and the momenta, one a tensor each, or none if they are not to be rounded.
     """
     how = _find(format, rounding)
     assert how is not None
     of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
     switches = [group["nesterov"], group["maximize"]]
-    _SGD(weights, gradients, momenta, *of_group, *switches, *how, key_of(rounding, key), *streams)
-    torch.autograd.graph.increment_version([*weights, *gradients, *momenta])
+    _SGD(weights, gradients, momenta, masters, *of_group, *switches, *how, key_of(rounding, key), *streams)
+    torch.autograd.graph.increment_version([*weights, *gradients, *momenta, *masters])
