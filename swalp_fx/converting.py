@@ -52,9 +52,9 @@ def convert(
     example_inputs: the positional or the named inputs of one call. With them the graphs of the present mode are made at
         once, to be looked at: ``model.graphs``. Buffers and random state are left as they were.
 
-    In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal
-    if all ranks have one ``torch.initial_seed()`` here, or load the ``swalp.state_dict()`` of one; their forwards and
-    backwards draw bits of each rank's own all the same.
+    In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal,
+    however their ranks are seeded: the optimizer pass takes rank 0's seed. Forwards and backwards draw bits of each
+    rank's own.
 
     Raises ConvertError (no module, already converted, compiled or wrapped), FormatError, RecipeError (a rule, an
     include or an exclude that matches nothing, where example_inputs show all that there is), TypeError for no

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from swalp_fx import ConvertError, Recipe, check, convert, report
 from swalp_fx.passes import verify
 from swalp_fx.passes.captured import Scope
-from swalp_fx.passes.names import parameter_subjects
+from swalp_fx.passes.names import PART, parameter_subjects
 from swalp_fx.passes.verify import VerifyError
 
 WIDTH, HEADS, TOKENS = 24, 2, 40
@@ -112,6 +112,28 @@ CAUSAL = {
     "filled in": lambda q, k, v: (q @ k.mT * SIZE**-0.5).masked_fill(FUTURE, -1e9).softmax(-1) @ v,
     "where": lambda q, k, v: torch.where(~FUTURE, q * SIZE**-0.5 @ k.mT, -math.inf).softmax(-1) @ v,
     "added in place": lambda q, k, v: (q @ k.mT * SIZE**-0.5).add_(_added(FUTURE)).softmax(-1) @ v,
+    "subtracted": lambda q, k, v: (q @ k.mT * SIZE**-0.5 - 1e9 * FUTURE.float()).softmax(-1) @ v,
+    "of ones": lambda q, k, v: (q @ k.mT * SIZE**-0.5 + (1 - (~FUTURE).float()) * -10000.0).softmax(-1) @ v,
+    "of ones, and a product": lambda q, k, v: (
+        (q @ k.mT * SIZE**-0.5 * (~FUTURE).float() + -1e4 * (1 - (~FUTURE).float())).softmax(-1) @ v
+    ),
+    "of integers": lambda q, k, v: (q @ k.mT * SIZE**-0.5 + (1 - (~FUTURE).long()) * -10000).softmax(-1) @ v,
+    "in another shape": lambda q, k, v: (
+        ((q @ k.mT * SIZE**-0.5).view(-1, 1, HEADS, TOKENS, TOKENS) + _added(FUTURE)[None, None])
+        .view(-1, HEADS, TOKENS, TOKENS)
+        .softmax(-1)
+        @ v
+    ),
+    "filled in, in another shape": lambda q, k, v: (
+        (q @ k.mT).mul(SIZE**-0.5).flatten(0, 1).masked_fill(FUTURE, -1e9).unflatten(0, (-1, HEADS)).softmax(-1) @ v
+    ),
+    "in two shapes": lambda q, k, v: (
+        ((q @ k.mT).flatten(0, 1) * SIZE**-0.5 + _added(FUTURE & (FUTURE.cumsum(-1) > 3)))
+        .unflatten(0, (-1, HEADS))
+        .masked_fill(FUTURE, -1e9)
+        .softmax(-1)
+        @ v
+    ),
     "of its own size": lambda q, k, v: _of_its_own_size(q @ k.mT * SIZE**-0.5).softmax(-1) @ v,
     "in two masks": lambda q, k, v: (
         ((q @ k.mT * SIZE**-0.5).masked_fill(FUTURE & (FUTURE.cumsum(-1) > 3), -math.inf) + _added(FUTURE)).softmax(-1)
@@ -160,6 +182,25 @@ def test_baddbmm_is_a_product_a_scale_and_a_mask():
         return ((q @ k.mT * SIZE**-0.5 + _added(FUTURE)).softmax(-1) @ v).unflatten(0, (2, HEADS))
 
     _assert_same_bits(Attention(in_one), Attention(by_hand), "bfp8[0]", X)
+
+
+SLOPES = torch.arange(1, 2 * HEADS + 1).view(-1, 1, 1) * torch.arange(TOKENS) * -0.125  # positions, as ALiBi has them
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_baddbmm_by_keywords_in_a_shape_without_heads(beta):
+    """As Bloom has it: positions in the product, the mask behind it, in another shape."""
+
+    def in_one(q, k, v):
+        alike = {"batch1": q.flatten(0, 1), "batch2": k.flatten(0, 1).mT, "beta": beta, "alpha": SIZE**-0.5}
+        scores = SLOPES.baddbmm(**alike).view(-1, HEADS, TOKENS, TOKENS)
+        return (scores + _added(FUTURE, torch.finfo(torch.float32).min)).softmax(-1) @ v
+
+    def by_hand(q, k, v):
+        scores = q @ k.mT * SIZE**-0.5 + SLOPES.view(-1, HEADS, 1, TOKENS) * beta
+        return scores.masked_fill(FUTURE, -math.inf).softmax(-1) @ v
+
+    _assert_same_bits(Attention(in_one), Attention(by_hand), "mxfp8", X)
 
 
 @pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8 rounding=stochastic"])
@@ -254,6 +295,54 @@ def test_a_mask_takes_out_by_what_the_softmax_is_given(scores):
     _assert_as_the_model(Attention(by_hand), X)
 
 
+ROWS = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+ROWS[:5] = True  # of five tokens, every key
+FIRST = torch.zeros(TOKENS, dtype=torch.bool)
+FIRST[:3] = True  # the keys of three tokens: padding on the left
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda s: s + _added(ROWS, -1e4),
+        lambda s: s + (1 - (~ROWS).float()) * -1e4,
+        lambda s: s - 1e4 * ROWS.float(),
+        lambda s: s + _added(ROWS | FUTURE, -1e4),
+        lambda s: s + _added(ROWS[:, :1], -1e4),
+        lambda s: (s - 8e4 * (ROWS | FUTURE).float()) / 8,
+        lambda s: s + _added(FUTURE, -1e4) + _added(FIRST, -1e4),
+        lambda s: torch.where(FUTURE, -1e4, s) + _added(FIRST, -1e4),
+        lambda s: s.masked_fill(FUTURE, -math.inf) + _added(FIRST, -1e4),
+        lambda s: s.flatten(0, 1).masked_fill(FUTURE, -math.inf).unflatten(0, (-1, HEADS)) + _added(FIRST, -1e4),
+        lambda s: (s + _added(FIRST, -1e4)).unsqueeze(0).masked_fill(FUTURE, -math.inf).squeeze(0),
+    ],
+)
+def test_a_row_that_is_masked_by_ten_thousand_has_the_softmax_of_its_scores(scores):
+    def by_hand(q, k, v):
+        return scores(q @ k.mT).softmax(-1) @ v
+
+    model = Attention(by_hand)
+    low = converted(model, "A=e8m22 E=e8m22 rounding=nearest")
+    torch.testing.assert_close(low(X), model(X), rtol=1e-4, atol=2e-5)
+    places = [place.split("@")[0] for place in rounded(low.graphs[0].graph)]
+    assert places == ["query", "key", "value", "matmul", "softmax", "matmul"]
+
+
+@pytest.mark.parametrize("low", [-1e9, -math.inf, torch.finfo(torch.float32).min])
+def test_a_row_that_is_masked_by_more_has_no_part_in_a_block(low):
+    mask = ROWS | FUTURE
+
+    def added(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_added(mask, low))
+
+    def filled_in(q, k, v):
+        if low == -math.inf:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask)
+        return (q @ k.mT * SIZE**-0.5).masked_fill(mask, low).softmax(-1) @ v
+
+    _assert_same_bits(Attention(added), Attention(filled_in), "bfp8[0]", X)
+
+
 def _without_gradient(function, *given):
     with torch.no_grad():
         return function(*given)
@@ -333,6 +422,37 @@ def test_half_types_and_autocast(dtype):
     with torch.autocast("cpu", dtype):
         expected, found = model(X), converted(model, "bfp8[0] rounding=nearest")(X)
     assert found.dtype == dtype and (expected - found).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("spelling", [_fused, _by_hand, *(SPELLED[name] for name in ("scale split", "einsum"))])
+def test_scores_beyond_float16_before_their_scale_are_held(spelling):
+    model = Attention(spelling)
+    with torch.no_grad():
+        for layer in (model.query, model.key):
+            layer.weight *= 140
+        q, k = (layer(X).unflatten(-1, (HEADS, SIZE)).transpose(-3, -2) for layer in (model.query, model.key))
+        assert 65504 < (q @ k.mT).abs().max() < 65504 / SIZE**-0.5
+        low = converted(model.half(), "A=bfp16 E=bfp16 rounding=nearest")
+        found, expected = low(X.half()), model.float()(X)
+    assert (found - expected).abs().mean() < 0.01
+    by_hand = copy.deepcopy(model.half())
+    by_hand.function = _by_hand
+    _assert_same_bits(model, by_hand, "mxfp8", X.half())
+
+
+def test_a_power_of_two_of_the_scale_is_on_the_query_and_the_rest_behind_the_product():
+    made = rewritten(Attention(_by_hand), "bfp8[0]", X)
+    scales = [node for node in made.captured.nodes if node.name.startswith("mul")]
+    assert [node.args[1] for node in scales] == [0.25, pytest.approx(4 * SIZE**-0.5)]
+    assert [node.meta[PART] for node in scales] == ["inside", "mask"]
+    made = rewritten(Attention(lambda q, k, v: (q / 16**0.25 @ (k / 16**0.25).mT).softmax(-1) @ v), "bfp8[0]", X)
+    assert [node.args[1] for node in made.captured.nodes if node.name.startswith("mul")] == [0.25]
+
+
+def test_queries_by_a_power_of_two_are_rounded_operands():
+    lp, _ = convert(Attention(lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v), recipe="bfp8[0] quantize_input=true")
+    lp(X)
+    assert "100.0% on rounded operands" in str(report(lp, X))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -406,6 +406,44 @@ def test_a_module_without_a_compiled_call_is_called_by_call_of_module() -> None:
     assert dynamo.call_of_module(model, X).shape == (2, 3)
 
 
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mul(x, 2)
+
+
+@pytest.mark.parametrize("change", ["nothing", "own forward", "forward of the class", "own call"])
+def test_a_trace_goes_straight_to_the_forward_of_the_class(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = dynamo.UnspecializedNNModuleVariable
+    monkeypatch.setattr(kind, "call_function", kind.call_function)  # which is put back
+    layer, other, asked = Doubling(), nn.ReLU(), []
+    for each in (layer, other):
+        each.forward = lambda x: torch.mul(x, 3)  # the front end makes no short cut of its own
+
+    def goes_straight(inner: dynamo.Inner) -> bool:
+        asked.append(inner.module)
+        inner.guard_identity("forward", "_compiled_call_impl")
+        return inner.module is layer
+
+    dynamo.straighten(goes_straight)
+    stacks = lambda frame, graph_module, inputs: [  # noqa: E731
+        node.meta.get("nn_module_stack") for node in graph_module.graph.nodes if node.name == "mul"
+    ]
+    run, seen = traced(lambda x: other(layer(x)), stacks)
+    layer._compiled_call_impl = None
+    other._compiled_call_impl = None
+    assert torch.equal(run(X), 6 * X) and asked == [layer, other]
+    assert [list(stack) for stack in seen[0]] == [[str(id(layer))]]
+    changes: dict[str, Callable[[], Any]] = {
+        "nothing": lambda: None,
+        "own forward": lambda: setattr(layer, "forward", lambda x: x),
+        "forward of the class": lambda: monkeypatch.setattr(Doubling, "forward", lambda self, x: torch.mul(x, 5)),
+        "own call": lambda: setattr(layer, "_compiled_call_impl", layer._call_impl),
+    }
+    changes[change]()
+    assert torch.equal(run(X), (15 if change == "forward of the class" else 6) * X)
+    assert len(seen) == (1 if change == "nothing" else 2)
+
+
 def test_a_trace_goes_into_what_was_one_node_or_into_another_function() -> None:
     """As the capture's own modules have it, since they were imported."""
     from swalp_fx.capture import compiler

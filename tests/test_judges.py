@@ -1,6 +1,6 @@
 """The oracle against others' work: PyTorch's own casts, ml_dtypes, gfloat and torchao, and definitions from papers.
 
-torchao is compared with where it is installed (pip install torchao==0.18.0); on the CPU it is plain Python.
+The extra `test` names them. torchao, which is plain Python on the CPU, may be left out: its tests are then skipped.
 """
 
 import dataclasses

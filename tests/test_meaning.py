@@ -295,6 +295,14 @@ def test_what_is_made_of_tokens_and_of_an_integer_mask_is_constant():
     assert _between(masked, X, torch.ones(2, TOKENS, dtype=torch.int64)) == ["mul@2"]
 
 
+def test_a_constant_in_the_size_of_an_activation_is_a_constant():
+    def sized(model, x):
+        return x * model.table.cos().expand_as(x).sin().reshape_as(x)
+
+    assert _meant(sized, "constant", table=torch.randn(WIDTH)) == ["cos", "sin"]
+    assert _between(sized, table=torch.randn(WIDTH)) == ["mul"]
+
+
 def test_a_constant_is_rounded_where_it_meets_numbers_and_where_the_recipe_names_it():
     def placed(model, x):
         return x + model.frequencies.repeat(2).exp()
@@ -554,7 +562,7 @@ def test_whole_that_matches_no_module_is_an_error(glob):
 
 def test_the_report_lists_what_is_no_number_of_the_model():
     def forward(model, x, step):
-        scores = x @ x.transpose(1, 2) * 0.25 + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
+        scores = x @ x.transpose(1, 2) * 0.3 + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
         angle = step[:, None, None] * model.frequencies.repeat(2)
         return model.norm(scores.softmax(-1) @ _rotary(model, x) + angle.sin())
 

@@ -14,6 +14,7 @@ import torch
 import torchvision
 from refusal import refusal
 
+import attention
 import benchmark
 import captures
 import codes
@@ -226,6 +227,22 @@ class TestModels:
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
         torch.fx.symbolic_trace(model)
+
+    def test_vit(self):
+        model = models.build("vit", 10, 1, 28)
+        block = 4 * 64**2 + 2 * 4 * 64**2 + (4 + 4 + 1) * 64 + 4 * 64  # products, their biases, two norms
+        assert sum(p.numel() for p in model.parameters()) == (16 + 1 + 49) * 64 + 4 * block + 2 * 64 + 65 * 10
+        assert model(models.example(1, 28)).shape == (1, 10)
+
+    def test_rotary(self):
+        model = models.build("rotary")
+        block = 4 * 128**2 + 3 * 128 * 341 + 2 * 128
+        assert sum(p.numel() for p in model.parameters()) == 2 * 256 * 128 + 3 * block + 128
+        text = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+        changed = text.clone()
+        changed[:, 40:] = 0
+        before, after = model(text), model(changed)
+        assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before[:, 40], after[:, 40])
 
     def test_decoder(self):
         model = models.build("decoder")
@@ -550,6 +567,32 @@ def test_benchmark_of_the_graph_times_no_wrong_node(monkeypatch):
     monkeypatch.setattr(swalp_fx, "quantize_output", lambda x, *how, in_place="": x * (2 if in_place else 1))
     with pytest.raises(SystemExit, match="float, nearest: in place the numbers differ"):
         benchmark.main(["graph"])
+
+
+def test_benchmark_of_attention_stands_beside_the_fused_product(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "SHAPE", (1, 2, 16, 4))
+    monkeypatch.setattr(attention, "TURNS", 1)
+    benchmark.main(["attention", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["full"] * 4 + ["causal"] * 4
+    for fused, *others in (rows[:4], rows[4:]):
+        assert fused["computed"] == "fused, in float" and fused["ratio to fused"] == 1
+        for row in others:
+            assert row["ratio of forwards"] == pytest.approx(row["forward ms"] / fused["forward ms"])
+            assert row["ratio to fused"] == pytest.approx(row["with backward ms"] / fused["with backward ms"])
+    assert "by hand, in float" in capsys.readouterr().out
+
+
+def test_benchmark_of_attention_rounds_what_it_says_and_times_no_wrong_product(monkeypatch):
+    monkeypatch.setattr(attention, "SHAPE", (1, 2, 16, 4))
+    given = [torch.randn(attention.SHAPE) for _ in range(3)]
+    fused, by_hand, rounded, whole = (attention.forward(each, given) for each in attention.contenders(True).values())
+    assert torch.allclose(fused, by_hand, atol=1e-5) and not torch.equal(whole, rounded)
+    for each in (rounded, whole):
+        assert torch.equal(swalp_fx.quantize(each, attention.FORMAT), each) and not torch.equal(each, fused)
+    monkeypatch.setattr(attention.ByHand, "forward", lambda self, query, key, value: value)
+    with pytest.raises(SystemExit, match="differs from that by hand"):
+        benchmark.main(["attention"])
 
 
 def test_benchmark_of_the_capture_stands_beside_torch_compile(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,11 @@
-"""How fast the op, codes, the nodes of a graph, its capture, a training step and an optimizer's step are.
+"""How fast the op, codes, attention, a graph's nodes, its capture, a training step and an optimizer's step are.
 
 Each is measured against its like, in one run.
 
     python tools/benchmark.py op                  # the op, against a copy of the same tensor and against its peers
     python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
     python tools/benchmark.py codes               # encode, which writes codes, beside quantize, which writes floats
+    python tools/benchmark.py attention           # rounded, and in float, beside the fused product
     python tools/benchmark.py graph               # what a node costs beside its arithmetic
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
@@ -29,6 +30,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import attention
 import captures
 import codes
 import files
@@ -214,11 +216,8 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    add(
-        "what",
-        choices=["op", "codes", "graph", "capture", "step", "optimizer"],
-        help="op: quantize_ in place, on float32",
-    )
+    kinds = ["op", "codes", "attention", "graph", "capture", "step", "optimizer"]
+    add("what", choices=kinds, help="op: quantize_ in place, on float32")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
         "--elements",
@@ -278,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = {"rows": measure(counts, args.device), "layouts": measure_layouts(args.device)}
     elif args.what == "codes":
         tables = codes.measure(clock.beside, counts, args.device)
+    elif args.what == "attention":
+        tables = attention.measure(clock.once, args.device)
     elif args.what == "graph":
         tables = overhead.measure(clock.once, args.device)
     elif args.what == "capture":

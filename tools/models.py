@@ -1,4 +1,4 @@
-"""The networks of the tools: a small convnet and decoder, the SWALP paper's VGG16 and PreResNet, and torchvision's."""
+"""The networks of the tools: a convnet and transformers, small; the SWALP paper's VGG16, PreResNet; torchvision's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from decoder import Decoder
+from rotary import RotaryDecoder
+from vit import ViT
 
 __all__ = ["REFERENCE_PLACEMENT", "ModelError", "build", "default_shape", "example", "names"]
 
@@ -191,7 +193,9 @@ MODELS: dict[str, Made] = {
     "preresnet20": Made(_preresnet(20, (3, 3)), (3, 32)),
     "preresnet164": Made(_preresnet(164, (1, 3, 1)), (3, 32)),
     "cifar_resnet18": Made(cifar_resnet18, (3, 32)),
+    "vit": Made(ViT, (3, 28)),
     "decoder": Made(Decoder, (64,), classes=256),
+    "rotary": Made(RotaryDecoder, (64,), classes=256),
 }
 # The layer outputs that the SWALP authors' networks round, as fields of a Recipe: VGG's 13 convolutions and 2 hidden
 # linear layers behind their ReLU; PreResNet's stem, each ReLU and each convolution of a block, but neither the last

@@ -2,8 +2,8 @@
 
 codecs   a number <-> its code, for each kind of element; packing
 tiles    a tensor's blocks
-stored   a block's scale <-> what is stored of it
-compiled both by the compiled op, on the CPU
+stored   a block's scale <-> its stored form
+compiled the codes and scales from the compiled op, on the CPU
 codes    encode and decode
 packed   state_dicts in codes
 """

@@ -1,6 +1,6 @@
 """Codes of elements as tensors: an integer's are binary, a float's sign, exponent and mantissa, a codebook's an index.
 
-An element's ``number`` is the law. Here are the same codes for all numbers of a tensor, and how they are packed.
+``Element.number`` defines the codes. This module computes the same codes for all numbers of a tensor, and packs them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def code_of(q: Tensor, element: Element) -> Tensor:
 
 
 def number_of(codes: Tensor, element: Element, dtype: torch.dtype) -> Tensor:
-    """What ``codes``, which are int64, stand for; in float32 or float64, which hold it exactly.
+    """The numbers that the int64 ``codes`` stand for, as float32 or float64; both hold them exactly.
 
     Raises ValueError for a code of a codebook without a number.
     """
@@ -55,7 +55,7 @@ def _code_of_integer(q: Tensor, element: Integer) -> Tensor:
 
 
 def _integer_of(codes: Tensor, element: Integer) -> Tensor:
-    """Float64, where zero has its sign."""
+    """The integers as float64, since -0 has a code in sign and magnitude."""
     top = element.wl - 1
     if element.sign == "unsigned":
         return codes.double()
@@ -66,12 +66,12 @@ def _integer_of(codes: Tensor, element: Integer) -> Tensor:
 
 
 def _code_of_float(q: Tensor, element: Float) -> Tensor:
-    """From the bits of float32, whose exponents are biased by 127, and whose mantissa is longer."""
+    """The codes, from the bits of float32: its exponent bias is 127, and its mantissa has 23 bits."""
     dropped, bias = 23 - element.man, 127 - element.bias
     magnitude = q.abs()
     code = (magnitude.view(torch.int32) >> dropped) - (bias << element.man)
-    if bias:  # with the bias of float32, subnormals are its own
-        # On top of the smallest normal number, a subnormal is a whole number of steps.
+    if bias:  # an element with float32's bias has float32's subnormals
+        # Added to the smallest normal number, a subnormal is a whole number of steps.
         raised = (magnitude + element.min_normal).view(torch.int32) >> dropped
         code = torch.where(magnitude < element.min_normal, raised - ((bias + 1) << element.man), code)
     if element.infinity_code is not None:
@@ -102,7 +102,7 @@ def _float_of(codes: Tensor, element: Float) -> Tensor:
 
 # ---- packing: code 0 in the low bits, little-endian ------------------------------------------------------------------
 
-_OF_EIGHT = 8  # codes, which make as many bytes as a code has bits
+_OF_EIGHT = 8  # eight codes take as many bytes as a code has bits
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -127,7 +127,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The int64 codes of ``pack``."""
+    """The ``count`` int64 codes that ``pack`` packed."""
     groups = torch.nn.functional.pad(packed, (0, packed_size(-(-count // _OF_EIGHT) * _OF_EIGHT, bits) - len(packed)))
     groups = groups.view(-1, bits)
     codes = torch.zeros(len(groups), _OF_EIGHT, dtype=torch.int64, device=packed.device)

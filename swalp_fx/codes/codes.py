@@ -1,4 +1,4 @@
-"""Integer codes and scales: what hardware would store for a tensor, and the tensor that they stand for."""
+"""Integer codes and scales, as hardware would store a tensor, and the way back to the tensor."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .stored import whole
 
 __all__ = ["Codes", "decode", "encode"]
 
-WHOLE_NUMBERS = Format(Integer(24, 0, "twos"))  # more than a scaled integer has
+WHOLE_NUMBERS = Format(Integer(24, 0, "twos"))  # a wider range than any scaled integer has
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Codes:
     """The codes of a tensor's elements, side by side, and the scales of its blocks.
 
-    packed: uint8, the elements in row-major order, ``format.element_bits`` each. Code 0 is in the low bits of byte 0;
-        a code that goes on in the next byte goes on in its low bits.
-    scales: one tensor or two, with an entry for each block, of as many dimensions as x; none without a shared scale.
-        A power of two is its exponent: uint8 where it is biased, as E8M0's, int8 elsewhere. A real scale is float32.
-        With a zero point its code comes second. Two levels are the codes of the blocks' floats, then one float32.
-    shape, dtype: of the tensor.
+    packed: uint8, the elements in row-major order, ``format.element_bits`` each. Code 0 is in the low bits of byte 0.
+        A code that is cut by the end of a byte goes on in the low bits of the next.
+    scales: tensors with as many dimensions as x, and an entry for each block; empty without a shared scale.
+        A power of two is stored as its exponent: uint8 if biased, as in E8M0, else int8. A real scale is float32.
+        An affine scale has a second tensor: the codes of the zero points. A two-level scale has the codes of the
+        blocks' floats, then one float32.
+    shape, dtype: the tensor's.
     """
 
     packed: Tensor
@@ -64,18 +65,18 @@ def _format(spec: str | Format) -> Format:
     return format
 
 
-@torch.compiler.disable  # compiled for a GPU, a quotient is only near the one that is due
+@torch.compiler.disable  # torch.compile's division on a GPU is not correctly rounded
 @torch.no_grad()
 def encode(
     x: Tensor, format: str | Format, rounding: str = "nearest", *, key: Tensor | int | None = None, stream: int = 0
 ) -> Codes:
     """The codes of ``quantize(x, format, rounding, key=key, stream=stream)``, on x's device.
 
-    ``decode`` gives the same numbers. Zero keeps its sign where the format has two zeros.
+    ``decode`` gives the same numbers. Zero keeps its sign if the format has two zeros.
 
     x: float32, float64, bfloat16 or float16, any shape and layout. It gets no gradient.
-    Raises what ``quantize`` does; FormatError for ``float``, which rounds nothing; and ValueError for an infinity or a
-    NaN that the format has no code for.
+    Raises the errors of ``quantize``, FormatError for ``float``, and ValueError for an infinity or a NaN without a code
+    in the format.
     """
     format = _format(format)
     require_floating(x, "encode")
@@ -110,7 +111,7 @@ def _of_elements(of_blocks: Tensor, shape: torch.Size, sizes: list[int]) -> Tens
 def _by_quotients(
     x: Tensor, format: Format, sizes: list[int], rounding: str, key: Tensor | None, stream: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The packed codes and the scales of any ``x``: quotients are rounded to the element by itself."""
+    """The packed codes and the scales, for any ``x``: x divided by its scale is rounded to the bare element."""
     scales = stored.store(tiles.extremes(x, sizes), format)
     scale = stored.load(scales, format, x.dtype)
     y = x if format.scale is None else reference.quotient(x, _of_elements(scale, x.shape, sizes))

@@ -1,7 +1,7 @@
-"""Checkpoints in codes: a state_dict whose rounded weights are packed, and back, bit for bit.
+"""Checkpoints in codes: a state_dict with its rounded weights packed, and back, bit for bit.
 
-Numbers that have been rounded nearly always have the codes of themselves. What has not, the sign of a zero in a format
-with one zero included, is kept beside the codes. A tensor that would not become smaller stays as it is.
+Rounded numbers nearly always come back from their codes. Any that do not are kept beside the codes, and so is the sign
+of -0 in a format with one zero. A tensor that would not become smaller stays as it is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ KEYS = {"version", "packed", "plain"}
 
 @torch.no_grad()
 def packed_state(module: nn.Module, formats: Mapping[str, Format]) -> dict[str, Any]:
-    """module's state_dict, its parameters in codes of ``formats``, by name. A tied parameter is packed once.
+    """The state_dict of ``module``, each parameter in codes of its format. A tied parameter is packed once.
 
-    Tensors, numbers and strings in dicts and lists: torch.load(weights_only=True) reads it.
+    It holds tensors, numbers and strings in dicts and lists, so torch.load(weights_only=True) reads it.
+    formats: name of a parameter -> format; any other parameter stays as it is.
     """
     records: dict[nn.Parameter, dict[str, Any] | None] = {}
     packed = {}
@@ -42,14 +43,14 @@ def packed_state(module: nn.Module, formats: Mapping[str, Format]) -> dict[str, 
 
 @torch.no_grad()
 def unpacked_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict that ``packed_state`` was made of. Raises ValueError for anything else."""
+    """The state_dict that ``packed_state`` has packed. Raises ValueError for anything else."""
     if not isinstance(state, Mapping) or set(state) != KEYS or state["version"] != VERSION:
         raise ValueError("this is no packed state of version 1; pass what packed_state_dict() returned")
     return {**state["plain"], **{name: _tensor(record) for name, record in state["packed"].items()}}
 
 
 def _record(x: Tensor, format: Format) -> dict[str, Any] | None:
-    """What ``x`` is restored from; None where that takes more room than x, or x holds what has no code."""
+    """The record that restores ``x``; None if it takes as much room as x, or if a number of x has no code."""
     try:
         codes = encode(x, format)
     except ValueError:

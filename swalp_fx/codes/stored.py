@@ -1,6 +1,6 @@
-"""Scales as hardware stores them: tensors that have one entry for each block, and the numbers that these stand for.
+"""Scales as hardware stores them: tensors with one entry for each block, and the numbers that these stand for.
 
-A power of two is its exponent in a byte, a real scale is a float32. ``store`` and ``load`` have one row for each kind.
+A power of two is stored as its exponent in a byte, a real scale as a float32. ``_ROWS`` has a line for each kind.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ Stored = tuple[Tensor, ...]
 
 
 def store(extremes: Tensor, f: Format) -> Stored:
-    """What is stored of the blocks whose lowest and largest numbers are ``extremes``, of shape [*blocks, 2]."""
+    """The stored scales of blocks, from ``extremes``: their lowest and largest numbers, of shape [*blocks, 2]."""
     of_rows = _ROWS[type(f.scale)][0](extremes.reshape(-1, 2), _by_rows(f))
     return tuple(each.reshape(extremes.shape[:-1]) if each.dim() else each for each in of_rows)
 
 
 def load(stored: Stored, f: Format, dtype: torch.dtype) -> Tensor:
-    """The scales, float32 or float64, of the blocks' shape; of no dimension where no block has one of its own."""
+    """The scales as float32 or float64, in the blocks' shape; a scalar if all blocks have the same."""
     return _ROWS[type(f.scale)][1](stored, f, dtype)
 
 
 def lowest_of(stored: Stored, f: Format, dtype: torch.dtype) -> Tensor:
-    """Of scales with a zero point, the integer that stands for the lowest number of each block."""
+    """The integer that stands for the lowest number of each block, if the scale has a zero point."""
     return whole(f).bounds[0] - number_of(_wide(stored[1], f.element_bits), whole(f), dtype)
 
 
 def whole(f: Format) -> Integer:
-    """The element where the scale has a zero point: its integers, whatever its fractional bits."""
+    """The element of a format with a zero point, without its fractional bits."""
     assert isinstance(f.element, Integer)
     return Integer(f.element.wl, 0, f.element.sign)
 
 
 def _narrow(codes: Tensor, bits: int) -> Tensor:
-    """Codes in the least bytes that hold them."""
+    """Codes in the smallest dtype that holds them."""
     return codes.to(torch.uint8 if bits <= 8 else torch.int16 if bits <= 16 else torch.int32)
 
 
@@ -51,7 +51,7 @@ def _wide(codes: Tensor, bits: int) -> Tensor:
 
 
 def _by_rows(f: Format) -> Format:
-    """The format in which a row is a block. A block's extremes are a row that has the block's scale."""
+    """The format with rows as blocks. The two extremes of a block, as a row, have the block's scale."""
     return Format(f.element, f.scale, ROWS if f.scale and f.scale.is_shared else f.block, f.overflow)
 
 

@@ -12,11 +12,11 @@ __all__ = ["extremes", "spread"]
 
 
 def extremes(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The lowest and the largest number of each block, zero among them: of shape [*counts, 2].
+    """The lowest and the largest of each block's numbers and zero: shape [*counts, 2].
 
     sizes: how many neighbours along each dimension lie in one block, see ``Block.sizes``.
 
-    Infinities and NaNs are left out.
+    Infinities and NaNs count as zero.
     """
     x = x.where(x.isfinite(), 0.0)
     counts = [-(-whole // size) for whole, size in zip(x.shape, sizes, strict=True)]
@@ -30,7 +30,7 @@ def extremes(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def spread(of_blocks: Tensor, shape: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """The number of each element's block: of ``shape``."""
+    """Each element's entry of ``of_blocks``: shape ``shape``."""
     for d, (whole, size) in enumerate(zip(shape, sizes, strict=True)):
         if of_blocks.shape[d] > 1:
             of_blocks = of_blocks.repeat_interleave(size, d).narrow(d, 0, whole)

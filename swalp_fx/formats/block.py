@@ -25,20 +25,20 @@ class Block:
         raise NotImplementedError
 
     def along(self, axis: int) -> Block:
-        """The same, ``axis`` being the contraction axis."""
+        """This block with ``axis`` as the contraction axis."""
         return self
 
     def alone(self) -> Runs | Slices:
-        """The same, of a tensor by itself, which no operation reads: of a rectangle the contraction axis is the last.
+        """This block for a tensor that no operation reads. The contraction axis of a rectangle is then the last one.
 
-        Raises FormatError for a block along a contraction axis.
+        Raises FormatError for a Channel, since the tensor does not know its axis.
         """
         raise NotImplementedError
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         """How many neighbours along each dimension lie in one block; the last block of a dimension may have fewer.
 
-        Raises FormatError for a dimension that there is not, and for a contraction axis, which a tensor does not know.
+        Raises FormatError for a dimension that does not exist, and for a Channel.
         """
         rank, here = len(shape), self.alone()
         here.check(rank)
@@ -53,11 +53,11 @@ class Block:
         return apart
 
     def counts(self, shape: Sequence[int]) -> list[int]:
-        """How many blocks lie along each dimension. Raises what ``sizes`` does."""
+        """How many blocks lie along each dimension. Raises FormatError like ``sizes``."""
         return [-(-whole // size) if whole else 0 for whole, size in zip(shape, self.sizes(shape), strict=True)]
 
     def of_tensor(self, rank: int, axis: int) -> Block:
-        """The block of a tensor of ``rank`` axes; one with a single axis or none, and fewer than the block, is one."""
+        """This block for a tensor of ``rank`` axes; a vector or scalar with too few axes for it is one block."""
         return WHOLE if rank < min(2, self.rank) else self.along(axis)
 
 
@@ -98,7 +98,7 @@ ROWS = Slices((0,))
 
 @dataclass(frozen=True)
 class Runs(Block):
-    """Runs of some size along each of some axes, every other axis being apart: ``[-1:32]``, ``[0:128,1:128]``.
+    """Runs of a given size along some axes; each index of any other axis is apart: ``[-1:32]``, ``[0:128,1:128]``.
 
     The last run of an axis may be short.
     """
@@ -140,10 +140,10 @@ class Runs(Block):
 
 @dataclass(frozen=True)
 class Rectangle(Block):
-    """``rows`` of dimension 0 by ``columns`` of the contraction axis, every other axis being apart: ``[128x128]``.
+    """``rows`` of dimension 0 by ``columns`` of the contraction axis; any other axis is apart: ``[128x128]``.
 
-    The contraction axis is the last one, unless a graph says which it is, and makes Runs of it. Where that is dimension
-    0, as of a transposed convolution's weight, rows are of dimension 1.
+    A graph knows the contraction axis, and makes Runs of the rectangle. Elsewhere it is the last axis. If the
+    contraction axis is dimension 0, as in a transposed convolution's weight, rows are of dimension 1.
     """
 
     rows: int

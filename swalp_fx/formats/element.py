@@ -22,7 +22,7 @@ MAX_CODES = 256  # of a codebook
 class Grid(NamedTuple):
     """Numbers between ``lowest`` and ``highest`` with a step of 2^(max(exponent, least) - man) in each binade.
 
-    Integers have one step for all: their ``least`` is the highest exponent they have.
+    Integers have a single step: their ``least`` is their highest exponent.
     """
 
     man: int
@@ -50,13 +50,13 @@ class Element:
 
     @property
     def codes(self) -> int:
-        """How many codes stand for finite numbers; where there are two zeros they count as two."""
+        """How many codes stand for finite numbers; -0 and 0 count as two."""
         raise NotImplementedError
 
     def number(self, code: int) -> float:
-        """What ``code``, of ``bits`` bits and without a sign of its own, stands for.
+        """The number of ``code``, an unsigned integer of ``bits`` bits.
 
-        Raises FormatError for a code that stands for nothing.
+        Raises FormatError for a code without a number.
         """
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class Element:
 
     @property
     def min_normal(self) -> float:
-        """The smallest number from which on the significand has all its bits: of integers, the upper half's first."""
+        """The smallest number with a full significand. Of integers: the largest power of two."""
         raise NotImplementedError
 
     @property
@@ -82,26 +82,26 @@ class Element:
 
     @property
     def grid(self) -> Grid:
-        """Of integers and floats: what a compiled op takes."""
+        """The numbers in the form that a compiled op takes. Integers and floats have one."""
         raise NotImplementedError
 
     @property
     def reach(self) -> float:
-        """What the largest magnitude of a block is scaled to."""
+        """A block's scale brings its largest magnitude to this number."""
         return self.max
 
     @property
     def max_exponent(self) -> int:
-        """floor(log2(reach)): what separates a block's exponent from that of its scale."""
+        """floor(log2(reach)): the exponent of a block's maximum minus the exponent of its scale."""
         return math.frexp(self.reach)[1] - 1
 
     @property
     def fills_top_binade(self) -> bool:
-        """Whether -x is a number with each x, and every significand occurs with the highest exponent too."""
+        """Whether the numbers are symmetric about zero, and every significand occurs with the highest exponent."""
         return False
 
 
-# How integers have a sign -> (lowest, highest, codes) of ``bits`` bits.
+# Representation of the sign -> (lowest, highest, codes) of ``bits`` bits.
 SIGNS = {
     "twos": lambda bits: (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits),  # two's complement
     "sym": lambda bits: (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1, 2**bits - 1),  # without its lowest number
@@ -147,7 +147,7 @@ class Integer(Element):
 
     @property
     def has_sign_bit(self) -> bool:
-        """Whether a code is a sign and a magnitude; elsewhere it is two's complement, or has no sign."""
+        """Whether a code is a sign and a magnitude. If not, it is two's complement, or has no sign."""
         return self.sign == "mag"
 
     def number(self, code: int) -> float:
@@ -185,19 +185,19 @@ class Integer(Element):
 
 
 class Top(NamedTuple):
-    """What the highest codes of a float hold."""
+    """How a float uses its highest codes."""
 
-    binade: bool  # the highest exponent is no number's
-    codes: int  # of the highest significand that are no number's either
+    binade: bool  # no finite number has the highest exponent
+    codes: int  # how many codes below that are no finite numbers either
     has_infinity: bool
     has_nan: bool
-    bias: int  # over 2^(exp-1) - 1, by default
+    bias: int  # added to 2^(exp-1) - 1 for the default bias
     signed_zero: bool  # False: the code of -0 is the NaN
 
 
-# IEEE 754 keeps the highest exponent for infinities and NaNs; OCP's E4M3 gives up all of it but one NaN; OCP's 6- and
-# 4-bit floats use every code for a number. The last two have one NaN, in place of -0: Graphcore and AMD's (fnuz in
-# torch), and IEEE P3109's, which has infinities too.
+# IEEE 754 keeps the highest exponent for infinities and NaNs. OCP's E4M3 uses it for numbers, except one code for NaN.
+# OCP's 6- and 4-bit floats use every code for a number. The last two have one NaN, in place of -0: Graphcore and AMD's
+# (fnuz in torch), and IEEE P3109's. P3109 has infinities too.
 TOPS = {
     "ieee": Top(True, 0, True, True, 0, True),
     "nan": Top(False, 1, False, True, 0, True),
@@ -205,7 +205,7 @@ TOPS = {
     "fnuz": Top(False, 0, False, True, 1, False),
     "p3109": Top(False, 1, True, True, 1, False),
 }
-# OCP's 8-bit Floating Point and Microscaling (MX) Specifications v1.0; elsewhere IEEE 754's rule is the default.
+# OCP's 8-bit Floating Point and Microscaling (MX) Specifications v1.0. The default of other sizes is IEEE 754's.
 OCP_TOPS = {(4, 3): "nan", (3, 2): "finite", (2, 3): "finite", (2, 1): "finite"}
 
 
@@ -213,8 +213,8 @@ OCP_TOPS = {(4, 3): "nan", (3, 2): "finite", (2, 3): "finite", (2, 1): "finite"}
 class Float(Element):
     """A sign, ``exp`` exponent bits and ``man`` mantissa bits.
 
-    ``top``, a word of TOPS, says what the highest codes hold; by default what OCP says for floats of that size, and
-    IEEE 754 elsewhere. The bias is 2^(exp-1) - 1, or one more, by default.
+    ``top``, a word of TOPS, names the use of the highest codes. The default is OCP's for floats of that size, or else
+    IEEE 754's. The default bias is 2^(exp-1) - 1, or one more.
     """
 
     exp: int
@@ -299,12 +299,12 @@ class Float(Element):
 
     @property
     def infinity_code(self) -> int | None:
-        """The code of +infinity, behind that of ``max``."""
+        """The code of +infinity, the next after ``largest_code``."""
         return self.largest_code + 1 if self.has_infinity else None
 
     @property
     def nan_code(self) -> int | None:
-        """The code that a NaN gets, of IEEE 754's the quiet one. Without mantissa bits there is no room for any."""
+        """The code that a NaN gets; in IEEE 754 the quiet NaN. Without mantissa bits there is no room for it."""
         if not self.has_nan or (self.top == "ieee" and self.man == 0):
             return None
         if not self.has_signed_zero:
@@ -318,7 +318,7 @@ class Float(Element):
         if magnitude > self.largest_code:
             return math.copysign(math.inf, -sign) if magnitude == self.infinity_code else math.nan
         exponent, mantissa = divmod(magnitude, 2**self.man)
-        # Without subnormals their codes are read as zeros.
+        # If there are no subnormals, their codes are read as zeros.
         significand = 2**self.man + mantissa if exponent else mantissa * self.subnormals
         return math.copysign(math.ldexp(significand, max(exponent, 1) - self.bias - self.man), -sign)
 
@@ -378,7 +378,7 @@ class Codebook(Element):
 
     @cached_property
     def first(self) -> int:
-        """The index that counts as even where a tie is between two: that of zero, or the lowest number's."""
+        """The index that counts as even in a tie: zero's, or the lowest number's if there is no zero."""
         return self.values.index(0.0) if 0.0 in self.values else 0
 
     @property
@@ -391,7 +391,7 @@ class Codebook(Element):
 
     @property
     def first_code(self) -> int:
-        """The code of the lowest number, from which on codes count up, modulo 2^bits."""
+        """The code of the lowest number. Codes count up from it, modulo 2^bits."""
         return 0
 
     def number(self, code: int) -> float:
@@ -422,7 +422,7 @@ class Codebook(Element):
 
 
 class Posit(Codebook):
-    """A codebook whose codes are in two's complement: zero's is 0, and that of NaR is left out."""
+    """A codebook with codes in two's complement: zero has code 0, and NaR is left out."""
 
     @property
     def first_code(self) -> int:
@@ -438,7 +438,7 @@ def posit(bits: int, es: int) -> Posit:
 
 
 def _posit(code: int, bits: int, es: int) -> float:
-    """Of a positive code: a run of equal bits and the opposite one, which say the regime, then exponent, fraction."""
+    """The value of a positive code: regime (a run of equal bits, then the opposite one), exponent, fraction."""
     body = format(code, f"0{bits - 1}b")
     run = len(body) - len(body.lstrip(body[0]))
     regime = run - 1 if body[0] == "1" else -run

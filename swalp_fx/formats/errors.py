@@ -1,4 +1,4 @@
-"""What a format that cannot be raises."""
+"""The error of an impossible format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of float32, in which scales and codebooks are stored."""
+"""Numbers of float32, the type of scales and codebooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALLEST = 2.0**-149
 
 
 def to_float32(value: float) -> float:
-    """The float32 nearest to ``value``; infinity where that lies beyond the largest."""
+    """The float32 nearest to ``value``; infinity beyond the largest."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:

@@ -1,4 +1,4 @@
-"""A format: an element on a scale that a block shares, and what becomes of numbers beyond the largest."""
+"""A format: an element, a scale that a block shares, and the overflow of numbers beyond the largest."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from .scale import Affine, PowerOfTwo, Scale
 __all__ = ["FLOAT", "OVERFLOWS", "Format"]
 
 OVERFLOWS = ("saturate", "infinity", "nan")
-MAX_INTEGER_BITS = 16  # on a real scale, whose quotient has 24 bits in float32
+MAX_INTEGER_BITS = 16  # on a real scale: the quotient has 24 bits in float32
 
 
 @dataclass(frozen=True, repr=False)
 class Format:
     """A set of representable numbers: immutable, hashable, printed as its spec.
 
-    ``quantize(x) = scale * element(x / scale)``. Without a scale the numbers are the element's own. Infinities stay
-    what they are where the element or ``overflow`` has them, become NaN where that says so, and saturate elsewhere.
+    ``quantize(x) = scale * element(x / scale)``. Without a scale the numbers are the element's own.
 
-    The facts are those of an element on a scale of 1, as in OCP's tables; every number is an element times its block's
-    scale, which lies within ``scales``.
+    An infinity becomes NaN if ``overflow`` is "nan". Otherwise it stays one if the element has infinities, and
+    saturates if not.
+
+    ``max``, ``min`` and the like are given for a scale of 1, as in OCP's tables. A number is an element times the scale
+    of its block. ``scales`` is the range of scales.
     """
 
     element: Element
     scale: Scale | None = None
     block: Block = WHOLE
-    overflow: str = "saturate"  # or "infinity" or "nan", as an IEEE 754 cast: of what rounds to more than the largest
+    overflow: str = "saturate"  # of a number that rounds beyond the largest; or "infinity", "nan": as an IEEE 754 cast
 
     def __post_init__(self) -> None:
         for unfit in _UNFIT:
@@ -39,7 +41,7 @@ class Format:
                 raise FormatError(message)
 
     def __str__(self) -> str:
-        from .grammar import text  # which reads the formats that have a name
+        from .grammar import text  # it imports the named formats, and they import this module
 
         return text(self)
 
@@ -53,18 +55,18 @@ class Format:
 
     @property
     def scale_bits(self) -> int:
-        """Stored bits of the scale that a block shares; none where there is none to share."""
+        """Stored bits of the scale that a block shares; 0 without a scale."""
         return self.scale.stored_bits(self.element) if self.scale else 0
 
     @property
     def bits(self) -> float:
-        """Stored bits per element, with its part of a tile's scale; what a tensor or a slice shares is left out."""
+        """Stored bits an element, with its part of a tile's scale. The scale of a tensor or a slice is left out."""
         return self.element_bits + (self.scale_bits / self.block.size if self.block.size else 0)
 
     def stored_bits(self, shape: Sequence[int]) -> int:
-        """Stored bits of a tensor of ``shape``: its elements', and those of every scale that its blocks have.
+        """Stored bits of a tensor of ``shape``: of its elements and of all its scales.
 
-        Raises FormatError where the block does not fit.
+        Raises FormatError if the block does not fit ``shape``.
         """
         values = math.prod(shape)
         scales = math.prod(self.block.counts(shape)) if self.scale and values else 0
@@ -73,7 +75,7 @@ class Format:
 
     @property
     def codes(self) -> int:
-        """How many of an element's codes stand for finite numbers; with sign and magnitude, -0 and 0 are two."""
+        """How many of an element's codes stand for finite numbers; -0 and 0 count as two."""
         return self.element.codes
 
     @property
@@ -88,7 +90,7 @@ class Format:
 
     @property
     def min_normal(self) -> float:
-        """The smallest value from which on the significand has all its bits: of integers, the upper half's first."""
+        """The smallest value with a full significand. Of integers: the largest power of two."""
         return self.element.min_normal
 
     @property
@@ -98,13 +100,13 @@ class Format:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """The smallest and the largest scale; 1 and 1 where there is none to share."""
+        """The smallest and the largest scale; 1 and 1 without a scale."""
         return self.scale.range if self.scale else (1.0, 1.0)
 
     def of_tensor(self, rank: int, axis: int) -> Format:
-        """The format of a tensor of ``rank`` axes, ``axis`` being its contraction axis.
+        """The format of a tensor of ``rank`` axes with the contraction axis ``axis``.
 
-        Runs that a stem has without brackets, as ``mxfp8`` has, are along that axis.
+        The runs of a stem without brackets, such as ``mxfp8``, lie along that axis.
         """
         from .grammar import own_runs
 
@@ -119,13 +121,15 @@ class Format:
 
     @property
     def keeps_subsets(self) -> bool:
-        """Whether every rounding keeps numbers that have been rounded, by themselves or where others of their block
-        have become zero: what is left of a block is on the grid of its own scale.
+        """Whether any rounding leaves rounded numbers as they are, even after others of their block became zero.
 
-        A smaller maximum has a smaller power of two for its scale, and so a finer grid. It reaches as far as that
-        maximum if the rule sees to it, or if the highest binade has every significand: that of E4M3 ends at 1.75. Under
-        "ceil" an infinity saturates to a number whose own scale is larger. What a half type stores may lie beside a
-        number of a codebook, and beyond the largest, where that does not saturate.
+        The numbers left in a block must be on the grid of its new scale. A smaller maximum has a smaller power of two
+        for its scale, and so a finer grid. The grid reaches that maximum under the rule "rceil", or if the highest
+        binade has every significand. E4M3's highest binade ends at 1.75. Under "ceil" an infinity saturates to a number
+        that has a larger scale.
+
+        A half dtype may store a neighbour of a codebook's number. It may also store a number beyond the largest: this
+        one is kept only if it saturates.
         """
         if self.overflow != "saturate" or isinstance(self.element, Codebook):
             return False
@@ -174,7 +178,7 @@ _UNFIT = (_lone_block, _overflow, _integer_on_real, _zero_point)
 
 @dataclass(frozen=True, repr=False)
 class Native(Format):
-    """Every number the tensor's own dtype holds: nothing is rounded. Spec ``float``, with the facts of float32."""
+    """Every number that the tensor's own dtype holds: nothing is rounded. Spec ``float``, with float32's properties."""
 
     def __str__(self) -> str:
         return "float"

@@ -1,7 +1,7 @@
 """Specs: the text of a format, and the format that a text stands for.
 
-A spec is a stem, brackets for the block, then suffixes: ``e4m3[-1:32]+e8m0+rceil``. The stem says which element, and
-some say on which scale. Brackets behind a stem without a scale give it one, of a float32.
+A spec is a stem, brackets for the block, then suffixes: ``e4m3[-1:32]+e8m0+rceil``. The stem names the element, and
+some name a scale. After a stem without a scale, brackets add a float32 scale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["own_runs", "parse", "text"]
 
 @dataclass
 class _Parts:
-    """What a spec has said so far."""
+    """The parts of a spec, as far as it has been read."""
 
     kind: type[Element]
     of_element: dict[str, Any]
@@ -157,7 +157,7 @@ def _parts_of_stem(text: str) -> _Parts:
 def parse(spec: str | Format) -> Format:
     """The format that ``spec`` or a preset's name stands for; a format is returned as it is.
 
-    Raises FormatError, naming the spec and the nearest that there are, if it names none.
+    Raises FormatError, with the nearest valid specs, if ``spec`` names no format.
     """
     if isinstance(spec, Format):
         return spec
@@ -194,12 +194,12 @@ def _apply(parts: _Parts, suffix: str) -> bool:
 
 
 def _remedy(spec: str) -> str:
-    """What ``spec``, which names no format, may have meant; if nothing is like it, what specs look like."""
+    """The remedy for an unknown ``spec``: the nearest valid specs, or else examples of specs."""
 
     def is_spec(text: str) -> bool:
         try:
             return _named(text) is not None
-        except FormatError:  # its numbers are out of range
+        except FormatError:  # a number in it is out of range
             return False
 
     if found := nearest_specs(spec, PRESETS, is_spec):
@@ -226,7 +226,7 @@ def text(format: Format) -> str:
 
 @cache
 def own_runs(format: Format) -> Channel | None:
-    """The runs that the stem of ``format`` has without brackets, where these are its block: of mxfp8, those of 32."""
+    """``[c:32]`` for mxfp8: the runs of the stem without brackets; None if the block of ``format`` is another."""
     own = _parts_of_stem(_stem_of(format)).block
     return Channel(own.size) if isinstance(own, Runs) and own == format.block else None
 
@@ -249,7 +249,7 @@ def _stem_of(f: Format) -> str:
 
 
 def _like(a: Scale | None, b: Scale | None) -> bool:
-    """Whether they are alike but for the rule."""
+    """Whether two scales are equal, the rule left aside."""
     if isinstance(a, PowerOfTwo) and isinstance(b, PowerOfTwo):
         return replace(a, rule=b.rule) == b
     return a == b

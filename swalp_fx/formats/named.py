@@ -1,4 +1,4 @@
-"""Formats by name: the table that a standard's format is one line of."""
+"""Formats by name. A standard's format is one line of this table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NORMAL_FLOAT_4 = Codebook(
     )
 )
 
-# Names that a spec begins with, before other blocks and suffixes: OCP Microscaling Formats (MX) Specification v1.0,
-# section 5, NVIDIA's NVFP4, and QLoRA's NF4.
+# Stems: a block and suffixes may follow. OCP Microscaling Formats (MX) Specification v1.0, section 5, NVIDIA's NVFP4,
+# and QLoRA's NF4.
 STEMS: dict[str, Format] = {
     "mxfp8": Format(Float(4, 3), E8M0, OF_32),
     "mxfp8_e5m2": Format(Float(5, 2), E8M0, OF_32),
@@ -33,7 +33,7 @@ STEMS: dict[str, Format] = {
     "nf4": Format(NORMAL_FLOAT_4, Absmax(), OF_64),
 }
 
-# As PyTorch and others spell them -> the spec.
+# The spelling of PyTorch and others -> the spec.
 ALIASES = {
     "e4m3fn": "e4m3",
     "float8_e4m3fn": "e4m3",
@@ -44,7 +44,7 @@ ALIASES = {
 
 FP16 = Format(Float(5, 10))  # IEEE 754 binary16
 BF16 = Format(Float(8, 7))  # the upper half of a float32
-TF32 = Format(Float(8, 10))  # what NVIDIA's tensor cores read of a float32
+TF32 = Format(Float(8, 10))  # the bits of a float32 that NVIDIA's tensor cores read
 E5M2 = Format(Float(5, 2))  # OCP 8-bit Floating Point Specification v1.0, as is the next
 E4M3 = Format(Float(4, 3))
 E3M2 = Format(Float(3, 2))  # OCP Microscaling Formats (MX) Specification v1.0, as are the next two
@@ -64,7 +64,7 @@ MXINT8 = STEMS["mxint8"]
 NVFP4 = STEMS["nvfp4"]
 NF4 = STEMS["nf4"]
 
-# Name -> format: every constant of this module, in lower case. A name that is not the format's spec is another for it.
+# Name -> format: every constant of this module, in lower case. A name may differ from the format's spec.
 PRESETS: dict[str, Format] = {"float": FLOAT} | {
     name.lower(): value for name, value in tuple(globals().items()) if isinstance(value, Format)
 }

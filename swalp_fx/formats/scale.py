@@ -1,4 +1,4 @@
-"""Scales: what multiplies the elements of a block, and how it follows from the block's largest finite magnitude."""
+"""Scales: the factor of a block's elements, and how it follows from the block's largest finite magnitude."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["RULES", "Absmax", "Affine", "PowerOfTwo", "Scale", "Static", "TwoLev
 
 
 class Scale:
-    """What multiplies the elements of a block: immutable, hashable."""
+    """The factor of a block's elements: immutable, hashable."""
 
-    is_exact = False  # whether it is a power of two, under which a number of the grid stays one
-    is_shared = True  # whether it is a block's
-    tensor_bits = 0  # stored bits of what all blocks of a tensor share besides
+    is_exact = False  # whether it is a power of two: a product with it is exact
+    is_shared = True  # whether each block has its own
+    tensor_bits = 0  # stored bits of a second scale, which all blocks of a tensor share
 
     def stored_bits(self, element: Element) -> int:
-        """Of a block's scale."""
+        """Stored bits of a block's scale."""
         return 32
 
     @property
@@ -39,28 +39,30 @@ def _ceil(element: Element) -> float:
 
 
 def _even(element: Element) -> float:
-    """From where on a magnitude, rounded to the mantissa bits of the element, has the next exponent."""
+    """From this significand on, rounding to the element's mantissa bits gives the next exponent."""
     step = 2.0 ** (math.floor(math.log2(element.min_normal)) - math.log2(element.min_subnormal))
     return 2.0 - 0.5 / step
 
 
 def _rceil(element: Element) -> float:
-    """Beyond the significand of the largest number, which then still lies within the scaled range."""
+    """Just above the significand of the largest number: a maximum up to there fits without the next exponent."""
     return math.nextafter(math.ldexp(element.reach, -element.max_exponent), 2.0)
 
 
-# A scale is 2^(exponent of the block's maximum - that of the element's largest number), and twice as much from some
-# significand of the maximum on: rule -> that significand, from 1 to 2, of which 2 is none. "floor" is OCP's, and a
-# maximum between may saturate; "ceil" takes the next power of two; "even" rounds the maximum first, to the element's
-# bits, ties up; "rceil" is the smallest power of two under which nothing saturates.
+# A scale is 2^(exponent of the block's maximum - max_exponent of the element). It is twice as much if the maximum's
+# significand, 1 <= s < 2, is at or above the rule's threshold; a threshold of 2 is never met. Rule -> threshold:
+# "floor" is OCP's: a maximum above the element's largest number saturates.
+# "ceil" takes the next power of two.
+# "even" first rounds the maximum to the element's mantissa bits, ties up.
+# "rceil" takes the smallest power of two under which nothing saturates.
 RULES: dict[str, Callable[[Element], float]] = {"floor": _floor, "ceil": _ceil, "even": _even, "rceil": _rceil}
 
 
 @dataclass(frozen=True)
 class PowerOfTwo(Scale):
-    """2^e, e being stored in ``bits`` bits: two's complement, or, if ``biased``, as E8M0 is, whose lowest is missing.
+    """2^e, with e stored in ``bits`` bits: in two's complement, or biased like E8M0.
 
-    How e follows from the block's largest magnitude is the ``rule``, a word of RULES.
+    A biased exponent leaves the lowest e out. ``rule``, a word of RULES, says how e follows from the block's maximum.
     """
 
     bits: int = 8
@@ -82,7 +84,7 @@ class PowerOfTwo(Scale):
 
     @property
     def bias(self) -> int:
-        """What a stored exponent is above e."""
+        """The stored exponent minus e."""
         return 2 ** (self.bits - 1) - 1 if self.biased else 0
 
     @property
@@ -99,17 +101,17 @@ class PowerOfTwo(Scale):
 
 @dataclass(frozen=True)
 class Absmax(Scale):
-    """A float32: the block's largest magnitude over the element's.
+    """A float32: the block's largest magnitude divided by the element's.
 
-    It is computed in float32 (float64 for float64), and so are the quotient that is rounded and the product.
+    The scale, the quotient that is rounded and the product are computed in float32, or in float64 for a float64 tensor.
     """
 
 
 @dataclass(frozen=True)
 class Affine(Scale):
-    """A float32, (max - min) over the number of steps of an integer, and an integer that stands for zero.
+    """A float32, (max - min) / the integer's number of steps, and a zero point: the integer that stands for zero.
 
-    The block's range includes zero, so that zero stays zero.
+    The block's range is widened to include zero, so that zero stays zero.
     """
 
     def stored_bits(self, element: Element) -> int:
@@ -142,8 +144,8 @@ class Static(Scale):
 class TwoLevel(Scale):
     """A float for each block under one float32 for the tensor, as in NVIDIA's NVFP4.
 
-    The tensor's scale is max|x| over the largest element and the largest ``inner``. A block's is its max|x| over the
-    largest element, over the tensor's scale, rounded to nearest ``inner`` and kept above zero.
+    The tensor's scale is max|x| / largest element / largest ``inner``. A block's scale is its own max|x| / largest
+    element / tensor's scale, rounded to the nearest ``inner`` and kept above zero.
     """
 
     inner: Float

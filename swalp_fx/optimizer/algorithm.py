@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -40,6 +41,7 @@ from .averaging import Average
 from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
+from .ranks import agreed_seed
 from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
 from .scaling import scale_of, scaler_of, skip
@@ -53,12 +55,15 @@ __all__ = ["SWALP"]
 STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
 MOMENTUM = STREAMS["momentum"]
 
+# Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
+_AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graphs; leave out fullgraph=True")
+
 
 @dataclass
 class _Step:
     """One step in progress, from its outermost pre-hook to the post-hook that matches it."""
 
-    frame: FrameType  # of the call that fired the pre-hook
+    calls: list[FrameType]  # those that fired a pre-hook and whose post-hook is due, the outermost first
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
@@ -73,6 +78,11 @@ class _Step:
         """What the optimizer steps in the place of ``parameter``."""
         return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
 
+    def is_running(self) -> bool:
+        """Whether its outermost call goes on. Calls that raised, and never reached their post-hook, are dropped."""
+        self.calls = [call for call in self.calls if _is_running(call)]
+        return bool(self.calls)
+
 
 class SWALP:
     """Low-precision steps of an optimizer, and the higher-precision average of the weights.
@@ -85,8 +95,8 @@ class SWALP:
     float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
-    The seed is ``torch.initial_seed()`` at construction, which draws nothing: data-parallel ranks
-    stay equal if they are seeded alike, or load the state of one rank.
+    The seed is ``torch.initial_seed()`` at construction, which draws nothing. In a process group it
+    is rank 0's: the ranks agree on it in their first step.
 
     ``copy.deepcopy`` and pickle take the model and the attached optimizer along, and attach the
     copies to one another. An optimizer copied without its SWALP is an ordinary optimizer again,
@@ -115,6 +125,8 @@ class SWALP:
         self.grad_scale: float | Callable[[], float] | None = None
         self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
+        self._has_agreed = False  # with the other ranks on the seed
+        self._group: ProcessGroup | None = None
         self._steps = 0
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
@@ -157,8 +169,11 @@ class SWALP:
 
     # Attaching
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer, *, group: ProcessGroup | None = None) -> None:
         """Make every later ``optimizer.step()`` a low-precision step. Changes no value.
+
+        group: the ranks that train this model, where those are not all ranks. They take rank 0's
+            seed in the first step, and after a state was loaded compare theirs: each has to step.
 
         With masters, what the user writes into the weights between two steps does not reach
         the masters; detach() and attach() start them again from the weights.
@@ -175,6 +190,7 @@ class SWALP:
                 f"{type(optimizer).__name__} is already attached to another SWALP; call that one's detach() first, "
                 "or convert its model again with this optimizer, which does"
             )
+        self._group = group
         self._hook(optimizer)
         self._warn_of_moments(optimizer)
         self._warn_of_lost_updates(optimizer)
@@ -222,7 +238,7 @@ class SWALP:
         refuse_misnamed(optimizer, trained)
 
     def _hook(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._has_agreed = optimizer, False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -285,13 +301,14 @@ class SWALP:
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_averaged("a copy of swalp")
-        return self.__dict__ | {"_handles": [], "_step": None}
+        return self.__dict__ | {"_handles": [], "_step": None, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
         self.__dict__.update(state, _optimizer=None)
         if optimizer is not None:
             self._hook(optimizer)
+            self._has_agreed = state["_has_agreed"]
 
     # The average
 
@@ -305,6 +322,7 @@ class SWALP:
         """How many times update_average() was called."""
         return self._average.n_averaged
 
+    @_AS_PYTHON
     def update_average(self) -> None:
         """Add the weights of this moment to the average, and to each of ``averages``.
 
@@ -459,6 +477,7 @@ class SWALP:
         self._follow_model()
         found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
+        self._has_agreed = False
         for average, (n_seen, n_averaged, means) in zip(
             (self._average, *self.averages.values()), found.averages, strict=True
         ):
@@ -482,17 +501,21 @@ class SWALP:
 
     # One step
 
+    @_AS_PYTHON
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        frame = sys._getframe(1)
+        call = _hooked_call()
         # A subclass's step() calls super().step(), which fires the hooks again: only the outermost
         # call counts. A step that raised never reached its post-hook, and must not pass for one.
-        if self._step is not None and _is_running(self._step.frame):
+        if self._step is not None and self._step.is_running():
+            self._step.calls.append(call)
             return None
         self._refuse_averaged(f"{type(optimizer).__name__}.step()")
         _refuse_unserved(optimizer, kwargs)
+        trained = self._trained(optimizer)
+        self._agree(trained)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
-        step = _Step(frame, key, self._trained(optimizer))
-        step.scaler = scaler_of(frame)
+        step = _Step([call], key, trained)
+        step.scaler = scaler_of(call)
         step.scale = scale_of(self.grad_scale, step.scaler)
         if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
             step.twin = Twin(optimizer)
@@ -504,10 +527,16 @@ class SWALP:
             if step.scaler is not None and step.overflows:
                 skip(step.scaler, optimizer)
                 args = (idle(optimizer), *args[1:])
-            return args, kwargs
+            return None if args[0] is optimizer else (args, kwargs)
         self._step = step
         closure = self._rounding(closure, step)
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
+
+    def _agree(self, trained: list[tuple[int, nn.Parameter]]) -> None:
+        """Before the first step, and the first of a loaded state, the ranks of a process group have one seed."""
+        if not self._has_agreed and trained:
+            self._seed = agreed_seed(self._seed, self._steps, trained[0][1].device, self._group)
+            self._has_agreed = True
 
     def _rounding(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
         """``closure``, after which the gradients it left are rounded and the masters in place."""
@@ -597,9 +626,13 @@ class SWALP:
                     "make it dense (sparse=False in nn.Embedding)"
                 )
 
+    @_AS_PYTHON
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
-        if step is None or step.frame is not sys._getframe(1):
+        if step is None or not step.is_running():
+            return
+        step.calls.pop()
+        if step.calls:
             return
         if step.overflows:
             self._step = None
@@ -741,6 +774,17 @@ def _steps_low(recipe: Recipe) -> bool:
     """Whether a step in ``recipe`` rounds anything."""
     quantizers = (recipe.weight, recipe.gradient, recipe.momentum, recipe.master, *dict(recipe.states).values())
     return any(quantizer is not None and quantizer.rounds for quantizer in quantizers)
+
+
+def _hooked_call() -> FrameType:
+    """The frame of ``Optimizer.step`` that fired the hook which asks, past those of torch.compiler.disable.
+
+    It lasts until the step is over. A compiled step goes on in calls that this frame makes.
+    """
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__", "").startswith("torch._dynamo") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _is_running(frame: FrameType) -> bool:

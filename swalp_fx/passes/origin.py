@@ -44,7 +44,8 @@ def _origin(node: Node, found: dict[Node, Origin]) -> Origin:
     part, name = category(node), stem_of(node)
     if _is_no_tensor(node) or (part == "number" and "reads" not in does(name)):
         return Origin.CONSTANT
-    origin = max((found[source] for source in node.all_input_nodes), default=Origin.CONSTANT)
+    sources = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # expand_as reads a size
+    origin = max((found[source] for source in sources), default=Origin.CONSTANT)
     return Origin.MODEL if origin is Origin.GIVEN and part == "compute" else origin
 
 

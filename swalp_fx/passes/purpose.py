@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from .captured import LAYER
@@ -19,7 +19,17 @@ from .facts import Origin, is_floating
 from .operations import CASTS, category, stem_of
 from .tables import LAYER_PARTS
 
-__all__ = ["ATTENTION", "PRODUCTS", "QUOTIENTS", "SUMS", "Purposes", "constant_of", "is_softmax", "readers_of"]
+__all__ = [
+    "ATTENTION",
+    "PRODUCTS",
+    "QUOTIENTS",
+    "SUMS",
+    "Attention",
+    "Purposes",
+    "constant_of",
+    "is_softmax",
+    "readers_of",
+]
 
 SOFTMAX = ("softmax", "_safe_softmax", "log_softmax", "logsumexp", "cross_entropy")
 MAXIMA = ("max", "amax", "argmax", "topk")  # behind these, too, nothing is left of what masked numbers are filled with
@@ -29,6 +39,10 @@ QUOTIENTS = ("div", "truediv", "itruediv", "true_divide")
 WAVES = ("sin", "cos")
 FILLS = ("masked_fill", "index_fill", "where", "pad", "cat", "concat", "concatenate", "stack")
 ATTENTION, ATTN_MASK = "scaled_dot_product_attention", 3  # and where it takes the mask
+
+
+class Attention(nn.Module):
+    """The type of attention's outputs. Each has one of its own, by its name: ``Rule("*", kind="attn_scores", ...)``."""
 
 
 class Purposes:
@@ -107,6 +121,8 @@ class Purposes:
     def _takes_as_mask(self, node: Node, user: Node) -> bool:
         if stem_of(user) == ATTENTION:
             return _is_attention_mask(node, user)
+        if LAYER in user.meta and issubclass(user.meta[LAYER].kind, Attention):  # sees what it takes out
+            return self.origins[user] is not Origin.MODEL
         return user in self.masks or (user in self.moved and self.origins[user] is Origin.MODEL)
 
     def _mixes(self, node: Node) -> bool:

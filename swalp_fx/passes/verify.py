@@ -207,7 +207,8 @@ class _Proof:
             if kind == "parameter" or (kind == "input" and is_floating):
                 return each
             if each.meta[FACTS].category != "number":
-                new = [source for source in each.all_input_nodes if source not in seen]
+                given = each.all_input_nodes[:1] if _called(each).endswith("_as") else each.all_input_nodes
+                new = [source for source in given if source not in seen]
                 seen.update(new)
                 waiting += new
         return None
@@ -218,8 +219,9 @@ class _Proof:
             is_read = user.op != "output" and user.meta[FACTS].category != "number"
             if not is_read or ENDS[kind].fullmatch(_called(user)):
                 continue
-            # Scaled scores may meet a table of positions, and a mask behind it.
-            is_passed = self.model.kinds[user] in ("movement", "exit", "arithmetic" if kind == "mask" else "", kind)
+            # Scaled scores may meet a table of positions, and a mask behind it. What it takes out is seen in a layer.
+            passed = ("movement", "exit", kind, *(("arithmetic", "inside") if kind == "mask" else ()))
+            is_passed = self.model.kinds[user] in passed
             found = self._read_by_other(user, kind) if is_passed else user
             if found is not None:
                 return found

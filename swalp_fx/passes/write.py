@@ -20,13 +20,13 @@ INHERITED = ("nn_module_stack", "stack_trace", MODULE, CALLS, STEPS)
 
 
 class Writer:
-    """Writes nodes that stand for ``like``, in front of ``place``.
+    """Writes nodes that stand for ``like``, in front of ``place``, as a part of ``layer``.
 
     Called with a function, or a method's name, and its arguments, it gives the node of that call.
     """
 
-    def __init__(self, like: Node, place: Node | None = None) -> None:
-        self.like, self.place = like, like if place is None else place
+    def __init__(self, like: Node, place: Node | None = None, layer: Layer | None = None) -> None:
+        self.like, self.place, self.layer = like, like if place is None else place, layer
 
     def __call__(
         self, function: Callable[..., Any] | str, *args: Any, layer: Layer | None = None, **kwargs: Any
@@ -35,8 +35,8 @@ class Writer:
         with self.place.graph.inserting_before(self.place):
             node = self.place.graph.create_node(op, function, args, kwargs)
         node.meta = {key: self.like.meta[key] for key in INHERITED if key in self.like.meta}
-        if layer is not None:
-            node.meta[LAYER] = layer
+        if layer is not None or self.layer is not None:
+            node.meta[LAYER] = layer or self.layer
         given, named = map_arg((args, kwargs), value_of)
         call = getattr(type(given[0]), function) if isinstance(function, str) else function
         with torch.no_grad(), enable_python_dispatcher():  # else sizes that change become fixed

@@ -1,9 +1,9 @@
-"""A recipe: one format for each role of Algorithm 2, how to round to them, where, and with which exceptions.
+"""A recipe: a format for each role of Algorithm 2, its rounding, the places that are rounded, and exceptions.
 
 roles        the letters of the paper's Algorithm 2
 rounding     the roundings by name
-quantizer    a format and a rounding: what a role is
-patterns     what a rule, an include or an exclude names in a model
+quantizer    a format and a rounding: the value of a role
+patterns     how a rule, an include or an exclude names parts of a model
 rule         an exception
 recipe       all of them, as one frozen value
 text         its text

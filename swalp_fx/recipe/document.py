@@ -1,4 +1,4 @@
-"""A recipe as JSON: an object with all its fields, in their order; roles are texts of quantizers, rules are objects."""
+"""A recipe as JSON: an object with all its fields, in order. Roles are texts of quantizers, rules are objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["from_json", "to_json"]
 
 
 class _Object(list[tuple[str, Any]]):
-    """The pairs of an object, so that a key that is there twice is seen."""
+    """The pairs of an object. A dict would lose a key that is there twice."""
 
 
 def to_json(recipe: Recipe, fields: Collection[str]) -> str:
@@ -42,7 +42,8 @@ def _states(states: Any) -> dict[str, str]:
 
 
 def from_json(text: str, fields: Collection[str]) -> dict[str, Any]:
-    """Field -> value. Raises RecipeError for what is no JSON of a recipe, and for an unknown key, with the nearest."""
+    """Field -> value. Raises RecipeError if ``text`` is no JSON of a recipe, or has an unknown key; it names the
+    nearest key."""
     try:
         pairs = json.loads(text, object_pairs_hook=_Object)
     except (json.JSONDecodeError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What is raised where a recipe is wrong."""
+"""The error of a wrong recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns: what a rule, and the globs of a recipe, name in a model."""
+"""Patterns: how rules and globs of a recipe name parts of a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["GLOBS", "Subject", "around", "is_all_of", "is_numbered", "matches", 
 
 GLOBS = ("include", "exclude", "whole")  # the fields of a recipe that hold globs
 
-# What a pattern is held against: (qualified name, kinds), kinds being the part and the names of its operation. A tied
-# parameter has one subject a name.
+# A pattern is matched against subjects: (qualified name, kinds). The kinds are the part and the names of the operation.
+# A tied parameter has a subject for each of its names.
 Subject = tuple[str, Collection[str]]
 
-_NUMBER = re.compile(r"@\d+$")  # behind a name that several outputs have: which of them
+_NUMBER = re.compile(r"@\d+$")  # relu@2 is the second of several outputs named relu
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` matches all of ``name``, or of the name of a module around it.
+    """Whether ``pattern`` matches all of ``name``, or the whole name of a module around it.
 
     A pattern without ``@`` does not see the number in ``relu@2``: ``relu`` matches, ``*2`` does not.
     """
@@ -32,12 +32,12 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def is_all_of(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` matches ``name``, and not only what is around that."""
+    """Whether ``pattern`` matches ``name`` itself; modules around it do not count."""
     return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
 
 
 def is_numbered(name: str) -> bool:
-    """Whether it names one of several outputs of one name: ``relu@2``."""
+    """Whether ``name`` picks one of several outputs with the same name: ``relu@2``."""
     return _NUMBER.search(name) is not None
 
 
@@ -50,10 +50,10 @@ def around(name: str) -> Iterator[str]:
 
 
 def unmatched(what: str, wanted: str, known: Iterable[str]) -> RecipeError:
-    """The nearest of ``known``, outer names before inner ones; if none is alike, the outermost there are."""
+    """The error for ``wanted``. It has the nearest of ``known``, outer names first, or else the outermost names."""
     by_depth = sorted(known, key=lambda name: name.count("."))
     wanted = re.sub(r"[.*]+$", "", wanted.removeprefix("re:"))
-    # fc is near to hed.fc, and conv1 to layer1.0.conv: by the whole name or by its end.
+    # Near by the whole name, or by its last part: fc to hed.fc, conv1 to layer1.0.conv.
     ends = {name.rpartition(".")[2]: name for name in reversed(by_depth)}
     found = nearest(wanted, by_depth) or [ends[end] for end in nearest(wanted.rpartition(".")[2], ends)]
     if found:

@@ -1,4 +1,4 @@
-"""What a role is rounded to, and how."""
+"""A quantizer: a format, and how to round to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARK = "~"  # before the rounding
 
 
 def split(text: str) -> tuple[str, str]:
-    """(format, rounding) of the text of a quantizer that has one."""
+    """(format, rounding) of a quantizer's text; the rounding is "" if the text has none."""
     format, _, rounding = text.partition(MARK)
     return format, rounding
 
@@ -25,8 +25,8 @@ def split(text: str) -> tuple[str, str]:
 class Quantizer:
     """A format, and how to round to it. Its text is FORMAT, or FORMAT~ROUNDING: ``bfp8[0]~stochastic8``.
 
-    It is no format, and compares to none: ``recipe.momentum.format == FLOAT``.
-    Raises RecipeError for a rounding that does not exist, and for one to ``float``, which rounds nothing.
+    It cannot be compared with a format; compare its ``format``: ``recipe.momentum.format == FLOAT``.
+    Raises RecipeError for an unknown rounding, and for any rounding to ``float``.
     """
 
     format: Format
@@ -43,7 +43,7 @@ class Quantizer:
     def parse(cls, text: str | Format | Quantizer) -> Quantizer:
         """The quantizer that ``text`` stands for. A quantizer is returned as it is; a format has no rounding yet.
 
-        Raises FormatError and RecipeError, naming what is wrong and the nearest that there is.
+        Raises FormatError or RecipeError; either names the fault and the nearest valid word.
         """
         if isinstance(text, Quantizer):
             return text
@@ -54,25 +54,25 @@ class Quantizer:
 
     @property
     def rounds(self) -> bool:
-        """Whether it changes any number: not in ``float``."""
+        """Whether it changes any number: False for ``float``."""
         return self.format != FLOAT
 
     def under(self, rounding: str) -> Quantizer:
-        """The same, with ``rounding`` for one that has none of its own."""
+        """The same quantizer; ``rounding`` is filled in if it rounds and has no rounding of its own."""
         return replace(self, rounding=rounding) if self.rounds and self.rounding is None else self
 
     def how(self) -> tuple[Format, str]:
-        """(format, rounding), of one that has a rounding."""
+        """(format, rounding) of a quantizer that has a rounding."""
         assert self.rounding is not None, f"{self} has no rounding yet; see under()"
         return self.format, self.rounding
 
     def of_tensor(self, rank: int, axis: int) -> Quantizer:
-        """The quantizer of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
+        """The quantizer of a tensor of ``rank`` axes with the contraction axis ``axis``."""
         format = self.format.of_tensor(rank, axis)
         return self if format == self.format else replace(self, format=format)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Format):  # where the answer would always be no
+        if isinstance(other, Format):  # the answer would always be no
             raise TypeError(f"{self!r} is compared with a format; compare its .format")
         if isinstance(other, Quantizer):
             return (self.format, self.rounding) == (other.format, other.rounding)
@@ -92,7 +92,7 @@ States = tuple[tuple[str, Quantizer], ...]  # name of an optimizer's state -> qu
 
 
 def as_states(states: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> States:
-    """Each name once, sorted."""
+    """(name, quantizer) of each state, sorted by name."""
     return tuple(
         sorted(((name, Quantizer.parse(text)) for name, text in dict(states).items()), key=lambda each: each[0])
     )

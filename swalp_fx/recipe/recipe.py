@@ -21,14 +21,15 @@ __all__ = ["PLACEMENTS", "Recipe"]
 
 _QUANTIZERS = (*ALL_ROLES.values(), "master", "average")
 _IN_FLOAT = Quantizer(FLOAT)
-# Which layer outputs are rounded; passes/assign.py has the rule of each.
+# Which layer outputs are rounded; passes/assign.py has the meaning of each word.
 PLACEMENTS = ("every", "compute", "compute+activation", "group")
 
 
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """Which format each role is kept in, how it is rounded to that, and where. A role is a Quantizer, which its text
-    stands for too, and goes by its letter: ``Recipe(W="bfp8[0]", G="e5m2~stochastic8")``.
+    """The format of each role, its rounding, and the places that are rounded.
+
+    A role is a Quantizer or its text, and may be given by its letter: ``Recipe(W="bfp8[0]", G="e5m2~stochastic8")``.
 
     ``Recipe.parse(str(recipe)) == recipe``, rules included, so it fits in a log line or a checkpoint.
     """
@@ -38,22 +39,22 @@ class Recipe:
     error: Quantizer = _IN_FLOAT
     gradient: Quantizer = _IN_FLOAT
     momentum: Quantizer = _IN_FLOAT  # means of gradients
-    second_moment: Quantizer = _IN_FLOAT  # what the optimizer divides by
-    master: Quantizer | None = None  # what the optimizer steps on; None: the weights themselves
-    # Of the averaged weights after each update, Q_SWA in the paper's section 5.1; to nearest where it does not say, and
-    # then it stalls: see averaging.Average.
+    second_moment: Quantizer = _IN_FLOAT  # means of squared gradients: the optimizer divides by them
+    master: Quantizer | None = None  # the weights that the optimizer steps on; None: it steps on the rounded ones
+    # Of the averaged weights after each update, Q_SWA in the paper's section 5.1. The default rounding is to nearest,
+    # and then the average stalls: see averaging.Average.
     average: Quantizer = _IN_FLOAT
-    # Of the optimizer, by name: ``state.exp_avg_sq=bf16~stochastic``, instead of what its role says.
+    # States of the optimizer by name, in place of the format of their role: ``state.exp_avg_sq=bf16~stochastic``.
     states: States = ()
-    rounding: str = "stochastic"  # of every role but the average that has none of its own
+    rounding: str = "stochastic"  # of every role without a rounding of its own, except the average
     placement: str = "every"  # which layer outputs are rounded
     include: tuple[str, ...] = ()  # globs: layer outputs rounded though the placement leaves them out
-    exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float, whatever else says
-    whole: tuple[str, ...] = ()  # globs: modules that are one operation, only what they give is rounded; "!glob": none
+    exclude: tuple[str, ...] = ()  # globs: outputs, inputs and logits left in float in any case
+    whole: tuple[str, ...] = ()  # globs: modules that are one operation, rounded at their output only; "!glob": not one
     quantize_input: bool = False
-    quantize_logits: bool = False  # what the model returns
-    # Round where a number already lies, if nothing else reads it there, and not at all if it is known to be rounded:
-    # the same numbers, sooner.
+    quantize_logits: bool = False  # the outputs of the model
+    # Two optimizations that change no number: round a tensor in its own memory if nothing else reads it there, and
+    # leave out a rounding of numbers that are known to be rounded.
     in_place: bool = True
     rules: tuple[Rule, ...] = ()  # in order: the first that matches wins
     _path: ClassVar[str] = ""  # see ``within``
@@ -107,7 +108,7 @@ class Recipe:
         return cls(**values)
 
     def within(self, path: str) -> Recipe:
-        """The same recipe for what was named ``path`` in a model: patterns see the names that its layers had there."""
+        """The same recipe for the module that a model had at ``path``: patterns see the names of that model."""
         new = replace(self)
         object.__setattr__(new, "_path", self._named(path))
         return new
@@ -120,7 +121,7 @@ class Recipe:
         return f"{self._path}.{name}" if self._path else name
 
     def at(self, *subjects: Subject) -> Recipe:
-        """The recipe of one layer's output or one parameter, its rule applied."""
+        """The recipe of one layer's output or one parameter, with its rule applied."""
         named = [(self._named(name), kinds) for name, kinds in subjects]
         rule = next((rule for rule in self.rules if rule.matches(named)), None)
         if rule is None:
@@ -128,17 +129,17 @@ class Recipe:
         return replace(self, states={**dict(self.states), **dict(rule.states)}, **rule.roles())  # type: ignore[arg-type]
 
     def of_tensor(self, rank: int, axis: int) -> Recipe:
-        """The recipe of a tensor of ``rank`` axes, ``axis`` being its contraction axis."""
+        """The recipe of a tensor of ``rank`` axes with the contraction axis ``axis``."""
         return self._with_each(lambda role, quantizer: quantizer.of_tensor(rank, axis))
 
     def resolved(self) -> Recipe:
-        """The same recipe, each role with the rounding that counts for it."""
+        """The same recipe, with the rounding of each role filled in."""
         return self._with_each(
             lambda role, quantizer: quantizer.under("nearest" if role == "average" else self.rounding)
         )
 
     def _with_each(self, change: Callable[[str, Quantizer], Quantizer]) -> Recipe:
-        """The recipe with ``change(role, quantizer)`` in the place of each; itself where that changes nothing."""
+        """The recipe with each quantizer replaced by ``change(role, quantizer)``; itself if nothing changes."""
         before = {role: quantizer for role in _QUANTIZERS if (quantizer := getattr(self, role)) is not None}
         after = {role: change(role, quantizer) for role, quantizer in before.items()}
         states = tuple((name, change("momentum", quantizer)) for name, quantizer in self.states)
@@ -172,15 +173,15 @@ class Recipe:
         return not found[-1].startswith("!") if found else None
 
     def unmatched_whole(self, paths: Collection[str]) -> Iterator[RecipeError]:
-        """What to raise of each pattern of ``whole`` that matches none of the modules at ``paths``."""
+        """An error for each pattern of ``whole`` that matches none of the modules at ``paths``."""
         for pattern in self.whole:
             if not any(is_all_of(pattern.removeprefix("!"), path) for path in paths):
                 yield unmatched(f"whole {pattern!r}", pattern.removeprefix("!"), filter(None, paths))
 
     def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
-        """(pattern, what to raise) of each rule, include and exclude that matches none of ``subjects``.
+        """(pattern, error) of each rule, include and exclude that matches none of ``subjects``.
 
-        Raises RecipeError for a rule that means single calls of a layer, and sets what all its calls share.
+        Raises RecipeError for a rule that names single calls of a layer, and sets a role that all its calls share.
         """
         names = {each: None for name, _ in subjects for each in around(name)}
         for rule in self.rules:
@@ -203,14 +204,14 @@ class Recipe:
         return f"Recipe.parse({str(self)!r})"
 
     def to_json(self) -> str:
-        """A JSON object with every field, in their order: ``Recipe.from_json(recipe.to_json()) == recipe``."""
+        """A JSON object with every field, in order: ``Recipe.from_json(recipe.to_json()) == recipe``."""
         return to_json(self, FIELDS)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """The recipe of a JSON object; a field that it leaves out is as in ``Recipe()``.
 
-        Raises RecipeError for what is no such object, and for an unknown key, with the nearest there is.
+        Raises RecipeError if ``text`` is no such object, or has an unknown key; it names the nearest key.
         """
         return cls(**from_json(text, FIELDS))
 
@@ -219,7 +220,7 @@ FIELDS = tuple(field.name for field in fields(Recipe))
 
 
 def _with_average_rounding(given: dict[str, Any]) -> dict[str, Any]:
-    """``given``, with the old word in its place: ``average=bfp8[0] average_rounding=up`` is ``average=bfp8[0]~up``."""
+    """``given`` without an old spelling: ``average=bfp8[0] average_rounding=up`` becomes ``average=bfp8[0]~up``."""
     if AVERAGE_ROUNDING not in given:
         return given
     rounding = given.pop(AVERAGE_ROUNDING)

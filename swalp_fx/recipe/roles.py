@@ -12,21 +12,21 @@ __all__ = ["ALL_ROLES", "AVERAGE_ROUNDING", "LETTERS", "OF_PARAMETERS", "ROLES",
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
-# With what Algorithm 2 does not have, and a format for all roles leaves out: Adam divides by v. A small one would be
-# rounded to zero, and a step would be as long as 1 / epsilon.
+# V is not in Algorithm 2, and a format for all roles leaves it out. Adam divides by the root of v: a small v would be
+# rounded to zero, and the step would be as long as 1 / epsilon.
 ALL_ROLES = {**ROLES, "V": "second_moment"}
 LETTERS = {role: letter for letter, role in ALL_ROLES.items()}
-OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment")  # which all calls of a layer share
+OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment")  # all calls of a layer share these
 STATE = "state."  # before the name of an optimizer's state
-AVERAGE_ROUNDING = "average_rounding"  # once a field: now average=FORMAT~ROUNDING
-_FIELDS = {**ALL_ROLES, "accumulator": "master"}  # letters, and the old word: hardware's accumulator is a product's
+AVERAGE_ROUNDING = "average_rounding"  # the old spelling of average=FORMAT~ROUNDING
+_FIELDS = {**ALL_ROLES, "accumulator": "master"}  # letters, and an old name; hardware's accumulator sums a product
 ROLE_NAMES = ", ".join(f"{letter} ({role})" for letter, role in ALL_ROLES.items())
 
 
 def once(values: Iterable[Iterable[Any]], where: str, fields: Collection[str]) -> dict[str, Any]:
-    """Field -> value, of values by field, letter or ``state.NAME``; of the last together, ``states`` is a mapping.
+    """Field -> value, from values by field, letter or ``state.NAME``. All states together are the mapping ``states``.
 
-    Raises RecipeError for what is none of ``fields``, and twice.
+    Raises RecipeError for a name that is none of ``fields``, and for a field that is set twice.
     """
     found: dict[str, tuple[str, Any]] = {}
     for name, value in _each(values, where):

@@ -9,17 +9,17 @@ from .errors import RecipeError
 
 __all__ = ["RANDOM_BITS", "ROUNDINGS", "parse_rounding"]
 
-# In the order of csrc/round.h, whose codes these are.
+# In the order of csrc/round.h: the index is the code there.
 ROUNDINGS = ("nearest", "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up")
 
-RANDOM_BITS = 16  # of a stochastic rounding that does not say: half a word, at most 2^-17 of a step from unbiased
+RANDOM_BITS = 16  # default of a stochastic rounding: half a word; the bias is at most 2^-17 of a step
 MAX_RANDOM_BITS = 24
 
 
 def parse_rounding(rounding: str) -> tuple[str, int]:
     """Name and number of random bits: ``"stochastic8"`` is ("stochastic", 8).
 
-    Raises RecipeError, naming the rounding and those there are, if there is no such one.
+    Raises RecipeError for an unknown rounding; it names the roundings that exist.
     """
     name, bits = rounding, RANDOM_BITS
     if isinstance(rounding, str) and (match := re.fullmatch(r"(stochastic)(\d+)", rounding)):

@@ -19,18 +19,21 @@ FIELDS_OF_RULE = (*ALL_ROLES.values(), "states")  # that it may set
 
 @dataclass(frozen=True, init=False)
 class Rule:
-    """An exception of a recipe: the roles of what it matches. One left at None is as the recipe says.
+    """An exception of a recipe: other roles for the layers, outputs and parameters that it matches.
 
-    ``match`` is a glob, or a regular expression behind ``re:``, which must match the whole qualified name of a layer,
-    an output, a parameter or of a module around it: ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``.
-    A function's output is named by the module that calls it and by what is called: ``layer1.0.add``.
-    A role goes by its letter too: ``Rule("fc", W="float", G="e5m2~stochastic")``. ``states`` maps names of an
-    optimizer's states to formats, as in a recipe.
-    ``kind`` is the operation besides, by a part ("compute", "norm", "activation", "arithmetic", "pooling"), a type
-    ("Conv2d") or a function's name ("matmul"). A parameter is of the kind of the layer that holds it, or "parameter".
-    Where several outputs have one name, as those of a module that is called twice, it matches them all;
-    ``layer1.0.relu@2`` is the second of them in the graph, and has no role but activation and error. ``report`` prints
-    every name.
+    A role that is left at None is as in the recipe. Roles go by letter too:
+    ``Rule("fc", W="float", G="e5m2~stochastic")``. ``states`` maps names of an optimizer's states to formats.
+
+    ``match`` is a glob, or a regular expression after ``re:``. It must match the whole qualified name of a layer, an
+    output, a parameter, or a module around it. ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``. The
+    output of a function is named by the calling module, then by the function: ``layer1.0.add``.
+
+    ``kind`` restricts the match to an operation: a part ("compute", "norm", "activation", "arithmetic", "pooling"), a
+    type ("Conv2d") or a function's name ("matmul"). A parameter has the kind of the layer that holds it, or
+    "parameter".
+
+    Several outputs have the same name if a module is called twice. A rule matches them all. ``layer1.0.relu@2`` matches
+    only the second in the graph; such a rule may set activation and error alone. ``report`` prints every name.
     """
 
     match: str
@@ -63,14 +66,14 @@ class Rule:
             object.__setattr__(self, name, value)
 
     def roles(self) -> dict[str, Quantizer]:
-        """Role -> quantizer, of the roles that it sets."""
+        """Role -> quantizer, of the roles that the rule sets."""
         return {role: value for role in ALL_ROLES.values() if (value := getattr(self, role)) is not None}
 
     def matches(self, subjects: Iterable[Subject]) -> bool:
         return any((self.kind is None or self.kind in kinds) and matches(self.match, name) for name, kinds in subjects)
 
     def refuse_shared(self, subjects: Iterable[Subject]) -> None:
-        """Raises RecipeError if it means single calls of a layer, and sets what all its calls share."""
+        """Raises RecipeError if the rule names single calls of a layer, and sets a role that all its calls share."""
         shared = [role for role in OF_PARAMETERS if role in self.roles()]
         matched = (name for name, kinds in subjects if self.matches([(name, kinds)]))
         if shared and "@" in self.match and all(map(is_numbered, matched)):

@@ -1,7 +1,7 @@
 """The text of a recipe: ``bfp8[0] M=float rules=[fc W=float; "a b" kind=Conv2d A=bfp4~up]``.
 
-Words stand between spaces or semicolons, a format for all roles first. Between quotes a pattern may hold anything, and
-a quote twice.
+Spaces or semicolons separate words. The first word may be a format for all roles. A pattern between quotes may hold
+anything; a quote in it is written twice.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["read", "rule_text", "text"]
 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-_PLAIN = re.compile(r"[\w.*?@:+!-](?:[\w.*?@:+-]|\[[\w!-]+\])*")  # what needs no quotes: c.?[01] needs none
-# Brackets in it are those of formats, and of globs.
+_PLAIN = re.compile(r"[\w.*?@:+!-](?:[\w.*?@:+-]|\[[\w!-]+\])*")  # a pattern that needs no quotes, such as c.?[01]
+# Formats and globs in the list may have brackets.
 _RULES = re.compile(r"(?:^|(?<=[\s;]))rules=\[((?:[^\[\]]|\[[^\[\]]*\])*)\](?=$|[\s;])")
 
 
@@ -32,7 +32,7 @@ _RULES = re.compile(r"(?:^|(?<=[\s;]))rules=\[((?:[^\[\]]|\[[^\[\]]*\])*)\](?=$|
 
 
 def text(recipe: Recipe) -> str:
-    """What ``read`` reads; roles and fields that are as ever are left out."""
+    """The text that ``read`` reads. Fields with their default value are left out."""
     quantizers = {getattr(recipe, role) for role in ROLES.values()}
     alike = len(quantizers) == 1
     words = (
@@ -72,7 +72,7 @@ def _quoted(text: str) -> str:
 
 
 class _Quotes:
-    """What stands between quotes, out of the way of what splits words: ``"a b"`` is ``"0"`` until it is read."""
+    """Quoted strings, put aside while a text is split into words: ``"a b"`` is ``"0"`` until it is read."""
 
     def __init__(self, text: str) -> None:
         self._strings: list[str] = []
@@ -83,16 +83,16 @@ class _Quotes:
         return f'"{len(self._strings) - 1}"'
 
     def read(self, word: str) -> str:
-        """``word`` with what stood there, and no quotes."""
+        """``word`` with its quoted strings put back, without the quotes."""
         return _QUOTED.sub(lambda match: self._strings[int(match[1])], word)
 
     def shown(self, text: str) -> str:
-        """``text`` as it was written."""
+        """``text`` as it was written, with its quotes."""
         return _QUOTED.sub(lambda match: '"' + self._strings[int(match[1])].replace('"', '""') + '"', text)
 
 
 def read(text: str, fields: Collection[str]) -> dict[str, Any]:
-    """Field -> value, of a recipe's text."""
+    """Field -> value, from a recipe's text."""
     text = text.strip()
     where = f"recipe {text!r}"
     quotes = _Quotes(text)
@@ -114,7 +114,7 @@ def read(text: str, fields: Collection[str]) -> dict[str, Any]:
 
 
 def _refuse_misspelt(quotes: _Quotes, where: str) -> None:
-    """Raises RecipeError for spaces and commas that are none between words, with the words that were meant."""
+    """Raises RecipeError for an open quote, a comma between words or a space within one; it has the corrected text."""
     text = quotes.text
     if text.count('"') % 2:
         raise RecipeError(f'{where} has a quote without its end; write a quote within quotes twice: "a""b"')
@@ -125,7 +125,7 @@ def _refuse_misspelt(quotes: _Quotes, where: str) -> None:
 
 
 def _refuse_bare(named: list[str], everywhere: list[str], fields: Collection[str], where: str) -> None:
-    """Raises RecipeError for a word without ``=`` behind the first."""
+    """Raises RecipeError for a word without ``=`` after the first."""
     bare = next((word for word in named if "=" not in word), None)
     if bare is None:
         return
@@ -136,7 +136,7 @@ def _refuse_bare(named: list[str], everywhere: list[str], fields: Collection[str
 
 
 def _with_role(bare: str, fields: Collection[str]) -> str:
-    """How a word without a role, which stands behind a format for all, may have been meant."""
+    """The remedy for a word without a role, after a format for all roles."""
     name, separator, spec = bare.partition(":")
     if separator and ALL_ROLES.get(name, name) in fields:
         return f"write {name}={spec}"
@@ -151,7 +151,7 @@ def _pairs(words: list[str]) -> Iterator[list[str]]:
 
 
 def _valued(given: dict[str, Any], quotes: _Quotes) -> dict[str, Any]:
-    """What the texts of fields mean."""
+    """Field -> value, from the texts of fields."""
     values: dict[str, Any] = {}
     for field, value in given.items():
         if field in GLOBS:

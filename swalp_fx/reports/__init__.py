@@ -1,4 +1,4 @@
-"""What was done to a model, to look at: ``report``, ``draw``, ``measure``, and ``check``, which compares."""
+"""Views of a converted model: ``report``, ``draw`` and ``measure``; ``check`` compares it with the original."""
 
 from .checking import Check, check
 from .drawing.draw import draw

@@ -1,7 +1,8 @@
-"""One forward of a converted model, watched: output shapes, and what ran inside and outside of its graphs."""
+"""One forward of a converted model, watched: output shapes, and the operations inside and outside of its graphs."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,7 +31,7 @@ HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
-    """What a call of ``module``, in its mode, does; the model and the random state are as before."""
+    """The audit of one call of ``module`` in its present mode. The model and the random state stay as they were."""
     audit = Audit()
     with untouched(conversion.root):
         module(*inputs, **keywords)  # makes the graphs: tracing has operations of its own
@@ -44,21 +45,21 @@ def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], 
 
 
 class Audit(TorchDispatchMode):
-    """Sees each operation of PyTorch that runs while it holds."""
+    """Counts each operation of PyTorch that runs while the mode is active."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # else PyTorch's front end leaves all code alone while a mode holds
+        return True  # else PyTorch's front end leaves all code alone while a mode is active
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[str, str] = {}  # place -> "2x4x8x8"
         self.inside: Counter[str] = Counter()  # place -> multiply-adds
-        self.rounded: Counter[str] = Counter()  # place -> those of operations all of whose operands are rounded
+        self.rounded: Counter[str] = Counter()  # place -> multiply-adds of operations that read only rounded numbers
         self.outside: dict[str, Counter[str]] = {}  # "model.py:12 forward" -> operation -> multiply-adds
         self._running: list[
             tuple[str, bool]
-        ] = []  # in graphs, what runs now: its place, whether it reads rounded numbers
+        ] = []  # the running nodes of graphs: place, and whether the node reads only rounded numbers
 
     def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         return _Watched(self, made).run(*args)
@@ -80,12 +81,12 @@ class Audit(TorchDispatchMode):
 
 
 class _Watched(Interpreter):
-    """A run of one graph, which notes where it is."""
+    """A run of one graph that notes the node it is at."""
 
     def __init__(self, audit: Audit, made: Rewritten) -> None:
         super().__init__(inlined(made.graph_module))
         self.audit = audit
-        # A layer's name is that of what it gives; its other nodes run before that.
+        # All nodes of a layer count under the name of its output, which is the last of them.
         named = [node for node in self.graph.nodes if NAME in node.meta]
         names = {node.meta[LAYER]: node.meta[NAME] for node in named if LAYER in node.meta}
         self.places = {
@@ -106,18 +107,24 @@ class _Watched(Interpreter):
 
 
 def _rounded(graph: Graph) -> set[Node]:
-    """The nodes that give rounded numbers: what rounds them, and what moves nothing but such numbers."""
+    """The nodes with rounded outputs: quantize nodes, and movement of rounded numbers, or products with a power of two."""
     found: set[Node] = set()
     for node in graph.nodes:
         if is_quantizer(node):
             is_rounded = Quantizer.parse(str(node.args[3])).rounds
         else:
             sources = _floating_inputs(node)
-            moves = part_of(operation_of(node)) == "movement"
+            moves = part_of(operation_of(node)) == "movement" or _is_shift(node)
             is_rounded = moves and bool(sources) and found.issuperset(sources)
         if is_rounded:
             found.add(node)
     return found
+
+
+def _is_shift(node: Node) -> bool:
+    """Whether it is a product with a power of two, as queries are scaled by."""
+    factor = node.args[1] if operation_of(node) == "mul" and len(node.args) == 2 else None
+    return isinstance(factor, float) and math.frexp(factor)[0] == 0.5
 
 
 def _floating_inputs(node: Node) -> list[Node]:
@@ -132,7 +139,7 @@ def _is_floating(node: Node) -> bool:
 
 
 def _is_layer(name: str, given: Any) -> bool:
-    """Whether an operation of aten makes new numbers, so that a graph could have rounded them."""
+    """Whether an operation of aten makes new numbers: in a graph they would have been rounded."""
     name = name.strip("_")
     makes = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(given))
     return makes and part_of(name) not in ("movement", "number")

@@ -1,4 +1,4 @@
-"""``check``: does the rewritten module compute what the model computes, bit for bit?"""
+"""``check``: does the rewritten module give the bits of the model?"""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["Check", "check"]
 SEED = 0
 IDENTITY = Recipe(
     rounding="nearest", quantize_logits=True
-)  # with what it returns, so that gradients add up in one order
+)  # with logits, so that gradients are summed in the same order
 
 
 @dataclass(frozen=True)
 class Check:
-    """What ``check`` found: true if nothing differs; as text, what was compared and what differs."""
+    """The result of ``check``: true if nothing differs. Its text lists the differences."""
 
     compared: int  # tensors, over both modes
     differences: tuple[str, ...]  # "eval output 0: largest difference 0.5"
@@ -45,11 +45,11 @@ class Check:
 
 
 def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
-    """Whether the converted model, with every format ``float``, is bit-equal with ``model``, in train and eval mode.
+    """Whether the converted model, with every format ``float``, has the bits of ``model``, in train and eval mode.
 
-    Outputs, gradients of parameters and inputs, and buffers are compared after each of two forwards and backwards from
-    the same random state, on copies: ``assert swalp_fx.check(model, x)``. A model whose own kernels are not
-    deterministic differs from itself; see torch.use_deterministic_algorithms.
+    ``assert swalp_fx.check(model, x)`` runs a forward and a backward twice, on copies, from the same random state. It
+    compares outputs, gradients of parameters and inputs, and buffers each time. A model with nondeterministic kernels
+    differs from itself; see torch.use_deterministic_algorithms.
     Raises ConvertError if the model cannot be converted.
     """
     from ..capture.entries import install
@@ -73,7 +73,7 @@ def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
 
 
 def _with_gradients(model: nn.Module, *given: Any) -> Callable[[], Any]:
-    """Makes copies of the inputs that ask for gradients; if the model does not take such, copies as they are."""
+    """A function that copies the inputs. The copies require gradients, unless the model fails on such inputs."""
 
     def asking() -> Any:
         return pytree.tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), given)
@@ -90,7 +90,7 @@ def _with_gradients(model: nn.Module, *given: Any) -> Callable[[], Any]:
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Every tensor that a forward and a backward leave behind, by name, and the types of what the model gives."""
+    """Every tensor after a forward and a backward, by name, and the type of the model's output."""
     model.zero_grad()
     with randomness_kept(model):
         _seed()
@@ -108,7 +108,7 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) ->
 
 
 def _seed() -> None:
-    """Starts the random numbers of PyTorch, Python and NumPy."""
+    """Seeds the random numbers of PyTorch, Python and NumPy."""
     torch.manual_seed(SEED)
     random.seed(SEED)
     if numpy := sys.modules.get("numpy"):
@@ -124,7 +124,7 @@ def _tensors(nest: Any) -> Iterator[Tensor]:
 
 
 def _difference(expected: Any, found: Any) -> str | None:
-    """What tells the two apart, or None. NaN equals NaN."""
+    """The difference of the two in words, or None. NaN equals NaN."""
     if isinstance(expected, type) and isinstance(found, type):
         return None if expected is found else f"{found.__name__}, not {expected.__name__}"
     if expected is None or found is None:

@@ -1,4 +1,4 @@
-"""Text that is given, and written to a file where one is named."""
+"""Text that is returned, and also written to a file if one is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["written"]
 
 
 def written(text: str, path: str | os.PathLike[str] | None) -> str:
-    """``text``, written to ``path`` too, if given: UTF-8, its lines ending as they do."""
+    """``text``; also written to ``path`` if given, as UTF-8 with line ends unchanged."""
     if path is not None:
         Path(path).write_text(text, encoding="utf-8", newline="\n")
     return text

@@ -1,4 +1,4 @@
-"""What report, measure and draw read of a converted model: its conversion, and graphs with no graph inside."""
+"""The conversion of a model and its flattened graphs, for report, measure and draw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["conversion_in", "inlined", "is_quantizer"]
 def conversion_in(module: object, who: str) -> Conversion:
     """The conversion of ``module``, or of the one converted model that it wraps.
 
-    Raises ConvertError, on behalf of ``who``, where there is none, or more than one.
+    Raises ConvertError, in the name of ``who``, if there is none, or more than one.
     """
     if isinstance(module, tuple):
         raise ConvertError(f"{who} takes a module, not a {type(module).__name__}; {UNPACK}")
@@ -47,7 +47,7 @@ def is_quantizer(node: Node) -> bool:
 
 
 def inlined(module: GraphModule) -> GraphModule:
-    """The same computation without checkpoints: the graphs that they run stand in the one that calls them.
+    """The same computation without checkpoints: each graph that a checkpoint runs is inlined into its caller.
 
     Before:
 
@@ -65,7 +65,7 @@ def inlined(module: GraphModule) -> GraphModule:
 
 
 def _inline(module: GraphModule, graph: Graph, prefix: str, given: list[Any] | None) -> Any:
-    """Copies the nodes of ``module`` into ``graph``, ``given`` in the place of its inputs; returns what it gives."""
+    """Copies the nodes of ``module`` into ``graph``, with ``given`` as its inputs; returns its outputs."""
     read: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "output":

@@ -1,4 +1,4 @@
-"""``measure``: what rounding did to the numbers of a converted model, site by site."""
+"""``measure``: the rounding error of a converted model, site by site."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ __all__ = ["Measures", "Rounded", "measure"]
 
 @dataclass
 class Rounded:
-    """What one site rounded in one role, over all batches."""
+    """The error and the counts of one site in one role, over all batches."""
 
     format: str
     values: int = 0
     signal: float = 0.0  # sum of squares of the finite values
-    noise: float = 0.0  # sum of squares of what rounding added to them
-    clipped: int = 0  # finite values beyond the format's range, or beyond what their block's scale can hold
-    zeroed: int = 0  # values that were not zero and are
+    noise: float = 0.0  # sum of squares of their rounding errors
+    clipped: int = 0  # finite values beyond the range of the format, or of their block's scale
+    zeroed: int = 0  # nonzero values that became zero
     nan: int = 0
     infinite: int = 0
 
     @property
     def sqnr(self) -> float:
-        """The ratio of signal to quantization noise, in dB: about 6 a bit. Infinite where nothing was lost."""
+        """The ratio of signal to quantization noise, in dB: about 6 a bit. Infinite if nothing was lost."""
         return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
 
     def add(self, x: Tensor, q: Tensor) -> None:
         """Count ``x``, which was rounded to ``q``."""
         finite = x.isfinite()
         exact, rounded = torch.where(finite, x, 0).double(), torch.where(finite, q, 0).double()
-        # Rounding up gives no less than x, and down no more, but for what the format cannot reach.
+        # Rounding up gives at least x, and rounding down at most x, unless x is out of range.
         above, below = (quantize(x, self.format, rounding).double() for rounding in ("up", "down"))
         self.values += x.numel()
         self.signal += exact.square().sum().item()
@@ -70,8 +70,8 @@ class Measures(dict[tuple[str, str], Rounded]):
     """(site, role) -> Rounded, in the order of the graph; printed as a table of at most 100 columns.
 
     A site is a parameter or a layer's output, by the name that ``report`` prints and a recipe's rules take. A role is
-    W, A or E, or its name: ``measures["layer1.0.relu@2", "activation"]``. The columns of values that are not finite are
-    printed only where there are some.
+    W, A or E, or its name: ``measures["layer1.0.relu@2", "activation"]``. The columns of NaNs and infinities are
+    printed only if there are some.
     """
 
     def __missing__(self, key: object) -> Rounded:
@@ -89,14 +89,14 @@ class Measures(dict[tuple[str, str], Rounded]):
         return super().get(self._known(key), default)
 
     def _known(self, key: Any) -> Any:
-        """``key``, its role as a letter."""
+        """``key`` with its role as a letter."""
         return (key[0], LETTERS.get(key[1], key[1])) if isinstance(key, tuple) and len(key) == 2 else key
 
     def sorted(self, by: str = "sqnr") -> Measures:
-        """The same measures, the worst first; equal ones stay in their order.
+        """The same measures, the worst first; equal ones keep their order.
 
-        by: "sqnr" from the lowest; "clipped", "zeroed", "nan" or "infinite" from the largest share of the values;
-            "values", "signal" or "noise" from the largest.
+        by: "sqnr", from the lowest; "clipped", "zeroed", "nan" or "infinite", from the largest share of the values;
+            "values", "signal" or "noise", from the largest.
 
         Raises ValueError for another column.
         """
@@ -105,10 +105,11 @@ class Measures(dict[tuple[str, str], Rounded]):
         return Measures(sorted(self.items(), key=lambda item: ORDERS[by](item[1])))
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """A list with an object for each measure: site, role, format, values, sqnr (dB), clipped, zeroed, nan, infinite
-        (counts), signal, noise (sums of squares). Written to ``path`` too, if given.
+        """A list with an object for each measure; also written to ``path`` if given.
 
-        JSON has no infinity, so one is the string "inf": the SQNR of what rounding left exact. ``float()`` reads both.
+        Its keys: site, role, format, values, sqnr (dB), clipped, zeroed, nan, infinite (counts), signal, noise (sums of
+        squares). The SQNR of an exact site is infinite. JSON has no infinity, so it is the string "inf"; ``float()``
+        reads it.
         """
         rows = [{name: _finite(value) for name, value in row.items()} for row in self._rows()]
         return written(json.dumps(rows, indent=1, allow_nan=False) + "\n", path)
@@ -116,7 +117,7 @@ class Measures(dict[tuple[str, str], Rounded]):
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """A header and a line for each measure, with the columns of ``to_json``; infinity is inf.
 
-        Written to ``path`` too, if given.
+        Also written to ``path`` if given.
         """
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -154,7 +155,7 @@ COLUMNS = (
     "site", "role", "format", "values", "sqnr", "clipped", "zeroed", "nan", "infinite", "signal", "noise",
 )  # fmt: skip
 
-# What ``Measures.sorted`` sorts by: the smallest is the worst.
+# Column -> the sort key of ``Measures.sorted``: the smallest is the worst.
 ORDERS: dict[str, Callable[[Rounded], float]] = {
     "sqnr": lambda each: each.sqnr,
     "clipped": lambda each: -each.clipped / each.values,
@@ -172,17 +173,21 @@ def _finite(value: Any) -> Any:
 
 
 def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None) -> Measures:
-    """What rounding did to each parameter (W) and layer output (A) of ``module``, over ``batches``; with ``loss``, to
-    each error signal (E) too: ``print(swalp_fx.measure(lp, [(x, y)], F.cross_entropy))``.
+    """The rounding error of each parameter (W) and layer output (A) of ``module``, over ``batches``.
 
-    batches: inputs, or tuples or lists with the input first; on the module's device.
-    loss: of (outputs, targets), a scalar, where batches are pairs of input and targets.
+    With ``loss``, of each error signal (E) too: ``print(swalp_fx.measure(lp, [(x, y)], F.cross_entropy))``.
 
-    The module runs in its mode, with the random bits that a forward would draw now. Then its buffers, gradients and
-    plain attributes, and the random state, are as before. Hooks run as ever. What backward computes again, under
-    activation checkpointing, counts once.
-    Raises ConvertError for a module that is not converted, ValueError where there is no batch, and TypeError for a
-    tensor or a dataset in place of batches, or for a batch that is no pair where a loss needs targets.
+    batches: inputs, or tuples or lists with the input first; on the module's device. With ``loss``, pairs of input and
+        targets.
+
+    loss: a function of (outputs, targets) that returns a scalar.
+
+    The module runs in its present mode, with the random bits that a forward would draw now. Its buffers, gradients,
+    plain attributes and the random state are restored afterwards. Hooks run as usual. Under activation checkpointing,
+    a recomputed value counts once.
+
+    Raises ConvertError for a module that is not converted, and ValueError if there is no batch. Raises TypeError for a
+    tensor or a dataset in place of batches, and for a batch that is no pair if ``loss`` is given.
     """
     conversion = conversion_in(module, "measure")
     if isinstance(batches, Tensor):
@@ -208,16 +213,16 @@ def measure(module: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any]
 
 
 class _Watch:
-    """Runs graphs in place of their code, and counts what their nodes round."""
+    """Interprets graphs in place of their code, and counts the numbers that their nodes round."""
 
     def __init__(self) -> None:
         self.measures = Measures()
-        self.is_backward = False  # what runs forward now has been counted before
+        self.is_backward = False  # a forward that runs now is recomputed, and has been counted
         self._graphs: dict[int, tuple[Rewritten, GraphModule]] = {}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While it holds, the graphs of this thread run here."""
+        """A context: within it, the graphs of this thread run here."""
         before, local.watch = local.watch, self.run
         try:
             yield
@@ -234,7 +239,7 @@ class _Watch:
         """Lists the sites of a graph, in its order."""
         for node in filter(is_quantizer, graph.nodes):
             roles = "W" if node.target is nodes.quantize_weight else "AE"
-            for role, spec in zip(roles, node.args[3:], strict=False):  # behind the formats stands how to round
+            for role, spec in zip(roles, node.args[3:], strict=False):  # the rounding follows the formats
                 if spec != str(FLOAT):
                     format = str(Quantizer.parse(spec).format)
                     self.measures.setdefault((place(node.args[0]), role), Rounded(format))
@@ -272,7 +277,7 @@ class _Run(Interpreter):
         format, rounding = nodes.how(spec, rounding, key)
 
         def hook(error: Tensor) -> None:
-            # What the node's backward is about to do, with its very random bits.
+            # The node's backward is about to round the same, with the same random bits.
             self.watch.count(n, "E", error, quantize(error, format, rounding, key=key, stream=stream))
 
         return hook

@@ -24,7 +24,7 @@ dt, summary { color: var(--soft); }
 
 @dataclass(frozen=True)
 class Table:
-    """A header, and rows of as many cells; the last ``numbers`` columns are flush right."""
+    """A header, and rows with as many cells; the last ``numbers`` columns are flush right."""
 
     header: Sequence[str]
     rows: Iterable[Sequence[str]]
@@ -34,8 +34,8 @@ class Table:
 def page(
     title: str, code: str, terms: Mapping[str, str], table: Table, lists: Iterable[tuple[str, list[str]]], more: Table
 ) -> str:
-    """The page, whole, which loads nothing: a heading with ``code`` beside it, ``terms``, ``table``, ``lists`` with
-    their titles, and a table that is closed at first."""
+    """The whole page; it loads no other file. From the top: a heading with ``code`` beside it, ``terms``, ``table``,
+    ``lists`` with their titles, and ``more``, a table that is folded at first."""
     described = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in terms.items())
     listed = "".join(f"<h2>{escape(_capital(name))}</h2>\n{_list(lines)}" for name, lines in lists)
     return f"""<!DOCTYPE html>

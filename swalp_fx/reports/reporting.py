@@ -1,4 +1,4 @@
-"""``report``: a converted model as a table: who got which format, and why."""
+"""``report``: a converted model as a table: each layer with its formats, and the reasons."""
 
 from __future__ import annotations
 
@@ -34,21 +34,26 @@ UNSEEN = "layers are known after the first call: call the model once, or pass an
 
 
 def report(module: nn.Module, /, *inputs: Any, fold: bool = False, **keywords: Any) -> Report:
-    """Who got which format, and why. Printed, it is a table of at most 100 columns, one row a layer: its name,
-    operation, output shape, the formats of W A E G M, multiply-adds, parameters, and the bits that each of their values
-    takes, scales included. Below it totals, what stays in float and why, and what runs outside of the graphs.
+    """The formats of each layer and parameter, and the reasons. It prints as a table of at most 100 columns.
 
-    The names are those that a recipe's rules, ``include`` and ``exclude`` take, and that ``measure`` is indexed by:
-    ``layer1.0.conv1``, a function as ``layer1.0.iadd``, and the calls of a module that is called twice as
-    ``layer1.0.relu@1`` and ``layer1.0.relu@2``. A name that is too long goes on in the next line. Long lists below the
-    table fold names that differ in their numbers: ``layer*.*.relu@* (16)``.
+    A layer is a row: its name, operation, output shape, the formats of W A E G M, multiply-adds, parameters, and the
+    bits of a parameter's value, scales included. Below the table: totals, the parts in float with the reason, and the
+    operations outside of the graphs.
 
-    The table is of all graphs that calls have made so far, each place once; before the first call it has the parameters
-    alone. With ``inputs``, of one call of the module, that call is made in its present mode, and changes nothing: it
-    fills in output shapes and multiply-adds, and finds the operations that run outside of the graphs, with their lines.
-    A role that stays in float, or that the layer has not, is left out of its formats; ``-`` stands for none at all. A
-    parameter that several layers read is counted at the first. With ``fold``, the layers of equal blocks have one row,
-    where the first of them stood: ``layer1.*.conv2 (3)``.
+    Recipes' rules, ``include`` and ``exclude`` take these names, and ``measure`` does: ``layer1.0.conv1``, a function
+    as ``layer1.0.iadd``, two calls of a module as ``layer1.0.relu@1`` and ``layer1.0.relu@2``. A name that is too long
+    goes on in the next line. Long lists below the table fold names that differ in their numbers:
+    ``layer*.*.relu@* (16)``.
+
+    The table covers all graphs that calls have made so far, each place once. Before the first call it has the
+    parameters alone. ``inputs`` are the arguments of a call, which is then made in the present mode, and changes
+    nothing. The call fills in output shapes and multiply-adds, and finds the operations outside of the graphs, with
+    their lines.
+
+    Formats leave out a role that is in float or that the layer does not have; ``-`` stands for no format at all. A
+    parameter that several layers read is counted at the first. With ``fold``, the layers of equal blocks share the row
+    of the first: ``layer1.*.conv2 (3)``.
+
     Raises ConvertError for a module that is not converted.
     """
     conversion = conversion_in(module, "report")
@@ -113,7 +118,7 @@ def _totals(
 
 
 def _states(recipe: Recipe) -> Iterator[str]:
-    """What a recipe and its rules say of an optimizer's second moments, and of states by name."""
+    """The formats that a recipe and its rules give to second moments, and to states by name."""
     if recipe.second_moment.rounds:
         yield f"V {recipe.second_moment}"
     yield from (f"{name} {quantizer}" for name, quantizer in recipe.states)
@@ -128,7 +133,7 @@ def _own_roundings(found: list[Row]) -> str:
 
 
 def _outputs(found: list[Row]) -> str:
-    """How many outputs are rounded, of those that a graph sees; and what none sees."""
+    """How many of the graphs' outputs are rounded, and the layers with insides that no graph sees."""
     outputs = [row for row in found if row.has_output]
     activations, errors = (sum(each.formats[i] not in ("", str(FLOAT)) for each in outputs) for i in (1, 2))
     text = f"{activations} of {len(outputs)} rounded"
@@ -140,12 +145,12 @@ def _outputs(found: list[Row]) -> str:
 
 
 def _inside(found: list[Row], audit: Audit) -> str:
-    """The share of the multiply-adds that ran in graphs; and what has some that PyTorch does not count."""
+    """The share of multiply-adds that ran in graphs, and the layers with multiply-adds that PyTorch does not count."""
     inside, outside = sum(audit.inside.values()), sum(sum(each.values()) for each in audit.outside.values())
     share = f"{inside / (inside + outside):.1%} of " if inside + outside else ""
     text = f"{share}{inside + outside:,} multiply-adds ran in rewritten graphs"
     if inside:
-        whole = {row.name for row in found if row.whole}  # what they compute inside reads numbers that are not rounded
+        whole = {row.name for row in found if row.whole}  # inside them, operands are not rounded
         rounded = sum(count for place, count in audit.rounded.items() if place not in whole)
         text += f", {rounded / (inside + outside):.1%} on rounded operands"
     counted = {row.whole for row in found if audit.inside[row.name]}
@@ -159,7 +164,7 @@ def _counted(numbers: Counter[str]) -> str:
 
 
 def _floats(conversion: Conversion, found: list[Row]) -> Iterator[InFloat]:
-    """What is in float, a line a reason."""
+    """The parts in float, a line a reason."""
     recipe = conversion.recipe
     names, parameters = tuple(row.name for row in found), [name for name, _ in conversion.root.named_parameters()]
 
@@ -198,7 +203,7 @@ def _floats(conversion: Conversion, found: list[Row]) -> Iterator[InFloat]:
 
 
 def _inputs(conversion: Conversion) -> list[str]:
-    """The inputs of the model; what one graph gives to the next is none."""
+    """The inputs of the model. Tensors that pass from one graph to the next do not count."""
     found = dict.fromkeys(
         place(node)
         for made in conversion.graphs
@@ -210,7 +215,7 @@ def _inputs(conversion: Conversion) -> list[str]:
 
 
 def _meant(conversion: Conversion, meaning: str) -> list[str]:
-    """The places of this meaning that no graph rounds."""
+    """The places with this meaning that no graph rounds."""
     graphs = (inlined(made.graph_module).graph for made in conversion.graphs)
     found = [node for graph in graphs for node in graph.nodes if node.meta.get(PART) == meaning]
     rounded = {place(node) for node in found if any(user.target is quantize_output for user in node.users)}
@@ -225,7 +230,7 @@ def _moves(conversion: Conversion) -> list[str]:
 
 
 def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
-    """Where the model's code runs as Python, and with an audit what it computes there."""
+    """The places where the model's code runs as Python; with an audit, also the operations there."""
     for made in conversion.graphs:
         if made.broke is not None:
             yield f"{made.entry} goes on in Python: {made.broke.splitlines()[0]}"
@@ -243,8 +248,8 @@ def _outside(conversion: Conversion, audit: Audit | None) -> Iterator[str]:
 
 
 def _run_as_python(conversion: Conversion) -> Iterator[str]:
-    """Where the methods stand that PyTorch's front end leaves to Python."""
-    from ..capture.compiler import PYTHON  # and with it the front end, a second's import
+    """The lines of the methods that PyTorch's front end leaves to Python."""
+    from ..capture.compiler import PYTHON  # it imports the front end, which takes a second
 
     kinds = dict.fromkeys(base for module in conversion.root.modules() for base in type(module).__mro__)
     for function in (value for kind in kinds for value in vars(kind).values()):

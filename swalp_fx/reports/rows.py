@@ -1,4 +1,4 @@
-"""The rows of ``report``: each place of a converted model once, whichever of its graphs it is in."""
+"""The rows of ``report``: each place of a converted model once, also if several graphs have it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..formats import FLOAT
 from ..passes import recipes_of_parameters
 from ..passes.captured import LAYER, PARAMETER
 from ..passes.classify import OUT
-from ..passes.expand import Attention
 from ..passes.names import PART, is_derived, parameter_subjects, place
 from ..passes.operations import is_torch, name_of
+from ..passes.purpose import Attention
 from ..passes.tables import LAYER_PARTS, layer_part
 from ..recipe import Quantizer, Recipe
 from .graphs import inlined
 
 __all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows", "stored_bits"]
 
-# Operations of rows that are no layer's output.
+# The operation of a row that is no layer's output.
 PARAMETER_ROW, DERIVED = "parameter", "derived weight"
-# Layers and functions that compute much on their own, out of the graph's sight.
+# Layers and functions that compute several steps in one node: the graph does not see these steps.
 WHOLE = (nn.RNNBase, nn.RNNCellBase)
 WHOLE_FUNCTIONS = ("scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 
@@ -37,14 +37,14 @@ class Row:
 
     name: str  # of its place
     operation: str
-    formats: tuple[str, str, str, str, str]  # specs of W A E G M; "" for a role that it has not
+    formats: tuple[str, str, str, str, str]  # specs of W A E G M; "" for a role that it does not have
     weights: dict[str, str]  # qualified name -> spec, of every parameter that it reads
     size: int = 0  # values in the parameters that no earlier row has read
     bits: int = 0  # stored bits of these
     unrounded: str = ""  # why its output is in float, if it is
-    whole: str = ""  # the name of the layer or function, if what that computes inside is out of the graph's sight
-    is_written_norm: bool = False  # whether it is a norm that is no layer of PyTorch's
-    # Where its output is in float though another graph rounds it: graph -> why.
+    whole: str = ""  # the name of the layer or function, if the graph does not see its inner steps
+    is_written_norm: bool = False  # whether it is a norm of the model's own code, no layer of PyTorch's
+    # If another graph rounds its output: each graph that leaves it in float -> why.
     exceptions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -53,8 +53,8 @@ class Row:
 
 
 def rows(conversion: Conversion) -> list[Row]:
-    """A row for each layer's output, and for each parameter that something else than a layer reads, in the order of the
-    graphs; before the first call, a row for each parameter."""
+    """A row for each layer's output, and for each parameter that is read outside of a layer, in the order of the
+    graphs. Before the first call: a row for each parameter."""
     parameters = _Parameters(conversion)
     found: dict[tuple[str, bool], Row] = {}
     for made in conversion.graphs:
@@ -67,7 +67,7 @@ def rows(conversion: Conversion) -> list[Row]:
 
 
 class _Parameters:
-    """The parameters of a model, by their first names: how many values they have, and their formats."""
+    """The parameters of a model, by their first names, with their formats."""
 
     def __init__(self, conversion: Conversion) -> None:
         self._parameters = dict(conversion.root.named_parameters())
@@ -82,7 +82,7 @@ class _Parameters:
         return {name: str(each.weight if name in self._floating else FLOAT) for name, each in self._recipes.items()}
 
     def row(self, name: str, weights: dict[str, str], operation: str = PARAMETER_ROW, spec: str | None = None) -> Row:
-        """A row of parameters; spec: of W, where that is not theirs."""
+        """A row of parameters; ``spec`` replaces their own format of W."""
         return Row(name, operation, self.formats(weights, spec=spec), weights)
 
     def formats(
@@ -96,7 +96,7 @@ class _Parameters:
         return self._one("weight", weights) if spec is None else spec, activation, error, gradient, momentum
 
     def _one(self, role: str, specs: dict[str, str]) -> str:
-        """The spec of what is written once in the recipe: on the parameter that has the most axes, a layer's weight."""
+        """The specs as one text: each of the recipe's once, resolved for the parameter with the most axes."""
         found: dict[str, str] = {}
         for name in sorted(specs, key=lambda name: -self._parameters[name].dim() if name in self._parameters else 0):
             written = str(getattr(self._written[name], role)) if name in self._written else specs[name]
@@ -104,7 +104,7 @@ class _Parameters:
         return "/".join(dict.fromkeys(found.values()))
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows with their sizes: a parameter counts at the first that reads it."""
+        """The rows with their sizes: a parameter counts at the first row that reads it."""
         counted: set[str] = set()
         for row in rows:
             new = row.weights.keys() - counted
@@ -115,7 +115,7 @@ class _Parameters:
 
 
 def stored_bits(spec: str, parameter: Tensor) -> int:
-    """Bits of a parameter in the format of the quantizer ``spec``, scales included; in ``float``, of its dtype."""
+    """Bits of a parameter in the format of the quantizer ``spec``, scales included; in ``float``, bits of its dtype."""
     quantizer = Quantizer.parse(spec)
     if quantizer.rounds:
         return quantizer.format.stored_bits(parameter.shape)
@@ -123,7 +123,7 @@ def stored_bits(spec: str, parameter: Tensor) -> int:
 
 
 def _merged(first: Row, again: Row, made: Rewritten) -> Row:
-    """One row of the same place in two graphs: rounded, if one of them rounds it."""
+    """One row for the same place in two graphs: rounded, if one of them rounds it."""
     weights = first.weights | again.weights
     if first.unrounded and not again.unrounded:
         first, again = again, first
@@ -178,7 +178,7 @@ def _bare(reader: Node, parameters: _Parameters) -> Iterator[Row]:
 
 
 def parameter_of(node: Node) -> str:
-    """The qualified name of the parameter, or of the derived weight, that ``node`` is, or rounds; "" if it is none."""
+    """The qualified name of the parameter, or derived weight, that ``node`` is or rounds; "" if there is none."""
     source = node.args[0] if node.target is nodes.quantize_weight else node
     return place(source) if isinstance(source, Node) and source.meta.get(PART) == "parameter" else ""
 
@@ -193,14 +193,14 @@ def _read(node: Node) -> Iterator[tuple[str, str]]:
 
 
 def operation_of(node: Node) -> str:
-    """What a layer, or a function, is called: ``Conv2d``, ``relu``."""
+    """The type of a layer, or the name of a function: ``Conv2d``, ``relu``."""
     if is_derived(node):
         return DERIVED
     return node.meta[LAYER].kind.__name__ if LAYER in node.meta else name_of(_called(node))
 
 
 def _called(node: Node) -> Node:
-    """What ``node`` calls; of one of the outputs of a function with a backward of its own, that function."""
+    """``node``; or, if it is one output of a function with a backward of its own, the call of that function."""
     source = node.args[0] if name_of(node) == "getitem" and node.args else None
     if isinstance(source, Node) and source.target is nodes.quantize_output:
         source = source.args[0]
@@ -216,13 +216,13 @@ def _why_unrounded(node: Node, recipe: Recipe) -> str:
 
 
 def _is_written(node: Node) -> bool:
-    """Whether ``node`` is of one operation that is no layer of PyTorch's: a norm, or what the recipe calls whole."""
+    """Whether ``node`` is of a user's module that counts as one operation: a norm, or whole by the recipe."""
     kind = node.meta[LAYER].kind if LAYER in node.meta else Attention
     return not issubclass(kind, Attention) and layer_part(kind) is None
 
 
 def _whole(node: Node, layer: list[Node]) -> str:
-    """The name of what computes much on its own, of which no graph sees the inside; "" if ``node`` does not."""
+    """The name of the layer or function with inner steps that no graph sees; "" if ``node`` is none."""
     if layer:
         kind = node.meta[LAYER].kind
         is_whole = issubclass(kind, WHOLE) or any(name_of(each) in WHOLE_FUNCTIONS for each in layer)

@@ -10,16 +10,16 @@ from tabulate import tabulate
 __all__ = ["WIDTH", "escaped", "markdown", "paragraph", "table"]
 
 WIDTH = 100
-NARROW = 20  # no column but the first gives way below this, before the first does
-_MARKS = re.compile(r"[\\`*<&|]|\b_|_\b")  # an underline within a word is one to Markdown too
+NARROW = 20  # the other columns are narrowed to this width before the first column is narrowed
+_MARKS = re.compile(r"[\\`*<&|]|\b_|_\b")  # Markdown leaves an underscore within a word alone
 GAP = 2  # columns between two cells; tabulate leaves as many beside a header
 
 
 def table(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
     """``rows`` under ``header``; the last ``numbers`` columns are flush right.
 
-    Where the rows are wider than WIDTH, the widest columns are narrowed, the first one last. A cell that is too long
-    goes on in the next line, indented: a list behind a comma, a name in front of a dot.
+    If the rows are wider than WIDTH, the widest columns are narrowed, the first one last. A cell that is too long goes
+    on in the next line, indented. It breaks after a comma of a list, or before a dot of a name.
     """
     widths = [max([len(title) + GAP, *map(len, column)]) for title, *column in zip(header, *rows, strict=True)]
     while sum(widths) + GAP * (len(widths) - 1) > WIDTH:
@@ -31,14 +31,14 @@ def table(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
-    """The same as a table of Markdown, as wide as it is."""
+    """The same as a table of Markdown, of any width."""
     cells = [[escaped(cell) for cell in row] for row in rows]
     alignment = ["left"] * (len(header) - numbers) + ["right"] * numbers
     return tabulate(cells, header, "pipe", colalign=alignment, disable_numparse=True)
 
 
 def escaped(text: str) -> str:
-    """``text`` that Markdown shows as it is: ``layers.*.relu@*`` keeps its stars, and ``<b>`` is no tag."""
+    """``text`` escaped for Markdown: ``layers.*.relu@*`` keeps its stars, and ``<b>`` is no tag."""
     return _MARKS.sub(r"\\\g<0>", text)
 
 
@@ -52,5 +52,5 @@ def _broken(cell: str, width: int) -> str:
 
 
 def paragraph(text: str, indent: int) -> str:
-    """``text`` in lines of at most WIDTH columns, those after the first indented."""
+    """``text`` in lines of at most WIDTH columns; all lines after the first are indented."""
     return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)

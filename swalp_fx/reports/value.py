@@ -1,4 +1,4 @@
-"""``Report``: what a report says, as a value, and as text, Markdown, JSON, CSV and HTML."""
+"""``Report``: a report as a value, and as text, Markdown, JSON, CSV and HTML."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["InFloat", "LayerLine", "ParameterLine", "Report"]
 
 @dataclass(frozen=True)
 class LayerLine:
-    """A layer, or a parameter that something else than a layer reads."""
+    """A layer, or a parameter that is read outside of a layer."""
 
     name: str  # of its place
     operation: str
-    output: str  # "2x4x8x8"; "" where it is not known
-    formats: dict[str, str]  # W A E G M -> spec; "" for a role that it has not
-    multiply_adds: int | None  # None where they are not known
-    values: int  # in the parameters that no earlier line has
-    bits: int  # that these take, scales included
+    output: str  # "2x4x8x8"; "" if it is not known
+    formats: dict[str, str]  # W A E G M -> spec; "" for a role that it does not have
+    multiply_adds: int | None  # None if they are not known
+    values: int  # in its parameters, except those that an earlier line has
+    bits: int  # of these values, scales included
 
     @property
     def rounded(self) -> str:
@@ -49,16 +49,16 @@ class ParameterLine:
     shape: tuple[int, ...]
     format: str  # of W
     values: int
-    bits: int  # that it takes, scales included
+    bits: int  # of its values, scales included
 
 
 @dataclass(frozen=True)
 class InFloat:
-    """What is in float, and why."""
+    """Names that are in float, and the reason."""
 
     names: tuple[str, ...]
     why: str
-    before: str = ""  # what stands before the names: "inside "
+    before: str = ""  # a word before the names: "inside "
     among: tuple[str, ...] = field(default=(), repr=False)  # all names of that kind
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class InFloat:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Which layer of a converted model got which format, the bits of its parameters, and what is in float and why.
+    """The formats of a converted model's layers, the bits of its parameters, and the parts in float with the reason.
 
     ``str(report)`` is text of at most 100 columns. ``to_markdown``, ``to_json``, ``to_csv`` and ``to_html`` are the
     same in other forms.
@@ -78,9 +78,9 @@ class Report:
     recipe: str
     layers: tuple[LayerLine, ...]
     parameters: tuple[ParameterLine, ...]
-    totals: dict[str, str]  # label -> what it says
+    totals: dict[str, str]  # label -> text
     in_float: tuple[InFloat, ...]
-    outside: tuple[str, ...]  # what runs outside of the graphs
+    outside: tuple[str, ...]  # the operations that run outside of the graphs
     is_audited: bool = False  # whether a call has been watched, so that shapes and multiply-adds are known
     folds: bool = False  # whether equal blocks have one row in tables
 
@@ -117,13 +117,13 @@ class Report:
     __repr__ = __str__
 
     def lists(self) -> Iterator[tuple[str, list[str]]]:
-        """(title, lines) of what stands below the totals."""
+        """(title, lines) of each list below the totals."""
         yield "in float", list(map(str, self.in_float))
         if self.outside:
             yield "outside of the graphs", list(self.outside)
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The table, and lists below it. Written to ``path`` too, if given, as the other forms are."""
+        """The table, and lists below it. Like the other forms, also written to ``path`` if given."""
         parts = [f"# {self.model}: `{self.recipe}`", markdown(self.header, self.rows(), numbers=self.numbers)]
         parts.append("\n".join(f"- **{label}**: {escaped(text)}" for label, text in self.totals.items()))
         for title, lines in self.lists():
@@ -131,7 +131,7 @@ class Report:
         return written("\n\n".join(parts) + "\n", path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """An object with all fields, nothing folded. What is not known is null."""
+        """An object with all fields, nothing folded. Null stands for unknown."""
         fields = asdict(self)
         del fields["is_audited"], fields["folds"]
         for each in fields["in_float"]:
@@ -139,7 +139,7 @@ class Report:
         return written(json.dumps(fields, indent=1, allow_nan=False) + "\n", path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """A header and a line for each layer, nothing folded; bits are those of all its values."""
+        """A header and a line for each layer, nothing folded; bits are the sum over all its values."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["layer", "operation", "output", *ROLES, "multiply_adds", "values", "bits"])

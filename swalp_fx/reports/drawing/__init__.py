@@ -1,1 +1,1 @@
-"""What ``draw`` draws: marks, folded where a graph is large, as Graphviz source."""
+"""The drawing of ``draw``: marks, folded if the graph is large, then Graphviz source."""

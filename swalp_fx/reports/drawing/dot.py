@@ -18,20 +18,20 @@ LAYERS = 16  # most layers of a model that is drawn in full
 
 FRAME, PANEL_FILL = "#cccccc", "#fafafa"
 
-# Its metrics are those of Liberation Sans, so that a browser finds the room that Graphviz has left for the text.
+# Liberation Sans has the same metrics. So the text fits in a browser as Graphviz has laid it out.
 FONT = "Arial,Helvetica,sans-serif"
-# What hangs together is laid out by itself, and stands in one row, from the left in the order of ``sortv``.
+# Connected components are laid out one by one, and stand in a row, ordered by ``sortv``.
 STYLE = f"""\
   graph [fontname="{FONT}", fontsize=11, fontcolor="{QUIET}", ranksep=0.22, nodesep=0.2, pad=0.15, labelloc=t]
   graph [pack=14, packmode="array_ut1000"]
   node [fontname="{FONT}", fontsize=11, fontcolor="{INK}", shape=plain]
   edge [arrowsize=0.55, color="{FLOAT_EDGE}"]"""
-UNSEEN = "peripheries=0"  # the style of a frame that only holds together
-HEADING_RANKS = 3  # how high a title, and what comes in and goes out, are in ranks
+UNSEEN = "peripheries=0"  # the style of a frame that only groups nodes
+HEADING_RANKS = 3  # height of a title with the inputs and outputs, in ranks
 
 
 def picture(model: str, recipe: str, roots: list[Call]) -> str:
-    """The source of a drawing of a model's graphs: in full where they are small, else in panels."""
+    """The source of a drawing of a model's graphs: in full if they are small, else in panels."""
     head = ["digraph {", f"  label=<<b>{text(model)}</b>, {text(recipe)}>", STYLE]
     if sum(map(layers_in, roots)) <= LAYERS and all(ranks(root.marks) <= RANKS for root in roots):
         graphs = [line for place, root in enumerate(roots, 1) for line in _in_full(root, place)]
@@ -51,7 +51,7 @@ def _node(id: str, label: str) -> str:
 
 
 def _edge(source: Mark, start: str, end: str, *, is_first: bool = True, passes: bool = False) -> str:
-    """The way of ``source`` to its first reader or to another; ``passes`` parameters behind the edge of a frame."""
+    """An edge from ``source`` to its first reader, or to another; ``passes``: it goes past parameters in a frame."""
     # Weights keep the path of the activations straight, with parameters and residual paths beside it.
     weight = 1 if source.parameter else 200 if is_first else 50
     style = f'style=solid, color="{ROUNDED_EDGE}"' if source.rounded else "style=dashed"
@@ -75,7 +75,7 @@ def _frame(id: str, label: str, lines: Iterable[str], style: str = 'style="round
 
 
 def _in_full(root: Call, column: int) -> Iterator[str]:
-    """Every mark, each inside the frames of its modules; of a part, inside the part's own."""
+    """Every mark, inside the frames of its modules."""
     edges = []
     for mark in root.marks:
         for source in mark.sources:
@@ -197,7 +197,7 @@ class _Drawn:
         self.edges.setdefault(ends, _edge(source, *ends, is_first=is_first, passes=passes))
 
     def _out(self) -> str:
-        """The end of the panel: what is read outside of a block leads there."""
+        """The end of the panel: all marks that are read outside of the block lead there."""
         inside = set(self.call.marks)
         read = [mark for mark in self.owner if not inside.issuperset(mark.users) and not self.call.owns(mark)]
         if not read or not self.panel.kind.number:

@@ -29,7 +29,7 @@ from .marks import Call, Mark, seen_from, tree
 
 __all__ = ["draw"]
 
-MOVES = ("movement", "exit", *MEANINGS)  # parts that are drawn as movement is; constants, which read nothing, are not
+MOVES = ("movement", "exit", *MEANINGS)  # parts that are drawn as movement; a constant, which reads nothing, is not
 GATHERS = ("cat", "concat", "concatenate", "stack")
 
 TEXT, PICTURES = (".dot", ".gv"), (".svg", ".png", ".pdf")
@@ -38,18 +38,17 @@ TEXT, PICTURES = (".dot", ".gv"), (".svg", ".png", ".pdf")
 def draw(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the graphs of a converted ``module`` to ``path``: .svg, .png or .pdf, or .dot for their Graphviz source.
 
-    Every layer, and beside it what rounds: its parameters (W), its output (A) and its error signal (E), by colour,
-    each with its format. What travels on a full line is rounded, on a dashed line it is in float. Modules are frames.
-    Sizes and the random key are left out. Where the code goes on behind a graph break, or calls modules from Python,
-    there is a graph for each piece. Graphs that look alike are drawn once. Where both modes have graphs of their own,
-    those of the present mode are drawn.
+    Each layer has its quantize nodes beside it, in the colours of the roles, with their formats: parameters (W), output
+    (A), error signal (E). A full line carries rounded numbers, a dashed line numbers in float. Modules are frames.
+    Sizes and the random key are left out. A graph break, or Python between modules, splits a model into several graphs.
+    Graphs that look alike are drawn once. If both modes have graphs, the graphs of the present mode are drawn.
 
-    A model of more than 16 layers is drawn in panels. Blocks that are alike but for sizes are drawn once, in a panel
-    with a number. Where they are called they are boxes with that number: ``layer3.1 … 35`` is one box. A panel shows
-    the frames of its outermost modules only.
+    A model of more than 16 layers is drawn in panels. Blocks that differ only in sizes are drawn once, in a panel with
+    a number. Each call of such a block is a box with that number: ``layer3.1 … 35`` is one box. A panel shows the
+    frames of its outermost modules only.
 
-    Raises ConvertError for a module that is not converted or has no graph yet, ValueError for another ending, and
-    RuntimeError if a picture is wanted and Graphviz is not installed.
+    Raises ConvertError for a module that is not converted or has no graph yet, and ValueError for another ending.
+    Raises RuntimeError for a picture if Graphviz is not installed.
     """
     path = Path(path)
     if path.suffix not in TEXT + PICTURES:
@@ -76,7 +75,7 @@ def draw(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _roots(conversion: Conversion) -> list[Call]:
-    """What is drawn of each graph."""
+    """The drawn calls and marks of each graph."""
     graphs = [made for made in conversion.graphs if made.training == conversion.root.training]
     found: dict[object, Call] = {}
     for made in graphs or conversion.graphs:
@@ -91,19 +90,19 @@ def _type(conversion: Conversion, path: str) -> str:
 
 
 class _Marks:
-    """What is drawn of one graph."""
+    """The marks of one graph."""
 
     def __init__(self, conversion: Conversion, made: Rewritten, prefix: str) -> None:
         self._places, self._path, self._prefix = conversion.places, made.path, prefix
         self._graph = inlined(made.graph_module).graph
-        self._inside: dict[Layer, list[Node]] = {}  # the nodes of a layer's call, but for weights that it derives
+        self._inside: dict[Layer, list[Node]] = {}  # the nodes of a layer's call, without derived weights
         for node in self._graph.nodes:
             if LAYER in node.meta and not is_derived(node) and not is_quantizer(node):
                 self._inside.setdefault(node.meta[LAYER], []).append(node)
         self._drawn: dict[Node, Mark] = {}
 
     def drawn(self) -> Iterator[Mark]:
-        """In the order of the graph."""
+        """The marks, in the order of the graph."""
         for node in self._graph.nodes:
             mark = self._mark(node) if node not in self._drawn else None
             if mark is not None:
@@ -117,7 +116,7 @@ class _Marks:
         read = [source for each in self._sources_of(node) for source in each.all_input_nodes if source not in together]
         sources = list(dict.fromkeys(self._drawn[source] for source in read if source in self._drawn))
         if LAYER in node.meta:
-            sources.sort(key=lambda source: not source.parameter)  # whatever the order in which its function takes them
+            sources.sort(key=lambda source: not source.parameter)  # parameters first, however its function orders them
         label = self._label(node, together)
         if label is None or (moves and not (sources and node.users)):
             return None
@@ -136,8 +135,8 @@ class _Marks:
         )
 
     def _together(self, node: Node) -> list[Node]:
-        """The nodes that one mark stands for: the outputs of one call of a layer; the parameters of one layer that have
-        the same readers; else ``node``."""
+        """The nodes that one mark stands for: all outputs of one call of a layer, all parameters of one layer with the
+        same readers, or else ``node`` alone."""
         if node.meta.get(PART) in LAYER_PARTS and LAYER in node.meta:
             return [each for each in self._inside[node.meta[LAYER]] if each.meta[PART] in LAYER_PARTS]
         readers = self._readers(node)
@@ -148,7 +147,7 @@ class _Marks:
         return [each for each in dict.fromkeys(beside) if parameter_of(each) and self._readers(each) == readers]
 
     def _sources_of(self, node: Node) -> list[Node]:
-        """The nodes whose sources are those of the mark of ``node``."""
+        """The nodes that give the mark of ``node`` its sources."""
         is_layer = node.meta.get(PART) in LAYER_PARTS and LAYER in node.meta
         return self._inside[node.meta[LAYER]] if is_layer else [node]
 
@@ -156,7 +155,7 @@ class _Marks:
         return list(dict.fromkeys(user.meta[LAYER] if _is_in_layer(user) else user for user in node.users))
 
     def _is_drawn_parameter(self, node: Node) -> bool:
-        """Whether ``node`` is what a parameter, or a derived weight, is read as; a layer stands for its own floats."""
+        """Whether ``node`` is a parameter or derived weight with a mark. A float parameter of a layer gets none."""
         if not parameter_of(node) or not node.users or all(map(is_derived, node.users)):
             return False
         is_rounded = any(user.target is nodes.quantize_weight for user in node.users)
@@ -164,7 +163,7 @@ class _Marks:
         return not is_rounded and not is_own
 
     def _label(self, node: Node, together: list[Node]) -> Callable[[str], str] | None:
-        """What stands in the nodes' place, given a name; None for what is not drawn."""
+        """A function of a name that gives the nodes' label; None if they are not drawn."""
         part = node.meta.get(PART)
         if parameter_of(node):
             weights = [self._weight(each) for each in together]

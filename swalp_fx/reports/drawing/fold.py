@@ -1,4 +1,4 @@
-"""A large graph in panels: blocks that are alike are drawn once, and stand as boxes where they are called."""
+"""A large graph in panels: blocks that are alike are drawn once, and each call of them is a box."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .repeats import best_repeat, units_of
 __all__ = ["RANKS", "Panel", "panels"]
 
 RANKS = 34  # most steps on a panel's longest path; each is about 42 points high
-SAVING = 6  # layers that a kind of block has to spare to be worth a panel
+SAVING = 6  # a kind of block gets a panel if that leaves at least so many layers out of the picture
 
 
 @dataclass(eq=False)
 class Panel:
-    """One piece of the picture: what is in the calls of a kind."""
+    """One piece of the picture: the items inside the calls of a kind."""
 
     kind: Kind
     items: list[Item]
@@ -38,11 +38,12 @@ class Panel:
 
 
 def panels(roots: Sequence[Call]) -> list[Panel]:
-    """The roots, and behind them the kinds of block that they and one another hold, each kind once.
+    """The panels of the roots, then of each kind of block inside them.
 
-    Calls are alike if their pictures are: the same operations, formats and names inside, joined in the same way. Sizes
-    are not compared. A kind gets a panel if that spares the picture ``SAVING`` layers. A panel of more than ``RANKS``
-    steps folds sequences of layers that repeat; then its largest module gets a panel of its own; then it is cut.
+    Calls are alike if their pictures are: the same operations, formats and names, connected in the same way. Sizes are
+    not compared. A kind gets a panel if that leaves at least ``SAVING`` layers out of the picture. A panel of more than
+    ``RANKS`` steps folds repeated sequences of layers. If it is still too long, its largest module gets a panel, and in
+    the end it is cut.
     """
     return _Folding(roots).panels()
 
@@ -58,7 +59,7 @@ class _Folding:
 
     def panels(self) -> list[Panel]:
         found = [Panel(kind, self._fitting(kind.shown)) for kind in self.roots]
-        for panel in found:  # which grows
+        for panel in found:  # it grows in the loop
             for item in panel.items:
                 if isinstance(item, Box) and not item.kind.number:
                     item.kind.number = len(found) - len(self.roots) + 1
@@ -66,7 +67,8 @@ class _Folding:
         return found
 
     def _drop_what_does_not_pay(self) -> None:
-        """Leaves in ``folded`` the kinds that spare layers. The outermost go first, so that what they hold can stay."""
+        """Leaves in ``folded`` the kinds that save enough layers. The outermost are dropped first: then the inner ones
+        may save enough."""
         while True:
             bodies = self._bodies()
             drawn = Counter(item.kind for items in bodies.values() for item in items if isinstance(item, Box))
@@ -82,7 +84,7 @@ class _Folding:
             self.folded -= {kind for kind in poor if len(kind.shown.marks) == largest}
 
     def _bodies(self) -> dict[Kind, list[Item]]:
-        """What is drawn inside each root, and each kind of block that is reached from there."""
+        """The items inside each root, and inside each kind of block that is reached from a root."""
         bodies: dict[Kind, list[Item]] = {}
         pending = list(self.roots)
         while pending:
@@ -93,7 +95,7 @@ class _Folding:
         return bodies
 
     def _expanded(self, call: Call) -> list[Item]:
-        """What is in ``call``: marks, and a box for every call in it that is folded."""
+        """The items inside ``call``: marks, and a box for each folded call."""
         items: list[Item] = []
         for item in call.items:
             if isinstance(item, Mark):
@@ -105,7 +107,7 @@ class _Folding:
         return items
 
     def _fitting(self, call: Call) -> list[Item]:
-        """What is in ``call``, in few enough steps."""
+        """The items inside ``call``, in at most ``RANKS`` steps."""
         items = in_runs(self._expanded(call))
         if ranks(items) > RANKS:
             items = self._repeats_folded(call, items)
@@ -118,7 +120,7 @@ class _Folding:
         return items
 
     def _largest_module(self, call: Call, most: int) -> Call | None:
-        """The module in ``call`` that holds most items and is not folded; not one that holds next to all of them."""
+        """The module in ``call`` that holds most items and is not folded, unless it holds nearly all of them."""
         sizes = {
             inner: len(self._expanded(inner)) for inner in _calls_in(call) if self.kind_of[inner] not in self.folded
         }
@@ -135,7 +137,7 @@ class _Folding:
         return [self._box(piece, Kind([piece])) for piece in calls]
 
     def _repeats_folded(self, call: Call, items: list[Item]) -> list[Item]:
-        """``items``, with sequences of layers that repeat, such as Conv2d, ReLU, Conv2d, ReLU, as boxes."""
+        """``items`` with repeated sequences of layers as boxes, such as Conv2d, ReLU, Conv2d, ReLU."""
         while True:
             pieces = [
                 (_sequence(call, piece) if repeats else None, piece) for piece, repeats in best_repeat(items, SAVING)
@@ -157,7 +159,7 @@ class _Folding:
 
 
 def _sequence(call: Call, items: list[Item], type: str = "") -> Call:
-    """Some of what is in ``call``, as a call of its own."""
+    """``items``, which are inside ``call``, as a call of their own."""
     inside = [each for item in items for each in ([item] if isinstance(item, Mark) else item.calls)]
     named = [each for each in inside if isinstance(each, Call) or each.operation]
     operations = [each.type if isinstance(each, Call) else each.operation for each in named]

@@ -1,4 +1,4 @@
-"""Which calls are alike, and how a run of them hangs together."""
+"""Which calls are alike, and how a run of them is connected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Box:
 
     kind: Kind
     calls: list[Call]
-    arrangement: str = ""  # in words, where they do not follow one another
+    arrangement: str = ""  # in words, if they do not follow one another
 
     @property
     def marks(self) -> list[Mark]:
@@ -57,7 +57,7 @@ def alike(calls: Iterable[Call]) -> list[Kind]:
 
 
 def signature(call: Call) -> tuple[object, ...]:
-    """Equal for calls whose pictures are equal."""
+    """A key that is equal for calls with equal pictures."""
     marks = [mark for mark in call.marks if not call.owns(mark)]
     index = {mark: i for i, mark in enumerate(marks)}
     outside: dict[Mark, int] = {}
@@ -83,7 +83,7 @@ def signature(call: Call) -> tuple[object, ...]:
 
 
 def in_runs(items: Iterable[Item]) -> list[Item]:
-    """``items``, with boxes of one kind that follow one another as one box."""
+    """``items``, with consecutive boxes of one kind joined."""
     joined: list[Item] = []
     pending: list[Box] = []
     for item in [*items, None]:
@@ -98,7 +98,7 @@ def in_runs(items: Iterable[Item]) -> list[Item]:
 
 
 def _joined(boxes: list[Box]) -> Iterator[Box]:
-    """Boxes of one kind, as few as can be."""
+    """``boxes``, all of one kind, joined into as few as possible."""
     start = 0
     while start < len(boxes):
         for end in range(len(boxes), start, -1):
@@ -111,7 +111,7 @@ def _joined(boxes: list[Box]) -> Iterator[Box]:
 
 
 def _arrangement(calls: list[Call]) -> str | None:
-    """How ``calls`` hang together: "" if each reads the one before it, or in words; None in no simple way."""
+    """The connection of ``calls`` in words; "" if each reads the one before it; None if there is no simple one."""
     marks = [set(call.marks) for call in calls]
     reads, readers = [call.reads() for call in calls], [call.readers() for call in calls]
     later = range(1, len(calls))

@@ -1,4 +1,4 @@
-"""Labels, in Graphviz' HTML: layers, what rounds beside them, boxes, titles and the legend."""
+"""Labels, in Graphviz' HTML: layers, quantize nodes, boxes, titles and the legend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .marks import names, seen_from
 
 __all__ = ["box", "chips", "folded", "legend", "moved", "port", "text", "title"]
 
-# Fill of a role's nodes: three of Okabe and Ito's colours, lightened, which every eye tells apart.
+# Fill of a role's nodes: three of Okabe and Ito's colours, lightened; colour-blind readers can tell them apart.
 FILLS = {"W": "#9fd3f2", "A": "#f7cd76", "E": "#e8b7d0"}
 FLOAT_FILL = "#ffffff"
 ROUNDED_EDGE, FLOAT_EDGE = "#c98500", "#8c8c8c"
@@ -27,13 +27,13 @@ LEGEND = (
     (FLOAT_EDGE, "╍╍╍", "numbers in float"),
 )
 FOLDED = ((FOLD_FILL, "①", "a block, drawn once, in the frame of its number"),)
-NUMBERS = "①②③④⑤⑥⑦⑧⑨⑩"  # which every font has
+NUMBERS = "①②③④⑤⑥⑦⑧⑨⑩"  # every font has these
 LINE = 60  # characters in a line of names
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def box(operation: str, name: str) -> str:
-    """A layer: what it does, and below it its name."""
+    """A layer: its operation, and below it its name."""
     return (
         f'<table border="1" cellborder="0" cellpadding="4" style="rounded" color="{INK}" bgcolor="white">'
         f"<tr><td><b>{text(operation)}</b>{_below(name if name != operation else '')}</td></tr></table>"
@@ -41,7 +41,7 @@ def box(operation: str, name: str) -> str:
 
 
 def chips(values: list[tuple[str, str, str]]) -> str:
-    """(role, text, spec), two in a row; a role in float is white."""
+    """A table of (role, text, spec), two in a row; a role in float is white."""
     cells = []
     for role, shown, spec in values:
         fill = FLOAT_FILL if spec == str(FLOAT) else FILLS[role]
@@ -56,7 +56,7 @@ def port(name: str) -> str:
 
 
 def moved(operation: str) -> str:
-    """What makes no new numbers."""
+    """A movement: an operation that makes no new numbers."""
     return f'<font color="{QUIET}">{text(operation)}</font>'
 
 
@@ -80,7 +80,7 @@ def _heading(kind: Kind) -> str:
 
 
 def title(kind: Kind) -> str:
-    """Over a panel: what it is, and where it stands in the model, in at most two lines."""
+    """The title of a panel: its kind, and in at most two lines the places of its calls in the model."""
     count = f"{len(kind.calls)} alike: " if len(kind.calls) > 1 else ""
     lines = textwrap.wrap(count + ", ".join(names(kind.calls)), LINE, max_lines=2, placeholder=" …")
     below = "".join(f'<br align="left"/>{text(line)}' for line in lines)

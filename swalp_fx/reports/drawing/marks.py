@@ -1,4 +1,4 @@
-"""What is drawn of a graph: marks, in the tree of the calls that they are in."""
+"""The drawn form of a graph: marks, in the tree of the calls that they are in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Call", "Mark", "layers_in", "names", "seen_from", "tree", "unnumbere
 
 @dataclass(eq=False)
 class Mark:
-    """One thing that is drawn: a layer, what rounds beside it, a movement, an input or an output."""
+    """One drawn thing: a layer, a quantize node, a movement, an input or an output."""
 
     id: str
     label: Callable[[str], str]  # its HTML, with the given name if it is a layer
@@ -23,7 +23,7 @@ class Mark:
     name: str = ""  # of a layer, qualified
     parameter: str = ""  # the qualified name, if it is a parameter
     rounds: bool = False  # whether it rounds the output of the layer before it
-    gathers: bool = False  # whether it takes any number of inputs alike, as ``cat`` does
+    gathers: bool = False  # whether it treats any number of inputs alike, as ``cat`` does
     users: list[Mark] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class Call:
         return bool(mark.parameter) and (not self.path or mark.parameter.startswith(f"{self.path}."))
 
     def reads(self) -> set[Mark]:
-        """What it reads from outside."""
+        """The marks outside that it reads."""
         inside = set(self.marks)
         sources = {source for mark in inside for source in mark.sources}
         return {source for source in sources - inside if not self.owns(source)}
 
     def readers(self) -> set[Mark]:
-        """What reads it from outside."""
+        """The marks outside that read it."""
         inside = set(self.marks)
         return {user for mark in inside if not self.owns(mark) for user in mark.users} - inside
 
@@ -103,7 +103,7 @@ def unnumbered(name: str) -> str:
 
 
 def names(calls: Sequence[Call]) -> list[str]:
-    """The names of ``calls``, those that count up as ``first … last``."""
+    """The names of ``calls``; names that count up are written ``first … last``."""
     runs: list[list[Call]] = []
     for call in calls:
         if runs and _follows(runs[-1][-1].last or runs[-1][-1].name, call.name):

@@ -13,7 +13,7 @@ LONGEST = 8  # units in a sequence
 
 
 def units_of(items: Iterable[Item]) -> list[list[Item]]:
-    """Each layer with its parameters before it and what rounds its output behind it."""
+    """Each layer, with its parameters before it and the quantize node of its output after it."""
     units: list[list[Item]] = [[]]
     for item in items:
         last = units[-1][-1] if units[-1] else None
@@ -25,7 +25,7 @@ def units_of(items: Iterable[Item]) -> list[list[Item]]:
 
 
 def _looks(units: list[list[Item]]) -> list[int]:
-    """A number for each unit: equal for units that look alike, and read from as far before them."""
+    """A number for each unit: equal for units that look alike and read from the same distance before them."""
     place = {mark: i for i, unit in enumerate(units) for item in unit for mark in item.marks}
 
     def look(i: int, item: Item) -> object:
@@ -40,7 +40,7 @@ def _looks(units: list[list[Item]]) -> list[int]:
 
 
 def best_repeat(items: list[Item], least: int) -> list[tuple[list[Item], bool]]:
-    """``items`` in pieces. Those with True are one sequence: the one that spares most, if that is ``least`` layers."""
+    """``items`` in pieces. Pieces with True are one sequence: it saves most layers, and at least ``least``."""
     units = units_of(items)
     looks = _looks(units)
     best, length, places = least - 1, 1, set[int]()
@@ -60,7 +60,7 @@ def best_repeat(items: list[Item], least: int) -> list[tuple[list[Item], bool]]:
 
 
 def _places(looks: list[int], sequence: list[int]) -> Iterator[int]:
-    """Where ``sequence`` stands in ``looks``, one place behind the other."""
+    """The places of ``sequence`` in ``looks``, without overlap."""
     at = 0
     while at <= len(looks) - len(sequence):
         found = looks[at : at + len(sequence)] == sequence
