@@ -173,7 +173,6 @@ def rewriting() -> str:
     return _rewritten_where(frame, inner)
 
 
-@straighten
 def _goes_straight(inner: Inner) -> bool:
     """Asked of the call of a module while it is traced: whether that comes to the forward of its class alone.
 
@@ -190,6 +189,7 @@ def _goes_straight(inner: Inner) -> bool:
     return True
 
 
+straighten(_goes_straight)
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
 
 
