@@ -231,3 +231,26 @@ def test_channels_that_are_fewer_than_a_run_are_warned_of():
     (depthwise,) = warned(nn.Conv2d(8, 8, 3, groups=8), "bfp8[0] W=float G=mxfp8 M=mxfp8")
     assert depthwise.startswith("weight in mxfp8: 16.0 bits an element, not 8.25, since")
     assert depthwise.endswith("such as Rule('weight', G='mxfp8[0]', M='mxfp8[0]')")
+
+
+class Bare(nn.Module):
+    """A convolution without a layer: nothing says of its weight which axis is contracted."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("spec, along", [("mxfp8", "mxfp8[1:32]"), ("int4[c:2]", "int4[1:2]")])
+def test_a_convolutions_weight_that_no_convolution_holds(spec, along):
+    text = f"weight is the weight of a conv2d, which contracts its axis 1, .* name the axis: rules=[weight W={along}]"
+    with pytest.warns(UserWarning, match=text.replace("[", r"\[")):
+        rewritten(Bare(), f"W={spec}", X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewritten(Bare(), f"W={spec} rules=[weight W={along}]", X)
+        rewritten(Bare(), "W=bfp8[0]", X)
+        rewritten(Both(), f"W={spec}", X)

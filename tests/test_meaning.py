@@ -562,7 +562,7 @@ def test_whole_that_matches_no_module_is_an_error(glob):
 
 def test_the_report_lists_what_is_no_number_of_the_model():
     def forward(model, x, step):
-        scores = x @ x.transpose(1, 2) * 0.25 + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
+        scores = x @ x.transpose(1, 2) * 0.3 + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
         angle = step[:, None, None] * model.frequencies.repeat(2)
         return model.norm(scores.softmax(-1) @ _rotary(model, x) + angle.sin())
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ranks
+
 __all__ = ["SEED", "CommandLine", "number", "run", "sentence", "show"]
 
 BAD_INPUT = 2  # exit status, as argparse has it
@@ -24,6 +26,8 @@ class CommandLine(argparse.ArgumentParser):
         self.refuse(f"{message}; {self.prog} --help lists the options")
 
     def refuse(self, message: object) -> NoReturn:
+        if ranks.RANK:  # rank 0 says it
+            self.exit(BAD_INPUT)
         self.exit(BAD_INPUT, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+import ranks
+
 __all__ = ["Progress", "bar", "scored"]
 
 COLUMNS = 80
@@ -36,7 +38,7 @@ class Progress:
     def __init__(self, name: str, metric: str, epochs: int, steps: int, done: int) -> None:
         self.name, self.metric, self.epochs = name, metric, epochs
         self.epoch, self.bar = done, None
-        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        if ranks.RANK == 0 and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             self.bar = bar(self._head(), epochs * steps, done * steps)
 
     def __enter__(self) -> Progress:
@@ -59,6 +61,8 @@ class Progress:
         news = f"loss {scores['losses'][-1]:.3f}"
         if scores["last"] is not None:
             news += f"  {scored(self.metric, scores['last'], unit=self.bar is None)}"
+        if ranks.RANK:
+            return
         if self.bar is not None:
             self.bar.bar_format = _layout(self._head(), f"  {news}")
             self.bar.refresh()

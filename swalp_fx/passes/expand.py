@@ -41,17 +41,19 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
     After:
 
         transpose = key.transpose(-2, -1)
-        scores = matmul(query, transpose)                   attn_scores, once masked_fill has been
+        scaled = query * 0.25                               attn_scores: inside
+        scores = matmul(scaled, transpose)                  attn_scores: inside, once masked_fill has been
         rows = clamp(amax(mask, -1, True) + -10000.0, ...)
         masked = mask <= rows
         masked_fill = masked_fill(scores, masked, 0.0)      attn_scores: compute, rounded
-        mul = masked_fill * 0.125                           a scale: moved
+        mul = masked_fill * 1.1547                          the rest of the scale: moved
         add = mul + mask                                    a mask: moved
         softmax = softmax(add, -1)                          attn_probabilities: activation, rounded
         result = matmul(softmax, value)                     scaled_dot_product_attention: compute, rounded
 
-    The scale comes behind the product, whoever had it before. What a mask takes out is zero before the scores are
-    rounded, so it has no part in the maximum of a block. Where nothing is rounded, all stays as it is.
+    A power of two of the scale, which is exact, is on the query, and the rest, 1 to 2, behind the product, whoever had
+    it before. What a mask takes out is zero before the scores are rounded, so it has no part in the maximum of a block.
+    Where nothing is rounded, all stays as it is.
     """
     for node in list(graph.nodes):
         if _is_fused(node) and any(rounds(recipe, *subject) for subject in inside(node)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -115,8 +116,11 @@ class _Watched(Interpreter):
 
 
 def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
-    """The nodes with rounded outputs: quantize nodes, movement of rounded numbers only, loops whose steps give rounded
-    outputs; and the nodes that are ``given`` as rounded."""
+    """The nodes with rounded outputs, and the nodes that are ``given`` as rounded.
+
+    These are quantize nodes, movement of rounded numbers and their products with a power of two, and loops whose steps
+    give rounded outputs.
+    """
     found = set(given)
     for node in module.graph.nodes:
         if is_quantizer(node):
@@ -128,11 +132,17 @@ def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
             is_rounded = output in first
         else:
             sources = _floating_inputs(node)
-            moves = part_of(operation_of(node)) == "movement"
+            moves = part_of(operation_of(node)) == "movement" or _is_shift(node)
             is_rounded = moves and bool(sources) and found.issuperset(sources)
         if is_rounded:
             found.add(node)
     return found
+
+
+def _is_shift(node: Node) -> bool:
+    """Whether it is a product with a power of two, as queries are scaled by."""
+    factor = node.args[1] if operation_of(node) == "mul" and len(node.args) == 2 else None
+    return isinstance(factor, float) and math.frexp(factor)[0] == 0.5
 
 
 def _rounded_of_steps(body: GraphModule, loop: Node, rounded: set[Node]) -> tuple[set[Node], set[Node]]:
