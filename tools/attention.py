@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +53,8 @@ def contenders(causal: bool) -> dict[str, nn.Module]:
 
 
 def measure(once: Callable[[Callable[[], Any]], float], device: str) -> dict[str, list[dict[str, Any]]]:
-    """The table: the least of all turns. ``once`` times one call on a GPU, in seconds."""
-    timed = once if device == "cuda" else seconds_of_cpu
-    return {"rows": [row for causal in (False, True) for row in rows(timed, causal, device)]}
+    """The table: the least of all turns. ``once`` times one call, in seconds."""
+    return {"rows": [row for causal in (False, True) for row in rows(once, causal, device)]}
 
 
 def rows(once: Callable[[Callable[[], Any]], float], causal: bool, device: str) -> list[dict[str, Any]]:
@@ -99,10 +97,3 @@ def refuse_unequal(models: dict[str, nn.Module], given: list[Tensor]) -> None:
         raise SystemExit("the fused product differs from that by hand, so the speed says nothing")
     if not (found := swalp_fx.check(by_hand, *given)):
         raise SystemExit(f"attention: {found}; so the speed says nothing")
-
-
-def seconds_of_cpu(call: Callable[[], Any]) -> float:
-    """Seconds of all threads, whatever else the machine does."""
-    begin = time.process_time()
-    call()
-    return time.process_time() - begin

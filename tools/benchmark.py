@@ -87,6 +87,14 @@ class Clock:
         call()
         return time.perf_counter() - begin_time
 
+    def work(self, call: Callable[[], Any]) -> float:
+        """Seconds of the CPU that one call takes in all threads, whatever else runs; on a GPU those of ``once``."""
+        if self.cuda:
+            return self.once(call)
+        begin_time = time.process_time()
+        call()
+        return time.process_time() - begin_time
+
     def beside(self, call: Callable[[], Any], copy: Callable[[], Any]) -> tuple[float, float]:
         """Least seconds of ``call`` and of ``copy``, run by turns."""
         self.once(call), self.once(copy)  # warm up
@@ -280,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.what == "codes":
         tables = codes.measure(clock.beside, counts, args.device)
     elif args.what == "attention":
-        tables = attention.measure(clock.once, args.device)
+        tables = attention.measure(clock.work, args.device)
     elif args.what == "graph":
-        tables = overhead.measure(clock.once, args.device)
+        tables = overhead.measure(clock.work, args.device)
     elif args.what == "capture":
         tables = captures.measure(clock.once, args.device)
     elif args.what == "recurrent":

@@ -89,6 +89,7 @@ def whole(once: Callable[[Callable[[], Any]], float], name: str, device: str) ->
     if not (found := swalp_fx.check(model, x)):
         raise SystemExit(f"{name}: {found}; so the speed says nothing")
     low = with_identity(copy.deepcopy(model))
+    low(x)  # the first call traces
     of_plain, of_low = passes(once, [model, low], device, x)
     (made,) = low.graphs
     quantizers = (swalp_fx.quantize_weight, swalp_fx.quantize_output)

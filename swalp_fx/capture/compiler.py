@@ -174,7 +174,6 @@ def rewriting() -> str:
     return _rewritten_where(frame, inner)
 
 
-@straighten
 def _goes_straight(inner: Inner) -> bool:
     """Whether a module call that is being traced runs the forward of its class, and nothing else.
 
@@ -191,6 +190,9 @@ def _goes_straight(inner: Inner) -> bool:
         return False
     inner.guard_identity("forward", CALL)
     return True
+
+
+straighten(_goes_straight)
 
 
 @assume_constant_result
