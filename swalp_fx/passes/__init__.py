@@ -41,9 +41,12 @@ __all__ = [
 
 
 def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, identity: bool = False) -> Graph:
-    """``graph``, as the capture made it, with what ``recipe`` says quantized; its bodies are rewritten where they are.
+    """The rewrite of a captured ``graph``: every number that ``recipe`` names is quantized.
 
-    keyed: whether the random key is an input, the first; without it, stochastic rounds to nearest.
+    The graphs that it runs (bodies) are rewritten in place.
+
+
+    keyed: whether the first input is the random key; without a key, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
     classify(analyse(expand(expand_recurrent(graph, recipe, scope.bodies), recipe)))
@@ -58,7 +61,7 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
 
 
 def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> None:
-    """The graph that ``call`` runs: it is given the key and what the call is given, and what it gives is read again."""
+    """Rewrites the graph that ``call`` runs. Its inputs are the key and the operands of ``call``."""
     leaves = all(user.meta[PART] in OUT for user in call.users)
     body: GraphModule = scope.bodies[str(call.args[0].target)]  # type: ignore[union-attr]
     for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands_of(call), strict=True):
@@ -69,7 +72,7 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
         placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
     if call.target is nodes.recurrent:
         prepare_step(call, body.graph)
-        leaves = True  # a step gives what is read, and what leaves, apart
+        leaves = True  # a step returns two tuples: the states for the next step, and the outputs that may leave
     inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 
@@ -77,7 +80,8 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
 def recipes_of_parameters(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     """First name -> the recipe of each parameter, its rule applied.
 
-    What a parametrization derives a weight from is no weight: the graph rounds what is derived, the step does not.
+    The parameters that a parametrization derives a weight from are no weights: the graph rounds the derived weight, and
+    the optimizer does not round them.
     """
     parameters = dict(model.named_parameters())
     subjects = parameter_subjects(model)

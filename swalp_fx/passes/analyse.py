@@ -1,4 +1,4 @@
-"""The first step of a rewrite: what each node is and means."""
+"""The analysis: the category, the origin and the meaning of each node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["analyse"]
 
 
 def analyse(graph: Graph) -> Graph:
-    """Writes ``node.meta[FACTS]`` on every node, and LAYER on what is one operation; returns ``graph``.
+    """Writes ``node.meta[FACTS]`` on every node, and LAYER on the nodes of one operation; returns ``graph``.
 
     place = arange(x.shape[1])        number      CONSTANT
     cos = (place * inv_freq).cos()    arithmetic  CONSTANT   constant
@@ -37,5 +37,5 @@ def analyse(graph: Graph) -> Graph:
 
 
 def _category(node: Node, origin: Origin) -> str:
-    is_drawn = stem_of(node) == "normal" and origin is not Origin.CONSTANT  # around numbers of the model
+    is_drawn = stem_of(node) == "normal" and origin is not Origin.CONSTANT  # with a mean or a deviation from the model
     return "arithmetic" if is_drawn else category(node)

@@ -1,4 +1,4 @@
-"""Which numbers are rounded, to which format, and which random stream rounds them."""
+"""The rounding plan: which numbers are rounded, to which format, and by which random stream."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SITE = "swalp_fx.site"  # the node.meta key that assign writes: a Site
 
 @dataclass(frozen=True)
 class Weight:
-    """One quantized parameter, or weight that a parametrization derives: Q_W."""
+    """One quantized parameter, or one weight derived by a parametrization: Q_W."""
 
-    parameter: str  # its first name in the model; a tied parameter is one. Of a derived weight, what derives it
+    parameter: str  # its first name in the model; tied parameters are one. A derived weight: ``fc.weight``
     stream: int
     quantizer: str
-    rounding: str  # of a quantizer without
+    rounding: str  # for a quantizer that names no rounding
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Output:
     stream: int
     activation: str
     error: str
-    rounding: str  # of a quantizer without
+    rounding: str  # for a quantizer that names no rounding
     returned: bool = False  # whether the model returns it rounded too
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is quantized of one node: a parameter, or a layer's output."""
+    """The rounding plan of one node: of a parameter, or of a layer's output."""
 
     weight: Weight | None = None
     output: Output | None = None
@@ -66,8 +66,8 @@ class Site:
 def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False) -> Graph:
     """Writes ``node.meta[SITE]`` on every node with something to quantize; returns the classified ``graph``.
 
-    A stream is a hash of the place: it is the same whatever graph was made first. A role in ``float`` has no site; with
-    ``identity`` it has, so that a graph full of nodes can be shown to compute what the model computes.
+    A stream is a hash of the place, so the order of making graphs has no influence. A role in ``float`` has no site.
+    ``identity`` it has one: tests compare a graph full of identity nodes with the model.
 
         conv_weight = placeholder                Site(weight=Weight("conv.weight", 2750919342, "bfp8[0]", "stochastic"))
         conv = conv2d(x, conv_weight, ...)       Site(output=Output(1325632447, "bfp8[0]", "bfp8[0]", "stochastic"))
@@ -93,8 +93,10 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
 
 
 def left_out(graph: Graph, recipe: Recipe) -> list[str]:
-    """The places of outputs of an assigned graph that have a format and no site, if no output has one: the recipe's
-    placement and exclude leave nothing rounded. Of what a checkpoint runs there is nothing here."""
+    """The places of outputs with a format and no site; empty if any output of the assigned graph has a site.
+
+    They tell that placement and exclude leave nothing rounded. A graph that runs others (a checkpoint) gives none.
+    """
     found = []
     for node in graph.nodes:
         site = node.meta.get(SITE)
@@ -107,8 +109,7 @@ def left_out(graph: Graph, recipe: Recipe) -> list[str]:
 
 
 def is_rounded_where_returned(recipe: Recipe, scope: Scope) -> bool:
-    """Whether what a graph gives is rounded too: the recipe may want logits rounded, and what one graph gives to the
-    next is read there."""
+    """Whether a graph returns rounded outputs: the recipe rounds logits, or another graph reads them."""
     return recipe.quantize_logits or not scope.returns
 
 
@@ -117,14 +118,14 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
     if value is not None and not value.is_floating_point():
         return None
     name = place(node)
-    if is_derived(node):  # what derives it may derive it from several; the first says how it is rounded
+    if is_derived(node):  # perhaps of several parameters; the first says how the weight is rounded
         beginning = f"{node.meta[LAYER].path}."
         subjects = next((each for key, each in scope.parameters.items() if key.startswith(beginning)), None)
         if subjects is None:
             return None
     elif (name := node.meta.get(PARAMETER, "")) in scope.parameters and not derived_name(name):
         subjects = scope.parameters[name]
-    else:  # rounded where a checkpoint is called, and read in it; or a weight is derived of it, which is rounded
+    else:  # rounded at the call of a checkpoint that reads it; or a weight is derived of it, and that is rounded
         return None
     rank = 2 if value is None else value.dim()
     weight = of_parameter(recipe, subjects, rank).weight
@@ -136,7 +137,7 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
 
 
 def _output_stream(node: Node, scope: Scope) -> int:
-    """By place: which module, which operation, how many of those came before, and where the code went on."""
+    """The stream of a place: module, operation, number of earlier calls of it, and the graph's place in its module."""
     name, operation = (place(node), "input") if node.op == "placeholder" else (base_name(node), _operation_of(node))
     number = scope.uses[name, operation]
     scope.uses[name, operation] += 1
@@ -149,7 +150,7 @@ def _operation_of(node: Node) -> str:
 
 
 def _free(scope: Scope, *place: str) -> int:
-    """The stream of a place; of a second place with the same hash, as two of 100,000 may have, another."""
+    """The stream of a place. If its hash is taken, as may happen among 100,000 places, it hashes again."""
     stream = stream_of(*place)
     while stream in scope.streams:
         place = (*place, "again")
@@ -159,7 +160,7 @@ def _free(scope: Scope, *place: str) -> int:
 
 
 def subjects(graph: Graph) -> Iterator[Subject]:
-    """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
+    """The inputs and outputs of a classified graph that a recipe may name. Parameters are named in the model."""
     for node in graph.nodes:
         if node.meta.get(PART) in ("input", *LAYER_PARTS, *MEANINGS):
             yield subject(node)
@@ -168,15 +169,15 @@ def subjects(graph: Graph) -> Iterator[Subject]:
 
 
 def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
-    """The nodes whose output is rounded.
+    """The nodes with rounded outputs, by the recipe's placement.
 
     every               each layer output
-    compute             those of convolutions, linear layers, products, attention, recurrent layers, embeddings
-    compute+activation  and those of activations
+    compute             outputs of convolutions, linear layers, products, attention, recurrent layers, embeddings
+    compute+activation  and outputs of activations
     group               the last of each group: see _group_ends
 
-    and what the recipe includes, constants too, without what it excludes. The model's inputs, and what it only returns,
-    are rounded if the recipe says so.
+    The recipe's include adds outputs, constants too; its exclude takes outputs away. The model's inputs, and outputs
+    that it only returns, are rounded if the recipe says so.
     """
     ends = _group_ends(graph) if recipe.placement == "group" else set()
     parts = LAYER_PARTS if recipe.placement == "every" else recipe.placement.split("+")
@@ -191,7 +192,7 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
             is_number = all(user.meta[PART] == "number" for user in node.users)
             wanted = recipe.quantize_input and scope.enters and not is_number
         else:
-            wanted = node in ends or part in parts or recipe.includes(name)  # of a constant, the recipe alone says so
+            wanted = node in ends or part in parts or recipe.includes(name)  # a constant, only if included
         is_read = _is_read(node) or (returned and bool(node.users))
         if wanted and is_read and not recipe.excludes(name):
             placed.add(node)
@@ -199,7 +200,7 @@ def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
 
 
 def _group_ends(graph: Graph) -> set[Node]:
-    """The last node of each group: what hardware computes in one go before it writes anything to memory.
+    """The last node of each group: hardware computes a group in one go and writes only its end to memory.
 
     A group begins at a compute node, or at a norm or an activation that is in no group yet. While its last node has
     one reader, it goes on through a norm, an activation, or an add that only an activation reads. Where two groups
@@ -235,19 +236,19 @@ def _goes_on(node: Node) -> Node | None:
 
 
 def _readers(node: Node) -> set[Node]:
-    """Who reads ``node``: a layer is one reader, its output, whatever it does inside."""
+    """The readers of ``node``. A layer counts as one reader: its output node."""
     readers = ((_readers(user) if user.meta[PART] == "inside" else {user}) for user in node.users)
     return set().union(*readers)
 
 
 def _is_integral(node: Node) -> bool:
-    """Whether ``node`` gives indices, or truth values, which no format holds."""
+    """Whether ``node`` gives integers or truth values, such as indices: no format holds them."""
     value = node.meta.get("example_value")
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _is_read(node: Node) -> bool:
-    """Whether a later layer reads it, or a later call: what the model only returns (its logits) is left as it is."""
+    """Whether a later layer or a later call reads it. An output that is only returned, as logits are, is not read."""
     return _is_kept(node) or node.meta.get(CARRIED, False) or any(user.meta[PART] not in OUT for user in node.users)
 
 

@@ -1,4 +1,4 @@
-"""What the capture says of each node, as ``node.meta``: all that the passes know of the model."""
+"""The keys of ``node.meta`` that the capture writes: all that the passes know of the model."""
 
 from __future__ import annotations
 
@@ -31,46 +31,47 @@ __all__ = [
     "is_layer",
 ]
 
-# Of what a graph is given or holds: "input", "number", "parameter", "state", "body", or "operand", of a body.
+# Of a placeholder or an attribute: "input", "number", "parameter", "state", "body"; or "operand", an input of a body.
 HOLDS = "swalp_fx.holds"
-ARGUMENT = "swalp_fx.argument"  # the name of what a graph is given
+ARGUMENT = "swalp_fx.argument"  # of an input of a graph: its name
 PARAMETER = "swalp_fx.parameter"  # of a placeholder for a parameter: its first name in the model
-MODULE = "swalp_fx.module"  # the qualified name of the module whose code makes it; None: it is outside of the model
-UPDATE = "swalp_fx.update"  # true of what a buffer is set to
-# True of what leaves the graph though the frame does not return it: an attribute, or a hook, keeps it.
-KEPT = "swalp_fx.kept"
-CARRIED = "swalp_fx.carried"  # true of what a loop's step gives to the next one, which reads it as a layer does
-LAYER = "swalp_fx.layer"  # a Layer, of what is computed inside one
-CALLS = "swalp_fx.calls"  # the Layers, part unknown, of the calls around a node that may turn out to be one operation
-STEPS = "swalp_fx.steps"  # true of what the recipe says is no part of one operation
+MODULE = "swalp_fx.module"  # the qualified name of the module that ran this code; None: outside of the model
+UPDATE = "swalp_fx.update"  # true of the new value of a buffer
+KEPT = "swalp_fx.kept"  # true of an output that an attribute or a hook keeps, though the frame does not return it
+CARRIED = "swalp_fx.carried"  # true of a state that a loop's step hands to the next one, a reader like any layer
+LAYER = "swalp_fx.layer"  # the Layer that this node is computed inside of
+CALLS = "swalp_fx.calls"  # the calls around a node that may turn out to be one operation: Layers, part unknown
+STEPS = "swalp_fx.steps"  # true of a node in a module that the recipe says is not whole: its steps form no norm
 
 
 class Layer(NamedTuple):
-    """One call of a module that is one operation, however many nodes it takes: a layer of PyTorch's own, a norm written
-    by hand, what the recipe calls whole."""
+    """One call of a module that counts as one operation, however many nodes it takes.
 
-    call: str  # tells calls from one another
-    path: str  # its qualified name
+    Such are PyTorch's own layers, norms written by hand, and modules that the recipe calls whole.
+    """
+
+    call: str  # unique for each call
+    path: str  # the module's qualified name
     kind: type
-    part: str | None = None  # that it plays
+    part: str | None = None  # the part that it plays
 
 
 @dataclass
 class Scope:
-    """Where a graph stands."""
+    """The surroundings of a graph in its model."""
 
-    # First name -> what the recipe's patterns see, of every parameter of the model.
+    # First name of each parameter of the model -> its subjects, for the recipe's patterns.
     parameters: Mapping[str, tuple[Subject, ...]]
-    place: str = ""  # what tells it from other graphs of one module: where code goes on behind a graph break
-    returns: bool = True  # whether what it gives is what the model gives its caller
-    enters: bool = True  # whether what it is given is what the caller gives the model, and no graph has rounded
-    uses: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, operation) -> how many came before
+    place: str = ""  # tells the graphs of one module apart: the point where code resumes after a graph break
+    returns: bool = True  # whether its outputs go to the model's caller
+    enters: bool = True  # whether its inputs come from the model's caller, so no graph has rounded them
+    uses: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, operation) -> calls so far
     streams: set[int] = field(default_factory=set)  # the random streams that are taken
     bodies: MutableMapping[str, Any] = field(default_factory=dict)  # attribute -> the GraphModule that a node runs
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is one operation: a layer of PyTorch's own, or what derives a weight."""
+    """Whether a call of ``module`` is one operation: a layer of PyTorch's own, or a parametrization."""
     kind = type(module)
     if isinstance(module, ParametrizationList):
         return True
@@ -79,18 +80,21 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def calls_around(node: Node) -> list[tuple[str, str]]:
-    """(call, key) of the modules that ``node`` is computed in, outermost first: what tells calls from one another, and
-    the module's key. PyTorch numbers calls of each name; a module that is called by two names has two first calls."""
+    """(call, key) of the modules that ``node`` is computed in, outermost first.
+
+    call: unique for each call. PyTorch numbers the calls of each name, so a module with two names has two first calls.
+    key: PyTorch's name of the module.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     return [(f"{key} {name}", key) for key, (name, *_) in stack.items()]
 
 
 def kinds_around(node: Node) -> list[str]:
-    """The names of the types of the module whose code ``node`` is of."""
+    """The names of the type, and of its bases, of the module that ran ``node``'s code."""
     kinds = [kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
     return [base.__name__ for base in kinds[-1].__mro__] if kinds and isinstance(kinds[-1], type) else []
 
 
 def around(node: Node) -> str:
-    """The qualified name of the module whose code ``node`` is of; "" for the root's."""
+    """The qualified name of the module that ran ``node``'s code; "" for the root."""
     return node.meta.get(MODULE) or ""

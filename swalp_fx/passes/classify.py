@@ -1,4 +1,4 @@
-"""Which node plays which part."""
+"""The part that each node plays."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from .tables import LAYER_PARTS
 
 __all__ = ["OUT", "classify"]
 
-OUT = ("exit", "output", "outside")  # who reads a number of the model as it is
+OUT = ("exit", "output", "outside")  # these readers get a number of the model unrounded
 
 
 def classify(graph: Graph) -> Graph:
     """Writes ``node.meta[PART]`` on every node, and ``node.meta[NAME]`` on every place; returns ``graph``.
 
-    A part is one of PARTS, one of MEANINGS, or one of "input", "output", "parameter" (a Parameter, or what a
-    parametrization derives),
-    "state" (a buffer, read, written, or what is computed of buffers alone), "inside" (of a layer, all but its output),
-    "body" (a graph that is run: a checkpoint's, or the step of a loop), "nested" (its call), "operand" (what it is
-    called with), "exit" (movement whose result the model only returns) and "outside" (around the model, where that is
-    compiled with what calls it).
+    A part is one of PARTS, one of MEANINGS, or one of these:
+
+    "input", "output"
+    "parameter"  a Parameter, or a weight that a parametrization derives
+    "state"      a buffer, a write into it, or a number computed of buffers alone
+    "inside"     a node of a layer that is not its output
+    "body"       a graph that this one runs: a checkpoint, or the step of a loop
+    "nested"     the call of a body
+    "operand"    an input of a body
+    "exit"       movement, if the model only returns its result
+    "outside"    code around the model, if caller and model are compiled together
 
     x = placeholder                         input
     conv = conv2d(x, conv_weight, ...)      compute
@@ -76,10 +81,10 @@ _MEANT = {"mask": "mask", "angle": "angle", "mixes": "arithmetic"}
 
 
 def _part_in_layer(node: Node, layer: Layer) -> str:
-    """The layer's part for what it gives, "inside" for all else of it: also for what a hook of the layer keeps."""
+    """The layer's part for its output, "inside" for its other nodes, kept by a hook or not."""
     inner = [user for user in node.users if user.meta.get(LAYER) == layer]
     outer = [user for user in node.users if user not in inner and (user.op != "output" or not inner)]
-    if inner:  # who reads but the size of a step reads none of the layer's numbers
+    if inner:  # a reader of sizes alone reads none of the layer's numbers
         outer = [user for user in outer if facts(user).category != "number" or "reads" in facts(user).does]
     if not outer or not _is_tensor(node):
         return "number" if facts(node).category == "number" else "inside"
@@ -87,7 +92,7 @@ def _part_in_layer(node: Node, layer: Layer) -> str:
 
 
 def _is_tensor(node: Node) -> bool:
-    """Whether ``node`` gives one tensor, and no tuple of them, whose items are nodes of their own."""
+    """Whether ``node`` gives one tensor. The items of a tuple are nodes of their own."""
     value = node.meta.get("example_value")
     return value is None or isinstance(value, Tensor)
 
@@ -99,9 +104,11 @@ def _filled(graph: Graph) -> set[Node]:
 
 
 def _mark_updates(graph: Graph) -> None:
-    """``self.mean = self.mean * 0.9 + new * 0.1``: what a buffer is set to is as little rounded as what is written into
-    it in place, before and after. These are sums and products that read the buffer and serve nothing else on their way
-    to the write."""
+    """Marks the arithmetic of a buffer's new value as state, as in ``self.mean = self.mean * 0.9 + new * 0.1``.
+
+    State is not rounded, neither here nor for a write in place. The nodes are sums and products that read the buffer,
+    and serve only the write.
+    """
     updates = {node for node in graph.nodes if node.meta.get(UPDATE)}
     for node in reversed(graph.nodes):
         if facts(node).category == "arithmetic" and node.users and updates.issuperset(node.users):
@@ -119,5 +126,5 @@ def _part_of_written(node: Node) -> str | None:
 
 
 def _is_kept(node: Node) -> bool:
-    """Whether a buffer, an attribute or a hook keeps ``node``, which is then as a layer would read it."""
+    """Whether a buffer, an attribute or a hook keeps ``node``. Then it is rounded as for a layer."""
     return bool(node.meta.get(UPDATE) or node.meta.get(KEPT))

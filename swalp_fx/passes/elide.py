@@ -1,4 +1,4 @@
-"""Which roundings would change nothing, since what they get has been rounded to the same format before."""
+"""Redundant-rounding elimination: a number on a format's grid is not rounded to that format again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ACTIVATION, ERROR = 3, 4  # places of quantize_output's arguments
 def elide(graph: Graph) -> Graph:
     """Marks the quantize_output nodes of ``graph`` that would keep the very numbers they get; returns ``graph``.
 
-    An activation is kept if it is some of the numbers of a tensor rounded to its format, and nobody writes into the
-    memory of either; an error signal if it is some of those of the error signal, in the same format, of the node behind
-    the one layer that reads it. Formats must keep what is left of a block (``keeps_subsets``). How either is rounded is
-    no matter: no rounding moves a number that the format has.
+    An activation is kept if its layer passes on a subset of a tensor rounded to its format, and nothing writes into
+    either tensor's memory. An error signal is kept if one layer reads the node, and passes back a subset of an error
+    signal of the same format: the quantize node behind that layer has rounded it. The format must leave every subset of
+    a rounded block unchanged (``keeps_subsets``). The mode of rounding is free: none moves a number on the grid.
 
     Before:
 
@@ -63,7 +63,7 @@ def _keeps_activation(node: Node) -> bool:
     if len(made.users) != 1 or not inputs or not _rounds(inputs[0], ACTIVATION, activation):
         return False
     does = facts(made).does
-    # In three dimensions autocast casts on the CPU what a pool gives: those select nothing.
+    # max_pool3d does not select: autocast on the CPU casts its output.
     is_pool = "selects" in does and _is_within_rows(activation) and not _is_dilated(made)
     fits = "masks" in does or is_pool
     return fits and _is_only_read(node) and _is_only_read(inputs[0], but=made)
@@ -74,29 +74,29 @@ def _format(node: Node, role: int) -> Format:
 
 
 def _rounds(node: Any, role: int, format: Format) -> bool:
-    """Whether ``node`` rounds to this format in that role, so that subsets are kept."""
+    """Whether ``node`` rounds to this format in that role, and the format keeps subsets."""
     is_rounded = isinstance(node, Node) and node.target is nodes.quantize_output and _format(node, role) == format
     return is_rounded and format != FLOAT and format.keeps_subsets
 
 
 def _is_within_rows(format: Format) -> bool:
-    """Whether what shares a scale has the same index of the first dimension, or is all of the tensor."""
+    """Whether a block is a row (one index of the first dimension) or the whole tensor."""
     return format.block in (WHOLE, ROWS)
 
 
 def _is_dilated(node: Node) -> bool:
-    """Whether a window may miss the input, between padding and padding: its maximum is -infinity."""
-    by_place = node.args[4] if len(node.args) > 4 else 1  # behind the input, kernel size, stride and padding
+    """Whether a window may hold padding alone: its maximum is -infinity."""
+    by_place = node.args[4] if len(node.args) > 4 else 1  # after the input, kernel size, stride and padding
     return node.kwargs.get("dilation", by_place) not in (1, (1,), (1, 1))
 
 
 def _is_only_read(node: Node, but: Node | None = None) -> bool:
-    """Whether nothing, ``but`` one reader, may write into the memory of ``node``'s output, or hand it on."""
+    """Whether no reader may write into the memory of ``node``'s output, or hand it on. ``but`` is not asked."""
     return all(_reads(reader, node) for reader in node.users if reader is not but)
 
 
 def _reads(reader: Node, node: Node) -> bool:
-    """Whether ``reader`` is known to do no more: neither it, nor who reads a view that it may be."""
+    """Whether ``reader`` is known only to read. If it may be a view, the same must hold for its readers."""
     if writes(reader) and not _is_another(reader.args[:1], node):
         return False
     if "out" in reader.kwargs and not _is_another((reader.kwargs["out"],), node):
@@ -112,7 +112,10 @@ def _is_another(written: tuple[Any, ...], node: Node) -> bool:
 
 
 def _rounds_its_error(node: Node) -> Node | None:
-    """The node that rounds what all of ``node``'s error signal is some numbers of, to the same format."""
+    """The quantize node behind the sole reader, if it rounds this error signal to the same format; else None.
+
+    The reader must be a mask or an in-place add: this error signal is then a subset of that one.
+    """
     reader = sole_reader(node)
     if reader is None or len(reader.users) != 1 or not facts(reader).does.intersection(("masks", "adds")):
         return None

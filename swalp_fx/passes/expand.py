@@ -1,6 +1,6 @@
-"""Attention is three products' outputs: the scores, the probabilities that a softmax makes of them, and the result.
+"""Expansion of attention: the scores, their softmax (the probabilities) and the result are each an output to round.
 
-Whoever writes it, and however: a fused product is written out, and what is written out has one form.
+A fused product is written out. Attention that is written by hand is brought into the same form.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
         softmax = softmax(add, -1)                          attn_probabilities: activation, rounded
         result = matmul(softmax, value)                     scaled_dot_product_attention: compute, rounded
 
-    A power of two of the scale, which is exact, is on the query, and the rest, 1 to 2, behind the product, whoever had
-    it before. What a mask takes out is zero before the scores are rounded, so it has no part in the maximum of a block.
-    Where nothing is rounded, all stays as it is.
+    The scale is split, wherever it stood. Its power of two goes to the query, where it is exact; the rest, 1 to 2, goes
+    behind the product. Masked scores become zero before rounding, so they have no part in the maximum of a block. If
+    nothing is rounded, the graph is unchanged.
     """
     for node in list(graph.nodes):
         if _is_fused(node) and any(rounds(recipe, *subject) for subject in inside(node)):
@@ -70,7 +70,7 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
 
 
 def inside(node: Node) -> Iterator[Subject]:
-    """What a recipe sees of the scores and the probabilities of a fused product."""
+    """The subjects of a fused product's scores and probabilities, as a recipe may name them."""
     if operation_of(node) == ATTENTION:
         for name, part in ((SCORES, "compute"), (PROBABILITIES, "activation")):
             yield (
@@ -80,7 +80,7 @@ def inside(node: Node) -> Iterator[Subject]:
 
 
 def rounds(recipe: Recipe, name: str, kinds: Collection[str]) -> bool:
-    """Whether an output of that name is rounded; by all placements if it is a product's."""
+    """Whether an output of that name is rounded; placement "compute" rounds products and included outputs alone."""
     here = recipe.at((name, kinds))
     is_placed = recipe.placement != "compute" or "compute" in kinds or recipe.includes(name)
     return is_placed and (here.activation.rounds or here.error.rounds) and not recipe.excludes(name)
@@ -91,7 +91,7 @@ def _subject_of(node: Node) -> tuple[str, list[str]]:
 
 
 def _is_fused(node: Node) -> bool:
-    """Whether it is a fused product that can be written out: what it branches on are numbers, not nodes."""
+    """Whether it is a fused product that can be written out: its switches and sizes must be numbers, not nodes."""
     if operation_of(node) != ATTENTION or LAYER in node.meta or not isinstance(node.meta.get("example_value"), Tensor):
         return False
     given = _given(node)
@@ -144,6 +144,6 @@ def _write_out(node: Node) -> None:
 
 
 def _for_each_head(tensor: Node, query: Node, write: Writer) -> Node:
-    """Keys or values, those of a group given to each head of it."""
+    """Keys or values, repeated for each head of their group."""
     heads, groups = (value_of(each).shape[-3] for each in (query, tensor))
     return tensor if heads == groups else write(torch.repeat_interleave, tensor, heads // groups, -3)

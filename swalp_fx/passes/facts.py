@@ -1,6 +1,6 @@
-"""What each node of a captured graph is and means: facts that the passes and the proof read, written once.
+"""The facts of each node of a captured graph: category, origin, meaning, and effects on memory and derivatives.
 
-``analyse`` writes them before any pass reads them: it is the first step of every rewrite.
+``analyse`` writes them once, before any pass reads them. The passes and the proof read them.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ __all__ = ["FACTS", "MEANINGS", "Facts", "Origin", "facts", "is_floating"]
 
 FACTS = "swalp_fx.facts"  # the node.meta key that analyse writes: Facts
 
-# What a tensor is used for, if it is no number of the model to be rounded.
-#   constant  made of no parameter, and of nothing floating that the model is given
-#   mask      a scale, or an addend such as -inf, on the way to a softmax; and what is made for that alone
-#   angle     what sin and cos alone read
+# The use of a tensor that is not rounded by itself.
+#   constant  made of no parameter and of no floating input
+#   mask      on the way to a softmax: a product with a scale, or a sum with a mask such as -inf; and the mask itself
+#   angle     read by sin and cos alone
 MEANINGS = ("constant", "mask", "angle")
 
 
 class Origin(IntEnum):
-    """What a tensor is made of: the greatest of what it reads."""
+    """The origin of a tensor: the greatest origin of its inputs."""
 
     CONSTANT = 0  # sizes, positions, tokens, buffers
     GIVEN = 1  # floating inputs, and no parameter
-    MODEL = 2  # parameters, and products of what is given
+    MODEL = 2  # parameters, and products of floating inputs
 
 
 @dataclass(frozen=True)
 class Facts:
-    """category: the row of the table of operations, whatever is around the node.
-    meaning: one of MEANINGS; "mixes" of movement that mixes in a constant; "" of all else.
-    does: what the same row says of memory and derivatives; empty of what is none of PyTorch's own code.
+    """category: the node's part in the table of operations, without regard to its surroundings.
+    meaning: one of MEANINGS; "mixes" for movement that mixes in a constant; "" for every other node.
+    does: the effects on memory and derivatives in the same row; empty for code that is not PyTorch's own.
     """
 
     category: str
@@ -44,7 +44,7 @@ class Facts:
 
 
 def facts(node: Node) -> Facts:
-    """The facts of a node; of one that a pass has inserted, nothing is known."""
+    """The facts of a node; empty facts for a node that a pass has inserted."""
     return node.meta.get(FACTS, _NONE)
 
 

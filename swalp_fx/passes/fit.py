@@ -1,6 +1,6 @@
-"""Formats on one tensor: a block along the contraction axis runs along the axis that the operation says.
+"""Formats on one tensor: a block along the contraction axis runs along the axis that the operation contracts.
 
-What an operation contracts is in one table, CONTRACTED; whatever computes no products has the axis of what it reads.
+One table has the contraction axes: CONTRACTED. An operation without products has the axis of its input.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from .tables import PARTS
 __all__ = ["axis_by_reader", "axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
 
 LAST = -1
-# The start of a convolution's name -> the contraction axis of its weight; of what it reads and gives, that is channels.
+# The start of a convolution's name -> the contraction axis of its weight. Its input and output have channels there.
 CONTRACTED = {"conv_transpose": 0, "ConvTranspose": 0, "conv": 1, "Conv": 1, "DeformConv": 1, "deform_conv": 1}
 OTHERWISE = LAST  # linear's: its weight is [outputs, inputs]
-# What gives the axes of what it reads in another order.
+# Operations that reorder the axes of their input.
 REORDERS = frozenset(("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"))
 _PRODUCTS = frozenset(PARTS["compute"])
 
 
-_SPATIAL = re.compile(r"([123])d")  # how many axes stand behind that of channels
+_SPATIAL = re.compile(r"([123])d")  # the number of axes after the axis of channels
 
 
 def _contracted(names: Iterable[str]) -> tuple[str, int] | None:
-    """(name, contraction axis of the weight) of the first name that is a convolution's."""
+    """(name, contraction axis of the weight) for the first name of a convolution; None if there is none."""
     found = ((name, axis) for name in names for start, axis in CONTRACTED.items() if name.startswith(start))
     return next(found, None)
 
 
 def axis_of_parameter(subjects: tuple[Subject, ...]) -> int:
-    """The contraction axis of a parameter: its layer's."""
+    """The contraction axis of a parameter: the axis that its layer contracts."""
     _, axis = _contracted(kind for _, kinds in subjects for kind in kinds) or ("", OTHERWISE)
     return axis
 
@@ -52,13 +52,13 @@ def of_parameter(recipe: Recipe, subjects: tuple[Subject, ...], rank: int) -> Re
 
 
 def axis_by_reader(node: Node) -> tuple[str, int] | None:
-    """(name, contraction axis of its weight) of a convolution that reads ``node`` as its weight."""
+    """(name, contraction axis of its weight) of a convolution that reads ``node`` as its weight; None without one."""
     readers = (user for user in node.users if node in (*user.args[1:2], user.kwargs.get("weight")))
     return next((found for user in readers if (found := _contracted([name_of(user)])) is not None), None)
 
 
 def contraction_axes(graph: Graph) -> dict[Node, int]:
-    """The contraction axis of what each node gives. Of what a graph is given, it is that of its readers."""
+    """The contraction axis of each node's output. An input of the graph has the axis of its first reader with one."""
     axes: dict[Node, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -75,11 +75,10 @@ def contraction_axes(graph: Graph) -> dict[Node, int]:
 
 
 def _moved(node: Node, source: Node, axis: int) -> int:
-    """Where ``axis`` of ``source``, which ``node`` reads, is in what it gives.
+    """The place in ``node``'s output of ``axis`` of its input ``source``.
 
-    Where it gives more or fewer axes, as ``flatten(2)`` does, it has those up to this one, or the last one counts.
-    What a call does with the order of axes is seen on a tensor that has two elements along this one and one along all
-    others.
+    If the number of axes changes, as in ``flatten(2)``, and the axes up to ``axis`` keep their lengths, it stays; else
+    it is the last axis. A reordering runs on a probe tensor with two elements along ``axis`` and one along each other.
     """
     rank = _rank(node)
     if rank != _rank(source):
@@ -104,7 +103,7 @@ def _has_first_axes(node: Node, source: Node, number: int) -> bool:
 
 
 def _of_operation(node: Node) -> int | None:
-    """The axis that products of this node fix; None if it has none."""
+    """The contraction axis of the output of a convolution or another product; None for other operations."""
     names = [name_of(node)] if node.op.startswith("call") else []
     if LAYER in node.meta:
         names.append(node.meta[LAYER].kind.__name__)
@@ -115,7 +114,7 @@ def _of_operation(node: Node) -> int | None:
 
 
 def _rank(node: Node) -> int | None:
-    """Axes of what ``node`` gives: of the first tensor, where it gives several."""
+    """The number of axes of ``node``'s output, or of the first tensor of several; None if unknown."""
     value = node.meta.get("example_value")
     while isinstance(value, (tuple, list)) and value:
         value = value[0]
@@ -125,6 +124,6 @@ def _rank(node: Node) -> int | None:
 
 
 def fitted(quantizer: Quantizer, node: Node, axis: int) -> str:
-    """The text of ``quantizer`` for what ``node`` gives."""
+    """The text of ``quantizer`` for ``node``'s output."""
     rank = _rank(node)
     return str(quantizer.of_tensor(2 if rank is None else rank, axis))

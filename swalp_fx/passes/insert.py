@@ -1,4 +1,4 @@
-"""The rewrite itself: the only pass that makes a graph."""
+"""Insertion of quantize nodes: the only pass that makes a new graph."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .tables import LAYER_PARTS
 
 __all__ = ["KEY", "insert"]
 
-KEY = "key"  # the placeholder of a rewritten graph, its first, that the random key is given by
-# What an inserted node has of the node that it rounds: where it stands, for reports, drawings and error messages.
+KEY = "key"  # the first placeholder of a rewritten graph: the random key
+# Copied to an inserted node from the node that it rounds: its place, for reports, drawings and error messages.
 INHERITED = ("nn_module_stack", "stack_trace", MODULE, LAYER)
 
 
 def insert(graph: Graph, *, keyed: bool) -> Graph:
-    """A copy of ``graph`` in which each assigned site is read through a quantize node; the old graph is unchanged.
+    """A copy of ``graph`` with a quantize node at each assigned site; the old graph is unchanged.
 
-    keyed: its first placeholder is the random key of one run; without one, stochastic rounds to nearest.
+    keyed: its first placeholder is the random key of one run; without a key, stochastic rounds to nearest.
     A weight is rounded just before its first reader: fewer copies live at a time.
 
     Before:
@@ -53,7 +53,7 @@ def insert(graph: Graph, *, keyed: bool) -> Graph:
 
 
 class _Insertion:
-    """One run of the pass. For each node of the old graph it keeps the node of the new one, and what readers read."""
+    """One run of the pass. For each old node it keeps its copy (``raw``) and the node for its readers (``read``)."""
 
     def __init__(self, graph: Graph, keyed: bool) -> None:
         self.new = Graph(tracer_cls=graph._tracer_cls)
@@ -116,7 +116,7 @@ class _Insertion:
 
 
 def _placeholder(graph: Graph, name: str) -> Node:
-    """A placeholder whose argument in the generated code has its node's name."""
+    """A placeholder. Its argument in the generated code has the node's name."""
     node = graph.placeholder(name)
     node.target = node.name
     return node

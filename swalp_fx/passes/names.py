@@ -33,7 +33,7 @@ __all__ = [
     "subject",
 ]
 
-# The node.meta keys that classify writes: the part that a node plays, and the name that ``place`` reads.
+# The node.meta keys that classify writes: the part of a node, and the name that ``place`` reads.
 PART = "swalp_fx.part"
 NAME = "swalp_fx.name"
 
@@ -41,19 +41,18 @@ NAME = "swalp_fx.name"
 def place(node: Node) -> str:
     """The one name of the place that ``node`` is, in recipes, reports, measures and drawings.
 
-    node: an input, a parameter or a layer output, of a classified graph or of the graph that is made of it.
+    node: an input, a parameter or a layer output of a classified graph, or of its rewrite.
 
-    A layer's output has the layer's name: ``layer1.0.conv1``. A function's output is named by the module that calls
-    it and by the function: ``layer1.0.iadd``. Where several places of a graph have one name, each has its number behind
-    it, in the order of the graph: ``layer1.0.relu@1``, ``layer1.0.relu@2``. An input that is named as a layer is has
-    the number 0: ``tokens@0``. A bare layer that is its graph's root is named by its type: ``linear``.
+    A layer's output has the layer's name: ``layer1.0.conv1``. A function's output is named by the module that calls it
+    and by the function: ``layer1.0.iadd``. If several places of a graph have one name, they are numbered in the order
+    of the graph: ``layer1.0.relu@1``, ``layer1.0.relu@2``. An input with the name of a layer has the number 0:
+    ``tokens@0``. A graph's root that is a bare layer is named by its type: ``linear``.
     """
     return node.meta.get(NAME) or node.name
 
 
 def kinds_of(node: Node) -> list[str]:
-    """What a rule may call a classified ``node``: its part, the names of its operation, and those of the types of the
-    module whose code it is of."""
+    """The kinds of a classified ``node`` for rules: part, names of the operation, types of the module that ran it."""
     if node.op == "placeholder":
         return [node.meta[PART]]
     return [*kinds_of_operation(node, node.meta[PART]), *kinds_around(node)]
@@ -67,12 +66,12 @@ def kinds_of_operation(node: Node, part: str) -> list[str]:
 
 
 def kinds_of_type(kind: type, part: str | None) -> list[str]:
-    """What a rule may call a module of type ``kind``: the part that it plays, if any, and the names of its types."""
+    """The kinds of a module of type ``kind`` for rules: its part, if any, and the names of the type and its bases."""
     return [*([part] if part else []), *(base.__name__ for base in kind.__mro__)]
 
 
 def subject(node: Node) -> Subject:
-    """What the recipe sees of a classified node."""
+    """(name, kinds) of a classified node, for the recipe's patterns."""
     return place(node), kinds_of(node)
 
 
@@ -107,14 +106,14 @@ def name_places(graph: Graph) -> None:
 
 
 def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
-    """First name -> what a recipe's patterns see of each parameter: all its names, with the kinds of their layers."""
+    """First name of each parameter -> its subjects for the recipe's patterns: all its names, with its layers' kinds."""
     names: dict[int, str] = {id(parameter): name for name, parameter in root.named_parameters()}
     subjects: dict[str, list[Subject]] = {name: [] for name in names.values()}
     for path, module in root.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{name}" if path else name
             aliases = [full]
-            if derived := derived_name(full):  # ``fc.weight`` is made of it: what names that, names it
+            if derived := derived_name(full):  # ``fc.weight`` is made of it: its name matches this too
                 module = root.get_submodule(derived.rpartition(".")[0])
                 aliases.append(derived)
             subjects[names[id(parameter)]] += [parameter_subject(alias, module) for alias in aliases]
@@ -122,11 +121,11 @@ def parameter_subjects(root: nn.Module) -> dict[str, tuple[Subject, ...]]:
 
 
 def parameter_subject(name: str, module: nn.Module) -> Subject:
-    """What the recipe sees of a parameter that ``module`` holds."""
+    """(name, kinds) of a parameter of ``module``, for the recipe's patterns."""
     return name, kinds_of_type(type(module), layer_part(type(module)) or "parameter")
 
 
-# ``fc.parametrizations.weight.original0``: the layer, a dot behind its name, and the tensor derived from the parameter.
+# ``fc.parametrizations.weight.original0``: the layer, with the dot after it, and the derived tensor.
 _DERIVED = re.compile(r"((?:.+\.)?)parametrizations\.([^.]+)\.")
 
 
@@ -141,6 +140,6 @@ def originals(root: nn.Module) -> tuple[str, ...]:
 
 
 def is_derived(node: Node) -> bool:
-    """Whether ``node`` is computed by what derives a weight from parameters."""
+    """Whether ``node`` is computed inside a parametrization, to derive a weight."""
     layer = node.meta.get(LAYER)
     return layer is not None and issubclass(layer.kind, ParametrizationList)

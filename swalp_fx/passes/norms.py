@@ -1,6 +1,6 @@
-"""Which calls of modules, and which groups of functions, are one operation: norms written by hand, and what is named.
+"""Operations of several nodes: norms written by hand, and modules that the recipe calls whole.
 
-A norm divides a tensor by what it measures of it. Were its steps rounded one by one, small variances would be zero.
+A norm divides a tensor by its measured size. If its steps were rounded one by one, small variances would become zero.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["Norm", "mark_wholes"]
 
 STATISTICS = ("var", "std", "var_mean", "std_mean", "norm", "linalg_norm", "linalg_vector_norm")
 ROOTS = ("sqrt", "rsqrt", "std", "std_mean", "norm", "linalg_norm", "linalg_vector_norm")
-WRITTEN = ("normalize", "layer_norm", "rms_norm", "group_norm")  # norms already, which a module may scale and move
-PLAIN = (*CASTS, "contiguous")  # no new numbers but of another type
+WRITTEN = ("normalize", "layer_norm", "rms_norm", "group_norm")  # fused norms; a module may add a weight and a bias
+PLAIN = (*CASTS, "contiguous")  # the same numbers, perhaps in another type
 ALIKE = (*PLAIN, "unsqueeze", "expand", "expand_as", "view", "reshape", "getitem")
 ONE_INPUT = ("sqrt", "rsqrt", "reciprocal", "clamp", "clamp_min", "clip", "pow", "abs")
 BETWEEN = ("add", "sub", "mul", "div", "truediv", "maximum", "max")
@@ -27,21 +27,21 @@ IN_A_NORM = ("norm", "arithmetic", "pooling", "movement", "number")
 
 
 class Norm(nn.Module):
-    """The type of a norm that is written in functions, and is no module's: ``Rule("*", kind="Norm", ...)``."""
+    """The type of a norm that is written in functions, in no module of its own: ``Rule("*", kind="Norm", ...)``."""
 
 
 def mark_wholes(graph: Graph, origins: dict[Node, Origin]) -> None:
     """Writes ``node.meta[LAYER]`` on the nodes of each operation that is written by hand.
 
-    A module is a norm if its own code divides by what it measures (mean, variance, norm), if nothing in it is a product
-    or an activation, and if its parameters are vectors. Elsewhere a norm is a known pattern of functions.
+    A module is a norm if its own code divides by a measured mean, variance or norm, its parameters are vectors, and it
+    holds no product and no activation. Elsewhere a norm is a known pattern of functions.
 
         pow_1 = x.pow(2)                 LAYER norm
         mean = pow_1.mean(-1)            LAYER norm
         add = mean + 1e-06               LAYER norm
         rsqrt = torch.rsqrt(add)         LAYER norm
         mul = x * rsqrt                  LAYER norm
-        mul_1 = weight * mul             LAYER norm, what it gives
+        mul_1 = weight * mul             LAYER norm, its output
     """
     calls: dict[Layer, list[Node]] = {}
     for node in graph.nodes:
@@ -70,7 +70,7 @@ def _name(node: Node) -> str:
 
 
 def _part(nodes: Sequence[Node]) -> str:
-    """The part of a module that a recipe calls whole: the first that hardware would think of."""
+    """The part of a module that a recipe calls whole: compute, norm, activation, arithmetic; the first it holds."""
     parts = {category(node) for node in nodes}
     if "compute" not in parts and any(_name(node) in STATISTICS for node in nodes):
         return "norm"
@@ -82,7 +82,7 @@ def _is_norm(call: Layer, nodes: Sequence[Node]) -> bool:
     inner = set(nodes)
     given = [source for node in nodes for source in node.all_input_nodes if source not in inner]
     names = {_name(node) for node in own}
-    # What was measured in training is in buffers.
+    # In eval mode the measures are read from buffers.
     measures = names.intersection(("mean", "sum", *STATISTICS)) or any(map(_is_buffer, given))
     if not (names.intersection(WRITTEN) or (measures and any(map(_is_root, own)))):
         return False
@@ -119,7 +119,7 @@ def _is_vector(node: Node) -> bool:
 
 
 class _Pattern:
-    """A norm whose division is ``scale``, and what its weight and bias do behind that; ``nodes`` is empty for none."""
+    """The norm that divides at ``scale``, with its weight and bias. ``nodes`` is empty if there is none."""
 
     def __init__(self, scale: Node, origins: dict[Node, Origin]) -> None:
         self.origins = origins
@@ -135,7 +135,7 @@ class _Pattern:
                 return
 
     def _normalised(self, scaled: Node, size: Node) -> Node | None:
-        """The tensor that a division of ``scaled`` by ``size`` normalises."""
+        """The tensor that a division of ``scaled`` by ``size`` normalises; None if it is no norm."""
         found = self._measured(size)
         if found is None or not found[1]:
             return None
@@ -146,7 +146,7 @@ class _Pattern:
         return None
 
     def _measured(self, node: Node) -> tuple[Node, bool] | None:
-        """(the tensor whose size ``node`` is, whether a root has been taken), or None."""
+        """(the tensor that ``node`` measures, whether a root has been taken), or None."""
         name, first = _name(node), (*node.args, None)[0]
         if not isinstance(first, Node) and name not in BETWEEN:
             return None
@@ -177,7 +177,7 @@ class _Pattern:
             found |= node
         if any(LAYER in node.meta or not node.op.startswith("call") for node in found):
             return set()
-        # What others read too, as a cast of x may be, is theirs.
+        # Movement with readers outside, such as a cast of x, is not part of the norm.
         moved = [node for node in found if category(node) == "movement" and not found.issuperset(node.users)]
         return found.difference(moved)
 
@@ -196,7 +196,7 @@ class _Pattern:
             last = user
 
     def _weight(self, reader: Node, last: Node) -> set[Node] | None:
-        """What makes a weight of a parameter, as in ``1 + weight``; None if the other operand of ``reader`` is none."""
+        """The nodes from a parameter to ``reader``, as in ``1 + weight``; None if its other operand is no weight."""
         others = [each for each in reader.all_input_nodes if each is not last]
         between: set[Node] = set()
         while len(others) == 1 and not _is_parameter(others[0]):
@@ -210,14 +210,14 @@ class _Pattern:
 
 
 def _plain(node: Node) -> Node:
-    """What ``node`` is a cast of."""
+    """``node`` before its casts."""
     while _name(node) in PLAIN and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def _squared(node: Node) -> Node | None:
-    """What ``node`` is the square of."""
+    """The tensor that ``node`` is the square of; None if it is no square."""
     node = _plain(node)
     is_power = _name(node) == "pow" and node.args[1:] == (2,)
     is_product = _name(node) == "mul" and len(node.args) == 2 and node.args[0] is node.args[1]
@@ -226,7 +226,7 @@ def _squared(node: Node) -> Node | None:
 
 
 def _centred(node: Node) -> Node | None:
-    """What ``node`` is without its mean."""
+    """The tensor that ``node`` subtracts its own mean from; None if it does not."""
     if _name(node) != "sub" or len(node.args) != 2 or not all(isinstance(each, Node) for each in node.args):
         return None
     x, mean = map(_plain, node.args)  # type: ignore[arg-type]
@@ -234,7 +234,7 @@ def _centred(node: Node) -> Node | None:
 
 
 def _is_mean(node: Node, x: Node) -> bool:
-    """Whether ``node`` is a mean of ``x``; a sum by its length too."""
+    """Whether ``node`` is a mean of ``x``, perhaps as a sum divided by the length."""
     while _name(node) in (*ALIKE, "div", "truediv", "mul") and isinstance(node.args[0], Node):
         node = node.args[0]
     return _name(node) in ("mean", "sum", "var_mean", "std_mean") and _plain(node.args[0]) is x  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a node of a captured graph does: the name of its operation, what it writes, what it may be a view of."""
+"""The operation of a node: its name, its category, its writes and its views."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
     "written_parameter",
 ]
 
-# What switches a mode for all that follows it in a graph.
+# Calls that switch a mode for all later nodes of a graph.
 SWITCHES = (
     torch._C._set_grad_enabled,
     _enter_autocast,
@@ -46,7 +46,7 @@ SWITCHES = (
     _exit_inference_mode,
 )
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # a body of its own, that backward computes again
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # runs a body, and again in backward
 
 NESTED = (CHECKPOINT, nodes.recurrent)  # calls that run a graph of their own
 
@@ -57,7 +57,7 @@ _OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.higher_order", 
 
 
 def name_of(node: Node) -> str:
-    """What ``node`` calls: ``conv2d``, ``add``. Attributes count as calls: ``x.shape`` is ``shape``."""
+    """The name of the function or method: ``conv2d``, ``add``. Attributes count as calls: ``x.shape`` is ``shape``."""
     if node.op == "call_function":
         if node.target is getattr:
             return str(node.args[1])
@@ -77,18 +77,18 @@ def is_torch(function: Any) -> bool:
 
 
 def operation_of(node: Node) -> str:
-    """The name to look up in the table of operations; "" of what is no call of PyTorch's own code."""
+    """The name to look up in the table of operations; "" unless ``node`` calls PyTorch's own code."""
     is_own = node.op == "call_method" or (node.op == "call_function" and is_torch(node.target))
     return name_of(node) if is_own else ""
 
 
 def stem_of(node: Node) -> str:
-    """``operation_of``, the form in place having the other's name: ``masked_fill``, of ``masked_fill_`` too."""
+    """``operation_of`` without the mark of the in-place form: ``masked_fill`` for ``masked_fill_`` too."""
     return operation_of(node).rstrip("_")
 
 
 def category(node: Node) -> str:
-    """The part that the table has for ``node``, whatever is around it; "" of what is no call."""
+    """The part of ``node`` in the table, without regard to its surroundings; "" if it is no call."""
     if not node.op.startswith("call"):
         return ""
     if node.target is nodes.recurrent:
@@ -99,7 +99,7 @@ def category(node: Node) -> str:
 
 
 def operands_of(call: Node) -> list[Argument]:
-    """What a call gives the graph that it runs, behind the key."""
+    """The operands that a call hands to the graph that it runs, without the key."""
     if call.target is nodes.recurrent:
         _, _, x, states, weights = call.args
         return [x, *states, *weights]  # type: ignore[misc]
@@ -123,7 +123,7 @@ def writes_in_place(node: Node) -> bool:
 
 @cache
 def place_of_inplace(function: Callable[..., Any]) -> int | None:
-    """Where ``function`` takes ``inplace`` among its arguments, as ``relu`` of torch.nn.functional does."""
+    """The position of ``function``'s argument ``inplace``, as in ``torch.nn.functional.relu``; None if it has none."""
     try:
         parameters = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # not written in Python
@@ -132,12 +132,12 @@ def place_of_inplace(function: Callable[..., Any]) -> int | None:
 
 
 def writes(node: Node) -> bool:
-    """Whether ``node`` writes into its first argument, whatever it returns: ``x[i] = y`` and ``x += y`` too."""
+    """Whether ``node`` writes into its first argument; ``x[i] = y`` and ``x += y`` do too."""
     return writes_in_place(node) or "writes" in does(operation_of(node))
 
 
 def written(node: Node) -> Argument:
-    """What ``node``, which writes, writes into, or into an item of."""
+    """The tensor or tuple that ``node`` writes into, directly or into an item. ``node`` must write."""
     target: Argument = node.args[0] if node.args else node.all_input_nodes[0]
     while isinstance(target, Node) and name_of(target) == "getitem":
         target = target.args[0]
@@ -145,7 +145,7 @@ def written(node: Node) -> Argument:
 
 
 def read_after_writes(graph: Graph) -> None:
-    """After ``y = x.add_(1)``, reads of x become reads of y: the same tensor, and what is done to y reaches them."""
+    """After ``y = x.add_(1)``, turns reads of x into reads of y: the same tensor, and a rounding of y reaches them."""
     for node in graph.nodes:
         if not writes(node) or name_of(node) == "setitem":
             continue
@@ -157,7 +157,7 @@ def read_after_writes(graph: Graph) -> None:
 
 
 def written_parameter(node: Node, parameters: dict[Node, str]) -> str | None:
-    """The name of the parameter that ``node`` writes into, or into a part of."""
+    """The name of the parameter that ``node`` writes into, wholly or partly; None if it writes into none."""
     written = node.args[0] if writes(node) and node.args else _renormalised(node)
     while isinstance(written, Node) and is_view(written) and written.args:
         written = written.args[0]
@@ -165,7 +165,7 @@ def written_parameter(node: Node, parameters: dict[Node, str]) -> str | None:
 
 
 def _renormalised(node: Node) -> Argument:
-    """The weight of a functional embedding whose max_norm makes it write into that."""
+    """The weight of a functional embedding with max_norm, which writes into it; None for other nodes."""
     if name_of(node) not in ("embedding", "embedding_bag"):
         return None
     names = ("input", "weight", "offsets or padding_idx", "max_norm")

@@ -1,4 +1,4 @@
-"""What the numbers of each node are made of: of constants alone, of what the model is given, or of parameters."""
+"""The origin of each node's numbers: constants alone, floating inputs, or parameters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .tables import does
 
 __all__ = ["ORIGIN", "origins"]
 
-ORIGIN = "swalp_fx.origin"  # of what the graph of a checkpoint is given: an Origin
+ORIGIN = "swalp_fx.origin"  # of an input of a body: its Origin
 
 
 def origins(graph: Graph) -> dict[Node, Origin]:
-    """The origin of each node's output, after all that is written into it.
+    """The origin of each node's output, after all writes into it.
 
     inv_freq = placeholder                  CONSTANT   a buffer
     x = placeholder                         GIVEN      floating
@@ -29,7 +29,7 @@ def origins(graph: Graph) -> dict[Node, Origin]:
     found: dict[Node, Origin] = {}
     for node in graph.nodes:
         found[node] = _origin(node, found)
-        if writes(node):  # what is read of it later is made of this too
+        if writes(node):  # later reads of the target read this too
             target = written(node)
             if isinstance(target, Node) and target.meta.get(HOLDS) != "state":
                 found[target] = max(found[target], found[node])

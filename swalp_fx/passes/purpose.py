@@ -1,7 +1,7 @@
-"""What tensors are for: scales and masks on the way to a softmax, angles, and constants that movement mixes in.
+"""The purpose of tensors: scales and masks on the way to a softmax, angles, and constants that movement mixes in.
 
-Of attention, the products and the softmax are rounded; what lies between them is moved. Were a mask rounded, its -inf
-or -1e9 would be the maximum of a block, and leave nothing of the scores.
+In attention the products and the softmax are rounded; the nodes between them are not. If a mask were rounded, its -inf
+or -1e9 would be the maximum of a block, and the scores would become zero.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ __all__ = [
 ]
 
 SOFTMAX = ("softmax", "_safe_softmax", "log_softmax", "logsumexp", "cross_entropy")
-MAXIMA = ("max", "amax", "argmax", "topk")  # behind these, too, nothing is left of what masked numbers are filled with
+MAXIMA = ("max", "amax", "argmax", "topk")  # these drop the fill of masked numbers too
 SUMS = ("add", "iadd", "sub", "isub")
 PRODUCTS = ("mul", "imul", "multiply")
 QUOTIENTS = ("div", "truediv", "itruediv", "true_divide")
 WAVES = ("sin", "cos")
 FILLS = ("masked_fill", "index_fill", "where", "pad", "cat", "concat", "concatenate", "stack")
-ATTENTION, ATTN_MASK = "scaled_dot_product_attention", 3  # and where it takes the mask
+ATTENTION, ATTN_MASK = "scaled_dot_product_attention", 3  # its name, and the position of its mask
 
 
 class Attention(nn.Module):
-    """The type of attention's outputs. Each has one of its own, by its name: ``Rule("*", kind="attn_scores", ...)``."""
+    """The base of the types of attention's outputs, one for each name: ``Rule("*", kind="attn_scores", ...)``."""
 
 
 class Purposes:
-    """Of the nodes of ``graph``: which lead to a softmax alone, which are masks, angles, or mix in a constant."""
+    """The nodes of ``graph`` that lead to a softmax alone, are masks or angles, or mix in a constant."""
 
     def __init__(self, graph: Graph, origins: dict[Node, Origin]) -> None:
         self.origins = origins
@@ -57,11 +57,11 @@ class Purposes:
                 self.leads.add(node)
             if self._turns(node) and self._serves(node, lambda _, user: stem_of(user) in WAVES or user in self.angles):
                 self.angles.add(node)
-        self.carriers: set[Node] = set()  # what a mask is in
+        self.carriers: set[Node] = set()  # nodes with a mask in their numbers
         self.moved: set[Node] = set()  # sums with a mask and products with a scale
         for node in graph.nodes:
             self._mask(node)
-        self.masks: set[Node] = set()  # what is made to be a mask
+        self.masks: set[Node] = set()  # nodes that serve as masks alone
         for node in reversed(graph.nodes):
             if self.origins[node] is not Origin.MODEL and self._serves(node, self._takes_as_mask):
                 self.masks.add(node)
@@ -77,12 +77,12 @@ class Purposes:
         return "mixes" if self._mixes(node) else ""
 
     def _serves(self, node: Node, serves: Callable[[Node, Node], bool]) -> bool:
-        """Whether all who read ``node``'s numbers do."""
+        """Whether ``node`` has readers of its numbers, and ``serves`` is true of each."""
         readers = readers_of(node)
         return bool(readers) and all(serves(node, user) for user in readers)
 
     def _leads(self, node: Node) -> bool:
-        """Whether a softmax reads ``node``; its maximum may be read besides, to be taken off before."""
+        """Whether ``node`` leads to a softmax alone. A maximum may read it too: a softmax by hand subtracts it."""
         readers = [user for user in readers_of(node) if stem_of(user) not in MAXIMA]
         return bool(readers) and all(user in self.leads or is_softmax(user, node) for user in readers)
 
@@ -121,7 +121,7 @@ class Purposes:
     def _takes_as_mask(self, node: Node, user: Node) -> bool:
         if stem_of(user) == ATTENTION:
             return _is_attention_mask(node, user)
-        if LAYER in user.meta and issubclass(user.meta[LAYER].kind, Attention):  # sees what it takes out
+        if LAYER in user.meta and issubclass(user.meta[LAYER].kind, Attention):  # written-out attention
             return self.origins[user] is not Origin.MODEL
         return user in self.masks or (user in self.moved and self.origins[user] is Origin.MODEL)
 
@@ -136,7 +136,7 @@ class Purposes:
         return any(not _is_on_every_grid(constant_of(fill)) for fill in self._fills(node))
 
     def _fills(self, node: Node) -> list[Any]:
-        """The constants that ``node`` mixes in."""
+        """The constants that ``node`` mixes into its output."""
         name, args, kwargs = stem_of(node), node.args, node.kwargs
         if name in ("masked_fill", "index_fill"):
             given = [kwargs.get("value", args[-1] if args else None)]
@@ -156,18 +156,21 @@ class Purposes:
 
 
 def readers_of(node: Node) -> list[Node]:
-    """Who reads ``node``'s numbers; the model may return it besides."""
+    """The readers of ``node``'s numbers, without the output node and readers of sizes."""
     return [user for user in node.users if user.op != "output" and category(user) != "number"]
 
 
 def _is_empty(fill: Any) -> bool:
-    """Whether it has no number: a cache before the first token."""
+    """Whether it holds no number, as a cache before the first token."""
     value = fill.meta.get("example_value") if isinstance(fill, Node) else None
     return isinstance(value, Tensor) and 0 in value.shape
 
 
 def is_softmax(user: Node, node: Node) -> bool:
-    """Whether ``user`` is a softmax of ``node``, by hand too, as a sum of what exp gives; or takes it as its mask."""
+    """Whether ``user`` is a softmax of ``node``, or fused attention with ``node`` as its mask.
+
+    A softmax by hand is an exp with a sum behind it.
+    """
     if stem_of(user) == ATTENTION:
         return _is_attention_mask(node, user)
     by_hand = stem_of(user) == "exp" and any(stem_of(each) == "sum" for each in user.users)
@@ -175,12 +178,12 @@ def is_softmax(user: Node, node: Node) -> bool:
 
 
 def _beside(node: Node) -> tuple[Any, ...]:
-    """What may be a mask or a scale of the operands of a sum, a product or a quotient."""
+    """The operands of a sum, a product or a quotient that may be a mask or a scale."""
     return node.args[1:2] if stem_of(node) in QUOTIENTS else node.args[:2]
 
 
 def _adds_up(node: Node) -> bool:
-    """Whether what else is movement makes new numbers here: sums where places meet, dropout that keeps a variance."""
+    """Whether ``node``, by its name movement, makes new numbers: sums of overlapping places, or alpha dropout."""
     name, values = stem_of(node), [*node.args, *node.kwargs.values()]
     if name == "fold":
         names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
@@ -201,7 +204,7 @@ def _is_attention_mask(node: Node, user: Node) -> bool:
 
 
 def _is_a_number_a_row(value: Any, reader: Node) -> bool:
-    """Whether one number multiplies all that a softmax along the last axis sees of ``reader``."""
+    """Whether ``value`` has one number for each row of ``reader`` along the last axis."""
     given, made = (each.meta.get("example_value") if isinstance(each, Node) else None for each in (value, reader))
     if not isinstance(given, Tensor) or not isinstance(made, Tensor):
         return False
@@ -209,7 +212,7 @@ def _is_a_number_a_row(value: Any, reader: Node) -> bool:
 
 
 def _is_cast_of_integers(node: Node) -> bool:
-    """Whether ``node`` makes numbers of integers; zeros and ones, of truth values, are in every format."""
+    """Whether ``node`` casts integers. Truth values do not count: zero and one are in every format."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     value = source.meta.get("example_value") if source is not None else None
     is_of_integers = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype not in _EXACT
@@ -238,6 +241,6 @@ def constant_of(fill: Any) -> Any:
 
 
 def _is_on_every_grid(value: Any) -> bool:
-    """Zero; and what stands for no number: infinities, and the least and the greatest number of a type."""
+    """Whether ``value`` is zero or stands for no number: an infinity, NaN, or the extreme numbers of a type."""
     extremes = [torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
     return value is not None and (value == 0 or not math.isfinite(value) or abs(value) in extremes)

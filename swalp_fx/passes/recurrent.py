@@ -1,4 +1,4 @@
-"""Recurrent layers, written out as one would by hand: the step of each kind of cell, and the loops that run it."""
+"""Recurrent layers, written out: the step of each kind of cell, and the loops that run it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["expand_recurrent", "inside_module", "inside_recurrent", "prepare_ste
 
 
 class Weights(NamedTuple):
-    """Of one layer in one direction; ``hr`` projects the hidden state."""
+    """The weights of one layer in one direction; ``hr`` projects the hidden state."""
 
     ih: Any
     hh: Any
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 
 class Step:
-    """``step(name, function, *args)`` is one operation of a step, whose output is a place of that name."""
+    """``step(name, function, *args)`` is one operation of a step. Its output is a place of that name."""
 
     def __init__(self, write: Callable[..., Any], weights: Weights) -> None:
         self._write, self._weights = write, weights
@@ -47,13 +47,13 @@ class Step:
         return self._write(name, function, *args)
 
     def products(self, x: Any, h: Any) -> tuple[Any, Any]:
-        """What the weights make of the input, and of the hidden state."""
+        """(input product, hidden product): the input and the hidden state times their weights, with biases."""
         weights = self._weights
         of_input = self("input_product", F.linear, x, weights.ih, weights.bias_ih)
         return of_input, self("hidden_product", F.linear, h, weights.hh, weights.bias_hh)
 
     def parts(self, x: Any, number: int) -> list[Any]:
-        """``x`` in that many parts along its last axis."""
+        """``x`` in ``number`` parts along its last axis."""
         whole = self("", torch.chunk, x, number, -1)
         return [self("", operator.getitem, whole, i) for i in range(number)]
 
@@ -87,8 +87,8 @@ def _rnn(activation: Callable[..., Any], step: Step, x: Any, h: Any) -> tuple[An
 
 class Kind(NamedTuple):
     """layer, cell: the types of modules that call it.
-    states: the names of what a step hands on to the next one, the output first.
-    step: of (Step, x, *states), gives the next states.
+    states: the names of the states that a step hands to the next one, the output first.
+    step: (Step, x, *states) -> the next states.
     """
 
     layer: type
@@ -103,7 +103,7 @@ KINDS = {
     "rnn_tanh": Kind(nn.RNN, nn.RNNCell, ("h",), functools.partial(_rnn, torch.tanh)),
     "rnn_relu": Kind(nn.RNN, nn.RNNCell, ("h",), functools.partial(_rnn, torch.relu)),
 }
-CELL = "_cell"  # behind the name of a kind: the function of a cell
+CELL = "_cell"  # after the name of a kind: the function of a cell
 OF_LAYER = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 OF_CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
 
@@ -124,8 +124,8 @@ def expand_recurrent(graph: Graph, recipe: Recipe, bodies: MutableMapping[str, A
         recurrent = recurrent(rnn_l0, None, x, (h_0, c_0), (weight_ih, weight_hh, bias_ih, bias_hh))
         y = recurrent[0]
 
-    Each layer has a loop for each direction; between layers stand the concatenation of directions, and dropout. A cell
-    is a step without a loop: its operations stand in ``graph``.
+    Each layer has a loop for each direction. Between layers the directions are concatenated, and dropout is applied. A
+    cell is a step without a loop: its operations stand in ``graph``.
     """
     for node in list(graph.nodes):
         if (call := _call(node)) is not None and call.is_rounded_inside(recipe):
@@ -135,13 +135,13 @@ def expand_recurrent(graph: Graph, recipe: Recipe, bodies: MutableMapping[str, A
 
 
 def inside_recurrent(node: Node) -> Iterator[Subject]:
-    """What a recipe sees inside of a recurrent layer or cell."""
+    """The subjects of the places inside ``node``, if it calls a recurrent layer or cell."""
     if (call := _call(node)) is not None:
         yield from call.subjects()
 
 
 def inside_module(path: str, module: nn.Module) -> Iterator[Subject]:
-    """The same of the module at ``path``, where that is recurrent."""
+    """The subjects of the places inside the module at ``path``, if it is recurrent."""
     if isinstance(module, nn.RNNBase):
         weights = Weights(None, None, hr=module.proj_size or None)
         names = runs(module.num_layers, module.bidirectional)
@@ -156,7 +156,7 @@ def _is_of_cell(module: nn.RNNCellBase, name: str, kind: Kind) -> bool:
 
 
 def _subjects(kind: Kind, type: type, path: str, steps: Iterable[tuple[str, Weights]]) -> Iterator[Subject]:
-    """What a recipe sees of the places in steps, by their names and weights."""
+    """The subjects of the places in ``steps``, given as (name, weights)."""
     for name, weights in steps:
         found: list[Subject] = []
 
@@ -177,7 +177,7 @@ def _call(node: Node) -> _Call | None:
 
 
 def prepare_step(loop: Node, body: Graph) -> None:
-    """Notes on the graph of a step what it reads, and what of it leaves the model."""
+    """Notes on the graph of a step the origin of its states, and the outputs that do not leave the model (KEPT)."""
     first: Any = loop.args[3]
     output: Any = body.output_node().args[0]
     _, given = output
@@ -185,7 +185,7 @@ def prepare_step(loop: Node, body: Graph) -> None:
     states = rest[: len(first)]
     for each in (x, *states):
         each.meta[ARGUMENT] = each.name
-    for each in states:  # whatever they begin with
+    for each in states:  # of the model from the second step on, whatever the first states are
         each.meta |= {HOLDS: "operand", ORIGIN: Origin.MODEL}
     leaving = {item.args[1] for item in loop.users if item.meta[PART] == "exit"}
     for i, each in enumerate(given):
@@ -203,26 +203,26 @@ class _Call:
         self.type = self.layer.kind if self.layer is not None else (*calls, type)[0]
 
     def is_rounded_inside(self, recipe: Recipe) -> bool:
-        """Whether ``recipe`` rounds anything inside; it does not if it calls the layer, or what is around it, whole."""
+        """Whether ``recipe`` rounds a place inside. It does not if it calls the layer, or a module around it, whole."""
         is_whole = self.layer is not None and recipe.is_whole(self.path)
         return not is_whole and any(rounds(recipe, *subject) for subject in self.subjects())
 
     def runs(self) -> Iterator[tuple[str, Weights]]:
-        """(name, weights) of each step that it runs; "" of a cell's."""
+        """(name, weights) of each step that it runs; a cell's step is named ""."""
         raise NotImplementedError
 
     def write_out(self, bodies: MutableMapping[str, Any]) -> None:
         raise NotImplementedError
 
     def subjects(self) -> Iterator[Subject]:
-        """All places inside."""
+        """The subjects of all places inside."""
         return _subjects(self.kind, self.type, self.path, self.runs())
 
     def _name(self, *names: str) -> str:
         return ".".join(filter(None, (self.path, *names)))
 
     def _step(self, write: Writer, name: str, weights: Weights, x: Node, states: list[Node]) -> tuple[Node, ...]:
-        """The nodes of a step; what it gives."""
+        """Writes the nodes of a step; returns its next states."""
 
         def written(place: str, function: Callable[..., Any], *args: Any) -> Node:
             full = self._name(name, place)
@@ -232,13 +232,13 @@ class _Call:
         return self.kind.step(Step(written, weights), x, *states)
 
     def _cast(self, write: Writer, *given: Node) -> list[Node]:
-        """What autocast makes of the operands of the call: they have the type of what it gives."""
+        """The operands of the call, cast to the dtype of its output, as autocast does."""
         value = self.node.meta[VALUE]
         dtype = (value if isinstance(value, Tensor) else value[0]).dtype
         return [each if value_of(each).dtype == dtype else write("to", each, dtype) for each in given]
 
     def _replace(self, *results: Node) -> None:
-        """What the call gave is ``results``, and what else is in its layer is movement around it."""
+        """Replaces the outputs of the call by ``results``. Its layer's other nodes, mere movement, leave the layer."""
         for node in self.node.graph.nodes if self.layer is not None else ():
             if node.meta.get(LAYER) == self.layer:
                 del node.meta[LAYER]
@@ -311,7 +311,7 @@ class _LayerCall(_Call):
         first: list[Node],
         bodies: MutableMapping[str, Any],
     ) -> list[Node]:
-        """The output of a layer in one direction, and its last states."""
+        """Writes the loop of a layer in one direction; returns the output and the last states."""
         axis = 1 if self.given.get("batch_first") else 0
         body, given = self._body(name, weights, x, axis, first)
         attribute = unique(self._name(name).replace(".", "_"), bodies)
@@ -334,7 +334,7 @@ class _LayerCall(_Call):
         return [write(operator.getitem, loop, i) for i in range(1 + len(given))]
 
     def _body(self, name: str, weights: Weights, x: Node, axis: int, first: list[Node]) -> tuple[Graph, list[Node]]:
-        """The graph of a step, and what that gives."""
+        """The graph of a step, and the nodes of its next states."""
         body = Graph()
 
         def placeholder(name: str, value: Tensor) -> Node:
@@ -350,7 +350,7 @@ class _LayerCall(_Call):
         output = body.output(None)
         write = Writer(self.node, output)
         following = self._step(write, name, own, now, states)
-        # What is given out may be read as it is, where the model only returns it; the next step reads it rounded.
+        # An output that the model only returns is read unrounded; the next step reads it rounded: so each has a node.
         given = [write("contiguous", each) for each in (following[0], *following)]
         for each in following:
             each.meta[CARRIED] = True
@@ -367,7 +367,7 @@ def _erase_unread(node: Node) -> None:
 
 
 def runs(layers: int, bidirectional: bool) -> list[str]:
-    """``l0``, ``l0_reverse``, ``l1``, ...: the names of a layer's loops, as its parameters have them."""
+    """``l0``, ``l0_reverse``, ``l1``, ...: the names of a layer's loops, as in its parameters' names."""
     return [f"l{i}{direction}" for i in range(layers) for direction in ("", "_reverse")[: 1 + bidirectional]]
 
 

@@ -1,4 +1,4 @@
-"""Which numbers may be rounded in the memory they already lie in."""
+"""Buffer reuse: numbers that may be rounded in the memory that they lie in."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def reuse(graph: Graph) -> Graph:
     """Marks the quantize_output nodes of ``graph`` that need no memory of their own; returns ``graph``.
 
     An output is rounded in place if its producer makes it in memory that autograd does not keep, and the quantize node
-    is its only reader; the error signal if the one layer that reads the node makes it in memory of its own. What a
-    fresh tensor costs beside the arithmetic is its page faults. Hooks are nodes of the graph, or have ended it.
+    is its only reader. An error signal is rounded in place if one layer alone reads the node, and makes the gradient in
+    memory of its own. A fresh tensor costs page faults. No hook is missed: each is a node, or has ended the graph.
 
     Before:
 
@@ -43,7 +43,7 @@ def reuse(graph: Graph) -> Graph:
 
 
 def _owns_output(node: Node) -> bool:
-    """Whether nothing but its one reader will see the memory of ``node``'s output again."""
+    """Whether only the one reader of ``node`` will see the memory of its output again."""
     if len(node.users) != 1:
         return False
     does = facts(node).does
@@ -68,7 +68,7 @@ def _owns_error(node: Node) -> bool:
 
 
 def sole_reader(node: Node) -> Node | None:
-    """The one node that reads ``node``, if it does so as its first input."""
+    """The only reader of ``node``, if it reads it as its first input; else None."""
     if len(node.users) != 1:
         return None
     (reader,) = node.users

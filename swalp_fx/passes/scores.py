@@ -1,4 +1,4 @@
-"""The scores of attention in one form: a scaled product, and nothing in it that a mask takes out."""
+"""The scores of attention in one form: a scaled product, with zeros for masked scores."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .write import Writer, value_of
 __all__ = ["Scores", "gives_scores", "kind_of", "replace"]
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-NONE_LEFT = -1e4  # what a softmax is given of a number this far below the rest of its row: nothing
+NONE_LEFT = -1e4  # a number this far below the rest of its row has a softmax of zero
 LOWEST = torch.finfo(torch.float32).min
-# What gives a number for each that it reads, at its place; and what gives them in the same order, in another shape.
+# Operations that keep each number's place; and those that keep the order of numbers, in another shape.
 KEEPS = {*SUMS, *SCALES, *QUOTIENTS, *CASTS, "masked_fill", "where", "contiguous", "clone", "dropout"}
 RESHAPES = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 
@@ -44,9 +44,9 @@ def replace(old: Node, new: Node) -> None:
 class _Laid(NamedTuple):
     """A mask on scores."""
 
-    where: Node | None  # it fills; None of one that is added
-    value: Any  # what it fills with, or adds
-    factor: float  # what the softmax is given times, of that
+    where: Node | None  # true where it fills; None if it is added
+    value: Any  # the fill, or the addend
+    factor: float  # of later scales, up to the softmax
     inverted: bool = False  # whether it fills where ``where`` is false
 
 
@@ -61,7 +61,7 @@ def gives_scores(node: Node, purposes: Purposes) -> bool:
 
 
 class Scores:
-    """The product of queries and keys, and what stands between it and the softmax."""
+    """The product of queries and keys, and the nodes from it to the softmax."""
 
     def __init__(self, product: Node, purposes: Purposes) -> None:
         self.product, self.purposes = product, purposes
@@ -73,7 +73,10 @@ class Scores:
         self._mask()
 
     def _split(self) -> bool:
-        """``baddbmm(mask, query, key, beta=1, alpha=scale)`` is a product, a scale and a mask, which beta scales."""
+        """Splits ``baddbmm(mask, query, key, beta=1, alpha=scale)`` into a product, a scale and a mask times beta.
+
+        Returns whether it did.
+        """
         old = self.product
         given: dict[str, Any] = dict(zip(("input", "batch1", "batch2"), old.args, strict=False)) | old.kwargs
         mask, alpha, beta = given["input"], given.get("alpha", 1), given.get("beta", 1)
@@ -90,10 +93,10 @@ class Scores:
         return True
 
     def _scale(self) -> None:
-        """All scales that are numbers, before the product and right behind it, are two.
+        """Merges all scales that are numbers, before the product and right behind it, into two.
 
-        A power of two is on the query, where it is exact; what is left, 1 to 2, is behind the product. So half types
-        hold the scores, as they do in PyTorch's fused product.
+        A power of two goes to the query, where it is exact; the rest, 1 to 2, goes behind the product. So half types
+        hold the scores, as in PyTorch's fused product.
         """
         before = [each for operand in self.product.args if (each := _scaled(operand, self.product)) is not None]
         behind = [self.product]
@@ -123,14 +126,14 @@ class Scores:
             each.graph.erase_node(each)
 
     def _mask(self) -> None:
-        """What masks take out of the scores is zero before they are rounded, and all that is read of them then."""
+        """Sets masked scores to zero before the scores are rounded, for all readers of the rounded scores."""
         chain = [self.product]
         while (reader := _only_reader(chain[-1])) is not None and reader in self.purposes.leads:
             chain.append(reader)
-        steps = list(itertools.pairwise(chain))  # (what is read, who reads it)
+        steps = list(itertools.pairwise(chain))  # (node, its reader)
         ordered = len(list(itertools.takewhile(lambda step: self._keeps_order(*step), steps)))
         masks: dict[Node, _Laid] = {}
-        factor = 1.0  # of what stands behind
+        factor = 1.0  # of the scales behind
         for i, (scores, node) in reversed(list(enumerate(steps))):
             if i < ordered and (found := self._laid_on(node, scores, factor)) is not None:
                 masks[node] = found
@@ -139,7 +142,7 @@ class Scores:
             return
         last = next(iter(masks))
         alike = self._in_each_shape(steps[: chain.index(last)])
-        for node in chain[1 : chain.index(last)]:  # go behind what makes the masks, which may be of their size
+        for node in chain[1 : chain.index(last)]:  # go behind the nodes that make masks, perhaps of their size
             for user in [user for user in node.users if _reads_sizes(user)]:
                 user.replace_input_with(node, alike[node])
             last.prepend(node)
@@ -149,7 +152,7 @@ class Scores:
         first.replace_input_with(self.product, write(torch.masked_fill, self.product, taken, 0.0))
 
     def _layer(self) -> Layer:
-        """What the product is a part of."""
+        """The Layer of the product; a new one if it has none."""
         if (layer := self.product.meta.get(LAYER)) is None:
             name = name_of(self.product)
             layer = Layer(f"{name} {self.product.name}", base_name(self.product), kind_of(name), "compute")
@@ -157,14 +160,17 @@ class Scores:
         return layer
 
     def _keeps_order(self, scores: Node, node: Node) -> bool:
-        """Whether ``node`` has the numbers of ``scores`` in their order; a mask that is made like it has its type."""
+        """Whether ``node`` has the numbers of ``scores`` in their order, in the same mode.
+
+        If a reader takes ``node``'s size and type, as to make a mask, its dtype must be the product's.
+        """
         given, made = value_of(scores), value_of(node)
         is_of_type = made.dtype == value_of(self.product).dtype or not any(map(_reads_sizes, node.users))
         is_placed = stem_of(node) in RESHAPES or (stem_of(node) in KEEPS and made.shape == given.shape)
         return is_placed and is_of_type and _in_one_mode(self.product, node)
 
     def _in_each_shape(self, steps: list[tuple[Node, Node]]) -> dict[Node, Node]:
-        """For each of the scores in ``steps`` the product, in their shape: for sizes to be read of."""
+        """For each node of ``steps`` the product in its shape, so that sizes can be read from that."""
         alike, layer = {self.product: self.product}, self._layer()
         for scores, node in steps:
             alike[node] = alike[scores]
@@ -174,9 +180,9 @@ class Scores:
         return alike
 
     def _laid_on(self, node: Node, scores: Node, factor: float) -> _Laid | None:
-        """The mask that ``node`` lays on ``scores``, if it is one that takes them out.
+        """The mask that ``node`` lays on ``scores``; None if it removes none.
 
-        factor: what the softmax is given times, of what ``node`` makes.
+        factor: of the scales between ``node`` and the softmax.
         """
         name, found = stem_of(node), None
         if name in SUMS and node in self.purposes.moved and not node.kwargs and factor > 0:
@@ -198,17 +204,17 @@ class Scores:
         return found if _expands(value, value_of(scores)) else None
 
     def _taken(self, masks: list[tuple[Node, _Laid]], last: Node, write: Writer) -> Node:
-        """True where the softmax is given nothing of the scores, once ``masks`` are laid on them.
+        """True where ``masks`` remove a score before the softmax.
 
-        masks: each with the product in the shape of what it is laid on.
-        last: what the softmax is given.
+        masks: each with the product, in the shape of the scores that it is laid on.
+        last: the input of the softmax.
 
-        That is where a mask fills; and where what is added is so far below the rest of its row that nothing is left of
-        it, or so low that the sum has no place left for a score. A row that is all masked, by -10,000, has the softmax
-        of its scores.
+        A mask removes a score where it fills. An added mask removes it where the addend is far below the largest of its
+        row, and so low that the sum loses the score's digits. So a row that is all masked by -10,000 still has the
+        softmax of its scores.
         """
         taken: Node | None = None
-        total: Node | None = None  # of what is added
+        total: Node | None = None  # the sum of addends
         is_added = any(each.where is None for _, each in masks)
         for alike, (where, value, factor, inverted) in masks:
             mask = value if where is None else write(torch.logical_not, where) if inverted else where
@@ -229,7 +235,7 @@ class Scores:
 
 
 def _axis_of_softmax(last: Node, rank: int) -> int:
-    """Along which axis a softmax reads ``last``, from behind; the last one, where a mask of ``rank`` has not that."""
+    """The axis of the softmax that reads ``last``, as a negative number; -1 if a mask of ``rank`` lacks that axis."""
     reader = next((user for user in last.users if is_softmax(user, last)), None)
     axis: Any = reader.kwargs.get("dim", (*reader.args, -1)[1]) if reader is not None else -1
     axis = axis - value_of(last).dim() if isinstance(axis, int) and axis >= 0 else axis
@@ -248,20 +254,20 @@ def _is_low(fill: Any) -> bool:
 
 
 def _only_reader(node: Node) -> Node | None:
-    """Who alone reads the numbers of ``node``."""
+    """The only reader of ``node``'s numbers; None if there are several or none."""
     readers = [user for user in node.users if not _reads_sizes(user)]
     return readers[0] if len(readers) == 1 else None
 
 
 def _reads_sizes(user: Node) -> bool:
-    """Whether ``user`` reads the size and the type of what it is given, and no number."""
+    """Whether ``user`` reads only the sizes and the types of its inputs."""
     return category(user) == "number" and "reads" not in does(operation_of(user))
 
 
 def _power_of_two(scale: float) -> float:
-    """The largest power of two that is no more than ``scale``, of a scale that half types hold; else 1."""
+    """The largest power of two not above the size of ``scale``, if half types hold that; else 1."""
     size = abs(scale)
-    # What is a power of two but for a double's last places is one.
+    # A scale counts as a power of two if it is one up to a double's last places.
     return 2.0 ** math.floor(math.log2(size) + 1e-12) if 2.0**-14 <= size < 2.0**14 else 1.0
 
 
@@ -277,7 +283,7 @@ def _factor(node: Node) -> float | None:
 
 
 def _factor_of_reader(node: Node, scores: Node) -> float:
-    """What ``node`` multiplies ``scores`` by on the way to the softmax; NaN if that is not known."""
+    """The factor by which ``node`` multiplies ``scores``; NaN if it is not known."""
     name = stem_of(node)
     if name in (*SCALES, *QUOTIENTS):
         factor = _factor(node)
@@ -287,7 +293,7 @@ def _factor_of_reader(node: Node, scores: Node) -> float:
 
 
 def _scaled(operand: Any, product: Node) -> Node | None:
-    """What makes ``operand`` a number times another tensor, views in between, if ``product`` alone reads it."""
+    """The node that scales ``operand`` by a number, perhaps before views; None if others than ``product`` read it."""
     reader = product
     while isinstance(operand, Node) and _only_reader(operand) is reader and operand.op.startswith("call"):
         if _factor(operand) is not None:
@@ -306,7 +312,7 @@ def _in_one_mode(first: Node, second: Node) -> bool:
 
 def _mode(node: Node) -> tuple[Any, set[Any]]:
     sets, enters, exits, *inference = (node.graph.find_nodes(op="call_function", target=each) for each in SWITCHES)
-    before = [each for each in sets if each < node] or sets  # the last of all gives back what was at the start
+    before = [each for each in sets if each < node] or sets  # the last of all restores the mode of the start
     opened = {each for each in (*enters, *inference[0]) if each < node}
     closed = {each.args[0] for each in (*exits, *inference[1]) if each < node}
     return before[-1].args if before else None, opened - closed

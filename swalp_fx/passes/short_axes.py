@@ -1,4 +1,4 @@
-"""Runs longer than the axis that they lie along: more scales than a format's bits say, and little that is rounded."""
+"""Runs longer than their axis: they have more scales than a format's bits say, and few numbers share one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROOM = 120  # columns that names take in a warning
 
 
 def warn_of_short_axes(model: nn.Module, recipe: Recipe) -> None:
-    """Warns of parameters with fewer numbers along an axis than a run has, where other blocks would take fewer bits.
+    """Warns of parameters with an axis shorter than a run, if other blocks would take fewer bits.
 
-    A sentence for each format and remedy, with the names and the bits that they really take.
+    One sentence for each format and remedy names the parameters and the bits that they really take.
     """
     parameters = dict(model.named_parameters())
     subjects = parameter_subjects(model)
@@ -45,8 +45,10 @@ def warn_of_short_axes(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _remedy(format: Format, shape: Sequence[int], axis: int) -> Block | None:
-    """The block that takes fewer bits: runs along the contraction axis, or else rows; None if no axis is too short, or
-    neither takes fewer."""
+    """The block with fewer bits: runs along the contraction axis, or else rows.
+
+    None if no axis is too short, or neither block takes fewer bits.
+    """
     block = format.of_tensor(len(shape), axis).block
     if not isinstance(block, Runs) or not any(0 < shape[d] < size for d, size in block.runs):
         return None

@@ -1,4 +1,4 @@
-"""What is known of each operation. The table is the whole rule: read it to know what is quantized."""
+"""The table of operations: the part of each, and its effects. It is the whole rule of which outputs are quantized."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ __all__ = [
 class Operation:
     """One row of the table.
 
-    part: what it is; see TABLE.
+    part: its category; see TABLE.
     does:
-        own     its output is in memory of its own, which its derivative does not need
+        own     its output is in memory of its own, and its derivative does not need that
         regrad  its derivative makes the gradient of its first input in memory of its own
-        masks   leaves numbers of its first input as they are, or makes zeros of them; backwards, of the gradient
+        masks   keeps each number of its first input or makes it zero; backward it does so with the gradient
         selects passes on numbers of its input, each within its index of the first dimension, in the same dtype
         adds    writes a sum into its first input, keeps nothing of it, and returns it
         writes  writes into its first input, though its name does not end with ``_``
         views   may give the memory of its first input
-        reads   a number that is made of the values it reads, and not of sizes alone
+        reads   gives a number made of the values of its inputs, not of sizes alone
     """
 
     part: str
     does: frozenset[str] = frozenset()
 
 
-# One operation, one row; those with the same facts stand together, as part | what it does | names.
-# A name is a function's, a method's, or the type of a layer, whose subclasses play its part. A form in place that has
-# no row (``gelu_``) plays the part of the other form, and does nothing that its row says.
+# Each line: part | does | names. Operations with the same facts share a line.
+# A name is of a function, a method or a type of layer; a subclass of the type has its part. An in-place form without a
+# row (``gelu_``) has the part of the other form, and none of its effects.
 TABLE = """
 # Sums of products: what hardware spends its multipliers on.
 compute | own regrad | linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm
@@ -146,12 +146,12 @@ def _rows() -> Iterator[tuple[str, Operation]]:
 
 
 OPERATIONS = dict(_rows())
-# Part -> the names of what plays it.
+# Part -> the names of its operations.
 PARTS: dict[str, list[str]] = {}
 for _name, _row in OPERATIONS.items():
     PARTS.setdefault(_row.part, []).append(_name)
 
-# What attention gives before its result, by name.
+# The names of attention's outputs before its result.
 SCORES, PROBABILITIES = "attn_scores", "attn_probabilities"
 
 # Parts whose output is a layer's output.
@@ -159,18 +159,18 @@ LAYER_PARTS = ("compute", "norm", "activation", "arithmetic", "pooling")
 
 
 def does(name: str) -> frozenset[str]:
-    """What the row of a function or method says that it does: see ``Operation``."""
+    """The effects of a function or method, by its row: see ``Operation``."""
     return OPERATIONS[name].does if name in OPERATIONS else frozenset()
 
 
 def part_of(name: str) -> str | None:
-    """The part that a function or method plays, by its name; None if no line has it."""
+    """The part of a function or method, by its name; None if the table does not have it."""
     row = OPERATIONS.get(name) or OPERATIONS.get(name.rstrip("_"))
     return row.part if row is not None else None
 
 
 def layer_part(kind: type) -> str | None:
-    """The part that layers of this type play; None if no line has it, or a base of it that is PyTorch's."""
+    """The part of layers of this type, or of its nearest base that is PyTorch's and in the table; else None."""
     return next((OPERATIONS[base.__name__].part for base in _listed(kind)), None)
 
 
@@ -181,8 +181,10 @@ def _listed(kind: type) -> Iterator[type]:
 
 
 def may_name_function(pattern: str, modules: Collection[str]) -> bool:
-    """Whether what a function gives in one of ``modules``, or one call of these, may have a name that ``pattern``
-    matches: ``layer1.0.relu@2``, ``*.iadd``."""
+    """Whether ``pattern`` may match the name of a function's output, or of a call, in ``modules``.
+
+    Such names are ``layer1.0.relu@2`` and ``*.iadd``.
+    """
     if pattern.startswith("re:"):
         if "@" in pattern:
             return True

@@ -1,4 +1,4 @@
-"""New nodes in a captured graph, with what the capture says of each."""
+"""New nodes in a captured graph, with the metadata that the capture would write."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .captured import CALLS, LAYER, MODULE, STEPS, Layer
 __all__ = ["VALUE", "Writer", "value_of"]
 
 VALUE = "example_value"
-# What a new node has of the node that it stands for.
+# Copied to a new node from the node that it stands for.
 INHERITED = ("nn_module_stack", "stack_trace", MODULE, CALLS, STEPS)
 
 
 class Writer:
     """Writes nodes that stand for ``like``, in front of ``place``, as a part of ``layer``.
 
-    Called with a function, or a method's name, and its arguments, it gives the node of that call.
+    ``write(function, *args)`` returns the node of that call; a method is given by its name.
     """
 
     def __init__(self, like: Node, place: Node | None = None, layer: Layer | None = None) -> None:
@@ -53,5 +53,5 @@ class Writer:
 
 
 def value_of(node: Node) -> Any:
-    """What the capture's run on tensors without data has for ``node``."""
+    """The output of ``node`` in the capture's run on tensors without data."""
     return node.meta[VALUE]

@@ -1,6 +1,6 @@
-"""Proof that a rewritten graph is right, by rules and tables that the passes which made it do not share.
+"""Proof that a rewritten graph is right, by rules and tables of its own, not those of the passes.
 
-Of ``node.meta`` it reads what the capture and the analysis have written, and nothing that a pass writes.
+It reads only the keys of ``node.meta`` that the capture and the analysis write.
 """
 
 from .rules import RULES, VerifyError

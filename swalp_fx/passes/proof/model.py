@@ -1,4 +1,4 @@
-"""The captured graph, read by a walk of the proof's own: the kind, the name and the readers of each node."""
+"""The proof's own reading of the captured graph: the kind, the name and the readers of each node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_LAYERS = (*MEANINGS, *NOT_MADE)
 
 
 class Model:
-    """What the captured graph computes."""
+    """The captured graph, with each node's kind and name, and the nodes that only leave (exits)."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -34,7 +34,7 @@ class Model:
         return self.kinds[node] not in NO_LAYERS and node.op != "output"
 
     def subject(self, node: Node) -> Subject:
-        """The name of an input or output, and all that a rule may call it."""
+        """(name, kinds) of an input or a layer output, for the recipe's patterns."""
         layer, kinds = node.meta.get(LAYER), [self.kinds[node]]
         if layer is not None:
             kinds += [base.__name__ for base in layer.kind.__mro__]
@@ -43,18 +43,20 @@ class Model:
         return self.places[node], [*kinds, *types_around(node)]
 
     def sources(self, node: Node) -> list[Node]:
-        """What ``node`` reads, or, where it ends a layer, what the layer reads."""
+        """The inputs of ``node``; if it ends a layer, the inputs of the layer."""
         inner = [(self.sources(each) if self.kinds[each] == "inside" else [each]) for each in node.all_input_nodes]
         return list(dict.fromkeys(source for each in inner for source in each))
 
     def readers(self, node: Node) -> set[Node]:
-        """Who reads ``node``; a layer is one reader, whatever it does inside."""
+        """The readers of ``node``; a layer counts as one reader."""
         inner = [(self.readers(user) if self.kinds[user] == "inside" else {user}) for user in node.users]
         return set().union(*inner)
 
     def group_ends(self) -> set[Node]:
-        """The last node of each group, found reader by reader: each node joins the group that ends in the one node it
-        continues, the earliest-begun of two."""
+        """The last node of each group.
+
+        Each node joins the group of the node that it continues. If it continues two, it joins the one that began first.
+        """
         group: dict[Node, int] = {}
         last: dict[int, Node] = {}
         for number, node in enumerate(self.graph.nodes):
@@ -77,7 +79,7 @@ class Model:
 
 
 def _kinds(graph: Graph) -> dict[Node, str]:
-    """Each node's kind: that of PARTS, or "arithmetic", of what makes numbers; one of NO_LAYERS of all else."""
+    """Each node's kind: one of LAYERS for a layer's output; else one of NO_LAYERS, or "output"."""
     kinds: dict[Node, str] = {}
     updates = _updates(graph)
     for node in graph.nodes:
@@ -114,7 +116,7 @@ def _kind(node: Node, kinds: dict[Node, str]) -> str:
 
 
 def _kind_in_layer(node: Node, layer: Any) -> str:
-    """What a layer gives is of the layer's kind, all else in it is inside, what its hooks keep of that too."""
+    """The layer's kind for its output; "inside" for its other nodes, kept by a hook or not."""
     value = node.meta.get("example_value")
     inner = {user for user in node.users if user.meta.get(LAYER) == layer}
     outer = {user for user in node.users if not inner or (user.op != "output" and not _reads_sizes(user))} - inner
@@ -150,12 +152,12 @@ def _unnumbered(node: Node) -> str:
 
 
 def _updates(graph: Graph) -> set[Node]:
-    """The arithmetic that serves nothing but what a buffer is set to; and the last of it, whatever else it serves."""
+    """The arithmetic that serves only the new value of a buffer. The last node may have other readers."""
     updates: set[Node] = set()
     found = [node for node in graph.nodes if node.meta.get(UPDATE)]
     while found:
         node = found.pop()
-        # Movement may stand last, and nowhere else.
+        # Movement may only be the last node.
         if node not in updates and (node.meta.get(UPDATE) or _is_arithmetic(node)):
             updates.add(node)
             found += [source for source in node.all_input_nodes if updates.issuperset(source.users)]
@@ -178,14 +180,14 @@ def _is_filled(node: Node) -> bool:
 
 
 def _whole(node: Any) -> Any:
-    """What ``node`` is an item of."""
+    """The tensor or tuple that ``node`` is an item of; else ``node``."""
     while isinstance(node, Node) and called(node) == "getitem":
         node = node.args[0]
     return node
 
 
 def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
-    """What the model gives, with movement and sizes that serve nothing else; and what is around the model."""
+    """The output node, the movement and sizes that serve it alone, and the code around the model."""
     exits: set[Node] = set()
     for node in reversed(graph.nodes):
         kept = node.meta.get(UPDATE) or node.meta.get(KEPT)

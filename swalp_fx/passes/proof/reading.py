@@ -1,4 +1,4 @@
-"""What the proof reads of a node by itself: what it calls, what it writes into, whose code it runs."""
+"""The proof's own reading of a node: its function's name, its writes, and the types of its module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|p
 
 
 def called(node: Node) -> str:
-    """What ``node`` calls, whoever wrote it."""
+    """The name of the function, method or attribute that ``node`` calls."""
     if node.target is getattr:
         return str(node.args[1])
     if isinstance(node.target, OpOverload):
@@ -27,12 +27,12 @@ def called(node: Node) -> str:
 
 
 def does(node: Node, what: str) -> bool:
-    """Whether the table of operations says so of ``node``."""
+    """Whether ``what`` is among the effects of ``node`` in the table of operations."""
     return FACTS in node.meta and what in node.meta[FACTS].does
 
 
 def written_by(node: Node) -> list[Any]:
-    """What ``node`` writes into."""
+    """The arguments that ``node`` writes into."""
     if not node.op.startswith("call"):
         return []
     parameters: list[str] = []
@@ -63,6 +63,6 @@ def _is_torch(thing: Any) -> bool:
 
 
 def types_around(node: Node) -> list[str]:
-    """The types of the innermost module whose code ``node`` is of."""
+    """The names of the type, and of its bases, of the innermost module that ran ``node``'s code."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return [base.__name__ for base in getattr(stack[-1][1], "__mro__", ())] if stack else []

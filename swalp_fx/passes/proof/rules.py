@@ -1,4 +1,4 @@
-"""The rules that a rewritten graph keeps, by number."""
+"""The numbered rules of a rewritten graph."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class VerifyError(AssertionError):
 
 
 def require(rule: int, ok: bool, node: Node | None, complaint: str) -> None:
-    """Raises VerifyError unless ``ok``. complaint: what ``node`` does, in words that follow "it"."""
+    """Raises VerifyError unless ``ok``. complaint: the fault of ``node``, in words that follow "it"."""
     if not ok:
         raise VerifyError(
             f"the rewritten graph is wrong at node {node}: it {complaint}; please report this model. "

@@ -1,4 +1,4 @@
-"""``verify``: each rule of ``rules.py``, looked for in every node of a rewritten graph."""
+"""``verify``: the check of each rule of ``rules.py`` on every node of a rewritten graph."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .rules import require
 
 __all__ = ["verify"]
 
-SWITCHES = re.compile(r"_set_grad_enabled|_(?:enter|exit)_\w+")  # what holds for all that follows
+SWITCHES = re.compile(r"_set_grad_enabled|_(?:enter|exit)_\w+")  # modes of all later nodes
 
-# What takes masks out, and what turns angles into numbers.
+# The operations that may read a mask, and an angle.
 ENDS = {
     "mask": re.compile(r"(?:log_|_?safe_)?softmax|logsumexp|cross_entropy|exp|a?max|scaled_dot_product_attention"),
     "angle": re.compile(r"(?:sin|cos)_?"),
 }
 
-# What a call of a recurrent layer or cell computes in each step, by its part.
+# The places in each step of a recurrent layer or cell, by part.
 INSIDE = {
     "lstm": {
         "compute": "input_product hidden_product",
@@ -59,9 +59,9 @@ def verify(
     keyed: bool = True,
     identity: bool = False,
 ) -> Graph:
-    """``graph``, proved to be ``captured`` with every number of ``recipe`` quantized exactly once, and nothing else.
+    """Returns ``graph`` after a proof: it is ``captured``, with every number of ``recipe`` quantized exactly once.
 
-    Raises VerifyError, naming the node and the rule, if it breaks one of RULES.
+    Raises VerifyError, with the node and the rule, if ``graph`` breaks one of RULES.
     """
     graph.lint()
     _Proof(graph, captured, recipe, scope, keyed, identity).run()
@@ -75,7 +75,7 @@ class _Proof:
         self.graph, self.recipe, self.scope, self.identity = graph, recipe, scope, identity
         self.model = Model(captured)
         self.key = next(iter(graph.nodes)) if keyed else None
-        self.old: dict[Node, Node] = {}  # node of the graph -> what it was
+        self.old: dict[Node, Node] = {}  # node of the graph -> its node in ``captured``
         self.axes = contraction_axes(captured)
         self.returns_rounded = recipe.quantize_logits or not scope.returns
 
@@ -100,7 +100,7 @@ class _Proof:
         )
 
     def _meanings(self) -> None:
-        """What is left as it is since it is a constant, a mask or an angle is one; a norm holds no product."""
+        """Requires that each constant, mask and angle, left unrounded as such, is one, and no norm holds a product."""
         for new, old in self.old.items():
             kind, layer = self.model.kinds[old], old.meta.get(LAYER)
             if kind == "constant":
@@ -115,20 +115,20 @@ class _Proof:
                 )
 
     def _fused(self) -> None:
-        """No product of queries and keys is hidden in a fused call that ``Recipe.at`` would have rounded."""
+        """Requires that no fused attention hides scores or probabilities that the recipe rounds."""
         for node in self.model.graph.nodes:
             given = [source.meta.get("example_value") for source in node.all_input_nodes]
             is_plain = all(isinstance(each, torch.Tensor) and not each.is_nested for each in given)
             if called(node) != "scaled_dot_product_attention" or LAYER in node.meta or not is_plain:
                 continue
             if not all(isinstance(size, int) for size in (given[0].shape[-1], *given[0].shape[-3:-2])):
-                continue  # no number to scale by, or of heads to share
+                continue  # the scale or the number of heads is no number
             for name, kind in (("attn_scores", "compute"), ("attn_probabilities", "activation")):
                 full = ".".join(filter(None, (node.meta.get(MODULE), name)))
                 self._hides_nothing(node, full, (kind, name, *types_around(node)))
 
     def _recurrent(self) -> None:
-        """No step of a recurrent layer is hidden in a call of PyTorch's that ``Recipe.at`` would have rounded."""
+        """Requires that no call of a recurrent layer or cell hides a place that the recipe rounds."""
         for node in self.model.graph.nodes:
             name, layer = called(node), node.meta.get(LAYER)
             inside = INSIDE.get(name.removesuffix("_cell")) if node.op == "call_function" else None
@@ -149,7 +149,7 @@ class _Proof:
         require(10, is_float or not is_placed, node, f"hides {place}, which is to be rounded")
 
     def _made_of(self, node: Node) -> Node | None:
-        """A parameter, or a floating input, that ``node``'s numbers are made of."""
+        """A parameter, or a floating input, among the sources of ``node``'s numbers; None if there is none."""
         waiting, seen = [node], {node}
         for each in waiting:
             value, kind = each.meta.get("example_value"), self.model.kinds[each]
@@ -164,12 +164,12 @@ class _Proof:
         return None
 
     def _read_by_other(self, node: Node, kind: str) -> Node | None:
-        """Who reads ``node``, through movement, and is none of the ends of such a kind."""
+        """A reader of ``node``, perhaps through movement, that is not among ENDS of this kind; None without one."""
         for user in node.users:
             is_read = user.op != "output" and user.meta[FACTS].category != "number"
             if not is_read or ENDS[kind].fullmatch(called(user)):
                 continue
-            # Scaled scores may meet a table of positions, and a mask behind it; what a mask takes out is in a layer.
+            # Scaled scores may meet a table of positions, with a mask behind it; a layer's own nodes apply the mask.
             passed = ("movement", "exit", kind, *(("arithmetic", "inside") if kind == "mask" else ()))
             is_passed = self.model.kinds[user] in passed
             found = self._read_by_other(user, kind) if is_passed else user
@@ -200,7 +200,7 @@ class _Proof:
             require(5, node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
 
     def _reads_bare(self, reader: Node, node: Node) -> bool:
-        """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
+        """Whether ``reader`` reads ``node`` unrounded, though others read it rounded."""
         if reader.op == "output" and node.meta.get(CARRIED, False):  # the next step reads it
             return False
         is_weight = self.model.kinds[node] == "parameter"
@@ -215,7 +215,7 @@ class _Proof:
         return is_weight and self.model.kinds[reader] == "number"
 
     def _weight_formats(self, node: Node) -> tuple[str, ...] | None:
-        """What the recipe says of a parameter, or of a weight that is derived."""
+        """(weight, rounding) of a parameter or a derived weight, by the recipe; None if it is not rounded."""
         value = node.meta.get("example_value")
         if self.model.kinds[node] != "parameter" or (value is not None and not value.is_floating_point()):
             return None
@@ -231,7 +231,7 @@ class _Proof:
         return (str(here.weight), here.rounding) if self.identity or here.weight.rounds else None
 
     def _output_formats(self, node: Node, ends: set[Node]) -> tuple[str, ...] | None:
-        """What the recipe says of an input or an output, if it wants that rounded."""
+        """(activation, error, rounding) of an input or an output, by the recipe; None if it is not rounded."""
         kind, placement = self.model.kinds[node], self.recipe.placement
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
@@ -273,7 +273,7 @@ class _Proof:
                 require(4, node.args[0] in self.old, node, f"quantizes {node.args[0]}, which is quantized")
 
     def _all_nodes(self, graph: Graph, bodies: Any) -> Iterator[Node]:
-        """The nodes of ``graph``, and of the graphs that it runs."""
+        """The nodes of ``graph`` and of the graphs that it runs."""
         for node in graph.nodes:
             yield node
             if node.target in nodes.RUNS:
@@ -292,7 +292,7 @@ class _Proof:
                 require(7, owned, node, f"overwrites the gradient of {readers}, which may be read again")
 
     def _is_owned(self, node: Any) -> bool:
-        """Whether ``node``'s output lies in memory that its one reader alone will read."""
+        """Whether only the one reader of ``node`` will read the memory of its output."""
         while len(node.users) == 1 and does(node, "adds"):
             node = node.args[0]
         if len(node.users) != 1 or written_by(node):
@@ -330,12 +330,15 @@ class _Proof:
         return is_rounded and _to(source, 3) == format != FLOAT
 
     def _all_rounded(self, node: Node, format: Format) -> bool:
-        """Whether all of the gradient that ``node``'s output gets is one error signal rounded to this format."""
+        """Whether the gradient of ``node``'s output is one error signal, rounded to this format."""
         behind = [user for user in node.users if user.target is nodes.quantize_output and _to(user, 4) == format]
         return behind == list(node.users) and len(behind) == 1 and format != FLOAT
 
     def _writer(self, node: Node, but: Node | None = None) -> Node | None:
-        """Who, ``but`` one, may write into ``node``'s output or a view of it: all that are not known not to."""
+        """A reader that may write into ``node``'s output or a view of it; None if all are known not to.
+
+        ``but`` is not asked.
+        """
         for reader in node.users:
             if reader is but:
                 continue
@@ -356,7 +359,7 @@ class _Proof:
             require(8, made_after[source] == here, node, f"is in another mode than {source}, which it quantizes")
 
     def _made_after(self) -> dict[Node, int]:
-        """How many switches of a mode come before each node."""
+        """The number of switches of a mode before each node."""
         made_after: dict[Node, int] = {}
         switches = 0
         for node in self.graph.nodes:
@@ -366,7 +369,7 @@ class _Proof:
 
 
 def _runs(node: Node) -> Iterator[str]:
-    """``l0``, ``l0_reverse``, ``l1``, ...: what a call of a recurrent layer runs."""
+    """``l0``, ``l0_reverse``, ``l1``, ...: the names of the loops that a recurrent layer runs."""
     names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     for number in range(given["num_layers"]):
@@ -385,23 +388,23 @@ def _reads_once(reader: Node, node: Node) -> bool:
 
 
 def _selects(node: Node) -> bool:
-    """Whether ``node`` is a pool whose windows all meet its input, as they may not if they have gaps."""
+    """Whether ``node`` is a pool with no window outside of its input. A window with gaps may miss it."""
     gaps = node.kwargs.get("dilation", (*node.args, 1, 1, 1, 1)[4])
     return does(node, "selects") and gaps in (1, (1,), (1, 1))
 
 
 def _to(node: Node, place: int) -> Format:
-    """The format that ``node`` rounds to by the text in that place; what stands behind ~ is how."""
+    """The format that ``node`` rounds to by its argument number ``place``. The text after ~ is the rounding."""
     return parse(str(node.args[place]).split("~")[0])
 
 
 def _is_of_rows(format: Format) -> bool:
-    """Whether what shares a scale has the same first index, or is the whole tensor."""
+    """Whether a block is a row (one first index) or the whole tensor."""
     return isinstance(format.block, Slices) and not any(format.block.dims)
 
 
 def _listing(graph: Graph, key: Node | None) -> Iterator[tuple[Node, str]]:
-    """The graph as text, without its key and its quantize nodes: a read of one is a read of what it quantizes."""
+    """(node, text) of each node, without the key and the quantize nodes: their readers read their input instead."""
     names: dict[Node, str] = {key: "<key>"} if key is not None else {}
     number = 0
     for node in graph.nodes:
