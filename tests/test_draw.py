@@ -141,7 +141,7 @@ class Branching(nn.Module):
 
 
 def _in_pieces(path, **children):
-    """Drawn in eval mode, in which nothing else than values decides."""
+    """Drawn in eval mode: there only values decide."""
     return _source(Branching(**children).eval(), path, X)
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_is_drawn_as_what_it_runs(tmp_path):
     assert "solid" in _edges(source)["blocks_0_2_q", "blocks_1_0"]
 
 
-# ---- large models: blocks that are alike are drawn once -----------------------------------------
+# ---- large models: blocks that are alike are drawn once ------------------------------------------
 
 
 class Block(nn.Module):
@@ -342,7 +342,7 @@ def large(request):
     return _large(request.param)
 
 
-LARGE = {  # those whose likes in torchvision take long to trace have fewer blocks
+LARGE = {  # fewer blocks than in torchvision if those take long to trace
     "flat": lambda: Flat(200),
     "googlenet": lambda: torchvision.models.googlenet(init_weights=False),
     "densenet": lambda: torchvision.models.DenseNet(4, (6, 12), 8),
@@ -383,7 +383,7 @@ def test_a_network_fits_on_a_page(name, tmp_path):
     assert 800 < width < 4000 and 800 < height < 4000
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @needs_graphviz

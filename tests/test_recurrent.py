@@ -1,4 +1,4 @@
-"""Recurrent layers have the bits of what one would write by hand of linear layers, sums, products, sigmoid and tanh."""
+"""Recurrent layers have the bits of a version by hand: linear layers, sums, products, sigmoid and tanh."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from swalp_fx.nodes import recurrent
 from swalp_fx.passes import verify
 from swalp_fx.passes.captured import Scope
 from swalp_fx.passes.names import parameter_subjects
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 
 FORMATS = ["bfp8[0]", "mxfp8", pytest.param("e4m3", marks=pytest.mark.slow)]
 FEATURES, HIDDEN, BATCH, TIMES = 6, 5, 4, 3
@@ -56,7 +56,7 @@ def _step_of(layer):
 
 
 class WrittenCell(nn.Module):
-    """One step, with the weights of ``layer`` whose names end so."""
+    """One step, with the weights of ``layer`` that have this ending."""
 
     def __init__(self, layer, suffix=""):
         super().__init__()
@@ -149,7 +149,7 @@ def _results(model, recipe, *inputs, modes=(True,)):
 
 
 def _assert_same(layer, recipe, *inputs, modes=(True,)):
-    """``layer`` and what is written by hand in its place agree bit for bit, in all outputs and gradients."""
+    """``layer`` and its version by hand agree bit for bit, in all outputs and gradients."""
     size = (layer.proj_size or layer.hidden_size) * (1 + layer.bidirectional)
     models = (Headed(each, size).to(inputs[0].dtype) for each in (layer, Written(layer)))
     for by_layer, by_hand in zip(*(_results(each, recipe, *inputs, modes=modes) for each in models), strict=True):
@@ -226,7 +226,7 @@ def test_logits_that_are_rounded():
 
 
 class Alone(nn.Module):
-    """It returns what its layer gives, and reads nothing of it."""
+    """It returns the output of its layer, and reads nothing of it."""
 
     def __init__(self, layer):
         super().__init__()
@@ -289,7 +289,7 @@ def test_a_cell_has_the_bits_of_what_one_writes_by_hand(kind, how):
         assert torch.equal(gradient, own[f"cell.{part}.{kind}" if part else name]), name
 
 
-# What one node does
+# One node
 
 
 def _headed(kind="LSTM", **how):
@@ -427,7 +427,7 @@ def test_checkpoints_change_no_bit(tmp_path):
     draw(inside, tmp_path / "graph.dot")
 
 
-# Derivatives and what stands around
+# Derivatives, and code around a layer
 
 
 def test_double_backward_is_that_of_what_one_writes_by_hand():
@@ -487,7 +487,7 @@ def test_a_packed_sequence_is_refused(recipe):
     assert torch.equal(converted(model, in_float)(X), model(X))
 
 
-# What a recipe and a report say
+# Recipes and reports
 
 
 @pytest.mark.parametrize("words", ["exclude=layer", "exclude=layer.l0.*", "whole=layer"])
@@ -498,7 +498,7 @@ def test_what_is_left_out_is_the_fused_call_with_rounded_weights(words):
     found, expected = low(X), rounded(X)
     assert torch.equal(found[1][0], expected[1][0])
     assert "torch.lstm(" in str(low.graphs) and "called whole, only weights are rounded" in str(report(low))
-    assert torch.equal(found[0], expected[0]) is (words == "exclude=layer")  # else what the layer gives is rounded
+    assert torch.equal(found[0], expected[0]) is (words == "exclude=layer")  # else the layer's output is rounded
 
 
 def test_rules_name_places_and_kinds():

@@ -19,7 +19,7 @@ TURNS = 5  # seconds
 
 
 class Output(nn.Module):
-    """The layer, and one more operation: what a model only returns is not rounded."""
+    """The layer, and one more operation: an output that a model only returns is not rounded."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def measure(once: Callable[[Callable[[], Any]], float], device: str) -> dict[str
 
 
 def refuse_far(model: nn.Module, x: Tensor) -> None:
-    """Raises SystemExit unless the loop of steps gives what the fused call gives, but for little roundings."""
+    """Raises SystemExit unless the loop of steps equals the fused call, small rounding errors aside."""
     low = swalp_fx.convert(copy.deepcopy(model), recipe=NEAR).module
     if not torch.allclose(low(x), model(x), atol=1e-2):
         raise SystemExit(f"{type(model.layer).__name__}: the loop gives other numbers, so the speed says nothing")

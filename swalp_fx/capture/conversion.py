@@ -116,7 +116,7 @@ class Graphs(Sequence[Rewritten]):
 
 
 def _texts(module: GraphModule) -> Iterator[tuple[str, str]]:
-    """(name, code) of a graph, whose name is empty, and of those that it runs."""
+    """(name, code) of a graph, with an empty name, and of the graphs that it runs."""
     for name, graph in module.named_modules():
         if isinstance(graph, GraphModule):
             # Leave out the "; x = None" that frees a value after its last use.

@@ -372,7 +372,7 @@ class Frame:
 
 
 def _items(variable: Any) -> Iterable[Any]:
-    """What a tuple, or the values of a dict, holds."""
+    """The items of a tuple, or the values of a dict."""
     items: Any = variable.realize().items
     return items.values() if isinstance(items, Mapping) else items
 

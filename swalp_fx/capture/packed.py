@@ -1,4 +1,4 @@
-"""A PackedSequence given to a recurrent layer: no graph holds its steps, whose number depends on values."""
+"""A PackedSequence as input of a recurrent layer: no graph can hold its steps, since values set their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["refuse_packed"]
 
 
 def refuse_packed(conversion: Conversion, module: nn.Module, described: str, given: Iterable[Any]) -> None:
-    """Raises NotRewritten if ``module`` is a recurrent layer with numbers to be rounded, and is given one."""
+    """Raises NotRewritten if ``module`` is a recurrent layer with numbers to round, and its input is one."""
     if not isinstance(module, nn.RNNBase) or not any(isinstance(each, PackedSequence) for each in given):
         return
     recipe, places = conversion.recipe, conversion.places

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import functools
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
@@ -629,20 +628,26 @@ class SWALP:
 
     def _step_in_one_pass(self, step: _Step) -> None:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
-        if self.recipe.master is not None or self._optimizer is None:
+        if self._optimizer is None:
             return
-        parameters = ((parameter, self._recipes[index], self._streams[index]) for index, parameter in step.parameters)
+        has_masters = self.recipe.master is not None
+        parameters = (
+            (parameter, self._recipes[i], self._streams[i], self._master(i, parameter) if has_masters else None)
+            for i, parameter in step.parameters
+        )
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
         for parameter in step.gradients:
             parameter.grad = None  # an optimizer steps what has a gradient
+        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
+            if parameter.grad is None or parameter.grad.layout == torch.strided:
+                continue
             recipe = self._recipes[index]
             # SGD's momentum buffer is as sparse.
             states = (recipe.momentum, recipe.second_moment, *(quantizer for _, quantizer in recipe.states))
-            is_rounded = any(quantizer.rounds for quantizer in (recipe.gradient, *states))
-            if is_rounded and parameter.grad is not None and parameter.grad.layout != torch.strided:
+            if any(quantizer.rounds for quantizer in (recipe.gradient, *states)):
                 raise ValueError(
                     f"the gradient of {self._names[index]!r} is {parameter.grad.layout}, which has no rounding; "
                     "make it dense (sparse=False in nn.Embedding)"
@@ -665,7 +670,6 @@ class SWALP:
             )
         for parameter, gradient in step.gradients.items():
             parameter.grad = gradient
-        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
             if step.twin is not None:
@@ -723,14 +727,16 @@ class SWALP:
 
         One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
-        calls: defaultdict[Quantizer, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
+        calls: dict[int, tuple[Quantizer, list[Tensor], list[int]]] = {}  # by identity, which is quick to compare
         for quantizer, half, index, tensor in tensors:
+            if id(quantizer) not in calls:
+                calls[id(quantizer)] = quantizer, [], []
+            _, xs, streams = calls[id(quantizer)]
+            xs.append(tensor)
+            streams.append(half << 32 | index)
+        for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
-                xs, streams = calls[quantizer]
-                xs.append(tensor)
-                streams.append(half << 32 | index)
-        for quantizer, (xs, streams) in calls.items():
-            quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
+                quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
         """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""

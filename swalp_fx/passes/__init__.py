@@ -22,9 +22,9 @@ from .insert import insert
 from .names import NAME, PART, originals, parameter_subjects
 from .operations import operands_of
 from .origin import ORIGIN
+from .proof import verify
 from .recurrent import expand_recurrent, prepare_step
 from .reuse import reuse
-from .verify import verify
 
 __all__ = [
     "analyse",

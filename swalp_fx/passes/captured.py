@@ -85,6 +85,12 @@ def calls_around(node: Node) -> list[tuple[str, str]]:
     return [(f"{key} {name}", key) for key, (name, *_) in stack.items()]
 
 
+def kinds_around(node: Node) -> list[str]:
+    """The names of the types of the module whose code ``node`` is of."""
+    kinds = [kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
+    return [base.__name__ for base in kinds[-1].__mro__] if kinds and isinstance(kinds[-1], type) else []
+
+
 def around(node: Node) -> str:
     """The qualified name of the module whose code ``node`` is of; "" for the root's."""
     return node.meta.get(MODULE) or ""

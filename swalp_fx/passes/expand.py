@@ -16,9 +16,9 @@ from torch.fx import Graph, Node
 
 from ..errors import ConvertError
 from ..recipe import Recipe, Subject
-from .captured import LAYER, Layer, around
-from .names import base_name, kinds_of_type
-from .operations import name_of, operation_of
+from .captured import LAYER, Layer, around, kinds_around
+from .names import base_name, kinds_of_operation, kinds_of_type
+from .operations import operation_of
 from .origin import origins
 from .purpose import ATTENTION, Purposes
 from .scores import Scores, gives_scores, kind_of, replace
@@ -73,7 +73,10 @@ def inside(node: Node) -> Iterator[Subject]:
     """What a recipe sees of the scores and the probabilities of a fused product."""
     if operation_of(node) == ATTENTION:
         for name, part in ((SCORES, "compute"), (PROBABILITIES, "activation")):
-            yield ".".join(filter(None, (around(node), name))), kinds_of_type(kind_of(name), part)
+            yield (
+                ".".join(filter(None, (around(node), name))),
+                [*kinds_of_type(kind_of(name), part), *kinds_around(node)],
+            )
 
 
 def rounds(recipe: Recipe, name: str, kinds: Collection[str]) -> bool:
@@ -84,8 +87,7 @@ def rounds(recipe: Recipe, name: str, kinds: Collection[str]) -> bool:
 
 
 def _subject_of(node: Node) -> tuple[str, list[str]]:
-    layer = node.meta.get(LAYER)
-    return base_name(node), kinds_of_type(layer.kind, "compute") if layer else ["compute", name_of(node)]
+    return base_name(node), [*kinds_of_operation(node, "compute"), *kinds_around(node)]
 
 
 def _is_fused(node: Node) -> bool:

@@ -118,8 +118,8 @@ class _Watched(Interpreter):
 def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
     """The nodes with rounded outputs, and the nodes that are ``given`` as rounded.
 
-    These are quantize nodes, movement of rounded numbers and their products with a power of two, and loops whose steps
-    give rounded outputs.
+    They are quantize nodes, movement of rounded numbers, products of rounded numbers with a power of two, and loops of
+    steps with rounded outputs.
     """
     found = set(given)
     for node in module.graph.nodes:
@@ -140,14 +140,14 @@ def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
 
 
 def _is_shift(node: Node) -> bool:
-    """Whether it is a product with a power of two, as queries are scaled by."""
+    """Whether it is a product with a power of two, such as the scaling of queries."""
     factor = node.args[1] if operation_of(node) == "mul" and len(node.args) == 2 else None
     return isinstance(factor, float) and math.frexp(factor)[0] == 0.5
 
 
 def _rounded_of_steps(body: GraphModule, loop: Node, rounded: set[Node]) -> tuple[set[Node], set[Node]]:
-    """``_rounded`` of the first step of a loop, whose states are given, and of those behind it."""
-    inputs = body.graph.find_nodes(op="placeholder")[1:]  # behind the key
+    """``_rounded`` of the first step of a loop, and of all later steps. Only the first reads the loop's own states."""
+    inputs = body.graph.find_nodes(op="placeholder")[1:]  # the key is first
     given = {node for node, operand in zip(inputs, operands_of(loop), strict=True) if operand in rounded}
     first = _rounded(body, given)
     output: Any = body.graph.output_node()

@@ -72,7 +72,7 @@ class _Inlining:
         self.runs = nodes.RUNS if steps else (nodes.checkpointed,)
 
     def run(self, module: GraphModule, prefix: str, given: list[Any] | None) -> Any:
-        """Copies the nodes of ``module``, ``given`` in the place of its inputs; returns what it gives."""
+        """Copies the nodes of ``module``, with ``given`` as its inputs; returns its outputs."""
         read: dict[Node, Any] = {}
         for node in module.graph.nodes:
             if node.op == "output":
@@ -85,7 +85,7 @@ class _Inlining:
                 operands = map_arg([node.args[1], *operands_of(node)], read.__getitem__)
                 read[node] = self.run(body, f"{prefix}{name}.", list(operands))
                 if node.target is nodes.recurrent:
-                    _, read[node] = read[node]  # behind what the next step is given
+                    _, read[node] = read[node]  # the outputs, after the states for the next step
             elif name_of(node) == "getitem" and not isinstance(read[node.args[0]], Node):
                 read[node] = read[node.args[0]][node.args[1]]
             elif not self._is_body(node):
