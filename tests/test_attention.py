@@ -16,7 +16,7 @@ from swalp_fx import ConvertError, Recipe, check, convert, report
 from swalp_fx.passes import verify
 from swalp_fx.passes.captured import Scope
 from swalp_fx.passes.names import PART, parameter_subjects
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 
 WIDTH, HEADS, TOKENS = 24, 2, 40
 SIZE = WIDTH // HEADS  # no power of two: a scale is not exact
@@ -644,6 +644,14 @@ def test_the_layer_is_whole_where_the_recipe_says_so(whole):
     made = rewritten(model, f"bfp8[0]{' whole=1.layer' if whole else ''}", X)
     inner = [f"1.layer.{name}" for name in ("linear@1", *INSIDE, "linear@2")]
     assert rounded(made.graph) == ["0", *(["1.layer"] if whole else inner)]
+
+
+def test_a_rule_for_the_layer_by_its_kind_reaches_what_is_inside():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Called(_layer(), need_weights=False), nn.Linear(WIDTH, 2))
+    assert rounded(rewritten(model, "bfp8[0] rules=[* kind=MultiheadAttention A=float E=float]", X).graph) == ["0"]
+    made = rewritten(model, "bfp8[0] rules=[* kind=MultiheadAttention A=e4m3 E=e5m2]", X)
+    found = [node.args[3] for node in made.graph.nodes if "quantize_output" in str(node.target)]
+    assert found == ["bfp8[0]", *["e4m3"] * 5]
 
 
 def _transformers():

@@ -31,7 +31,7 @@ X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
 def formats_of(recipe, target):
-    """What each node of ``target`` rounds to, in order."""
+    """The formats of each node of ``target``, in order."""
     graph = rewritten(Both(), f"{recipe} rounding=nearest in_place=false quantize_logits=true", X).graph
     return [node.args[3:-1] for node in graph.nodes if node.target is target]
 
@@ -67,7 +67,7 @@ def formats_in(graph):
 
 
 class ChannelsLast(nn.Module):
-    """A convolution, and what computes with channels in the last place, in several spellings."""
+    """A convolution, and operations with channels in the last place, in several spellings."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ def test_by_hand_an_axis_has_to_be_named():
     assert torch.equal(quantize(x, "e4m3[4x2]"), quantize(x, "e4m3[0:4,1:2]"))
 
 
-# ---- axes shorter than a run -------------------------------------------------------------------------------------
+# ---- axes shorter than a run ---------------------------------------------------------------------
 
 
 def warned(model, recipe):

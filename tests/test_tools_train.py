@@ -1,4 +1,4 @@
-"""tools/train.py: the schedule, whole small runs on real digits, what is kept of them, and what is refused."""
+"""tools/train.py: the schedule, whole small runs on real digits, their files, and errors."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def without_times(epochs):
 
 
 def trained_by_two(folder, *words):
-    """What torchrun of two ranks prints, of a small run on digits kept in ``folder``."""
+    """The output of torchrun with two ranks, of a small run on digits kept in ``folder``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TOOLS / "train.py"]
     options = ["--dataset", "digits", "--batch-size", "100", "--device", "cpu", "--out", folder, *words]
     return subprocess.run([*map(str, command + options)], capture_output=True, text=True, timeout=300)
@@ -371,7 +371,7 @@ class TestResume:
 
 
 class TestFullDisk:
-    """The partial file of what is written stands on /dev/full."""
+    """The partial file of a write is on /dev/full."""
 
     def test_a_checkpoint(self, kept, capsys):
         before = contents(kept)

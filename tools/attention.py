@@ -1,9 +1,8 @@
-"""What attention costs rounded, beside the fused product in float: a forward alone, and a forward with its backward."""
+"""The cost of rounded attention, beside the fused product in float: a forward alone, and with its backward."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import swalp_fx
 SHAPE = (1, 8, 1024, 64)  # samples, heads, tokens, width
 FORMAT = "bfp8[0]"
 RECIPE = f"{FORMAT} quantize_logits=true"  # the result too, as a layer behind it would read it
-WHOLE = "exclude=*attn_scores,*attn_probabilities"  # the fused product, whose result alone is rounded
+WHOLE = "exclude=*attn_scores,*attn_probabilities"  # the fused product: only its result is rounded
 TURNS = 5  # behind one that warms up
 
 
@@ -44,7 +43,7 @@ class ByHand(Fused):
 
 
 def contenders(causal: bool) -> dict[str, nn.Module]:
-    """By what they are, the one that others are compared to first."""
+    """Name -> contender. The first is the one that the others are compared to."""
     return {
         "fused, in float": Fused(causal),
         "by hand, in float": ByHand(causal),
@@ -54,9 +53,8 @@ def contenders(causal: bool) -> dict[str, nn.Module]:
 
 
 def measure(once: Callable[[Callable[[], Any]], float], device: str) -> dict[str, list[dict[str, Any]]]:
-    """The table: the least of all turns. ``once`` times one call on a GPU, in seconds."""
-    timed = once if device == "cuda" else seconds_of_cpu
-    return {"rows": [row for causal in (False, True) for row in rows(timed, causal, device)]}
+    """The table: the least of all turns. ``once`` times one call, in seconds."""
+    return {"rows": [row for causal in (False, True) for row in rows(once, causal, device)]}
 
 
 def rows(once: Callable[[Callable[[], Any]], float], causal: bool, device: str) -> list[dict[str, Any]]:
@@ -93,16 +91,9 @@ def step(model: nn.Module, given: list[Tensor]) -> None:
 
 
 def refuse_unequal(models: dict[str, nn.Module], given: list[Tensor]) -> None:
-    """Raises SystemExit unless the products agree in float, and the rewrite computes what it is given."""
+    """Raises SystemExit unless the products agree in float, and the rewrite computes the same as the model."""
     fused, by_hand, *_ = models.values()
     if not torch.allclose(forward(fused, given), forward(by_hand, given), atol=1e-5):
         raise SystemExit("the fused product differs from that by hand, so the speed says nothing")
     if not (found := swalp_fx.check(by_hand, *given)):
         raise SystemExit(f"attention: {found}; so the speed says nothing")
-
-
-def seconds_of_cpu(call: Callable[[], Any]) -> float:
-    """Of all threads, whatever else the machine does."""
-    begin = time.process_time()
-    call()
-    return time.process_time() - begin

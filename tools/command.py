@@ -1,4 +1,4 @@
-"""What the command lines of the tools share: how they refuse bad input, what they print, and how they stop."""
+"""The common part of the tools' command lines: how they refuse bad input, print, and stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that refuses in one line on stderr, without the usage, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuses what argparse itself cannot parse."""
+        """Refuses input that argparse itself cannot parse."""
         self.refuse(f"{message}; {self.prog} --help lists the options")
 
     def refuse(self, message: object) -> NoReturn:
@@ -50,7 +50,7 @@ SEED = number(int, 0, "a whole number of 0 or more, below 2^63", high=2**63)
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what ``error`` says: torch writes tracebacks of C++, and torch.fx of the graph, below it."""
+    """The first line of ``error``. Below it, torch writes tracebacks of C++, and torch.fx the graph."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -26,12 +26,12 @@ from swalp_fx.random import fold_in
 
 __all__ = ["LOSSES_EVERY", "Line"]
 
-ORDER, DRAWS = range(2)  # what an epoch's random numbers are for: the data order, or the model's own
-LOSSES_EVERY = 16  # steps whose mean training loss is one point of a line's curve
+ORDER, DRAWS = range(2)  # uses of an epoch's random numbers: the data order, or the model's own draws
+LOSSES_EVERY = 16  # a point of a line's curve is the mean training loss of so many steps
 
 
 class Line:
-    """One network in training: model, optimizer, what ``convert`` made of them, and the epochs so far."""
+    """One network in training: the converted model, its optimizer and its average, and the epochs so far."""
 
     def __init__(self, plan: Plan, dataset: data.Source, device: torch.device) -> None:
         self.name, self.recipe, self.settings = plan.name, plan.recipe, plan.settings
@@ -48,10 +48,10 @@ class Line:
     def train_epoch(self, on_step: Callable[[], object], score: bool = True) -> None:
         """One epoch of the training samples, appended to ``epochs`` with the scores after it.
 
-        score: False leaves them out, but for the score at the end of the warm-up, which no later epoch gives.
+        score: False leaves the scores out, except at the end of the warm-up: no later epoch gives that one.
         """
         settings, epoch = self.settings, len(self.epochs)
-        # Every epoch's random numbers follow from (seed, epoch): a resumed run draws what an unbroken one would.
+        # Every epoch's random numbers follow from (seed, epoch): a resumed run draws the same as an unbroken one.
         seed = fold_in(settings.seed, epoch)
         torch.manual_seed(ranks.own(fold_in(seed, DRAWS)))
         batches = self.dataset.train(settings.batch_size, fold_in(seed, ORDER))
@@ -127,10 +127,10 @@ class Line:
         return of_all.item() / self.dataset.tested
 
     def result(self) -> dict[str, Any]:
-        """The scores, None where there is none, and the epochs behind them.
+        """The scores (or None), and the epochs behind them.
 
-        ``warm_up``: the weights at the end of the warm-up, which the paper calls SGD; ``last``: those at the end;
-        ``average``: their average, a float model; ``rounded``: the average in the rounded graph.
+        ``warm_up``: the weights at the end of the warm-up, SGD in the paper. ``last``: the weights at the end.
+        ``average``: their average, in a float model. ``rounded``: the average in the rounded graph.
         """
         settings = self.settings
         return {
@@ -147,7 +147,7 @@ class Line:
         }
 
     def try_out(self) -> None:
-        """A step and an average, on as few samples as an epoch's last batch may have; the line is of no use after it.
+        """A step and an average, on a batch as small as an epoch's last. The line is of no use after it.
 
         Raises ModelError or RecipeError if the model does not take the samples, or a format its tensors.
         """

@@ -18,7 +18,7 @@ COLUMNS = 80
 
 
 def bar(name: str, steps: int, done: int = 0) -> tqdm[Any]:
-    """A bar of ``steps``, of which ``done`` are; without a terminal on stderr it shows nothing."""
+    """A bar of ``steps``, with ``done`` of them done; without a terminal on stderr it shows nothing."""
     from tqdm import tqdm  # here, because train.py does without where there is no terminal
 
     # A character in the last column would move some terminals to the next line.
@@ -33,7 +33,7 @@ def _layout(name: str, news: str = "") -> str:
 
 
 class Progress:
-    """Of a line in training, on stderr; to be entered, told of each step and epoch, and left."""
+    """The progress of a line in training, on stderr. It is a context, and is told of each step and epoch."""
 
     def __init__(self, name: str, metric: str, epochs: int, steps: int, done: int) -> None:
         self.name, self.metric, self.epochs = name, metric, epochs

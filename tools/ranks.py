@@ -1,7 +1,7 @@
-"""The processes that train one network together: those that torchrun started, or this one alone.
+"""The processes that train one network together, started by torchrun, or this one alone.
 
-Every rank makes the same batches. A training batch is cut into a part for each rank, so the batch of a step, and the
-learning rate that suits it, do not depend on how many ranks there are. Elsewhere, each rank has whole batches.
+Every rank makes the same batches. A training batch is cut into a part for each rank. So the batch of a step, and the
+learning rate for it, do not depend on the number of ranks. Elsewhere, each rank has whole batches.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def group() -> distributed.ProcessGroup | None:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """What to call in training: its gradients are those of all ranks."""
+    """The module to call in training: it gives the gradients of all ranks."""
     return DistributedDataParallel(model) if COUNT > 1 else model
 
 

@@ -83,10 +83,10 @@ def _held(weakly: weakref.ref[Conversion]) -> Conversion:
 
 
 def _drawing(module: GraphModule) -> Iterator[Node]:
-    """The nodes that draw random bits from a graph's key, in checkpoints too."""
+    """The nodes that draw random bits from a graph's key, in checkpoints and loops too."""
     key = next(iter(module.graph.nodes))
     for user in key.users:
-        if user.target is nodes.checkpointed:
+        if user.target in nodes.RUNS:
             yield from _drawing(getattr(module, str(user.args[0].target)))
         else:
             yield user

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
@@ -43,7 +44,7 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "rewriting"]
+__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_given_packed", "rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 HERE, APART = "here", "apart"
@@ -173,7 +174,6 @@ def rewriting() -> str:
     return _rewritten_where(frame, inner)
 
 
-@straighten
 def _goes_straight(inner: Inner) -> bool:
     """Whether a module call that is being traced runs the forward of its class, and nothing else.
 
@@ -181,6 +181,8 @@ def _goes_straight(inner: Inner) -> bool:
     """
     from .ways import Bound, is_call
 
+    if _is_given_packed(inner):
+        return False
     own = vars(inner.module)
     if type(own.get("forward")) is not Bound or not is_call(own.get(CALL)) or inner.is_set("forward"):
         return False
@@ -188,6 +190,20 @@ def _goes_straight(inner: Inner) -> bool:
         return False
     inner.guard_identity("forward", CALL)
     return True
+
+
+straighten(_goes_straight)
+
+
+@assume_constant_result
+def is_given_packed() -> bool:
+    """Asked by the call of a module while it is traced: whether a recurrent layer is given a PackedSequence. The front
+    end would run PyTorch's code on it as it is."""
+    return _is_given_packed(Frame().inner)
+
+
+def _is_given_packed(inner: Inner) -> bool:
+    return isinstance(inner.module, nn.RNNBase) and inner.is_given(PackedSequence)
 
 
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded

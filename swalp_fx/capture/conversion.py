@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from .. import nodes
+from ..errors import NotRewritten
 from ..passes.assign import left_out, subjects
 from ..passes.names import kinds_of_type
+from ..passes.recurrent import inside_module
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, RecipeError, Subject, shortened
 from ..warn import warn
+from ..whole import unwhole
 from .places import Places, within
 
 __all__ = ["CALL", "ENTRY", "Conversion", "Graphs", "Rewritten", "conversion_of"]
@@ -33,6 +36,15 @@ def conversion_of(module: nn.Module | None) -> Conversion | None:
     """The conversion that ``module`` belongs to, if it is converted."""
     entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
     return entry.conversion if entry is not None else None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module has another class than it was converted with, hides one of its parameters, or has FSDP's."""
+    own = module.__dict__
+    entry, parameters = own.get(ENTRY), own["_parameters"]
+    if entry is None or type(module) is not entry.kind or "_flat_param" in parameters:
+        return True
+    return not parameters.keys().isdisjoint(own.keys())
 
 
 @dataclass
@@ -89,9 +101,11 @@ class Graphs(Sequence[Rewritten]):
         if not self._made:
             return "no graph yet: call the module once, or give example_inputs to convert"
         modes = {True: "train", False: "eval"}
-        # Leave out the "; x = None" that frees a value after its last use.
-        texts = ((each, re.sub(r";  (\w+ = )+None$", "", each.code, flags=re.MULTILINE)) for each in self._made)
-        return "\n\n".join(f"# {each.entry}, {modes[each.training]} mode\n{text.strip()}" for each, text in texts)
+        return "\n\n".join(
+            f"# {each.entry}, {modes[each.training]} mode{name}\n{text}"
+            for each in self._made
+            for name, text in _texts(each.graph_module)
+        )
 
     __repr__ = __str__
 
@@ -99,6 +113,15 @@ class Graphs(Sequence[Rewritten]):
 
     def __reduce__(self) -> Any:
         return Graphs, ()
+
+
+def _texts(module: GraphModule) -> Iterator[tuple[str, str]]:
+    """(name, code) of a graph, with an empty name, and of the graphs that it runs."""
+    for name, graph in module.named_modules():
+        if isinstance(graph, GraphModule):
+            # Leave out the "; x = None" that frees a value after its last use.
+            code = re.sub(r";  (\w+ = )+None$", "", graph.code, flags=re.MULTILINE)
+            yield f", {name}" if name else "", code.strip()
 
 
 class Conversion:
@@ -142,6 +165,15 @@ class Conversion:
     def has_stray(self) -> bool:
         """Whether a module of the model has no entry: it was put in without ``__setattr__``."""
         return any(ENTRY not in each.__dict__ for each in within(self.root))
+
+    def refuse_unwhole(self, is_first: bool) -> None:
+        """Raises NotRewritten for a model that was sharded, or some of whose parameters were hidden, since it was
+        converted. A later call than the first looks at what is quick to see."""
+        root = self.root
+        if not is_first and not any(map(_is_changed, within(root))):
+            return
+        if (shard := unwhole(root)) is not None:
+            raise NotRewritten(f"{type(root).__name__} would have computed in float: {shard}")
 
     def holds(self, module: nn.Module) -> bool:
         """Whether ``module`` is in the model. It may have been taken out, and the model may be gone."""
@@ -199,8 +231,12 @@ class Conversion:
         for path, module in self.root.named_modules():
             if path:
                 yield path, kinds_of_type(type(module), layer_part(type(module)))
+            yield from inside_module(path, module)
         for each in self.graphs:
             yield from subjects(each.captured)
+            for name, graph in each.graph_module.named_modules():
+                if name and isinstance(graph, GraphModule):
+                    yield from subjects(graph.graph)
 
     def key(self, device: torch.device | None = None) -> Tensor | None:
         """The key of one run; each run has another. None in eval mode, where stochastic rounding is to nearest.

@@ -8,7 +8,7 @@ parameter behind an input, and the module of a frame.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cache, wraps
 from types import CodeType, FunctionType
@@ -138,7 +138,7 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
         function = inspect.getattr_static(self.value_type, "forward", None)
         is_plain = self.value_type.__call__ is nn.Module.__call__ and type(function) is FunctionType
-        if self.source is None or not is_plain or not goes_straight(Inner(tx, self)):
+        if self.source is None or not is_plain or not goes_straight(Inner(tx, self, [*args, *kwargs.values()])):
             return otherwise(self, tx, args, kwargs)
         source = AttrSource(self.cls_source, "forward")
         install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
@@ -186,8 +186,8 @@ def switched_off() -> str | None:
 class Inner:
     """A module as a trace sees it, with the changes that the trace has already made."""
 
-    def __init__(self, tx: Any, variable: Any) -> None:
-        self._tx, self._variable = tx, variable
+    def __init__(self, tx: Any, variable: Any, given: Iterable[Any]) -> None:
+        self._tx, self._variable, self._given = tx, variable, given
         self.module: nn.Module = variable.value
 
     def stand_in(self) -> None:
@@ -200,6 +200,10 @@ class Inner:
         call = calls.get(name, 0)
         calls[name] = call + 1
         stack[f"{key}@{call}" if call else key] = (name, type(self.module))
+
+    def is_given(self, kind: type) -> bool:
+        """Whether an argument of the call is of this type; guarded."""
+        return any(_type_of(each.realize()) is kind for each in self._given)
 
     def guard(self, *attributes: str) -> None:
         """Guards an attribute of the module, by its path: the graph is used only while its value is the present one."""
@@ -291,7 +295,9 @@ class Frame:
     def inner(self) -> Inner:
         """The module of the method that is being inlined: its local ``self``."""
         tx = self._tx.output.current_tx
-        return Inner(tx, tx.symbolic_locals["self"].realize())
+        names = tx.symbolic_locals
+        given = (each for name in ("args", "kwargs") if name in names for each in _items(names[name]))
+        return Inner(tx, names["self"].realize(), given)
 
     @property
     def backend(self) -> Any:
@@ -363,6 +369,20 @@ class Frame:
             return eval(source.name if isinstance(source.name, str) else source.name(), scope)
         except Exception:  # the guard's expression may need more than locals and globals
             return None
+
+
+def _items(variable: Any) -> Iterable[Any]:
+    """The items of a tuple, or the values of a dict."""
+    items: Any = variable.realize().items
+    return items.values() if isinstance(items, Mapping) else items
+
+
+def _type_of(variable: Any) -> type | None:
+    try:
+        kind: type = variable.python_type()
+    except NotImplementedError:
+        return None
+    return kind
 
 
 def _node_of(variable: Any) -> str | None:

@@ -45,7 +45,7 @@ class _Local(threading.local):
 
     @contextlib.contextmanager
     def entering(self, module: nn.Module, is_outside: bool) -> Iterator[None]:
-        """A context in which ``module`` runs, called from outside of its model or from inside."""
+        """A context for the run of ``module``, called from outside of its model or from inside."""
         before = self.entered, self.nested, self.bare
         if is_outside:
             self.entered, self.nested, self.ran, self.bare = module, False, False, Bare()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from ..errors import NotRewritten
-from .compiler import APART, FOREIGN, rewriting
+from .compiler import APART, FOREIGN, is_given_packed, rewriting
 from .conversion import ENTRY
 from .dynamo import call_of_module, skip_code
 from .running import local
@@ -41,6 +41,8 @@ def is_call(value: Any) -> bool:
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     # In a trace, the call becomes part of that graph: it calls self.forward, which is an entry.
+    if is_dynamo_compiling() and is_given_packed():
+        return _enter_apart(self, "", call_of_module, args, kwargs)
     if is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
     if local.entered is None:
@@ -164,7 +166,7 @@ def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwar
     return self._swalp.enter_method(name, function, args, kwargs)
 
 
-@torch.compiler.disable(reason="a converted model is called while another's graph is made")
+@torch.compiler.disable(reason="a converted module is called while another's graph is made")
 def _enter_apart(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return self._swalp.enter(name, function, args, kwargs)
 

@@ -37,7 +37,8 @@ from ..ops import quantize_foreach_
 from ..random import fold_in, is_captured, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
-from .averaging import Average
+from ..whole import SHARDED, class_of_torch, unwhole
+from .averaging import Average, mean_dtype
 from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
@@ -218,6 +219,10 @@ class SWALP:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
+        if (kind := class_of_torch(type(optimizer), SHARDED)) is not None:
+            raise ValueError(f"cannot attach to {kind}; {SHARDED[kind]}")
+        if (shard := unwhole(self.model)) is not None:
+            raise ValueError(f"{name} cannot train {shard}")
         inner = next((key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
         if inner is not None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise ValueError(
@@ -446,25 +451,29 @@ class SWALP:
         and the optimizer's own states, to give the bits of a run that was not stopped.
 
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step.
+        There is one for each that a load needs, also before the first step and the first average.
         """
         self._follow_model()
+        floating = [name for name, p in self._parameters.items() if mean_dtype(p) is not None]
+        mastered = floating if self.recipe.master is not None else []
         return {
             "version": VERSION,
             "recipe": str(self.recipe),
+            "parameters": list(self._names),
             "seed": self._seed,
             "step": self._steps,
             "n_averaged": self.n_averaged,
-            "average": dict(self._average.means),
+            "average": self._average.saved_means(self._parameters),
             "averages": {
                 name: {
                     "n_seen": each.n_seen,
                     "n_averaged": each.n_averaged,
-                    "means": dict(each.means),
+                    "means": each.saved_means(self._parameters),
                     "settings": each.settings,
                 }
                 for name, each in self.averages.items()
             },
-            "masters": dict(self._masters),
+            "masters": {name: self._master_of(name) for name in mastered},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -712,11 +721,14 @@ class SWALP:
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
         """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
         name = self._names[index]
-        master = self._masters.get(name)
+        self._masters[name] = self._master_of(name)
+        return self._masters[name]
+
+    def _master_of(self, name: str) -> Tensor:
+        parameter, master = self._parameters[name], self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
-        self._masters[name] = master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-        return self._masters[name]
+        return master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
         """(index in the model, parameter) of what ``optimizer`` trains, frozen parameters left out.
@@ -734,6 +746,8 @@ class SWALP:
                 if index is None:
                     self._follow_model()
                     index = self._index.get(parameter)
+                if index is None and (shard := unwhole(self.model)) is not None:
+                    raise ValueError(f"{type(optimizer).__name__} cannot train {shard}")
                 if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from ..random import stream_of
 from ..recipe import Recipe, Subject
 from ..warn import warn
-from .captured import LAYER, PARAMETER, UPDATE, Scope
+from .captured import CARRIED, LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
 from .expand import inside
 from .facts import MEANINGS
@@ -19,6 +19,7 @@ from .fit import axis_by_reader, contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
 from .purpose import Attention
+from .recurrent import inside_recurrent
 from .tables import LAYER_PARTS
 
 __all__ = ["SITE", "Output", "Site", "Weight", "assign", "left_out", "subjects"]
@@ -160,9 +161,10 @@ def _free(scope: Scope, *place: str) -> int:
 def subjects(graph: Graph) -> Iterator[Subject]:
     """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
     for node in graph.nodes:
-        if node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
+        if node.meta.get(PART) in ("input", *LAYER_PARTS, *MEANINGS):
             yield subject(node)
-            yield from inside(node)
+        yield from inside(node)
+        yield from inside_recurrent(node)
 
 
 def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
@@ -246,7 +248,7 @@ def _is_integral(node: Node) -> bool:
 
 def _is_read(node: Node) -> bool:
     """Whether a later layer reads it, or a later call: what the model only returns (its logits) is left as it is."""
-    return _is_kept(node) or any(user.meta[PART] not in OUT for user in node.users)
+    return _is_kept(node) or node.meta.get(CARRIED, False) or any(user.meta[PART] not in OUT for user in node.users)
 
 
 def _is_kept(node: Node) -> bool:
