@@ -133,6 +133,7 @@ class SWALP:
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
+        self._twin: Twin | None = None
         self._may_average_float = False  # what update_average() warned of
         self._warned_of: set[str] = set()  # states whose role is not known
 
@@ -309,12 +310,12 @@ class SWALP:
             handle.remove()
         if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
             narrow_states(self._optimizer)
-        self._optimizer, self._handles = None, []
+        self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_averaged("a copy of swalp")
-        return self.__dict__ | {"_handles": [], "_step": None, "_group": None}
+        return self.__dict__ | {"_handles": [], "_step": None, "_twin": None, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
@@ -545,8 +546,8 @@ class SWALP:
         step.scaler = scaler_of(call)
         step.scale = scale_of(self.grad_scale, step.scaler)
         if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
-            step.twin = Twin(optimizer)
-            args = (step.twin.optimizer, *args[1:])
+            step.twin = self._twin = self._twin or Twin(type(optimizer))
+            args = (step.twin.follow(optimizer), *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
@@ -674,6 +675,7 @@ class SWALP:
             self._round_weights(step)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
+                step.twin.rest()
             unknown = self._round_states(step, optimizer)
         self._step = None
         self._steps += 1
