@@ -49,7 +49,7 @@ inline void check_input(const char* op, const Tensor& x) {
   require(x.numel() == 0 || x.const_data_ptr() != nullptr, op, kNoMemory);
 }
 
-// Calls f with a zero of the type that x, which check_input has passed, holds.
+// Calls f with a zero of x's type; check_input has passed x.
 template <class F>
 void with_scalar(ScalarType type, const F& f) {
   switch (type) {
@@ -71,9 +71,9 @@ inline int64_t dimension(const char* op, const char* name, const Tensor& x, int6
   return d < 0 ? d + rank : d;
 }
 
-// dims: which dimensions keep blocks apart; none for one block. With sizes, each of dims is cut into runs of its size, and
-// all other dimensions keep blocks apart.
-// A tensor of one dimension or none has no slices to keep apart, so `dims` alone does not split it.
+// dims: the dimensions that keep blocks apart; none for one block. With sizes, each of dims is cut into runs of its size,
+// and all other dimensions keep blocks apart.
+// A tensor of one dimension or none has no slices, so `dims` alone does not split it.
 inline Blocks blocks_of(const char* op, const Tensor& x, const std::vector<int64_t>& dims, const std::vector<int64_t>& sizes) {
   require(sizes.empty() || sizes.size() == dims.size(), op, dims.size(), " dims but ", sizes.size(), " sizes; give each one");
   Blocks blocks(x.dim(), sizes.empty() ? Blocks::kSpanned : 1);
@@ -84,13 +84,13 @@ inline Blocks blocks_of(const char* op, const Tensor& x, const std::vector<int64
     const int64_t d = dimension(op, sizes.empty() ? "block dimension" : "block axis", x, dims[i]);
     const int64_t size = sizes.empty() ? 1 : sizes[i];
     require(size >= 1, op, "block size = ", size, " is out of range; use 1 or more");
-    // A run longer than the axis is the axis; sizes near 2^63 would overflow what is computed from them.
+    // A run is at most as long as the axis: sizes near 2^63 would overflow later sums.
     blocks.size[d] = std::min(size, std::max<int64_t>(1, x.size(d)));
   }
   return blocks;
 }
 
-// How to round and what to draw from. `key` stays a tensor: only a device knows where it may read it.
+// A rounding and its source of random bits. `key` stays a tensor: only a device knows where it may read it.
 struct Drawing {
   Rounding rounding;
   Random random;
@@ -157,7 +157,7 @@ inline Numbers numbers(int64_t man, int64_t least, double lowest, double highest
   Numbers n;
   n.grid = {static_cast<int>(man),
             static_cast<int>(least),
-            lowest == 0 ? -0.0f : static_cast<float>(lowest),  // what lies below becomes a zero, and keeps its sign
+            lowest == 0 ? -0.0f : static_cast<float>(lowest),  // a negative x becomes -0: it keeps its sign
             static_cast<float>(highest),
             subnormals,
             static_cast<Beyond>(beyond)};
@@ -168,10 +168,12 @@ inline Numbers numbers(int64_t man, int64_t least, double lowest, double highest
   return n;
 }
 
-// ---- the op over a Device: run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list, and
-// ---- register_more<Forms>(library) for the forms that it alone has ----------------------------------------------------
+// ---- the op over a Device ---------------------------------------------------------------------------------------------
+//
+// A Device has run(format, cover, x, y, drawing) for dense x and y, in_place(calls) for a list, and
+// register_more<Forms>(library) for forms of its own.
 
-// A device whose kernels walk layouts with gaps says so by a member of this name; for another, such a tensor is copied.
+// A device with the member most_gaps has kernels for layouts with gaps. For other devices such a tensor is copied.
 template <class Device>
 constexpr Gaps most_gaps() {
   if constexpr (requires { Device::most_gaps; }) return Device::most_gaps;
@@ -187,14 +189,14 @@ struct Call {
   Blocks blocks;
   Cover cover;
   bool dense;
-  Tensor copied;  // of x, where no layout covers x itself: then the cover is of the copy
+  Tensor copied;  // a copy of x, if no layout covers x itself; the cover is then the copy's
 
   Call(Tensor input, const Numbers& f, const Dims& dims, const Dims& sizes, int64_t rounding, int64_t bits, const Key& key,
        int64_t stream)
       : x(std::move(input)),
         format(f),
         drawing(checked_drawing(x, rounding, bits, key, stream)),
-        // What shares nothing has no blocks, whatever dims say.
+        // A format that shares nothing has no blocks, whatever dims say.
         blocks(f.shared() == Shared::Nothing ? Blocks(x.dim(), Blocks::kSpanned) : blocks_of(kOp, x, dims, sizes)),
         cover(make_cover(x, blocks, most_gaps<Device>())),
         dense(cover.dense) {
@@ -211,7 +213,7 @@ struct Call {
       run(cover, x, y);
       return y;
     }
-    // Rounded in the copy's own memory, which is fresh, and nobody else's.
+    // Rounded in the memory of the copy, since nobody else has it.
     Tensor y = is_copied() ? copied : torch::stable::contiguous(x);
     run(make_cover(y, blocks), y, y);
     return y;
@@ -228,7 +230,7 @@ struct Call {
     if (is_copied()) torch::stable::copy_(x, copied);
   }
 
-  // Of a dense tensor, the part that `part` covers.
+  // Rounds only the part of a dense tensor that `part` covers.
   void in_place(const Cover& part) { Device::run(format, part, x, x, drawing); }
 
  private:
@@ -266,11 +268,11 @@ struct Forms {
     std::vector<OneCall> of_each = calls(xs, n, dims, sizes, rounding, bits, key, streams);
     for (const OneCall& each : of_each) each.check_writable();
     if (!share_memory(xs)) return Device::in_place(of_each);
-    // One after another, each as the ones before have left it.
+    // One after another: a tensor may hold results of those before it.
     for (size_t i = 0; i < xs.size(); ++i) OneCall(xs[i], n, dims, sizes, rounding, bits, key, streams[i]).in_place();
   }
 
-  // A plan of this call, which is the caller's to delete; 0 if x is not dense.
+  // The address of a plan of this call, for the caller to delete; 0 if x is not dense.
   static int64_t plan(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, int64_t stream) {
     const OneCall call(std::move(x), numbers(format...), dims, sizes, rounding, bits, key, stream);
     return call.dense ? reinterpret_cast<int64_t>(new typename Device::PlanOf(call)) : 0;

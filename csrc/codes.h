@@ -1,4 +1,4 @@
-// Codes in the place of rounded numbers, of 8 bits or fewer: those of swalp_fx/codes/codecs.py.
+// Codes of 8 bits or fewer in place of rounded numbers, as in swalp_fx/codes/codecs.py.
 #pragma once
 
 #include <vector>
@@ -7,23 +7,23 @@
 
 namespace swalp_fx {
 
-// What the code of a number takes beside its grid or table.
+// How to make the code of a number, beside its grid or table.
 struct Coding {
   int bits = 8;
   bool is_twos = false;         // two's complement, or no sign at all; else a sign bit above the magnitude
   bool has_signed_zero = true;  // else zero is 0, without the sign bit
-  int first = 0;                // of the lowest number, in two's complement or of a table
+  int first = 0;                // the code of the lowest number, in two's complement or of a table
 };
 
-// What is found out about a tensor on the way to its codes.
+// Facts of a tensor, found on the way to its codes.
 struct Found {
   std::vector<uint32_t> maxima;    // of its blocks: the bits of the largest finite magnitude
-  std::vector<uint32_t> negative;  // where a scale is affine: of negative numbers, the maxima being those of positive ones
+  std::vector<uint32_t> negative;  // for an affine scale: the maxima of negative numbers; maxima has only positive ones
   float tensor_maximum = 0;
   bool finite = true;  // whether every number is
 };
 
-// A rounding whose results are codes.
+// A rounding that gives codes.
 template <class R>
 struct Coded {
   using Round = R;
@@ -42,12 +42,12 @@ constexpr bool kCodes = false;
 template <class Round>
 constexpr bool kCodes<Coded<Round>> = true;
 
-// What is written for an element that is stored as S.
+// The type that is written for an element stored as S.
 template <class S, class Round>
 using Result = std::conditional_t<kCodes<Round>, uint8_t, S>;
 
-// How many steps a number has once it is rounded, in the low 8 bits or more: the last places of the sum that rounds it in
-// round.h. Of a negative number those of two's complement.
+// The number of steps in a rounded number, in at least the low 8 bits: the last places of the rounding sum in round.h. A
+// negative number is in two's complement.
 SWALP_HD uint32_t steps_of(const RoundNearest&, float v, Step<float> step, uint32_t) {
   const Step<float> shifter = step + (Step<float>(23) << 23) + (Step<float>(1) << 22);
   return bit_cast<uint32_t>(v + bit_cast<float>(shifter));
@@ -64,8 +64,8 @@ SWALP_HD uint32_t sign_bit(float x, const Coding& coding) {
   return static_cast<uint32_t>(bit_cast<int32_t>(x) >> 31) & (1u << (coding.bits - 1));
 }
 
-// Each gives the code of a finite x, of which v is the quotient, in the low bits of a word: what lies above them, and the sign
-// of a zero that has none, is for the caller to take away. kTwos: Coding.is_twos, of which there are loops for integers alone.
+// Each gives the code of a finite x with the quotient v, in the low bits of a word. The caller clears the bits above, and the
+// sign of a zero that has none. kTwos: Coding.is_twos; only integers have loops for true.
 
 template <bool kTwos, class Round>
 SWALP_HD uint32_t code_of(const IntegerElement<float>& element, float v, float x, uint32_t draw, const Coded<Round>& how) {
@@ -77,7 +77,7 @@ SWALP_HD uint32_t code_of(const IntegerElement<float>& element, float v, float x
   return steps_of(how.round, std::fabs(within), element.step, draw) | sign_bit(x, how.coding);
 }
 
-// Exponent and mantissa: of a number from 2^least on, its steps count the hidden bit too.
+// Exponent and mantissa. From 2^least on, the steps of a number include the hidden bit.
 template <bool kTwos, template <class> class Tail, class Round>
 SWALP_HD uint32_t code_of(const FloatElement<float, Tail>& element, float v, float x, uint32_t draw,
                           const Coded<Round>& how) {
@@ -89,7 +89,7 @@ SWALP_HD uint32_t code_of(const FloatElement<float, Tail>& element, float v, flo
   return (steps_of(how.round, magnitude, step, draw) + (above >> (23 - man))) | sign_bit(x, how.coding);
 }
 
-// No element of so many exponents has 8 bits.
+// No element with so many exponents fits in 8 bits.
 template <bool kTwos, template <class> class Tail, class Round>
 SWALP_HD uint32_t code_of(const WideFloatElement<float, Tail>&, float, float, uint32_t, const Coded<Round>&) {
   return 0;

@@ -1,4 +1,4 @@
-// Elements: numbers on a scale of 1, to which a value is clamped and rounded. Each mirrors a class of
+// Elements: a value is clamped and rounded to their numbers, on a scale of 1. Each mirrors a class of
 // swalp_fx/formats/element.py.
 #pragma once
 
@@ -7,12 +7,12 @@
 
 namespace swalp_fx {
 
-// What a number becomes that lies beyond the largest, or rounds to more. Infinities are such numbers.
+// The result for a number that is beyond the largest, or rounds to more. An infinity is such a number.
 enum class Beyond : int { Saturate, SaturateButInfinity, Infinity, Nan };
 constexpr int kBeyonds = 4;
 
-// Numbers from `lowest` to `highest`, of which those near v have a step of 2^(max(exponent of v, least) - man). Integers
-// are a grid of one step: their least exponent is the highest that they have. Bounds are float32 numbers.
+// Numbers from `lowest` to `highest`. Near v the step is 2^(max(exponent of v, least) - man). Integers have a single step:
+// their least exponent is their highest. Bounds are float32 numbers.
 struct Grid {
   int man = 0, least = 0;
   float lowest = 0, highest = 0;
@@ -27,8 +27,8 @@ SWALP_HD T clamp(T v, T lo, T hi) {
   return v > hi ? hi : v;
 }
 
-// Elements take a power-of-two scale 2^e into their grid, and so need no division, where 2^e, their steps and what
-// RoundNearest adds are normal numbers of T.
+// Whether elements can take a power-of-two scale 2^e into their grid, and so need no division. 2^e, the steps and the number
+// that RoundNearest adds must be normal numbers of T.
 template <class T>
 SWALP_HD bool takes_in(int smallest_step, int largest_step) {
   return (smallest_step > -Ieee<T>::bias) & (largest_step + Ieee<T>::mantissa <= Ieee<T>::bias);
@@ -40,8 +40,8 @@ SWALP_HD Step<T> scaled_step(T power, int e) {
   return bit_cast<Step<T>>(power) + (static_cast<Step<T>>(e) << Ieee<T>::mantissa);
 }
 
-// Each element gives v clamped to its range and rounded, with the sign of x. Where a rounding loses NaN, an element may keep
-// it all the same.
+// Each element gives v clamped to its range and rounded, with the sign of x. An element may keep NaN even if its rounding
+// loses it.
 
 // ---- integers -------------------------------------------------------------------------------------------
 
@@ -62,16 +62,16 @@ struct IntegerElement {
     if constexpr (std::is_base_of_v<RoundNearest, Round>) {
       return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
     }
-    // A zero that x is clamped to is no quotient that has underflowed.
+    // A zero that comes from clamping is no quotient that underflowed.
     const T within = (v < lo) | (v > hi) ? clamped : x;
     return with_sign(round_to_step(std::fabs(clamped), step, within, draw), x);
   }
 };
 
-// ---- tails: what floats do beyond their largest number ------------------------------------------------
+// ---- tails: floats beyond their largest number --------------------------------------------------------
 //
-// Each says to what a magnitude is brought down before it is rounded, and makes a result of a rounded one. The functor of
-// any tail serves the others' formats too, with more work.
+// A tail gives the largest magnitude before rounding (`most`), and turns a rounded magnitude into a result. AnyTail serves
+// the formats of the other tails too, with more work.
 
 template <class T>
 struct Saturates {
@@ -86,11 +86,11 @@ struct Saturates {
   SWALP_HD T result(T magnitude, T x) const { return with_sign(magnitude, x); }
 };
 
-// An infinity stays one, but where it saturates.
+// An infinity stays one, unless it saturates.
 template <class T>
 struct KeepsInfinity {
   static constexpr bool keeps_nan = true, flushes = false;
-  T max, of_x;  // an x beyond the second is kept
+  T max, of_x;  // an x beyond of_x is kept
   KeepsInfinity() = default;
   SWALP_HD KeepsInfinity(Beyond beyond, T largest, T)
       : max(largest),
@@ -102,13 +102,13 @@ struct KeepsInfinity {
   SWALP_HD T result(T magnitude, T x) const { return std::fabs(x) <= of_x ? with_sign(magnitude, x) : x; }
 };
 
-// Overflow to infinity or NaN: magnitudes come down to one step beyond the largest, and what rounds to that is over it.
+// Overflow to infinity or NaN: a magnitude is clamped to one step beyond the largest number, and overflows if it rounds there.
 template <class T>
 struct AnyTail {
   static constexpr bool keeps_nan = true, flushes = true;
   T max, clamped;
-  T of_result, of_x;  // no result and no x is beyond these
-  T over;             // what they become where one is, plus the magnitude of x: an infinity that is kept, and NaN, are x's
+  T of_result, of_x;  // bounds of the rounded result and of x
+  T over;             // beyond a bound the result is this plus |x|: so NaN and a kept infinity stay
   AnyTail() = default;
   SWALP_HD AnyTail(Beyond beyond, T largest, T last_step)
       : max(largest),
@@ -138,7 +138,7 @@ struct AnyTail {
 template <class T, template <class> class Tail>
 struct FloatElement {
   static constexpr bool keeps_nan = Tail<T>::keeps_nan;
-  Step<T> lowest, per_binade;  // the bits of 2^least; what makes a binade's bits those of its step
+  Step<T> lowest, per_binade;  // the bits of 2^least; a binade's bits minus the bits of its step
   Step<T> below;               // the bits of the step below 2^least
   Tail<T> tail;
 
@@ -167,7 +167,7 @@ struct FloatElement {
   }
 };
 
-// Floats of as many exponents as T = float has: v is scaled to its own binade, since steps are beyond T at both ends.
+// Floats with as many exponents as T = float: v is scaled to its own binade, since steps leave T's range at both ends.
 template <class T, template <class> class Tail>
 struct WideFloatElement {
   static constexpr bool keeps_nan = true;
@@ -176,7 +176,7 @@ struct WideFloatElement {
   bool subnormals;
   Tail<T> tail;
 
-  // The last step, 2^(127 - man), takes the largest number to 2^128, which is float's infinity.
+  // The largest number plus the last step, 2^(127 - man), is 2^128: infinity in float.
   SWALP_HD explicit WideFloatElement(const Grid& grid)
       : lowest(bit_cast<Step<T>>(power_of_two<T>(grid.least))),
         step(bit_cast<Step<T>>(power_of_two<T>(-grid.man))),
@@ -193,14 +193,14 @@ struct WideFloatElement {
     magnitude = magnitude > most ? most : magnitude;
     if constexpr (Tail<T>::flushes) {
       if (!subnormals && magnitude < bit_cast<T>(lowest)) {
-        // One step, from zero to the least number: made 2^m times as large, and so far from the least of T.
+        // The only step is from zero to the least number. It is made 2^m times as large, away from the least number of T.
         const T q = round_to_step(magnitude * power_of_two<T>(m), lowest + (Step<T>(m) << m), x, draw);
         return with_sign(q * power_of_two<T>(-m), x);
       }
     }
     if constexpr (std::is_same_v<T, float> && std::is_same_v<Round, RoundStochasticWide>) {
-      // Exponents are T's own, so that a carry in the pattern is one in value. Of the draw, which has as many bits as are
-      // dropped or more, the lower ones decide nothing. What becomes of NaN here, the tail mends.
+      // Exponents are T's own, so a carry in the bit pattern is a carry in value. The draw has at least as many bits as are
+      // dropped; its lower bits decide nothing. The tail mends a NaN that is broken here.
       const Step<T> sum = bit_cast<Step<T>>(magnitude) + (draw >> (round_to_step.bits - dropped));
       return tail.result(bit_cast<T>(sum & (~Step<T>(0) << dropped)), x);
     }
@@ -221,7 +221,7 @@ struct Table {
   float at[kMost];
   int size = 0;
   int half = 0;  // the largest power of two below the size
-  int zero = 0;  // the number whose index counts as even where a tie is between two
+  int zero = 0;  // the index that counts as even in a tie
   float reach = 0;
 };
 
@@ -237,7 +237,7 @@ struct TableElement {
     return q == T(0) ? with_sign(q, x) : q;
   }
 
-  // The place of that number, where v is one.
+  // The index of the rounded number.
   template <class Round>
   SWALP_HD int index_of(T v, T x, uint32_t draw, const Round& round) const {
     if (v == T(0) && x != T(0)) v = with_sign(std::numeric_limits<T>::min(), x);  // a quotient that has underflowed
@@ -246,7 +246,7 @@ struct TableElement {
     for (int half = table.half; half > 0; half /= 2) {
       const int at = below + half;
       const bool beyond = (at < table.size - 1) & (static_cast<T>(table.at[at & (Table::kMost - 1)]) <= clamped);
-      below += half & -static_cast<int>(beyond);  // not a choice: compilers turn that into a branch, which is a guess
+      below += half & -static_cast<int>(beyond);  // no choice here: compilers would make it a branch, hard to predict
     }
     const T low = static_cast<T>(table.at[below]), high = static_cast<T>(table.at[below + 1]);
     return below + static_cast<int>(goes_up(clamped, low, high, ((below - table.zero) & 1) != 0, x, draw, round));

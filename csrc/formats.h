@@ -1,8 +1,8 @@
 // Formats as an element on a scale: quantize(x) = scale * element(x / scale).
 //
-// A functor here is a product of both. It declares `shared`, what a block shares, and magnitude_bits, such that every rounded
-// magnitude is at most 2^magnitude_bits steps. with_quantizer calls f with a Quantizer. Products on a scale tell too which
-// blocks are usual: their quantizers are of one type, and found without a branch, which is what tiles are done in batches by.
+// A functor here is a product of both. It declares `shared`, and magnitude_bits: every rounded magnitude is at most
+// 2^magnitude_bits steps. with_quantizer calls f with a Quantizer. Products on a scale also name their usual blocks. The
+// quantizers of usual blocks have one type, and are found without a branch: so tiles can be rounded in batches.
 #pragma once
 
 #include "elements.h"
@@ -39,7 +39,7 @@ struct Floats {
 enum class TailKind : int { Saturates, KeepsInfinity, Any };
 enum class Shared { Nothing, Block, BlockAndTensor };
 
-// What every product holds.
+// The fields of every product.
 struct Product {
   static constexpr bool rare = false;  // compiled once, and served one element at a time
   Grid grid;
@@ -133,14 +133,14 @@ struct OnAbsmax : Product {
   }
 };
 
-// The float32 of the tensor, under which its largest block's float is the largest.
+// The float32 of the tensor: divided by it, the float of the largest block is the largest float.
 template <class T>
 SWALP_HD T outer_scale(const Grid& inner, T tensor_maximum, T element_max) {
   const T most = element_max * static_cast<T>(inner.highest);
   return real_scale<T>(static_cast<float>(tensor_maximum / most), most);
 }
 
-// The float of a block under it, over both of which the block's maximum becomes the largest of an element.
+// The float of a block: divided by it and by the tensor's float32, the block's maximum is the largest element.
 template <class T>
 SWALP_HD T inner_scale(const Grid& inner, typename Ieee<T>::Bits maximum, T outer, T element_max) {
   const T wanted = bit_cast<T>(maximum) / element_max / outer;
@@ -151,7 +151,7 @@ SWALP_HD T inner_scale(const Grid& inner, typename Ieee<T>::Bits maximum, T oute
 template <class T>
 SWALP_HD T two_level_scale(const Grid& inner, typename Ieee<T>::Bits maximum, T tensor_maximum, T element_max) {
   const T outer = outer_scale<T>(inner, tensor_maximum, element_max);
-  // The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
+  // The product may underflow if the tensor's maximum is tiny, and 0 / 0 is no zero.
   const T scale = inner_scale<T>(inner, maximum, outer, element_max) * outer;
   constexpr T least = std::numeric_limits<T>::denorm_min();
   return scale > T(0) ? scale : least;
@@ -177,10 +177,10 @@ struct FloatsOnTwoLevels : Product {
   }
 };
 
-// As many integers as a grid has, of which the first is moved by a whole number, so that they hold a block's range.
+// As many integers as a grid has. The first is moved by a whole number, so that they cover a block's range.
 template <class T>
 struct Moved {
-  T count, scale, below;  // all but one; what multiplies them; how many are negative
+  T count, scale, below;  // the number of integers minus one; their scale; how many are negative
   SWALP_HD Moved(const Grid& grid, T positive, T negative)
       : count((static_cast<T>(grid.highest) - static_cast<T>(grid.lowest)) * power_of_two<T>(grid.man - grid.least)),
         scale(real_scale<T>(static_cast<float>((positive + negative) / count), count)),
@@ -189,13 +189,13 @@ struct Moved {
   }
 };
 
-// The codes are those of SCALES in swalp_fx/ops.py.
+// In the order of SCALES in swalp_fx/ops.py.
 enum class ScaleKind : int { None, PowerOfTwo, Absmax, Static, TwoLevel, Affine };
 constexpr int kScaleKinds = 6;
 enum class ElementKind : int { Integers, Floats, WideFloats, Table };
 
-// Every other product, chosen at run time. Of an affine scale, `maximum` is that of the block's positive numbers, and
-// what stands for the tensor's maximum that of the magnitudes of its negative ones.
+// Every other product, chosen at run time. For an affine scale, `maximum` is the maximum of the block's positive numbers, and
+// the argument for the tensor's maximum is the largest magnitude of the block's negative numbers.
 struct Rare : Product {
   static constexpr auto shared = Shared::BlockAndTensor;
   static constexpr bool rare = true;
@@ -236,7 +236,7 @@ struct Rare : Product {
   SWALP_HD T real_of(typename Ieee<T>::Bits maximum, T tensor_maximum, int e) const {
     const T reach = element == ElementKind::Table ? table.reach : grid.highest;
     switch (scale) {
-      case ScaleKind::PowerOfTwo:  // of a table, whose quotients and products it keeps exact
+      case ScaleKind::PowerOfTwo:  // of a table: quotients and products are exact
         return FarScale<T>(e).multiply(T(1));
       case ScaleKind::Absmax:
         return absmax_scale<T>(maximum, reach);

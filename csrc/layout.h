@@ -1,4 +1,4 @@
-// Where the elements of a dense tensor lie, which random bits each draws, which block each is in.
+// The place of each element of a tensor in memory, its random bits, and its block.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,7 @@ struct Place {
   int64_t memory = 0, index = 0, block = 0;
 };
 
-// A loop over one dimension, and what a step along it adds to each counter.
+// A loop over one dimension, and the increment of each counter by a step along it.
 struct Dim {
   int64_t size;
   Place step;  // step.block is 0 along dimensions that a block spans
@@ -65,8 +65,8 @@ struct Layout {
   }
 };
 
-// How a tensor falls into blocks: along each dimension one for each run of `size` elements, of which the last may be short,
-// or one for all.
+// How a tensor is cut into blocks: along each dimension, one block for each run of `size` elements, or one block for all.
+// The last run may be short.
 struct Blocks {
   static constexpr int64_t kSpanned = 0;
   std::vector<int64_t> size;  // 1 keeps the elements along a dimension apart
@@ -75,8 +75,8 @@ struct Blocks {
   bool are_runs(int64_t d) const { return size[d] > 1; }
 };
 
-// The layouts that cover x: one, or two for each axis along which the last runs are short. None if x is empty, or is to be
-// copied first, because it overlaps itself or takes too many loops.
+// The layouts that cover x: one, or twice as many for each axis with a short last run. None if x is empty, or must be copied
+// first: it overlaps itself, or takes too many loops.
 struct Cover {
   std::vector<Layout> layouts;
   int64_t blocks = 1;
@@ -98,7 +98,7 @@ inline bool add_layout(std::vector<Dim> loops, const Place& first, std::vector<L
   return true;
 }
 
-// The same elements, numbered as they follow one another in memory: of fewer loops, where row-major order differs.
+// The same elements, numbered by their order in memory. It takes fewer loops if row-major order differs.
 inline Layout in_memory_order(const Layout& l) {
   Layout numbered;
   numbered.first = {l.first.memory, 0, l.first.block};
@@ -112,7 +112,7 @@ inline Layout in_memory_order(const Layout& l) {
 
 enum class Gaps { None, Some, Overlaps };
 
-// What lies between the elements of x: nothing, other memory, or (as far as is known) elements of x themselves.
+// The gaps between the elements of x: none, some memory, or possibly other elements of x.
 inline Gaps gaps_in(const torch::stable::Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> steps;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -146,7 +146,7 @@ inline bool shares_places(const torch::stable::Tensor& x) {
   return std::adjacent_find(places.begin(), places.end()) != places.end();
 }
 
-// The memory from x's first element to its last, in bytes: addresses, the second one beyond it.
+// The addresses of x's first byte and of the byte after its last.
 inline std::pair<uintptr_t, uintptr_t> memory_of(const torch::stable::Tensor& x) {
   const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
   int64_t last = 0;
@@ -154,7 +154,7 @@ inline std::pair<uintptr_t, uintptr_t> memory_of(const torch::stable::Tensor& x)
   return {begin, begin + (last + 1) * x.element_size()};
 }
 
-// Whether the memory of any two overlaps, elements in turns included.
+// Whether the memory of any two overlaps; interleaved elements count too.
 inline bool share_memory(const std::vector<torch::stable::Tensor>& xs) {
   std::vector<std::pair<uintptr_t, uintptr_t>> memory;
   for (const torch::stable::Tensor& x : xs) {
@@ -165,8 +165,8 @@ inline bool share_memory(const std::vector<torch::stable::Tensor>& xs) {
          memory.end();
 }
 
-// The layouts of loops of which the first `left` are dimensions yet to be cut into runs, the last one first. False: they are
-// too many.
+// Adds the layouts of `loops`. The first `left` loops are dimensions to be cut into runs, the last one first. False: there
+// are too many loops.
 inline bool add_layouts(std::vector<Dim> loops, size_t left, const Place& first, const Blocks& blocks,
                         std::vector<Layout>& layouts) {
   for (; left > 0 && !blocks.are_runs(static_cast<int64_t>(blocks.size.size() - left)); --left) {
@@ -193,7 +193,7 @@ inline bool add_layouts(std::vector<Dim> loops, size_t left, const Place& first,
   return true;
 }
 
-// `most`: gaps that whoever walks the layouts steps over.
+// `most`: the gaps that the caller's kernels can step over.
 inline Cover make_cover(const torch::stable::Tensor& x, const Blocks& blocks, Gaps most = Gaps::None) {
   Cover cover;
   if (x.numel() == 0) return cover;

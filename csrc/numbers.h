@@ -1,4 +1,4 @@
-// A format as the op takes it, in numbers; and which functor of formats.h it is.
+// A format as numbers, as the op takes it, and its functor in formats.h.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +14,9 @@ struct Numbers {
   Grid grid;
   std::vector<float> table;  // a codebook, instead of a grid
   ScaleKind scale = ScaleKind::None;
-  // Of a power of two: the smallest and the largest exponent, and from which significand of the maximum on it is twice as
-  // much. Of a static scale: itself. Of a two-level one: the mantissa bits, the least exponent and the largest number of
-  // the blocks' floats.
+  // A power of two has the smallest and the largest exponent, and the significand of the maximum from which on the scale is
+  // twice as much. A static scale has its value. A two-level scale has the mantissa bits, the least exponent and the largest
+  // number of the blocks' floats.
   std::array<double, 3> of_scale{};
 
   ElementKind element() const {
@@ -54,7 +54,7 @@ struct Numbers {
   float largest() const { return table.empty() ? grid.highest : std::max(-table.front(), table.back()); }
   int exponent_of_largest() const { return std::ilogb(std::max(largest(), -grid.lowest)); }
 
-  // 2^this is no fewer steps than a rounded magnitude has.
+  // A rounded magnitude has at most 2^magnitude_bits steps.
   int magnitude_bits() const {
     if (element() != ElementKind::Integers) return grid.man + 1;
     if (scale == ScaleKind::Affine) return grid.man + 1;
@@ -94,7 +94,7 @@ struct Numbers {
   }
 };
 
-// Calls f with the functor that `n` is.
+// Calls f with the functor for `n`.
 template <class F>
 void with_format(const Numbers& n, F&& f) {
   if (n.is_rare()) return f(n.rare());

@@ -1,4 +1,4 @@
-// The ops' schemas, and the Python module that loading registers them with.
+// The ops' schemas, and the Python module: loading it registers the ops.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -7,8 +7,8 @@
 
 #include "plan.h"
 
-// The element's grid (see Grid in csrc/elements.h), or the table of a codebook instead; a scale's kind, and the numbers of it
-// that Numbers in csrc/numbers.h names; dims and sizes: which elements share a scale, see blocks_of in csrc/check.h.
+// man to beyond: the element's grid, see Grid in csrc/elements.h. table: a codebook, in place of a grid. scale: a code of
+// ScaleKind. of_scale: its numbers, see Numbers in csrc/numbers.h. dims, sizes: the blocks, see blocks_of in csrc/check.h.
 #define SWALP_FORMAT                                                                                                    \
   "int man, int least, float lowest, float highest, bool subnormals, int beyond, float[] table, int scale, "            \
   "float[] of_scale, int[] dims, int[] sizes, "
@@ -16,11 +16,11 @@
 #define SWALP_ROUNDING "int rounding, int random_bits, Tensor? key, "
 #define SWALP_SGD "float lr, float momentum, float undamped, float weight_decay, bool nesterov, bool maximize, "
 
-// The forms ending in _ work in place and return nothing. _plan rounds nothing, but gives the address of a plan (plan.h) of
-// such calls. On the CPU alone: _sgd_, a step of torch.optim.SGD with its roundings, where a role without streams is not
-// rounded and undamped is 1 - dampening; and _codes, which writes codes (codes.h) of 8 bits or fewer side by side, and scales
-// as swalp_fx/codes/stored.py has them, and tells whether it could. coding: the fields of Coding, then the bias of a scale's
-// exponent.
+// The forms ending in _ work in place and return nothing. _plan rounds nothing: it returns the address of a plan (plan.h) for
+// such calls. Two forms are for the CPU alone:
+// _sgd_ is a step of torch.optim.SGD with its roundings. A role without streams is not rounded; undamped is 1 - dampening.
+// _codes writes codes (codes.h) of 8 bits or fewer side by side, and scales as in swalp_fx/codes/stored.py. It returns whether
+// it could. coding: the fields of Coding, then the bias of a scale's exponent.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> Tensor");
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
@@ -63,7 +63,7 @@ bool without_gil(const F& f) {
   return failure.empty();
 }
 
-// round(plan, from, to, key, stream), addresses of memory; key is that of its int64, or 0.
+// round(plan, from, to, key, stream): from, to and key are addresses of memory; key points to an int64, or is 0.
 PyObject* round(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 5) return PyErr_Format(PyExc_TypeError, "round takes 5 arguments");
   const Plan* plan = plan_of(arguments[0]);

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), and which
-// of its bits an element draws. swalp_fx/random.py states the same law in Python.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), and the
+// bits of it that an element draws. swalp_fx/random.py is the same in Python.
 #pragma once
 
 #include "portable.h"
@@ -20,9 +20,9 @@ struct RoundKeys {
   }
 };
 
-// Runs one counter in each lane of V, a vector of 64-bit lanes of which only the low halves count: a 32 x 32 -> 64 bit
-// product then leaves its low half in place and its high half one shift away. kSets of them, side by side, keep a
-// processor's multipliers busy while each waits for its own.
+// Runs one counter in each lane of V, a vector of 64-bit lanes. Only the low halves count: a 32 x 32 -> 64 bit product leaves
+// its low half in place, and its high half one shift away. kSets vectors side by side keep the multipliers busy while each
+// waits for its product.
 template <class Lanes, int kSets, class V>
 SWALP_HD void philox4x32(V (&c)[kSets][4], const RoundKeys& keys) {
   SWALP_UNROLL
@@ -47,7 +47,7 @@ struct OneLane {
 // same word of each. So SIMD lanes store their draws in order, without a shuffle.
 constexpr int64_t kCounters = 16;
 
-// What an operation draws: `bits` random bits an element. Up to 16 bits come from half a word
+// The draws of an operation: `bits` random bits an element. Up to 16 bits come from half a word
 // (low half first), more from a whole one: the generator costs more than all the rounding.
 struct Random {
   uint64_t key = 0;

@@ -1,4 +1,4 @@
-// What the arithmetic headers need to compile for host and device alike.
+// Macros and bit arithmetic that let the other headers compile for host and device.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 #define SWALP_HD inline
 #endif
 
-// Before a loop whose count is small and known: the compiler's own limits would keep it.
+// Unrolls a loop of a small, known count, even if the compiler's own limits forbid it.
 #if defined(__CUDA_ARCH__)
 #define SWALP_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__) && !defined(__clang__)
@@ -45,7 +45,7 @@ struct Ieee<double> {
   static constexpr int mantissa = 52, bias = 1023;
 };
 
-// What elements stored as S are computed in: float16 and bfloat16 in float32, which holds them exactly.
+// The compute type for elements stored as S: float32 for float16 and bfloat16, and it holds them exactly.
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -82,7 +82,7 @@ SWALP_HD Bits larger(Bits a, Bits b) {
   return a < b ? b : a;
 }
 
-// A magnitude with the sign of x, which may be that of zero.
+// A magnitude with the sign of x; -0 has a sign too.
 template <class T>
 SWALP_HD T with_sign(T magnitude, T x) {
   using Bits = typename Ieee<T>::Bits;

@@ -1,4 +1,4 @@
-// Rounding to integers: the one place where a value is changed. Everything else in csrc/ scales
+// Rounding to integers: the only place that changes a value. Everything else in csrc/ scales
 // or moves data.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace swalp_fx {
 
-// The codes are those of ROUNDINGS in swalp_fx/recipe/rounding.py.
+// In the order of ROUNDINGS in swalp_fx/recipe/rounding.py.
 enum class Rounding : int { Nearest, Stochastic, TowardZero, Down, Up, NearestAway, NearestUp };
 constexpr int kRoundings = 7;
 
@@ -14,8 +14,8 @@ constexpr int kRoundings = 7;
 template <class T>
 using Step = typename Ieee<T>::Bits;
 
-// Each functor gives a magnitude rounded to a multiple of a step; magnitude / step is below 2^24. x is what the magnitude
-// belongs to, and draw a random integer; most ignore them. NaN stays NaN, unless the functor loses_nan.
+// Each functor rounds a magnitude to a multiple of a step; magnitude / step is below 2^24. x is the number with this
+// magnitude, and draw a random integer; most functors ignore both. NaN stays NaN, unless the functor loses_nan.
 
 // Adds a number so large that the sum's last place is the step: the addition itself rounds, ties to even.
 struct RoundNearest {
@@ -29,7 +29,7 @@ struct RoundNearest {
   }
 };
 
-// Adds the random bits below the last place and carries, as an adder in hardware does: up with probability
+// Adds the random bits below the last place and carries, like an adder in hardware. The probability of rounding up is
 // magnitude / step - floor(magnitude / step), rounded to a multiple of 2^-bits. Representable values never move.
 struct RoundStochastic {
   static constexpr bool draws = true, loses_nan = true;
@@ -50,7 +50,7 @@ SWALP_HD T inverse_of(Step<T> step) {
   return bit_cast<T>((Step<T>(2 * Ieee<T>::bias) << Ieee<T>::mantissa) - step);
 }
 
-// The same where the sum does not fit.
+// The same, for a sum that does not fit in T.
 struct RoundStochasticWide {
   static constexpr bool draws = true, loses_nan = false;
   int bits;  // draws are below 2^bits
@@ -66,7 +66,7 @@ struct RoundStochasticWide {
   }
 };
 
-// Any rounding, chosen at run time: the rest are compared with, not trained with.
+// Any other rounding, chosen at run time: they serve comparisons, not training.
 struct RoundOther {
   static constexpr bool draws = false, loses_nan = false;
   Rounding rounding;
@@ -74,7 +74,7 @@ struct RoundOther {
   SWALP_HD T operator()(T magnitude, Step<T> step, T x, uint32_t) const {
     const T y = magnitude * inverse_of<T>(step);
     const T whole = std::trunc(y);
-    // Where y underflowed, x still tells that there is a rest, and on which side of zero.
+    // If y underflowed, x still shows that there is a rest, and its sign.
     const T rest = y == T(0) && x != T(0) ? std::numeric_limits<T>::min() : y - whole;
     const bool negative = x < T(0);
     bool away = false;
@@ -101,7 +101,7 @@ struct RoundOther {
   }
 };
 
-// Whether x goes toward zero wherever it is off the grid, so that it never passes the largest number.
+// Whether x is rounded toward zero: then it never passes the largest number.
 template <class Round, class T>
 SWALP_HD bool is_toward_zero(const Round& round, T x) {
   if constexpr (std::is_same_v<Round, RoundOther>) {

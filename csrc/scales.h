@@ -1,5 +1,5 @@
-// Scales: what divides a value before it is rounded and multiplies it after, and how that follows from what a block
-// holds. Each mirrors a class of swalp_fx/formats/scale.py.
+// Scales: a value is divided by its scale before it is rounded, and multiplied after. A scale follows from the numbers of a
+// block. Each mirrors a class of swalp_fx/formats/scale.py.
 #pragma once
 
 #include "portable.h"
@@ -17,7 +17,7 @@ struct UnitScale {
   }
 };
 
-// 2^e for |e| up to 252, in two factors: 2^-e itself can lie beyond the numbers of float. Products are exact unless they
+// 2^e for |e| up to 252, in two factors, since 2^-e itself can be out of float's range. Products are exact unless they
 // underflow, far below every step.
 template <class T>
 struct FarScale {
@@ -42,14 +42,14 @@ struct RealScale {
   SWALP_HD T multiply(T q) const { return q * scale; }
 };
 
-// The exponent of a block's scale: floor(log2 maximum), or one more from some significand on, less that of the element's
-// largest number. A block with nothing finite but zeros takes the largest scale, under which zeros stay zero and
-// infinities saturate. `maximum` holds the bits of the block's largest finite magnitude: an exponent is read off them,
-// because a float32 log2 gives 3 for 2^3 (1 - 2^-24).
+// The exponent of a block's scale: floor(log2 maximum) minus `less`, and one more from some significand of the maximum on.
+// `less` is the exponent of the element's largest number. A block of zeros, infinities and NaNs takes the largest scale: then
+// zeros stay zero, and infinities saturate. `maximum` holds the bits of the block's largest finite magnitude. The exponent is
+// read from the bits, because a float32 log2 gives 3 for 2^3 (1 - 2^-24).
 struct SharedExponent {
   int less = 0;
-  int smallest = 0, largest = 0;  // that can be stored
-  uint64_t carry = 0;             // in units of a double's last place: what, from that significand on, carries to the next exponent
+  int smallest = 0, largest = 0;  // exponents that can be stored
+  uint64_t carry = 0;             // added to a double's bits, it carries into the exponent from that significand on
 
   template <class T>
   SWALP_HD typename Ieee<T>::Bits carried(typename Ieee<T>::Bits maximum) const {
@@ -64,7 +64,7 @@ struct SharedExponent {
     const int e = static_cast<int>(carried<T>(bits) >> Ieee<T>::mantissa) - Ieee<T>::bias + unit - less;
     return maximum == 0 || e > largest ? largest : e < smallest ? smallest : e;
   }
-  // The same where the maximum is normal and the exponent within its bounds.
+  // The same, for a normal maximum and an exponent within its bounds.
   template <class T>
   SWALP_HD int of_normal(typename Ieee<T>::Bits maximum) const {
     return static_cast<int>(carried<T>(maximum) >> Ieee<T>::mantissa) - Ieee<T>::bias - less;
@@ -84,7 +84,7 @@ SWALP_HD T real_scale(float scale, T element_max) {
   return static_cast<T>(most / (element_max > T(1) ? static_cast<float>(element_max) : 1.0f));
 }
 
-// The scale under which `maximum` becomes the largest of an element.
+// The scale that brings `maximum` to the largest number of an element.
 template <class T>
 SWALP_HD T absmax_scale(typename Ieee<T>::Bits maximum, T element_max) {
   return real_scale<T>(static_cast<float>(bit_cast<T>(maximum) / element_max), element_max);

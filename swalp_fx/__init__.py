@@ -10,7 +10,7 @@ from .formats import (
     FormatError,
     parse,
 )
-from .nodes import checkpointed, draw_key, quantize_output, quantize_weight
+from .nodes import checkpointed, draw_key, quantize_output, quantize_weight, recurrent
 from .ops import quantize, quantize_
 from .optimizer import SWALP, Average, recalibrate
 from .recipe import Quantizer, Recipe, RecipeError, Rule
@@ -51,6 +51,7 @@ __all__ = [
     "quantize_output",
     "quantize_weight",
     "recalibrate",
+    "recurrent",
     "report",
     "restore",
 ]

@@ -1,4 +1,4 @@
-"""What is raised where a model cannot be converted, or would compute in float without a word."""
+"""Errors of models that cannot be converted, and of calls that would silently compute in float."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ def in_room(names: Iterable[str], among: Collection[str], room: int) -> str:
 
 
 def folded(names: Iterable[str], among: Collection[str]) -> list[str]:
-    """Names that differ only in their numbers as one glob, with how many they are: ``layer*.*.relu@* (16)``.
+    """Names that differ only in their numbers as one glob, with their count: ``layer*.*.relu@* (16)``.
 
-    Where the glob matches more of the names ``among`` which these are, it says so: ``(2 of 16)``.
+    among: all names. If the glob matches more of them, the count is ``(2 of 16)``.
     """
     alike: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
@@ -28,9 +28,9 @@ def folded(names: Iterable[str], among: Collection[str]) -> list[str]:
 
 
 def folded_rows(rows: list[list[str]]) -> list[list[str]]:
-    """``rows``, those of equal blocks as one, where the first of them stood.
+    """``rows`` with the rows of equal blocks folded into the first of them.
 
-    These differ only in numbers in front of the last dot of the name in their first cell.
+    Such rows differ only in numbers before the last dot of the name, which is the first cell.
     """
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, *cells in rows:

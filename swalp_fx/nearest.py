@@ -1,4 +1,4 @@
-"""What a word that names nothing may have meant: the second half of a refusal."""
+"""Names that an unknown word may have meant: the second half of an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Up to three of ``known`` that are spelt much like ``word``, in any case, the most alike first."""
+    """Up to three of ``known`` with a spelling like ``word``'s, upper or lower case, the most alike first."""
     return _most_alike((_likeness(word, each), each) for each in known)
 
 
@@ -36,7 +36,7 @@ def listed(words: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-# How others write formats -> how this package does; each is applied to what the one before it left.
+# Spelling of others -> spelling of this package; the lines are applied one after another.
 _SPELLINGS = (
     (r"\s+|^torch\.", ""),
     (r"^(fixed|posit)\((\d+),(\d+)\)", r"\1\2.\3"),
@@ -45,7 +45,7 @@ _SPELLINGS = (
     (r"^(e\d+m\d+)(?:fn|fnuz|fnu)(?![a-z])", r"\1"),
     (r"^(mxfp\d)(e\d+m\d+)", r"\1_\2"),
 )
-# What others call formats -> the specs of this package that come nearest to it.
+# Name elsewhere -> the nearest specs of this package.
 _OTHER_NAMES = {
     **dict.fromkeys(("fp32", "float32", "fp64", "float64", "single", "double", "full", "none"), ("float",)),
     **dict.fromkeys(("float16", "half"), ("fp16",)),
@@ -58,14 +58,14 @@ _OTHER_NAMES = {
     "mxfp4_e2m1": ("mxfp4",),
     "mxint": ("mxint8",),
 }
-# One example a family; its numbers stand in for those that a word leaves out.
+# One example a family; its numbers replace those that a word leaves out.
 _EXAMPLES = ("bfp8", "fixed8.6", "e4m3", "int8")
 
 
 def nearest_specs(word: str, names: Iterable[str], is_spec: Callable[[str], bool]) -> list[str]:
     """Up to three specs that ``word`` may have meant: ``bfp8[0]`` for ``bpf8(0)``, ``e4m3`` for ``float8_e4m3fn``.
 
-    names: formats with a name of their own. is_spec: whether a text is a spec.
+    names: the named formats. is_spec: whether a text is a spec.
     """
     spelt = word.lower()
     for pattern, replacement in _SPELLINGS:
@@ -86,6 +86,6 @@ def _form(spec: str) -> str:
 
 
 def _with_numbers_of(stem: str, example: str) -> str:
-    """``bfp6`` of ``bpf6`` and ``bfp8``: the example with the numbers of ``stem``, and its own where those run out."""
+    """``bfp6``, from ``bpf6`` and ``bfp8``: the example with the numbers of ``stem``, as far as there are any."""
     numbers = iter(re.findall(r"\d+", stem))
     return re.sub(r"\d+", lambda own: next(numbers, own[0]), example)

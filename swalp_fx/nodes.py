@@ -1,4 +1,5 @@
-"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, run a checkpoint.
+"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, run a checkpoint,
+run a recurrent layer.
 
 Their arguments are tensors, integers and specs, so that the generated code reads as it runs. Each function notices a
 torch.fx proxy and records itself instead of running, so a rewritten module can be traced again.
@@ -6,7 +7,7 @@ torch.fx proxy and records itself instead of running, so a rewritten module can 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from . import random
 from .ops import has_tangents, is_transformed, keeps, quantize, round_, rounded
 from .recipe import MARK, split
 
-__all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight"]
+__all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight", "recurrent"]
 
 # The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), the imaginary part of a complex
 # tensor (1 bit), and which tensor of an output that holds several (from bit 40). Distinct sites, signals, parts and
@@ -265,3 +266,38 @@ def checkpointed(body: Callable[..., Any], key: Tensor | None, /, *operands: Any
 
     # checkpoint refuses what was written into since it was given: buffers come as in the model's own code, past it.
     return checkpoint(run, *(operands[i] for i in tracked), **{"use_reentrant": False, **how})
+
+
+STEP = 32  # the bit of a key from which the number of a time step is folded in; ranks are below it
+
+
+@_public
+def recurrent(
+    step: Callable[..., Any],
+    key: Tensor | None,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    axis: int = 0,
+    reverse: bool = False,
+) -> tuple[Tensor, ...]:
+    """(outputs, *last states) of a recurrent layer that runs ``step`` for each index of ``x`` along ``axis``.
+
+    step: of (key, x, *states, *weights), gives the next states, and what is given out of them: an output, and each
+        state as it is after the last step.
+    key: of one run. Each step has a key of its own, made of it, so that no two steps share a random word.
+    """
+    given: list[Tensor] = []
+    last: Sequence[Tensor] = ()
+    steps = list(enumerate(x.unbind(axis)))
+    if not steps:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # PyTorch's own words
+    for time, now in reversed(steps) if reverse else steps:
+        own = None if key is None else key ^ (time << STEP)
+        states, (output, *last) = step(own, now, *states, *weights)
+        given.append(output)
+    return torch.stack(given[::-1] if reverse else given, axis), *last
+
+
+RUNS = (checkpointed, recurrent)  # what runs a graph of its own, given the key

@@ -1,7 +1,7 @@
 """The compiled op, and ``quantize``: rounding a tensor to a format.
 
-``torch.ops.swalp_fx.quantize`` takes a format as numbers, which ``_numbers`` gives: the element's grid, how a scale
-follows from a block, and the block. Its gradient is the identity (the straight-through estimator).
+``torch.ops.swalp_fx.quantize`` takes a format as numbers, made by ``_numbers``: the element's grid, the rule of the
+scale, and the block. Its gradient is the identity (the straight-through estimator).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .recipe import ROUNDINGS, parse_rounding
 
 
 def _load(module: str) -> Any:
-    """A compiled module, whose import registers its ops with torch."""
+    """A compiled module. Its import registers its ops with torch."""
     try:
         return importlib.import_module(f"swalp_fx.{module}")
     except ImportError as error:
@@ -48,20 +48,20 @@ def _load(module: str) -> Any:
 
 
 _C = _load("_C")
-# Left out of a build without nvcc, and of use where torch has no CUDA: torch then refuses CUDA tensors by name.
+# A build without nvcc has no CUDA module, and a torch without CUDA cannot use one. Torch then refuses CUDA tensors.
 if torch.version.cuda is not None and importlib.util.find_spec("swalp_fx._C_cuda") is not None:
     _load("_C_cuda")
 
 __all__ = ["quantize", "quantize_", "quantize_foreach_"]
 
-# In the order of csrc/formats.h and csrc/elements.h, whose codes these are.
+# In the order of csrc/formats.h and csrc/elements.h: the index is the code there.
 SCALES: tuple[type[Scale] | type[None], ...] = (type(None), PowerOfTwo, Absmax, Static, TwoLevel, Affine)
 BEYOND = ("saturate", "saturate but infinity", "infinity", "nan")
 NO_GRID = Grid(0, 0, 0.0, 1.0)  # of a codebook
 
 
 def _numbers(f: Format) -> tuple[Any, ...]:
-    """What the op takes for a format, from ``man`` to ``sizes`` (csrc/ops.cpp)."""
+    """A format as arguments of the op, from ``man`` to ``sizes`` (csrc/ops.cpp)."""
     e = f.element
     grid = NO_GRID if isinstance(e, Codebook) else e.grid
     table = list(e.values) if isinstance(e, Codebook) else []
@@ -70,7 +70,7 @@ def _numbers(f: Format) -> tuple[Any, ...]:
 
 
 def _of_scale(f: Format) -> list[float]:
-    """The numbers of a scale, which Numbers in csrc/numbers.h names."""
+    """The numbers of a scale, as Numbers in csrc/numbers.h names them."""
     if isinstance(f.scale, PowerOfTwo):
         return [*map(float, f.scale.exponents), RULES[f.scale.rule](f.element)]
     if isinstance(f.scale, Static):
@@ -82,7 +82,7 @@ def _of_scale(f: Format) -> list[float]:
 
 
 def _blocks(block: Block) -> tuple[list[int], list[int]]:
-    """(dims, sizes), without sizes for slices."""
+    """(dims, sizes); slices have no sizes."""
     here = block.alone()
     if isinstance(here, Runs):
         return [axis for axis, _ in here.runs], [size for _, size in here.runs]
@@ -107,7 +107,7 @@ def _register() -> None:
         ctx.inputs = len(inputs)
 
     def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        """Of each sample what it gives alone; PyTorch's own way knows no empty batch."""
+        """The op of each sample by itself. PyTorch's default vmap fails on an empty batch."""
         samples, op = x.movedim(in_dims[0], 0), torch.ops.swalp_fx.quantize.default
         return torch.stack([op(each, *rest) for each in samples]) if len(samples) else samples.clone(), 0
 
@@ -119,16 +119,16 @@ def _register() -> None:
     torch.library.register_autograd("swalp_fx::quantize", backward, setup_context=setup_context)
 
 
-# Its registrations last as long as it does.
+# The registrations last as long as this object.
 _LIBRARY = torch.library.Library("swalp_fx", "IMPL")
 
 
 def _register_for_unusual_memory() -> None:
-    """The forms in place, where memory holds the negatives of the numbers, and for zeros without memory."""
+    """The in-place ops for tensors that store the negatives of their numbers, and for zeros without memory."""
 
     def foreach_(xs: list[Tensor], *rest: Any) -> None:
         *numbers, key, streams = rest
-        # Every rounding keeps zeros. Negatives are rounded in one copy of each tensor, which may come again.
+        # Every rounding keeps zeros. A negated tensor is rounded in a copy: one copy, even if it is given twice.
         given = [(x, stream) for x, stream in zip(xs, streams, strict=True) if not x._is_zerotensor()]
         if not given:
             return
@@ -154,27 +154,27 @@ _register_for_unusual_memory()
 
 @cache
 def _lookup(spec: str | Format, rounding: str) -> tuple[Any, ...] | None:
-    """The op's arguments from ``man`` to ``random_bits``; None for ``float``, which rounds nothing."""
+    """The op's arguments from ``man`` to ``random_bits``; None for ``float``, since it rounds nothing."""
     name, bits = parse_rounding(rounding)
     format = parse(spec)
     return None if format == FLOAT else (*_numbers(format), ROUNDINGS.index(name), bits)
 
 
 def _find(spec: str | Format, rounding: str) -> tuple[Any, ...] | None:
-    # torch.compile traces through a cache with a warning, and needs none.
+    # torch.compile warns when it traces through a cache, and does not need one.
     return (_lookup.__wrapped__ if torch.compiler.is_compiling() else _lookup)(spec, rounding)
 
 
 def _beside(x: Tensor, key: Tensor | None) -> Tensor | None:
-    """The key, where a graph of torch.compile reads it anew at each replay.
+    """The key; under torch.compile on x's device, so that a CUDA graph reads it anew at each replay.
 
-    Kernels take a key on the CPU by value, so a CUDA graph of what was compiled would replay its first value.
+    Kernels take a key on the CPU by value: a CUDA graph would replay its first value.
     """
     return key.to(x.device) if key is not None and torch.compiler.is_compiling() else key
 
 
 def require_floating(x: Tensor, name: str = "quantize") -> None:
-    """Raises TypeError, in the words of ``name``, unless ``x`` is one dense floating-point tensor."""
+    """Raises TypeError, in the name of ``name``, unless ``x`` is one dense floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} takes a tensor, not {type(x).__name__}; wrap the value in torch.tensor")
     if not x.is_floating_point():
@@ -195,7 +195,7 @@ def _require_no_gradient(x: Tensor, name: str) -> None:
 
 
 def key_of(rounding: str, key: Tensor | int | None, generator: torch.Generator | None = None) -> Tensor | None:
-    """The key to draw from, if ``rounding`` draws at all."""
+    """The key for the draws of ``rounding``; None if it draws nothing."""
     if not rounding.startswith("stochastic"):
         return None
     if key is None:
@@ -206,7 +206,7 @@ def key_of(rounding: str, key: Tensor | int | None, generator: torch.Generator |
 
 
 class _StraightThrough(torch.autograd.Function):
-    """An op and its gradient under torch.func, whose transforms do not take what torch.library registers."""
+    """An op and its gradient under torch.func: its transforms ignore the gradient registered with torch.library."""
 
     generate_vmap_rule = True
 
@@ -224,7 +224,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent.clone()  # of its own, as the result is
+        return tangent.clone()  # a fresh tensor, like the result
 
 
 def has_tangents() -> bool:
@@ -233,9 +233,9 @@ def has_tangents() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether derivatives go another way than backward from a result: forward, or by a transform of torch.func.
+    """Whether derivatives are taken in forward mode, or by a transform of torch.func.
 
-    Raises NotImplementedError for the former under torch.compile, where tangents would be zeros. Without fullgraph=True
+    Raises NotImplementedError for forward mode under torch.compile: tangents would be zeros. Without fullgraph=True,
     torch.compile then runs the code as it is.
     """
     compiles = torch.compiler.is_compiling()
@@ -257,16 +257,18 @@ def quantize(
 ) -> Tensor:
     """``x`` rounded to ``format``: a fresh tensor of x's shape, dtype, device and (if dense) strides.
 
-    Each result is one of the two neighbours of x in the format, or its largest value where x lies
-    beyond. NaN stays NaN, and infinities saturate where the format has none. The gradient is that
-    of the identity, backward and forward (torch.func.jvp).
+    Each result is one of the two neighbours of x in the format. Beyond the largest number it is the largest. NaN stays
+    NaN, and infinities saturate if the format has none. The gradient is the identity, backward and forward
+    (torch.func.jvp).
 
-    x: float32, float64, bfloat16 or float16, any shape and layout. Half types are computed in
-    float32 and stored by rounding to nearest even.
-    rounding: "nearest" (ties to even), "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up"
-    (ties towards +infinity), or "stochastic8" for 8 random bits instead of 16.
-    key, stream: what stochastic rounding draws from, see ``random``; an element draws by its row-major
-    index, wherever it lies in memory. Without a key, one is drawn from ``generator`` or torch's default.
+    x: float32, float64, bfloat16 or float16, any shape and layout. Half types are computed in float32 and stored by
+        rounding to nearest even.
+
+    rounding: "nearest" (ties to even), "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up" (ties
+        towards +infinity), or "stochastic8" for 8 random bits instead of 16.
+
+    key, stream: the source of stochastic draws, see ``random``. An element draws by its row-major index, wherever it
+        lies in memory. Without a key, one is drawn from ``generator`` or torch's default.
 
     Raises FormatError, RecipeError (unknown rounding), TypeError (x is not floating, or not dense) and RuntimeError (x
     has no memory, or no such block dimension).
@@ -283,29 +285,29 @@ def quantize(
     return rounded(x, format, rounding, key, stream)
 
 
-# (format, rounding, shape, strides, dtype, device) -> a plan, or None where there is none: those sizes that come again.
+# (format, rounding, shape, strides, dtype, device) -> a plan, or None if there can be none.
 _PLANS: dict[tuple, Any] = {}
 MOST_PLANS = 4096
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is memory that holds its numbers as they are; a subclass's memory is its own affair."""
+    """Whether the memory of ``x`` holds its numbers unchanged. A tensor subclass may store anything else."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided or not (x.is_cpu or x.is_cuda):
         return False
     return not (x.is_neg() or x._is_zerotensor() or x.is_nested)
 
 
 def _is_recorded() -> bool:
-    """Whether what runs now is to run again with other numbers, or on other tensors than it seems to."""
+    """Whether a trace or a transform is active: the call may run again on other numbers, or on hidden tensors."""
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
 
 def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
-    """How to round tensors like ``x`` past torch's dispatcher, which takes longer than a small tensor's rounding.
+    """A plan that rounds tensors like ``x`` without torch's dispatcher: for a small tensor, dispatch takes longer.
 
-    None where that would do something else: for tensors that are not plain, and where calls are recorded.
+    None if the result would differ: for a tensor that is not plain, and while calls are recorded.
     """
     if _is_recorded() or not is_plain(x):
         return None
@@ -335,7 +337,7 @@ def _run(plan: Any, x: Tensor, y: Tensor, key: Tensor | None, stream: int) -> No
 
 
 def rounded(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, stream: int) -> Tensor:
-    """``quantize`` of a floating ``x`` for callers that see to the gradient: none is recorded, and nothing checked."""
+    """``quantize`` of a floating ``x``, without checks and without a gradient: the caller sees to both."""
     how = _find(spec, rounding)
     if how is None:
         return x.clone()
@@ -346,13 +348,13 @@ def rounded(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, st
     if torch.compiler.is_compiling():
         return _OP(x, *how, _beside(x, key), stream)
     _require_strided(x)
-    # Past the op's own autograd, which is Python, and costs as much as a small tensor's rounding.
+    # Skip the op's autograd: it is Python, and takes as long as the rounding of a small tensor.
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(x, *how, key, stream)
 
 
 def round_(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, stream: int) -> Tensor:
-    """``rounded`` in the memory of ``x``, in every format a write to autograd; returns ``x``."""
+    """``rounded`` in the memory of ``x``; returns ``x``. Autograd sees a write, even for ``float``."""
     how = _find(spec, rounding)
     if how is not None:
         if (plan := _plan(x, spec, rounding, key)) is not None:
@@ -376,7 +378,7 @@ def quantize_(
 ) -> Tensor:
     """``quantize`` in place; returns ``x``. Not differentiable: call it under ``torch.no_grad()``.
 
-    Raises what ``quantize`` does, and RuntimeError if elements of ``x`` share memory, as in an expanded tensor.
+    Raises the errors of ``quantize``, and RuntimeError if elements of ``x`` share memory, as in an expanded tensor.
     """
     how = _find(format, rounding)
     require_floating(x)
@@ -394,10 +396,10 @@ def quantize_foreach_(
     key: Tensor | int | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """``quantize_`` of each tensor with its own stream, under one key, in one call for each device: the same bits.
+    """``quantize_`` of each tensor with its own stream, under one key: the same bits, in one call for each device.
 
-    Tensors that share memory, or are given twice, are rounded in the order of the list. Raises what ``quantize_`` does,
-    and ValueError if there is not one stream a tensor, before any tensor on that device is changed.
+    Tensors that share memory, or are given twice, are rounded in the order of the list. Raises the errors of
+    ``quantize_``, and ValueError unless there is one stream a tensor. Then no tensor on that device has changed.
     """
     how = _find(format, rounding)
     if len(xs) != len(streams):
@@ -429,9 +431,9 @@ def write_codes(
     scales: Tensor,
     second: Tensor,
 ) -> bool:
-    """Writes codes of a contiguous float32 ``x``, and what is stored of its scales, if it can and all of x is finite.
+    """Writes the codes and the stored scales of a contiguous float32 ``x``. False if it cannot, or x is not finite.
 
-    coding: see csrc/codes.h. packed, scales, second: what codes.Codes has.
+    coding: see csrc/codes.h. packed, scales, second: the tensors of codes.Codes, which it fills.
     """
     how = _find(format, rounding)
     assert how is not None
@@ -442,11 +444,13 @@ def write_codes(
 
 
 def keeps(x: Tensor, spec: str) -> bool:
-    """Whether every rounding to ``spec`` is known to keep ``x`` bit for bit, as it keeps representable numbers.
+    """Whether ``x`` is known to be representable: then every rounding to ``spec`` keeps it bit for bit.
 
-    False where that is not known: off the CPU, in tensors with gaps, in formats whose scale is no power of two, in
-    large tensors whose blocks do not each lie in one piece, and where calls are recorded, to run again with other
-    numbers.
+    False if that is not known:
+
+    - off the CPU, and while calls are recorded;
+    - for a scale that is no power of two;
+    - for a tensor with gaps, and for a large tensor with blocks in several pieces of memory.
     """
     if _find(spec, "nearest") is None:
         return not _is_recorded()
@@ -467,10 +471,11 @@ def sgd_(
 ) -> None:
     """A step of torch.optim.SGD with the numbers of ``group``, rounded to ``format`` in the same pass over memory.
 
-    Gradients are rounded before the update, weights and momenta after it: the bits of ``quantize_foreach_`` before and
-    after torch's own step, on processors with AVX2. All are dense float32 on the CPU, each weight's three tensors alike
-    in strides; without momentum there are no momenta.
-    streams: of the weights, the gradients and the momenta, one a tensor each, or none if they are not to be rounded.
+    Gradients are rounded before the update, weights and momenta after it. On processors with AVX2 this gives the
+    bits of ``quantize_foreach_`` before and after torch's own step. All tensors are dense float32 on the CPU, and the
+    three tensors of a weight have the same strides. Without momentum there are no momenta.
+
+    streams: (of weights, of gradients, of momenta): one a tensor, or none for a role that is not rounded.
     """
     how = _find(format, rounding)
     assert how is not None

@@ -1,8 +1,8 @@
 """Counter-based random words: a pure function of (key, stream, element index).
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-SC'11), used in the manner of JAX's keys. This module states the law in Python integers;
-csrc/philox.h computes the same words.
+SC'11), used like JAX's keys. This module defines the words in Python integers; csrc/philox.h
+computes the same words.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int,
 
 
 def draws_per_word(bits: int) -> int:
-    """Up to 16 random bits come from half a word, the low half first; more from a whole one."""
+    """2 or 1: up to 16 random bits take half a word, the low half first; more take a whole word."""
     return 2 if bits <= 16 else 1
 
 
@@ -56,26 +56,27 @@ def draw(key: int, stream: int, index: int, bits: int = 16) -> int:
 
 
 def fold_in(key: int, data: int) -> int:
-    """A new 64-bit key from a key and a number (a step, a rank): distinct numbers, distinct keys."""
-    # The highest stream is kept for keys, so that no element's bits are ever one.
+    """A new 64-bit key from a key and a number (a step, a rank); distinct numbers give distinct keys."""
+    # Only keys use the highest stream, so no element ever draws the bits of a key.
     words = philox(key, (data & MASK, (data >> 32) & MASK, MASK, MASK))
     return words[0] | words[1] << 32
 
 
 def stream_of(*place: str) -> int:
-    """The 32 bits of a site's stream: a hash of the words that say which place it is."""
+    """The 32 bits of a site's stream: a hash of the words that name the place."""
     return int.from_bytes(hashlib.blake2b("|".join(place).encode(), digest_size=4).digest(), "little")
 
 
 def draw_key(generator: torch.Generator | None = None) -> torch.Tensor:
     """A fresh key, int64 of shape [], from ``generator`` or torch's default CPU generator.
 
-    ``torch.manual_seed`` rules it, and activation checkpointing, which restores torch's state,
-    draws the same key again. It lives on the CPU: kernels take it by value, so no device waits.
-    While a CUDA graph is captured it lives on the GPU and comes from the generator there, which
-    every replay advances: a key taken by value would be the same in every replay.
+    ``torch.manual_seed`` seeds it. Activation checkpointing restores torch's state, and so draws
+    the same key again. The key is on the CPU: kernels take it by value, so no device waits.
 
-    Raises ValueError for a generator under capture, which a replay could not advance.
+    While a CUDA graph is captured, the key is on the GPU, from the generator there. Each replay
+    advances that generator. A key taken by value would be the same in every replay.
+
+    Raises ValueError for a generator under capture, since a replay cannot advance it.
     """
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     device = "cpu"
@@ -87,7 +88,7 @@ def draw_key(generator: torch.Generator | None = None) -> torch.Tensor:
 
 
 def is_captured() -> bool:
-    """Whether a CUDA graph is being captured: what runs now is run again, without Python, at each replay."""
+    """Whether a CUDA graph is being captured. Its kernels then run again at each replay, without Python."""
     # Asking about capture would initialise CUDA; under torch.compile nothing runs yet.
     asked = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
     return asked and torch.cuda.is_current_stream_capturing()

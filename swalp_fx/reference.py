@@ -1,8 +1,8 @@
-"""The oracle: what every format and rounding means, slowly and plainly.
+"""The oracle: the definition of every format and rounding, slow and plain.
 
-``quantize_number`` states the law for one number in exact rational arithmetic; ``quantize`` states
-it again for tensors. On a power-of-two scale it works in float64, where every step is exact: clamping, remainders and
-products by powers of two. Nothing here knows the compiled op, which must give the same bits.
+``quantize_number`` defines the rounding of one number in exact rational arithmetic. ``quantize`` defines it again for
+tensors. On a power-of-two scale it computes in float64, and every step is exact: clamping, remainders, and products by
+powers of two. Nothing here uses the compiled op, which must give the same bits.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ __all__ = [
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# What an infinite number, and one beyond the largest, becomes.
+# Overflow -> the result for infinities and for numbers that round beyond the largest.
 BEYOND = {"infinity": math.inf, "nan": math.nan}
-DIRECTED = ("toward_zero", "down", "up")  # under which a number beyond the largest may become the largest
+DIRECTED = ("toward_zero", "down", "up")  # these may round a number beyond the largest to the largest
 
 
 # ---- one number ---------------------------------------------------------------------------------
@@ -64,11 +64,13 @@ DIRECTED = ("toward_zero", "down", "up")  # under which a number beyond the larg
 def quantize_number(
     x: float, format: str | Format, rounding: str = "nearest", *, draw: int = 0, maximum: float | None = None
 ) -> float:
-    """The number ``x`` becomes: clamped to the format's range, then rounded to a multiple of its step.
+    """``x`` rounded: clamped to the format's range, then rounded to a multiple of the format's step.
 
-    Of integers and floats, without a scale or on a power of two; others have their law for tensors alone.
+    The element is an integer or a float, without a scale or on a power of two. ``quantize`` defines the others.
+
     draw: the random integer that stochastic rounding adds, below 2^(its random bits).
-    maximum: the largest finite magnitude in x's block; x alone in its block if None.
+
+    maximum: the largest finite magnitude in x's block. None: x is alone in its block.
     """
     format = parse(format)
     if format == FLOAT or math.isnan(x) or (math.isinf(x) and format.keeps_infinity):
@@ -91,7 +93,7 @@ def quantize_number(
 
 
 def _room(format: Format, name: str) -> Fraction:
-    """How far beyond the largest number, in steps, there still is something to round, by which it then overflows."""
+    """How many steps beyond the largest number a value is clamped, so that it can overflow; 0 if it saturates."""
     if format.overflow == "saturate":
         return Fraction(0)
     return Fraction(1, 2) if name in DIRECTED else Fraction(1)
@@ -103,13 +105,13 @@ def _floor_log2(magnitude: Fraction) -> int:
 
 
 def _power_of_two_of_number(x: float, format: Format, maximum: float | None) -> Fraction:
-    """The scale of the block whose largest finite magnitude is ``maximum``, or of x alone."""
+    """The scale of a block with the largest finite magnitude ``maximum``; None: of a block with x alone."""
     scale = format.scale
     if not isinstance(scale, PowerOfTwo):
         return Fraction(1)
     smallest, largest = scale.exponents
     of_block = Fraction((0.0 if math.isinf(x) else abs(x)) if maximum is None else maximum)
-    if of_block == 0:  # a block that is zero, or nothing but infinities, has no exponent: any one serves
+    if of_block == 0:  # a block of zeros or infinities has no exponent: any scale will do
         return Fraction(2) ** largest
     exponent = _floor_log2(of_block)
     next_one = of_block / Fraction(2) ** exponent >= Fraction(RULES[scale.rule](format.element))
@@ -129,7 +131,7 @@ def _grid_of_number(y: Fraction | float, element: Element) -> tuple[Fraction, Fr
 
 
 def _round_magnitude(y: Fraction, negative: bool, name: str, bits: int, draw: int) -> int:
-    """One of the two integers beside ``y`` >= 0, which stands for -y if ``negative``."""
+    """``y`` >= 0 rounded to one of the two integers beside it; the number itself is -y if ``negative``."""
     whole = math.floor(y)
     rest = y - whole
     half = Fraction(1, 2)
@@ -150,7 +152,7 @@ def _round_magnitude(y: Fraction, negative: bool, name: str, bits: int, draw: in
 
 @dataclass
 class _How:
-    """How to round: ``draws``, of the tensor's shape, only where the rounding draws."""
+    """A rounding, and its random ``draws`` in the tensor's shape; None if it draws none."""
 
     name: str
     bits: int
@@ -169,8 +171,11 @@ def quantize(
     """``x`` rounded to ``format``: computed exactly, then stored in x's dtype by rounding to nearest even.
 
     x: any floating dtype, shape and layout.
-    key, stream: say what stochastic rounding draws; or ``draws`` gives it, an int64 below
-    2^(random bits) for each element of x, in row-major order.
+
+    key, stream: they determine the draws of stochastic rounding.
+
+    draws: the draws themselves, in place of key and stream: an int64 below 2^(random bits) for each element of x, in
+        row-major order.
     """
     format = parse(format)
     name, bits = parse_rounding(rounding)
@@ -199,20 +204,20 @@ def quantize(
 
 def divided(x: Tensor, by: Tensor | float) -> Tensor:
     """x / by, each quotient rounded once, on every device."""
-    # By a number of Python, or a tensor of one number on the CPU, PyTorch on CUDA multiplies by 1 / by: two roundings.
-    # By a tensor on CUDA it divides as IEEE 754 says. The other operations here are exact, or rounded once, anywhere.
+    # If ``by`` is a Python number or a CPU scalar, PyTorch on CUDA multiplies by 1 / by: two roundings. A tensor on
+    # CUDA is divided as in IEEE 754. The other operations here are exact, or rounded once, on any device.
     return x / torch.as_tensor(by, dtype=x.dtype, device=x.device)
 
 
 def quotient(computed: Tensor, scale: Tensor) -> Tensor:
     """computed / scale, rounded to the compute type."""
     y = divided(computed, scale)
-    # One that underflows is far below every step, but no zero: directed roundings still see its sign.
+    # A quotient that underflows is far below every step. It must not become zero: directed roundings need its sign.
     tiny = torch.tensor(torch.finfo(computed.dtype).tiny, dtype=computed.dtype)
     return torch.where((y == 0) & (computed != 0), torch.copysign(tiny, computed), y)
 
 
-# ---- scales: of each block, of a shape that broadcasts to the tensor's ----------------------------
+# ---- scales: one for each block, in a shape that broadcasts to the tensor's ------------------------
 
 
 def _unscaled(x: Tensor, format: Format) -> Tensor:
@@ -246,7 +251,7 @@ def _affine_scale(x: Tensor, format: Format) -> Tensor:
 
 
 def two_levels(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """The float of each block, and the float32 of the tensor, whose product a two-level scale is."""
+    """(the float of each block, the float32 of the tensor): a two-level scale is their product."""
     assert isinstance(format.scale, TwoLevel)
     maximum, inner = _block_maximum(x.abs(), format.block), format.scale.inner
     outer = _real_scale(maximum.amax(), format.element.reach * inner.max)
@@ -256,7 +261,7 @@ def two_levels(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 def product_of_levels(of_block: Tensor, outer: Tensor) -> Tensor:
     scale = of_block * outer
-    # The product may underflow where the tensor's own maximum nearly does, and zero over zero is no zero.
+    # The product may underflow if the tensor's maximum is tiny, and 0 / 0 is no zero.
     info = torch.finfo(scale.dtype)
     return torch.where(scale > 0, scale, info.smallest_normal * info.eps)
 
@@ -276,12 +281,12 @@ _SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
 
 
 def scale_of(x: Tensor, format: Format) -> Tensor:
-    """The scale of each block of ``x``, float32 or float64, of a shape that broadcasts to x's."""
+    """The scale of each block of ``x``, as float32 or float64, in a shape that broadcasts to x's."""
     return _SCALES[type(format.scale)](x, format)
 
 
 def _real_scale(maximum: Tensor, largest: float) -> Tensor:
-    """maximum / largest in float32, but finite, and as large as can be where nothing sets it."""
+    """maximum / largest in float32, kept finite. For a maximum of 0: as large as possible."""
     scale = divided(maximum, largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
     most = torch.tensor(FLOAT32_MAX, dtype=torch.float32) / max(largest, 1.0)
     return torch.where(scale > 0, scale, most.to(maximum.dtype))
@@ -289,17 +294,17 @@ def _real_scale(maximum: Tensor, largest: float) -> Tensor:
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent in float64."""
-    # From the bits of float64: torch.ldexp computes its power in float32.
+    # Made from the bits of float64, since torch.ldexp computes its power in float32.
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _exponent(magnitude: Tensor) -> Tensor:
-    """floor(log2), which frexp gives exactly for subnormals too; meaningless for zero."""
+    """floor(log2), exact for subnormals too; meaningless for zero."""
     return torch.frexp(magnitude).exponent.to(torch.int64) - 1
 
 
 def _block_maximum(values: Tensor, block: Block) -> Tensor:
-    """The largest of zero and the finite values in the block of each element, of a shape that broadcasts to theirs."""
+    """The largest of zero and the finite values in each element's block, in a shape that broadcasts to theirs."""
     values = torch.where(values.isfinite(), values, 0.0).clamp(min=0.0)
     rank = values.dim()
     here = block.alone()
@@ -321,10 +326,10 @@ def _block_maximum(values: Tensor, block: Block) -> Tensor:
 
 
 def _on_grid(v: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
-    """v, a float64, beside a number of the element times a power of two: exactly."""
+    """``v``, a float64, rounded exactly to a number of the element times a power of two."""
     lo, hi, step = (
         each * scale for each in _grid(v / scale, format.element)
-    )  # where v underflows, the step is the least
+    )  # if v / scale underflows, the step is the smallest
     room = float(_room(format, how.name)) * step
     clamped = torch.minimum(torch.maximum(v, lo - room), hi + room)
     q = _round(clamped, v, step, how)
@@ -334,12 +339,12 @@ def _on_grid(v: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
 
 
 def _grid(v: Tensor, element: Element) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest number, largest number and step, each of a shape that broadcasts to v's."""
+    """Lowest number, largest number and step, each in a shape that broadcasts to v's."""
     lo, hi = (torch.tensor(each, dtype=torch.float64) for each in (element.min, element.max))
     if isinstance(element, Integer):
         return lo, hi, power_of_two(torch.tensor(-element.point))
     assert isinstance(element, Float)
-    # Of the numbers beyond the largest, the step is the largest's.
+    # Numbers beyond the largest have the step of the largest.
     magnitude = torch.minimum(v.abs(), hi).nan_to_num()
     step = power_of_two(
         torch.where(magnitude > 0, _exponent(magnitude), 0).clamp(min=element.min_exponent) - element.man
@@ -348,7 +353,7 @@ def _grid(v: Tensor, element: Element) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _round(clamped: Tensor, v: Tensor, step: Tensor, how: _How) -> Tensor:
-    """A multiple of ``step`` beside ``clamped``, with the sign of ``v``."""
+    """``clamped`` rounded to a multiple of ``step``, with the sign of ``v``."""
     magnitude = clamped.abs()
     rest = torch.fmod(magnitude, step)
     below = magnitude - rest
@@ -357,7 +362,7 @@ def _round(clamped: Tensor, v: Tensor, step: Tensor, how: _How) -> Tensor:
 
 
 def _goes_away(rest: Tensor, step: Tensor, odd: Tensor, v: Tensor, how: _How) -> Tensor:
-    """Whether a magnitude that lies ``rest`` beyond the number below it goes to the one above, ``step`` further on."""
+    """Whether a magnitude goes to the number above. It is ``rest`` above the one below; these are ``step`` apart."""
     if how.name == "nearest":
         return (rest > step / 2) | ((rest == step / 2) & odd)
     if how.name == "stochastic":
@@ -375,14 +380,14 @@ def _goes_away(rest: Tensor, step: Tensor, odd: Tensor, v: Tensor, how: _How) ->
 
 
 def lowest_beside(minimum: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """The lowest integer of a block with a zero point, ``minimum`` being its lowest number, or zero."""
+    """The lowest integer of a block with a zero point; ``minimum``: the block's lowest number, or zero."""
     assert isinstance(format.element, Integer)
     first, last = format.element.bounds
     return divided(minimum, scale).round().clamp(min=first - last)
 
 
 def _beside_zero_point(y: Tensor, x: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
-    """Integers whose range is moved by a whole number, so that it holds the block's own: from ``lowest`` on."""
+    """``y`` rounded to integers. Their range begins at the integer of the block's lowest number."""
     assert isinstance(format.element, Integer)
     first, last = format.element.bounds
     lowest = lowest_beside(-_block_maximum(-x, format.block), scale, format).double()
@@ -392,10 +397,10 @@ def _beside_zero_point(y: Tensor, x: Tensor, scale: Tensor, format: Format, how:
 
 
 def _on_table(y: Tensor, x: Tensor, element: Codebook, how: _How) -> Tensor:
-    """A number of the table beside y, in the compute type; zero has the sign of x.
+    """``y`` rounded to a number of the table, in the compute type; zero has the sign of x.
 
-    Which is nearest is decided exactly, and of a tie the number an even count away from zero is taken. Stochastic
-    rounding takes the quotient of two differences, each rounded to the compute type.
+    The nearest number is found exactly. A tie goes to the number that is an even count away from zero. Stochastic
+    rounding divides two differences, each rounded to the compute type.
     """
     table = torch.tensor(element.values, dtype=y.dtype)
     clamped = y.clamp(element.min, element.max).nan_to_num()
@@ -414,7 +419,7 @@ def _on_table(y: Tensor, x: Tensor, element: Codebook, how: _How) -> Tensor:
 
 
 def _goes_up(v: Tensor, low: Tensor, high: Tensor, index: Tensor, negative: Tensor, how: _How) -> Tensor:
-    """Whether v, in float64, goes to the number above it. index: of the one below, counted from zero's."""
+    """Whether ``v``, in float64, rounds to ``high``. index: how many numbers ``low`` is above zero."""
     middle = (low + high) / 2
     of_tie: dict[str, Any] = {"nearest": index % 2 != 0, "nearest_away": ~negative, "nearest_up": True}
     if how.name in of_tie:
@@ -433,7 +438,7 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Te
     k0, k1 = key & MASK, (key >> 32) & MASK
     c0, c1, c2, c3 = counter
     for _ in range(ROUNDS):
-        # int64 products wrap modulo 2^64, which keeps all 64 bits; the mask undoes the shift's sign.
+        # int64 products wrap modulo 2^64, so all 64 bits are kept; the mask undoes the shift's sign.
         p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
         c0, c1 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK
         c2, c3 = ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK

@@ -10,7 +10,7 @@ __all__ = ["warn"]
 
 
 def warn(message: str) -> None:
-    """Warn at the user's line that led here, past those of this package and of torch."""
+    """Warns at the user's line that led here; lines of this package and of torch are skipped."""
     level = 2
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("swalp_fx", "torch"):

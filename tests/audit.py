@@ -1,4 +1,4 @@
-"""What share of a model's multiply-adds runs inside rewritten graphs."""
+"""The share of a model's multiply-adds inside rewritten graphs."""
 
 import contextlib
 
@@ -37,7 +37,7 @@ class Audit(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self):
-        """Knows what runs in a rewritten graph of this thread."""
+        """Knows whether a rewritten graph of this thread is running."""
 
         def run(made, inputs):
             self.depth += 1

@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures and settings of every test."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def same_numbers_whichever_tests_ran_before():
 
 @pytest.fixture
 def one_thread():
-    """For what runs on one thread, or sets their number."""
+    """One thread, for a test that needs one or sets the number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What the CUDA kernels are to give, as hashes of the bits that the CPU gives: no oracle has to run beside the GPU.
+"""The bits that CUDA kernels must give, as hashes of the CPU's bits: no oracle has to run beside the GPU.
 
     python tests/cuda_cases.py          # compute the hashes on the CPU and write them to tests/cuda_hashes.json
 
@@ -61,7 +61,7 @@ def hash_of(x: Tensor) -> str:
     return hashlib.sha256(memory).hexdigest()[:16]
 
 
-# ---- layouts: the same numbers, elsewhere in memory --------------------------------------------------
+# ---- layouts: the same numbers, elsewhere in memory ----------------------------------------------
 
 
 def as_is(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """Tensors of ``shape`` in ``layout``, rounded to ``spec``: what ``path`` serves."""
+    """Tensors of ``shape`` in ``layout``, rounded to ``spec``; ``path`` serves them."""
 
     path: str
     spec: str

@@ -1,4 +1,4 @@
-"""What a new user's first script does, start to end. tests/test_package.py runs it, and checks its types."""
+"""A new user's first script, from start to end. tests/test_package.py runs it, and checks its types."""
 
 import io
 import sys

@@ -14,7 +14,7 @@ def rewritten(
 ) -> Rewritten:
     """The one graph of a copy of ``model``, in its mode, made by one call with these inputs.
 
-    ``.captured`` is the classified and assigned graph of the model's own code, ``.graph`` what runs instead.
+    ``.captured`` is the classified and assigned graph of the model's own code, ``.graph`` its rewrite.
     """
     low = converted(model, recipe, identity=identity)
     low(*inputs, **keywords)

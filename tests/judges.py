@@ -1,4 +1,4 @@
-"""What the tests against others' work share: our roundings in gfloat's words."""
+"""Shared by the tests against others' work: our roundings in gfloat's words."""
 
 import gfloat
 

@@ -1,5 +1,4 @@
-"""What the tests of the passes share: graphs of a model, marks on their quantize nodes, and that wrong graphs are
-refused."""
+"""Shared by the tests of the passes: graphs of a model, marks on quantize nodes, and the refusal of wrong graphs."""
 
 import copy
 import functools
@@ -17,8 +16,8 @@ from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.captured import MODULE, Scope
 from swalp_fx.passes.elide import elide
 from swalp_fx.passes.names import NAME, PART, parameter_subjects, place
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.passes.reuse import reuse
-from swalp_fx.passes.verify import VerifyError
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def letters_of(model, graph, recipe, kind):
 
 
 def rewritten_again(model, graph, recipe):
-    """What ``recipe`` makes of a captured graph, without another trace."""
+    """The rewrite of a captured graph by ``recipe``, without another trace."""
     graph = copy.deepcopy(graph)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key not in (PART, NAME, SITE)}
@@ -67,7 +66,7 @@ def rewritten_again(model, graph, recipe):
 
 
 def rewritten_by(kind, recipe):
-    """What ``recipe`` makes of a model of this kind."""
+    """The rewrite of a model of this kind by ``recipe``."""
     model, made = traced(kind, Recipe())
     return rewritten_again(model, made.captured, recipe)
 
@@ -107,7 +106,7 @@ def marks(graph, kind):
 
 
 def marked(name, **letters):
-    """What leaves the quantize node of ``name`` with these marks alone."""
+    """An edit that leaves only these marks on the quantize node of ``name``."""
 
     def spoil(graph):
         (node,) = [each for each in graph.nodes if each.name == f"{name}_q"]

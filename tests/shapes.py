@@ -1,5 +1,6 @@
-"""Small models, one for each thing that a rewrite can get wrong; ``inputs`` are what they are called with: a size, for
-random numbers, or the value itself."""
+"""Small models, one for each thing that a rewrite can get wrong.
+
+``inputs`` are their arguments: a size for random numbers, or the value itself."""
 
 import dataclasses
 from typing import NamedTuple
@@ -158,7 +159,7 @@ class Counting(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Layers whose output is a nest of tensors."""
+    """Layers that return a nest of tensors."""
 
     inputs = (torch.Size([2, 5, 6]),)
 
@@ -174,7 +175,7 @@ class Recurrent(nn.Module):
 
 
 class Branchy(nn.Module):
-    """What two layers give, in one tensor, and a constant of forward's own."""
+    """The outputs of two layers in one tensor, and a constant that forward makes."""
 
     inputs = (torch.Size([2, 3, 8, 8]),)
 
@@ -307,7 +308,7 @@ class InferenceBlock(Two):
         return self.second(self.first(x)) * scale.clone()
 
 
-# What a forward writes
+# Writes of a forward
 
 
 class Rebound(Two):
@@ -422,7 +423,7 @@ class Packed(Two):
 
 
 class Mixed(Two):
-    """Returns what is no tensor, too."""
+    """Returns tensors and other objects."""
 
     def forward(self, x):
         y = self.second(self.first(x))
@@ -593,7 +594,7 @@ class Nested(nn.Module):
 
 
 class Round(torch.autograd.Function):
-    """A straight-through estimator, whose backward a trace of its forward would lose."""
+    """A straight-through estimator: a trace of its forward would lose its backward."""
 
     @staticmethod
     def forward(ctx, x, scale):
@@ -636,7 +637,7 @@ class Encoder(nn.Module):
         return self.out(self.decoder(target, self.encoder(source)))
 
 
-# What the symbolic trace of torch.fx cannot hold
+# Beyond the symbolic trace of torch.fx
 
 
 class Checkpointed(nn.Module):

@@ -33,7 +33,7 @@ BLOCKS = st.one_of(
 
 
 def valid(build, *parts):
-    """What ``build`` makes of parts that go together."""
+    """The results of ``build`` for parts that fit together."""
 
     def attempt(*values):
         try:

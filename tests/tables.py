@@ -1,4 +1,4 @@
-"""What the numbers tests share: one row a format, and values that are hard to round."""
+"""Shared by the tests of numbers: one row a format, and values that are hard to round."""
 
 import functools
 import math
@@ -92,7 +92,7 @@ def _all_draws(bits):
 
 
 def draws(rounding, n=SIDE * SIDE):
-    """What the first ``n`` elements draw under KEY and STREAM, at most as many as a hard tensor has."""
+    """The draws of the first ``n`` elements under KEY and STREAM, at most as many as a hard tensor has."""
     return _all_draws(parse_rounding(rounding)[1])[:n]
 
 
@@ -108,7 +108,7 @@ def random_bits(dtype, side, generator):
 
 
 def exponents(format, side, generator):
-    """Powers of two, one a row, over the binades in which ``format`` does something."""
+    """Powers of two, one a row, over the binades that ``format`` rounds."""
     element = format.element
     if format.scale is None and isinstance(element, Integer):
         low, high = -element.point - 4, element.wl - element.point + 2
@@ -124,9 +124,10 @@ def exponents(format, side, generator):
 
 @functools.lru_cache(maxsize=8)
 def hard_values(spec, dtype, side=SIDE, seed=0):
-    """Four tensors [side, side] of ``dtype``: random bits, then values spread over the format's
-    binades, near its own values, and near the midpoints between them (on them, and one place
-    below and above). Shared: not to be written to."""
+    """Four tensors [side, side] of ``dtype``; they are shared, so do not write to them.
+
+    Random bits; values over the format's binades; values near its own; values near the midpoints
+    between its own: on them, and one place below and above."""
     format = parse(spec)
     generator = torch.Generator().manual_seed(seed)
     scale = torch.exp2(exponents(format, side, generator).double())

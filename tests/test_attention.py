@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from swalp_fx import ConvertError, Recipe, check, convert, report
 from swalp_fx.passes import verify
 from swalp_fx.passes.captured import Scope
-from swalp_fx.passes.names import parameter_subjects
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.names import PART, parameter_subjects
+from swalp_fx.passes.proof import VerifyError
 
 WIDTH, HEADS, TOKENS = 24, 2, 40
 SIZE = WIDTH // HEADS  # no power of two: a scale is not exact
@@ -424,6 +424,37 @@ def test_half_types_and_autocast(dtype):
     assert found.dtype == dtype and (expected - found).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("spelling", [_fused, _by_hand, *(SPELLED[name] for name in ("scale split", "einsum"))])
+def test_scores_beyond_float16_before_their_scale_are_held(spelling):
+    model = Attention(spelling)
+    with torch.no_grad():
+        for layer in (model.query, model.key):
+            layer.weight *= 140
+        q, k = (layer(X).unflatten(-1, (HEADS, SIZE)).transpose(-3, -2) for layer in (model.query, model.key))
+        assert 65504 < (q @ k.mT).abs().max() < 65504 / SIZE**-0.5
+        low = converted(model.half(), "A=bfp16 E=bfp16 rounding=nearest")
+        found, expected = low(X.half()), model.float()(X)
+    assert (found - expected).abs().mean() < 0.01
+    by_hand = copy.deepcopy(model.half())
+    by_hand.function = _by_hand
+    _assert_same_bits(model, by_hand, "mxfp8", X.half())
+
+
+def test_a_power_of_two_of_the_scale_is_on_the_query_and_the_rest_behind_the_product():
+    made = rewritten(Attention(_by_hand), "bfp8[0]", X)
+    scales = [node for node in made.captured.nodes if node.name.startswith("mul")]
+    assert [node.args[1] for node in scales] == [0.25, pytest.approx(4 * SIZE**-0.5)]
+    assert [node.meta[PART] for node in scales] == ["inside", "mask"]
+    made = rewritten(Attention(lambda q, k, v: (q / 16**0.25 @ (k / 16**0.25).mT).softmax(-1) @ v), "bfp8[0]", X)
+    assert [node.args[1] for node in made.captured.nodes if node.name.startswith("mul")] == [0.25]
+
+
+def test_queries_by_a_power_of_two_are_rounded_operands():
+    lp, _ = convert(Attention(lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v), recipe="bfp8[0] quantize_input=true")
+    lp(X)
+    assert "100.0% on rounded operands" in str(report(lp, X))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_type_with_a_mask_in_float32(dtype):
     def masked(q, k, v):
@@ -613,6 +644,14 @@ def test_the_layer_is_whole_where_the_recipe_says_so(whole):
     made = rewritten(model, f"bfp8[0]{' whole=1.layer' if whole else ''}", X)
     inner = [f"1.layer.{name}" for name in ("linear@1", *INSIDE, "linear@2")]
     assert rounded(made.graph) == ["0", *(["1.layer"] if whole else inner)]
+
+
+def test_a_rule_for_the_layer_by_its_kind_reaches_what_is_inside():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Called(_layer(), need_weights=False), nn.Linear(WIDTH, 2))
+    assert rounded(rewritten(model, "bfp8[0] rules=[* kind=MultiheadAttention A=float E=float]", X).graph) == ["0"]
+    made = rewritten(model, "bfp8[0] rules=[* kind=MultiheadAttention A=e4m3 E=e5m2]", X)
+    found = [node.args[3] for node in made.graph.nodes if "quantize_output" in str(node.target)]
+    assert found == ["bfp8[0]", *["e4m3"] * 5]
 
 
 def _transformers():

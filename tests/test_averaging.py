@@ -1,4 +1,4 @@
-"""Averages of weights: which updates count and how, what rounding does to them, and those of a run."""
+"""Averages of weights: the updates that count, and how; the effect of rounding; the averages of a run."""
 
 import copy
 import pickle
@@ -102,7 +102,7 @@ def test_a_quantized_mean_is_rounded_to_nearest_after_every_update(spec):
         assert torch.equal(average.means["w"], mean)
 
 
-# What rounding does to a mean: fixed16.8 has steps of 2^-8
+# The effect of rounding on a mean: fixed16.8 has steps of 2^-8
 
 
 def fed(average, *stretches):
@@ -115,7 +115,7 @@ def fed(average, *stretches):
 
 @pytest.mark.parametrize(("before", "moved"), [(126, 2**-8), (128, 0.0)])
 def test_rounded_to_nearest_an_update_counts_up_to_twice_the_distance_in_steps(before, moved):
-    """From 0, a parameter at 1/4 = 64 steps moves the n-th mean by 64 / n steps, which is half a step at n = 128."""
+    """From 0, a parameter at 1/4 = 64 steps moves the n-th mean by 64 / n steps: half a step at n = 128."""
     average = fed(Average("fixed16.8"), (before, 0.0), (1, 0.25))
     assert average.means["w"].unique().tolist() == [moved]
 
@@ -200,7 +200,7 @@ def test_an_unknown_format_or_rounding_is_refused(make, complaint):
 
 
 def run(recipe, steps, *averages, run=None):
-    """(model, optimizer, swalp) after ``steps``, each of which all averages take part in."""
+    """(model, optimizer, swalp) after ``steps``; every step updates all averages."""
     if run is None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -411,7 +411,7 @@ def test_an_average_of_other_updates_is_not_resumed(other, complaint):
     parts[2].averages["ema"] = other
     with pytest.raises(ValueError, match=f"the state's average 'ema' {complaint}"):
         parts[2].load_state_dict(state)
-    parts[2].averages["ema"] = Average(decay=0.5, device="cpu")  # where it is kept is not what it is of
+    parts[2].averages["ema"] = Average(decay=0.5, device="cpu")  # the device is no part of an average's identity
     parts[2].load_state_dict(state)
 
 
@@ -495,7 +495,7 @@ def test_an_error_within_puts_the_weights_back_too():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
 def test_a_copy_of_a_run_is_not_made_within_averaged(duplicate):
-    """Its weights would be the average for good, and its masters those of the run."""
+    """The copy would have the weights of the average for good, but the masters of the run."""
     parts = run("bfp8[0] A=float E=float", range(2), Average())
     with parts[2].averaged():
         with pytest.raises(ValueError, match=r"a copy of swalp inside `with swalp.averaged\(\)` would use the"):
@@ -505,7 +505,7 @@ def test_a_copy_of_a_run_is_not_made_within_averaged(duplicate):
 
 
 def test_a_state_is_not_loaded_within_averaged():
-    """What is loaded into the model there is gone afterwards, and so the two would not belong together."""
+    """Weights loaded there are gone afterwards, so model and average would not fit together."""
     _, _, swalp = run("bfp8[0] A=float E=float", range(2))
     state = copy.deepcopy(swalp.state_dict())
     with swalp.averaged(), pytest.raises(ValueError, match=r"load_state_dict\(\) inside `with swalp.averaged\(\)`"):

@@ -1,4 +1,4 @@
-"""What the build makes: the CUDA module too, wherever there is a compiler for it. And what it refuses."""
+"""The results of the build, with the CUDA module if there is a compiler for it, and its errors."""
 
 import ensurepip
 import importlib.util
@@ -35,7 +35,7 @@ def test_an_unknown_wish_for_cuda_is_refused():
     assert result.returncode != 0 and "SWALP_FX_CUDA='maybe' is neither 0 nor 1" in result.stderr
 
 
-# What a new environment of Python 3.10 or 3.11 starts with.
+# The packages of a new environment of Python 3.10 or 3.11.
 OLD_SETUPTOOLS = list((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-6*.whl"))
 
 

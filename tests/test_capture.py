@@ -1,4 +1,4 @@
-"""What runs is what the user wrote: whatever its Python reads, sets, makes, draws and branches on, at every call."""
+"""The model runs as the user wrote it, at every call: whatever its Python reads, sets, makes, draws and branches on."""
 
 import contextlib
 import copy
@@ -49,7 +49,7 @@ def same(*calls):
     return torch.equal(first, calls[1]())
 
 
-# What a forward branches on, makes, draws and writes
+# Branches, new tensors, draws and writes of a forward
 
 
 class ByValue(nn.Module):
@@ -302,7 +302,7 @@ def test_optional_inputs_may_be_given_or_not_in_any_order():
         assert torch.equal(lp(*arguments, **keywords), model(*arguments, **keywords))
 
 
-# What a forward remembers, and what is set on it
+# Attributes that a forward sets, and that are set on it
 
 
 class Remembering(nn.Module):
@@ -454,7 +454,7 @@ def test_a_hook_on_a_block_runs_at_every_call_and_what_it_takes_has_a_gradient()
 
 
 def test_a_late_hook_is_given_what_one_that_was_there_before_is_and_changes_the_same_bits():
-    """Also where a rounding was left out or is in place: a ReLU keeps what is rounded."""
+    """Also if a rounding was left out or is in place: a ReLU keeps rounded numbers."""
     found = []
     for late in (False, True):
         torch.manual_seed(0)
@@ -475,7 +475,7 @@ def test_a_late_hook_is_given_what_one_that_was_there_before_is_and_changes_the_
     assert all(map(torch.equal, *found))
 
 
-# What a model gives
+# Outputs of a model
 
 
 class Output(OrderedDict):
@@ -544,7 +544,7 @@ def test_logits_are_float_where_the_models_own_forward_is_python():
 
 
 class Auxiliary(nn.Module):
-    """Only an attribute keeps what one of its layers gives."""
+    """One layer's output goes to an attribute only."""
 
     def __init__(self):
         super().__init__()
@@ -725,7 +725,7 @@ def test_a_compiled_function_may_call_two_converted_models_but_not_in_one_graph(
         torch.compile(lambda x: (one(x), other(x)), backend="eager", fullgraph=True)(X)
 
 
-# What is refused
+# Errors
 
 
 class Clamping(nn.Module):
@@ -758,7 +758,7 @@ def test_a_forward_that_writes_into_its_parameter_is_refused(inner):
         assert "\n" not in str(failure.value)
 
 
-# What a graph says of itself
+# Descriptions of graphs
 
 
 def test_nodes_know_where_they_come_from():
@@ -902,7 +902,7 @@ def test_a_forward_may_wait_for_a_thread_that_calls_its_layers():
 
 
 class Patching(Broken):
-    """Its forward wraps that of a layer for a while, as transformers records what layers give."""
+    """Its forward wraps a layer's forward for a while, as transformers does to record outputs."""
 
     def forward(self, x):
         kept, before = [], self.fc.forward
@@ -944,7 +944,7 @@ def test_what_is_checkpointed_may_write_into_buffers(reentrant):
 
 
 class Reading(nn.Module):
-    """Numbers that tensors give: a scale, a size, a count, an attribute, what it returns."""
+    """Numbers from tensors: a scale, a size, a count, an attribute, a result."""
 
     def __init__(self):
         super().__init__()

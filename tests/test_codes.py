@@ -1,4 +1,4 @@
-"""Codes: what they are, how they lie in memory, and that they stand for the numbers that ``quantize`` gives."""
+"""Codes: their values, their layout in memory, and that they stand for the numbers of ``quantize``."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from swalp_fx import Format, FormatError, decode, encode, parse, quantize
 from swalp_fx.codes.codecs import code_of, number_of, pack, packed_size, unpack
 from swalp_fx.formats import Codebook, Integer, Rectangle, Runs
 
-# ---- the law: what is decoded is what is rounded -------------------------------------------------
+# ---- the law: decoded numbers are the rounded ones -----------------------------------------------
 
 AREAS = st.builds(Rectangle, st.integers(1, 5), st.integers(1, 5)) | st.permutations([0, 1, -1]).map(
     lambda axes: Runs(((axes[0], 2), (axes[1], 3)))

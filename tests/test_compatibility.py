@@ -59,8 +59,8 @@ def test_where_the_swalp_authors_formula_goes_wrong():
 
 # ---- QPyTorch ------------------------------------------------------------------------------------
 #
-# Each law in float64, where its sums are exact; what QPyTorch's float32 sums do beyond it, tools/compare_qtorch.py
-# counts. Their zeros have the sign of the last sum, ours that of x: both are made +0 here.
+# Each law in float64, where its sums are exact. tools/compare_qtorch.py counts the errors of QPyTorch's float32 sums.
+# Their zeros have the sign of the last sum, ours have x's sign: both are made +0 here.
 
 
 def qpytorch_fixed(x, wl, fl, symmetric):

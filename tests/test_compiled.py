@@ -84,7 +84,7 @@ def test_the_same_bytes_in_every_format(shape, format, rounding, seed):
     x = (torch.randn(shape, generator=generator) * torch.exp2(binades.float())).nan_to_num()
     try:
         found, due = both(x, format, rounding)
-    except (ValueError, RuntimeError):  # there is no such block in the tensor, or no code for what overflows
+    except (ValueError, RuntimeError):  # the tensor has no such block, or an overflow has no code
         return
     if found is not None:
         assert_same(found, due)

@@ -41,7 +41,7 @@ def test_a_compiled_step_is_algorithm_2_around_torchs_own_compiled_step(name, ba
 
 
 def whole_steps(backend, name, rounding):
-    """What five steps leave, forward, backward, step and average in one function, compiled if there is a backend."""
+    """The state after five steps: forward, backward, step, average, in one function, compiled if there is a backend."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = MAKES[name](model.parameters())

@@ -77,7 +77,7 @@ def test_options_stand_above_the_file():
 def cifar(folder, name, monkeypatch, train_images=40, test_images=20):
     """The Python archive of CIFAR-10 or CIFAR-100, unpacked: pickles of flat images and their labels, and the names.
 
-    torchvision holds the files to checksums, which are here those of the files that are written.
+    torchvision checks the files by checksums; here they are replaced by the written files' own.
     """
     source = getattr(torchvision.datasets, name.upper())
     root = folder / source.base_folder
@@ -114,7 +114,7 @@ def test_cifar_is_standardised_and_augmented_as_the_authors_do(name, tmp_path, m
     ((augmented, labels),) = loaded.train(40, seed=0)
     black = torch.tensor([-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.2010])
     edges = torch.cat([augmented[:, :, [0, -1]].flatten(2), augmented[..., [0, -1]].flatten(2)], 2)
-    assert 0.2 < (edges == black[:, None]).all(1).float().mean() < 0.8  # what comes in is black, as before it
+    assert 0.2 < (edges == black[:, None]).all(1).float().mean() < 0.8  # the edges that come in are black
     assert labels.unique().tolist() == loaded.train_targets.unique().tolist()
 
 

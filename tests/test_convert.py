@@ -1,4 +1,4 @@
-"""``convert``: what it changes and what it leaves alone, what it computes, and what it refuses."""
+"""``convert``: its changes, the things it leaves alone, its results and its errors."""
 
 import copy
 import pickle
@@ -373,7 +373,7 @@ class Outputs:
 
 
 class Opaque:
-    """What pytrees do not know."""
+    """An object that pytrees do not know."""
 
     def __init__(self, value):
         self.value = value
@@ -579,7 +579,7 @@ def test_a_forward_that_no_graph_holds_is_named():
 
 
 class Storing(nn.Module):
-    """Gives at its second call what it has computed at its first."""
+    """Returns at its second call the result of its first."""
 
     def __init__(self):
         super().__init__()
@@ -594,3 +594,32 @@ class Storing(nn.Module):
 def test_what_was_computed_before_may_be_given_again():
     lp, _ = convert(Storing())
     assert lp(X) is lp(X)
+
+
+def test_a_resumed_run_of_a_converted_model_needs_torchs_random_state_too():
+    def converted():
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return *convert(model, optimizer, recipe="bfp4[0]"), optimizer
+
+    def trained(parts, steps):
+        lp, _, optimizer = parts
+        for step in steps:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            lp(x).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    first = converted()
+    trained(first, range(3))
+    states, random = copy.deepcopy([part.state_dict() for part in first]), torch.get_rng_state()
+    trained(first, range(3, 6))
+
+    torch.manual_seed(1)
+    second = converted()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(random)
+    trained(second, range(3, 6))
+    assert all(map(torch.equal, second[0].parameters(), first[0].parameters()))

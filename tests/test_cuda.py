@@ -128,7 +128,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 def test_a_row_of_more_than_two_to_the_31_elements():
-    """Its maximum is its last element, and its last elements draw what their index says."""
+    """Its maximum is its last element, and its last elements draw by their index."""
     n = 2**31 + 1000
     if torch.cuda.get_device_properties(0).total_memory < 4 * 2 * n:
         pytest.skip("needs 17 GB of GPU memory")

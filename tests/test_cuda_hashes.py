@@ -1,4 +1,4 @@
-"""The kept hashes are those of the CPU, and CUDA's bits are the CPU's: every kernel and path, in every dtype."""
+"""The kept hashes match the CPU's bits, and CUDA gives the same bits: every kernel and path, in every dtype."""
 
 import cuda_cases
 import pytest

@@ -18,7 +18,7 @@ GXX = shutil.which("g++")
 FOLDER = Path(__file__).parent / "cuda_on_host"
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++20", "-O0", "-ffp-contract=off", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-FLAGS += ["-ffunction-sections", "-Wl,--gc-sections"]  # leaves out what would need libtorch
+FLAGS += ["-ffunction-sections", "-Wl,--gc-sections"]  # leaves out the functions that need libtorch
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not on the PATH; install it to run the kernels on the CPU")

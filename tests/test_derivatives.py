@@ -1,4 +1,4 @@
-"""What flows through the nodes beside an ordinary gradient: none, zeros without memory, tangents of either mode."""
+"""Gradients through the nodes other than ordinary ones: none, zeros without memory, tangents of either mode."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def through(request):
     return THROUGH[request.param]
 
 
-# ---- backward ----------------------------------------------------------------------------------------
+# ---- backward ------------------------------------------------------------------------------------
 
 
 class First(torch.autograd.Function):
@@ -73,7 +73,7 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize("recipe", ["float", "bfp8[0]", "bfp8[0] W=float", "bfp8[0] A=float", "bfp8[0] E=float"])
 def test_weight_decay_leaves_a_branch_without_gradient_as_it_is(recipe):
-    """As it does in the model itself: an optimizer steps what has a gradient."""
+    """As in the model itself: an optimizer steps only parameters with a gradient."""
     torch.manual_seed(0)
     model = Branches()
     lp, _ = convert(model, recipe=recipe)
@@ -128,11 +128,11 @@ def test_a_gradient_of_zeros_without_memory_is_trained_with(optimizer):
         assert torch.equal(quantize(p, "bfp8[0]"), p)
 
 
-# ---- forward -------------------------------------------------------------------------------------------
+# ---- forward -------------------------------------------------------------------------------------
 
 
 def test_a_tangent_passes_as_it_is(through):
-    """The derivative is that of the identity, forward as backward; only error signals are rounded."""
+    """The derivative is the identity, forward and backward; only error signals are rounded."""
     x, tangent = torch.randn(3, 4), torch.randn(3, 4)
     y, found = torch.func.jvp(through, (x,), (tangent,))
     assert torch.equal(y, through(x)) and torch.equal(found, tangent)

@@ -107,7 +107,7 @@ def test_ranks_seeded_apart_take_equal_steps(steps, late, tmp_path):
 
 
 def _go_on_apart(rank, folder, change):
-    """Rank 1 goes on from a changed state; each rank stores what its step says, and what it has changed."""
+    """Rank 1 goes on from a changed state; each rank stores the message of its step, and its changes."""
     _joined(rank, folder, 0)
     model = Words()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -19,6 +19,7 @@ from swalp_fx.reports.drawing.draw import _roots
 from swalp_fx.reports.drawing.fold import RANKS, panels
 from swalp_fx.reports.drawing.kinds import Box, ranks
 from swalp_fx.reports.drawing.labels import TIMES
+from swalp_fx.reports.graphs import inlined
 
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
 
@@ -65,7 +66,7 @@ def test_every_quantize_node_is_drawn_with_its_formats(kind, tmp_path):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe="W=fixed8.6 A=bfp8[0] E=e5m2", example_inputs=inputs)
     source = _drawn(module, tmp_path)
-    targets = Counter(node.target for made in module.graphs for node in made.graph.nodes)
+    targets = Counter(node.target for made in module.graphs for node in inlined(made.graph_module).graph.nodes)
     # A number, a tensor without dimensions, is one block: [0] is not said of it.
     specs = Counter(text.split(" ")[-1].removesuffix("[0]") for _, text in _chips(source) if text[-5:] != "float")
     outputs = targets[nodes.quantize_output]
@@ -140,7 +141,7 @@ class Branching(nn.Module):
 
 
 def _in_pieces(path, **children):
-    """Drawn in eval mode, in which nothing else than values decides."""
+    """Drawn in eval mode: there only values decide."""
     return _source(Branching(**children).eval(), path, X)
 
 
@@ -159,7 +160,7 @@ def test_graphs_that_look_alike_are_drawn_once(tmp_path):
 
 
 def test_a_layer_with_several_outputs_is_one_box(tmp_path):
-    source = _source(shapes.Recurrent(), tmp_path, torch.ones(2, 5, 6))
+    source = _source(shapes.Recurrent(), tmp_path, torch.ones(2, 5, 6), "bfp8[0] whole=lstm")
     assert source.count("<b>LSTM</b>") == 1
     assert "lstm@1, lstm@2" in source and {("lstm_1", "lstm_1_q"), ("lstm_1", "lstm_2_q")} <= _edges(source).keys()
 
@@ -170,7 +171,7 @@ def test_a_checkpoint_is_drawn_as_what_it_runs(tmp_path):
     assert "solid" in _edges(source)["blocks_0_2_q", "blocks_1_0"]
 
 
-# ---- large models: blocks that are alike are drawn once -----------------------------------------
+# ---- large models: blocks that are alike are drawn once ------------------------------------------
 
 
 class Block(nn.Module):
@@ -341,7 +342,7 @@ def large(request):
     return _large(request.param)
 
 
-LARGE = {  # those whose likes in torchvision take long to trace have fewer blocks
+LARGE = {  # fewer blocks than in torchvision if those take long to trace
     "flat": lambda: Flat(200),
     "googlenet": lambda: torchvision.models.googlenet(init_weights=False),
     "densenet": lambda: torchvision.models.DenseNet(4, (6, 12), 8),
@@ -382,7 +383,7 @@ def test_a_network_fits_on_a_page(name, tmp_path):
     assert 800 < width < 4000 and 800 < height < 4000
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @needs_graphviz

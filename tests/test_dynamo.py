@@ -1,4 +1,4 @@
-"""Each private name of torch that the capture uses does what it is used for, in the torch that is installed."""
+"""Each private name of torch that the capture uses still works as it needs, in the installed torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ def _fresh() -> None:
 def traced(
     function: Callable[..., Any], look: Callable[[Frame, Any, Any], Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """``function`` compiled by a backend that runs what it is given, and what ``look`` saw of each graph."""
+    """``function`` compiled by a backend that runs each graph as it is, and the results of ``look`` for each graph."""
     seen: list[Any] = []
 
     def backend(graph_module: Any, inputs: Any) -> Any:
@@ -32,7 +32,7 @@ def traced(
 
 
 def around(trace: Callable[..., Any]) -> Callable[..., Any]:
-    """What wraps the tracing of a frame in ``trace(callback, frame, ...)``."""
+    """A wrapper that traces each frame by ``trace(callback, frame, ...)``."""
 
     class Around:
         def __init__(self, callback: Callable[..., Any]) -> None:

@@ -1,5 +1,4 @@
-"""Roundings that are left out: what passes through keeps its numbers, nothing changes but the work, and a wrong mark is
-refused."""
+"""Roundings that are left out: numbers stay the same, only work is saved, and a wrong mark is refused."""
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from marks import Traced, assert_refused, captured, letters_of, marked, marks, t
 from torch import nn
 
 from swalp_fx import Recipe, Rule, check, convert, nodes, quantize
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.passes.tables import OPERATIONS
-from swalp_fx.passes.verify import VerifyError
 
 RECIPE = Recipe.parse("bfp6[0]")
 IMAGE = (2, 4, 6, 6)
@@ -86,7 +85,7 @@ class Residual(nn.Module):
 def test_a_residual_block():
     assert _kept(Residual) == {
         "conv": "",
-        "bn_1": "E",  # a mask of what relu_1_q rounds
+        "bn_1": "E",  # a mask of relu_1_q's output
         "relu_1": "A",  # a mask of bn_1_q
         "pool": "A",  # some of relu_1_q
         "last_1": "",
@@ -97,7 +96,7 @@ def test_a_residual_block():
 
 
 class _Two(nn.Module):
-    """What ``make`` gives is read by ``mask``, and what that gives by ``read``; then follows a layer."""
+    """``mask`` reads the output of ``make``, and ``read`` the output of ``mask``; then follows a layer."""
 
     def __init__(self, make, mask, read):
         super().__init__()
@@ -174,7 +173,7 @@ CASES = [
     (_Added(), torch.tanh, "bfp6[0]", ["E", "A", "", ""]),
     (_by_its_own_forward(), torch.tanh, "bfp6[0]", ["", "", ""]),
     (torch.ops.swalp_fx_tests.relu, torch.tanh, "bfp6[0]", ["", "", ""]),
-    # Formats: other numbers behind the mask, roles in float, and what a part of a block may leave.
+    # Formats: other numbers after the mask, roles in float, and blocks with a part left out.
     (nn.ReLU(), torch.tanh, "bfp6[0] E=float", ["", "A", ""]),
     (nn.ReLU(), torch.tanh, "bfp6[0] A=float", ["E", "", ""]),
     (nn.ReLU(), torch.tanh, "bfp6[0] A=e4m3 E=bfp6+twos", ["", "A", ""]),
@@ -183,14 +182,14 @@ CASES = [
     (nn.ReLU(), torch.tanh, "int8[0]", ["", "", ""]),
     (nn.ReLU(), torch.tanh, "bfp6[0] placement=compute+activation", ["E", "A", ""]),
     (nn.ReLU(), torch.tanh, "bfp6[0] in_place=false", ["", "", ""]),
-    # What passes on some: no error signal, and not across blocks.
+    # Nodes that pass on a part: no error signal, and not across blocks.
     (nn.MaxPool1d(1), torch.tanh, "bfp6[0]", ["", "A", ""]),
     (nn.MaxPool1d(1), torch.tanh, "fixed8.4", ["", "A", ""]),
     (nn.MaxPool1d(1), torch.tanh, "bfp6", ["", "A", ""]),
     (nn.MaxPool1d(1), torch.tanh, "bfp6[1]", ["", "", ""]),
     (nn.MaxPool1d(1), torch.tanh, "bfp6[0,1]", ["", "", ""]),
     (nn.MaxPool1d(1), torch.tanh, "bfp6[-1:16]", ["", "", ""]),
-    # Who writes into what would be shared, or hands it on, gets memory of its own.
+    # A node that writes into memory to be shared, or hands it on, gets memory of its own.
     (nn.ReLU(), lambda y: y.add_(1), "bfp6[0]", ["E", "E", ""]),
     (nn.ReLU(), nn.SiLU(inplace=True), "bfp6[0]", ["E", "", ""]),
     (nn.ReLU(), lambda y: y.view(-1, 6).mul_(2), "bfp6[0]", ["E", "", ""]),
@@ -199,7 +198,7 @@ CASES = [
     (nn.ReLU(), lambda y: torch.add(y, 1, out=torch.empty(2, 4, 6)), "bfp6[0]", ["E", "A", ""]),
     (nn.ReLU(), lambda y: torch.add(y, 1, out=y), "bfp6[0]", ["E", "", ""]),
     (nn.ReLU(), lambda y: torch._foreach_add([y], 1)[0], "bfp6[0]", ["E", "", ""]),
-    # What is masked is written into behind its rounding: by name, in a view, in a list, by a hook or by itself.
+    # The masked tensor is written into after its rounding: by name, in a view, in a list, by a hook or by itself.
     (_written(lambda x: x.__setitem__(0, 0.3)), torch.tanh, "bfp6[0]", ["", "", ""]),
     (_written(lambda x: x.view(-1).mul_(0.3)), torch.tanh, "bfp6[0] placement=compute+activation", ["", "", ""]),
     (_written(lambda x: x.data.mul_(0.3)), torch.tanh, "bfp6[0] placement=compute+activation", ["", "", ""]),
@@ -215,7 +214,7 @@ CASES = [
     (_in_no_grad, torch.tanh, "bfp6[0]", ["", "", "A", ""]),
     (torch.ops.aten.relu.default, torch.tanh, "bfp6[0]", ["E", "A", ""]),
     (lambda x: torch.ops.aten.relu(x), torch.tanh, "bfp6[0]", ["E", "A", ""]),
-    # Two readers, whose error signals are summed; and one that reads twice.
+    # Two readers, with summed error signals; and one that reads twice.
     (_both, torch.tanh, "bfp6[0]", ["", "A", "", ""]),
     (_onto_itself, torch.tanh, "bfp6[0]", ["", "", ""]),
 ]
@@ -291,7 +290,7 @@ def test_it_is_seen_in_the_code():
     assert "'bfp6[0]', 'bfp6[0]', 'stochastic', kept = 'E', in_place = 'A')" in code
 
 
-# What it does
+# The rewritten graph
 
 
 def _node(x, **letters):

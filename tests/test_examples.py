@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, and print what they promise."""
+"""The examples run as their first lines say, and print the promised lines."""
 
 import re
 import subprocess

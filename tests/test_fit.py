@@ -31,7 +31,7 @@ X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
 def formats_of(recipe, target):
-    """What each node of ``target`` rounds to, in order."""
+    """The formats of each node of ``target``, in order."""
     graph = rewritten(Both(), f"{recipe} rounding=nearest in_place=false quantize_logits=true", X).graph
     return [node.args[3:-1] for node in graph.nodes if node.target is target]
 
@@ -67,7 +67,7 @@ def formats_in(graph):
 
 
 class ChannelsLast(nn.Module):
-    """A convolution, and what computes with channels in the last place, in several spellings."""
+    """A convolution, and operations with channels in the last place, in several spellings."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ def test_by_hand_an_axis_has_to_be_named():
     assert torch.equal(quantize(x, "e4m3[4x2]"), quantize(x, "e4m3[0:4,1:2]"))
 
 
-# ---- axes shorter than a run -------------------------------------------------------------------------------------
+# ---- axes shorter than a run ---------------------------------------------------------------------
 
 
 def warned(model, recipe):
@@ -231,3 +231,26 @@ def test_channels_that_are_fewer_than_a_run_are_warned_of():
     (depthwise,) = warned(nn.Conv2d(8, 8, 3, groups=8), "bfp8[0] W=float G=mxfp8 M=mxfp8")
     assert depthwise.startswith("weight in mxfp8: 16.0 bits an element, not 8.25, since")
     assert depthwise.endswith("such as Rule('weight', G='mxfp8[0]', M='mxfp8[0]')")
+
+
+class Bare(nn.Module):
+    """A convolution without a layer: nothing says of its weight which axis is contracted."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("spec, along", [("mxfp8", "mxfp8[1:32]"), ("int4[c:2]", "int4[1:2]")])
+def test_a_convolutions_weight_that_no_convolution_holds(spec, along):
+    text = f"weight is the weight of a conv2d, which contracts its axis 1, .* name the axis: rules=[weight W={along}]"
+    with pytest.warns(UserWarning, match=text.replace("[", r"\[")):
+        rewritten(Bare(), f"W={spec}", X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewritten(Bare(), f"W={spec} rules=[weight W={along}]", X)
+        rewritten(Bare(), "W=bfp8[0]", X)
+        rewritten(Both(), f"W={spec}", X)

@@ -1,4 +1,4 @@
-"""Formats: specs that round-trip, the numbers that define them, and what is refused."""
+"""Formats: specs that round-trip, the numbers that define them, and errors."""
 
 import dataclasses
 import math
@@ -308,7 +308,7 @@ def test_float_has_the_facts_of_float32():
     ],
 )
 def test_facts_are_those_of_what_rounding_gives(spec):
-    """Of every finite bfloat16, which holds each number of these formats, in a block whose scale is 1."""
+    """For every finite bfloat16, which holds each number of these formats, in a block with scale 1."""
     format = parse(spec)
     x = every_half(torch.bfloat16).flatten().double()
     # A power-of-two scale is 1 for a maximum in the element's highest binade, and an integer's for its largest value.
@@ -362,7 +362,7 @@ def test_the_tool_prints_the_facts_of_any_format(capsys):
     assert stop.value.code == 2 and "formats.py: error: unknown format spec 'bfp'" in capsys.readouterr().err
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 REFUSED = [
     ("bfp1", "integers: word length 1 is out of range; use 2 to 24 bits"),

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-# In a process of its own: pytest keeps what the front end logs, and what that holds.
+# In a process of its own: pytest keeps the front end's log, and so the objects in it.
 BEGIN = """
 import copy, gc, weakref
 import torch, swalp_fx

@@ -1,4 +1,4 @@
-"""tools/gpu.py: stages in processes of their own, each under its time limit, with what was found kept after each."""
+"""tools/gpu.py: stages in processes of their own, each under its time limit, with its results kept."""
 
 import dataclasses
 import json

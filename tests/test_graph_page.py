@@ -1,4 +1,4 @@
-"""docs/graph.md says what the code does: its code is generated code, its tables are the passes' own."""
+"""docs/graph.md agrees with the code: its code is generated code, its tables are the passes' own."""
 
 import re
 from pathlib import Path
@@ -21,13 +21,13 @@ EXAMPLE, BEFORE, AFTER, RULES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTA
 
 
 def table(header):
-    """The rows, cells stripped, of the table whose first column is ``header``."""
+    """The rows, cells stripped, of the table with the first column ``header``."""
     (body,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
 
 
 def code(module):
-    """What print_readable prints, without its headline."""
+    """The output of print_readable, without its headline."""
     return str(module.graphs).partition("\n")[2] + "\n"
 
 

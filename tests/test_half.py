@@ -1,4 +1,4 @@
-"""Half-precision parameters with float32 masters: the step, its states, and what an exception leaves."""
+"""Half-precision parameters with float32 masters: the step, its states, and the state after an exception."""
 
 import copy
 import io

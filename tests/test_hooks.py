@@ -27,12 +27,12 @@ class Net(nn.Module):
 
 
 def _keep(kept):
-    """A hook of any kind that keeps what it sees."""
+    """A hook of any kind that keeps its arguments."""
     return lambda *seen: kept.extend(each for each in seen if isinstance(each, (torch.Tensor, tuple)))
 
 
 def _doubles(*seen):
-    """A hook of any kind that changes what it sees: the input, the output, or the gradient."""
+    """A hook of any kind that changes the input, the output, or the gradient."""
     value = seen[-1]
     return tuple(None if each is None else each * 2 for each in value) if isinstance(value, tuple) else value * 2
 
@@ -46,7 +46,7 @@ def _writes(layer, inputs):
 
 
 PLACES = ("conv", "bn", "relu", "fc")
-# name -> what registers the hook on a model, given a list for what is kept; the handle, if there is one
+# name -> a function that registers the hook on a model, given a list for kept values; the handle, if there is one
 HOOKS = {
     **{
         f"forward of {name}": lambda m, k, name=name: m.get_submodule(name).register_forward_hook(_keep(k))

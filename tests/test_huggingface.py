@@ -1,5 +1,5 @@
-"""What people do with a model of Hugging Face, on a converted one: train it with Trainer, checkpoint its layers,
-generate, save it and read it back. Skipped without transformers and accelerate; `make zoo` installs them."""
+"""Common uses of a Hugging Face model, on a converted one: train it with Trainer, checkpoint its layers, generate, save
+it and read it back. Skipped without transformers and accelerate; `make zoo` installs them."""
 
 import copy
 
@@ -35,8 +35,8 @@ def identity_nodes(model):
 def texts(number):
     """Texts that are padded on the left.
 
-    Without padding the model builds no mask in float, but one where PyTorch's front end reads it, with or without our
-    rewrite, and attention then adds in another order.
+    Without padding, the plain model builds no mask, but a traced one does, with or without our rewrite. Attention then
+    adds in another order.
     """
     mask = torch.ones(9, dtype=torch.long)
     mask[:2] = 0

@@ -156,7 +156,7 @@ def test_scaled_fp8_is_a_cast_of_quotients(block):
 
 
 def test_torchs_own_affine_quantization_agrees():
-    """Whose zero point is an integer code, and whose range includes zero."""
+    """Its zero point is an integer code, and its range includes zero."""
     x = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)) + 1.5
     for spec, low, high in (("uint8+asym", 0, 255), ("int8+asym", -128, 127)):
         scale = (x.max() - x.min().clamp(max=0)) / 255
@@ -194,7 +194,7 @@ def test_posits(bits, es):
 
 
 def test_nf4_is_made_of_quantiles_of_a_normal_distribution():
-    """QLoRA, appendix E: 8 above zero, 7 below, of which the largest are 1 and -1."""
+    """QLoRA, appendix E: 8 above zero, 7 below; the largest are 1 and -1."""
     positive = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64))[:-1]
     negative = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64))[:-1]
     values = torch.cat([negative, torch.zeros(1), positive]).sort().values / positive.max()
@@ -217,7 +217,7 @@ def test_a_power_of_two_table_is_logarithmic_quantization():
     assert torch.equal(result, torch.where(x < 2.0**-4, 0.0, torch.exp2(x.log2().floor())))
 
 
-# ---- what is under a scale is the same element ---------------------------------------------------
+# ---- an element on a scale is the same element ---------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", ["e5m2", "e3m4", "e4m3fnuz", "e2m3+flush", "posit6.1", "{-3,-1,0,2,3}"])

@@ -1,6 +1,6 @@
 """Laws that every format and rounding keeps, on values that hypothesis picks to break them.
 
-Which formats a law holds for is said by its strategy. A power-of-two scale keeps them all, but that two's complement is
+A law's strategy names the formats that keep it. A power-of-two scale keeps every law, except that two's complement is
 not idempotent. A real scale (``int8``, ``nvfp4``) rounds its quotients and products once more, so a result may lie
 beside its neighbours, and a second pass finds another scale.
 """
@@ -58,7 +58,7 @@ moderate = tensors.map(lambda x: torch.where(x.abs() < 2.0**-100, 0.0, x.clamp(-
 
 
 def with_one_block(format):
-    """Of the whole tensor: what a law of a block's elements among themselves needs."""
+    """The format with the whole tensor as a block, for laws about the elements of one block."""
     return dataclasses.replace(format, block=Slices())
 
 
@@ -153,6 +153,34 @@ def test_twos_complement_blocks_are_not_idempotent():
     assert quantize(once, "bfp4+twos").tolist() == [-2.0, 0.0]
 
 
+EVERY = frozenset(("nearest", "stochastic", "toward_zero", "down", "up", "nearest_away", "nearest_up"))
+DIRECTED, NONE = frozenset(("toward_zero", "down", "up")), frozenset()
+# Format -> the roundings that change what they gave. docs/formats.md has them by kind.
+CHANGED_TWICE = {
+    **dict.fromkeys(("fixed8.6", "e4m3", "e5m2", "bf16", "posit8.1"), NONE),
+    **dict.fromkeys(("bfp8[0]", "bfp4[-1:16]", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8"), NONE),
+    **dict.fromkeys(("mxfp8+ceil", "mxfp8+rceil", "mxfp4+even", "e2m1[-1:16]"), NONE),
+    "mxfp8+even": DIRECTED | {"stochastic"},
+    "bfp4[0]+twos": EVERY - {"toward_zero", "up"},
+    "bfp8[0]+twos": EVERY - {"toward_zero", "up"},
+    **dict.fromkeys(("int8", "int8[0]", "int4[-1:32]", "e4m3[0]", "nf4", "posit8.1[0]"), DIRECTED),
+    **dict.fromkeys(("nvfp4", "uint8[0]", "int8[0]+asym"), EVERY),
+}
+
+
+@pytest.mark.parametrize("format", CHANGED_TWICE)
+def test_which_roundings_change_what_they_gave(format):
+    generator = torch.Generator().manual_seed(0)
+    x, sizes = (torch.randn(shape, generator=generator) for shape in ((64, 64), (64, 1)))
+    given = [x, x * (sizes * 3).exp(), x.exp(), (x * 4).round() / 4 - 0.5]
+    changed = set()
+    for rounding in EVERY:
+        once = [quantize(each, format, rounding, key=1) for each in given]
+        if not all(torch.equal(quantize(each, format, rounding, key=2), each) for each in once):
+            changed.add(rounding)
+    assert changed == CHANGED_TWICE[format]
+
+
 @law
 @hypothesis.given(moderate, SCALED_INTEGERS)
 def test_a_second_pass_over_scaled_integers_keeps_the_integers(x, format):
@@ -201,7 +229,7 @@ def test_nearest_is_nearest(x, format):
 @law
 @hypothesis.given(st.tuples(tensors, IDEMPOTENT) | st.tuples(moderate, SCALED_INTEGERS | NVFP4), keys)
 def test_negation(example, key):
-    """A symmetric format treats -x as x, and what is down for one is up for the other."""
+    """A symmetric format treats -x as x: rounding one down is rounding the other up."""
     x, format = example
     if format.scale is None and isinstance(format.element, Integer):
         format = dataclasses.replace(format, element=dataclasses.replace(format.element, sign="sym"))
@@ -225,7 +253,7 @@ def test_a_nan_or_infinity_leaves_the_others_as_they_were(example, rounding, key
         assert result[place].isnan()
     else:
         assert (result[place] > 0) == (value > 0)
-        # Where nothing finite sets the scale it is the largest, whose largest number may be beyond float32.
+        # If no finite number sets the scale, it is the largest, and its largest number may be beyond float32.
         if format.max * format.scales[1] <= FLOAT.max:
             assert result[place].isinf() == format.keeps_infinity
 
@@ -240,7 +268,7 @@ def fitting(format, shape):
 @law
 @hypothesis.given(st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32), EVERY_FORMAT, roundings, keys)
 def test_layout_is_no_matter(rows, columns, seed, format, rounding, key):
-    """Transposed, sliced or expanded, a tensor gives what its contiguous copy does."""
+    """Transposed, sliced or expanded, a tensor gives the same as its contiguous copy."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator) * torch.exp2(4 * torch.randn(rows, 1, generator=generator))
     format = fitting(format, x.shape)
@@ -359,7 +387,7 @@ def test_few_random_bits_are_biased_by_half_of_their_last(bits):
 
 
 def test_neighbouring_draws_are_independent():
-    """Covariance of an element's error with that of one 1, 2, 16, 64 or 1000 places on."""
+    """The covariance of the errors of two elements that are 1, 2, 16, 64 or 1000 places apart."""
     x = torch.full((DRAWS,), 0.5)
     error = quantize(x, "fixed8.0", "stochastic", key=5) - 0.5
     for lag in (1, 2, 15, 16, 17, 64, 1000):

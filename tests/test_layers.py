@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import swalp_fx
+from swalp_fx.passes.proof import RULES
 
 PACKAGE = Path(swalp_fx.__file__).parent
 
@@ -27,16 +28,16 @@ LAYERS = [
     ["converting", "reports"],
     ["__init__"],
 ]
-# Beyond the order: what must stay apart, so that each can be trusted alone.
+# Beyond the order: pairs that must stay apart, so that each can be trusted alone.
 NEVER = [
-    ("reference", "ops"),  # the oracle may not ask what it judges
+    ("reference", "ops"),  # the oracle may not ask the op that it judges
     ("ops", "reference"),
     ("optimizer", "passes"),
     ("optimizer", "capture"),
     ("passes", "optimizer"),
 ]
-# The proof reads what the capture and the analysis have written, and which axis a product contracts. What the passes
-# make of that it does not.
+# The proof reads the notes of the capture and the analysis, and the contraction axes of products. It does not read the
+# results of the passes.
 PROOF = {"formats", "nodes", "recipe", "passes.captured", "passes.facts", "passes.fit"}
 OUTSIDE = {"torch", "tabulate", *sys.stdlib_module_names}
 
@@ -104,7 +105,17 @@ def test_every_layer_is_there():
 
 
 def test_the_proof_shares_nothing_with_the_passes():
-    names = {name for name in imports(PACKAGE / "passes" / "verify.py") if name.startswith("swalp_fx.")}
+    proof = [*(PACKAGE / "passes" / "proof").glob("*.py")]
+    names = {name for path in proof for name in imports(path) if name.startswith("swalp_fx.")}
     modules = {re.match(r"swalp_fx\.(passes\.\w+|\w+)", name)[1] for name in names}
-    assert modules == PROOF
-    assert not {"swalp_fx.part", "swalp_fx.name", "swalp_fx.site"} & string_constants(PACKAGE / "passes" / "verify.py")
+    assert modules - {"passes.proof"} == PROOF
+    assert not {"swalp_fx.part", "swalp_fx.name", "swalp_fx.site"} & set().union(*map(string_constants, proof))
+
+
+def test_each_rule_of_the_proof_is_required_somewhere():
+    tree = ast.parse((PACKAGE / "passes" / "proof" / "verifier.py").read_text())
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
+    ]
+    named = {call.args[0].id if isinstance(call.args[0], ast.Name) else call.args[0].value for call in calls}
+    assert named - {"rule"} | {2, 3} == set(RULES)  # the one name is of rules 2 and 3

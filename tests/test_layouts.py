@@ -14,7 +14,7 @@ SPECS = ["fixed8.6", "e4m3", "bf16", "bfp8", "bfp8[0]", "bfp8[1]", "bfp8[-1]", "
 SPECS += ["mxfp8", "mxfp4[0:4]", "int8[0]", "int4[-1:8]", "nvfp4", "nvfp4[1:3]"]
 ROUNDINGS = ["nearest", "up", "stochastic", "stochastic1", "stochastic8", "stochastic24"]
 
-# Sizes around what is done at a time: runs, vectors of 8 and 16, a block of 128 random bits.
+# Sizes around the steps of the kernels: runs, vectors of 8 and 16, a block of 128 random bits.
 SHAPES = [
     (3, 5, 7, 9),
     (2, 20, 7, 33),
@@ -67,7 +67,7 @@ CASES = list(cases(32))
 
 @pytest.mark.parametrize("seed, shape, order, cuts", CASES)
 def test_a_layout_is_no_matter(seed, shape, order, cuts):
-    """Fresh, in place and in a list, in every dtype; and what lies between the elements is left alone."""
+    """Fresh, in place and in a list, in every dtype; memory between the elements is left alone."""
     for i, spec in enumerate(SPECS):
         dtype, rounding = DTYPES[(seed + i) % 4], ROUNDINGS[(seed // 4 + i) % 6]
         memory, x = laid_out(shape, order, cuts, dtype, seed)

@@ -1,5 +1,6 @@
-"""What stands in a weight's place is rounded as one where a graph reads it, and reported: a plain tensor that requires
-grad, a module in a plain list, a float module that is given to forward."""
+"""Trained tensors that are no parameters of the model are rounded like weights, and reported.
+
+Such are a plain tensor that requires grad, a module in a plain list, and a float module that is given to forward."""
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def linear():
     return layer
 
 
-CASES = {  # the model, what it holds, what it is given, the name of the weight, what the model computes with it
+CASES = {  # the model, its part, its extra inputs, the name of the weight, the operation on it
     "a tensor": (Holds, fresh, (), "part", torch.matmul),
     "a module in a list": (Listed, lambda: [linear()], (), "part[0].weight", F.linear),
     "a frozen module in a list": (Listed, lambda: [linear().requires_grad_(False)], (), "part[0].weight", F.linear),

@@ -1,4 +1,4 @@
-"""What is rounded is what a designer means: no constant, no angle, no mask, and of a norm only what it gives."""
+"""Rounding follows a designer's meaning: no constant, no angle and no mask is rounded; a norm only at its output."""
 
 import copy
 import math
@@ -111,7 +111,7 @@ class Response(nn.Module):
 
 
 class Batch(nn.Module):
-    """Batch norm: what it measures in training is kept for later."""
+    """Batch norm: statistics measured in training are kept for later."""
 
     def __init__(self):
         super().__init__()
@@ -213,14 +213,14 @@ class Adaptive(nn.Module):
 
 
 class Squeeze(nn.Module):
-    """Scales by what it measures, and takes no root."""
+    """Scales by its statistic, without a root."""
 
     def forward(self, x):
         return x * x.mean(-1, keepdim=True).sigmoid()
 
 
 class Pool(nn.Module):
-    """Gives what it measures."""
+    """Returns its statistic."""
 
     def forward(self, x):
         return x.std(1).sqrt()
@@ -511,7 +511,7 @@ def test_in_a_checkpoint_all_of_this_means_the_same(checkpointed):
     ]
 
 
-# What the recipe calls whole
+# Modules that the recipe calls whole
 
 
 class Mixer(nn.Module):
@@ -562,7 +562,7 @@ def test_whole_that_matches_no_module_is_an_error(glob):
 
 def test_the_report_lists_what_is_no_number_of_the_model():
     def forward(model, x, step):
-        scores = x @ x.transpose(1, 2) * 0.25 + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
+        scores = x @ x.transpose(1, 2) * 0.3 + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
         angle = step[:, None, None] * model.frequencies.repeat(2)
         return model.norm(scores.softmax(-1) @ _rotary(model, x) + angle.sin())
 

@@ -1,4 +1,4 @@
-"""What rounding did to each site."""
+"""The rounding error of each site."""
 
 import copy
 import csv
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swalp_fx import ConvertError, convert, measure
+from swalp_fx import ConvertError, convert, measure, quantize
 from swalp_fx.reports import Measures, Rounded
+from swalp_fx.reports.graphs import inlined
 
 
 class Scale(nn.Module):
@@ -35,6 +36,13 @@ def test_a_parameter_by_hand():
     assert (row.format, row.values, row.clipped, row.zeroed, row.nan, row.infinite) == ("fixed4.0", 8, 2, 1, 1, 2)
     assert row.signal == pytest.approx(0.3**2 + 7.6**2 + 81 + 4) and row.noise == pytest.approx(0.3**2 + 0.6**2 + 1)
     assert row.sqnr == pytest.approx(10 * math.log10(row.signal / row.noise))
+
+
+def test_a_finite_float16_that_rounding_makes_infinite_is_counted():
+    row = Rounded("bf16")
+    x = torch.tensor([1.0, 65504.0, -65504.0, torch.inf], dtype=torch.float16)
+    row.add(x, quantize(x, "bf16"))
+    assert (row.infinite, row.clipped, row.noise, row.sqnr) == (3, 0, 0.0, math.inf)
 
 
 def test_an_output_and_its_error_signal_by_hand():
@@ -82,7 +90,8 @@ def test_every_site_of_every_shape(kind):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe="bfp8[0]")
     found = measure(module, inputs)
-    sites = {node.name for made in module.graphs for node in made.graph.nodes if node.name.endswith("_q")}
+    graphs = [inlined(made.graph_module).graph for made in module.graphs]
+    sites = {node.name for graph in graphs for node in graph.nodes if node.name.endswith("_q")}
     assert len(found) == len(sites) and {role for _, role in found} <= {"W", "A"}
     assert all(each.values and each.sqnr > 20 and not each.nan for each in found.values())
 

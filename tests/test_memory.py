@@ -1,4 +1,4 @@
-"""Tensors whose memory does not hold their numbers one by one: none, negatives, shared by elements or by tensors."""
+"""Tensors with unusual memory: none, negatives, shared by elements or by tensors."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_key_without_memory_is_zero(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_negated_view_is_rounded_in_place(spec):
-    """Its memory then holds the negatives of what it is rounded to."""
+    """Its memory then holds the negatives of the rounded numbers."""
     x = torch.randn(5, 40)
     due = quantize(-x, spec, "stochastic", key=KEY)
     for write in (
@@ -62,7 +62,7 @@ def test_a_list_may_hold_all_of_these(spec):
         assert_same_bits(result.clone().resolve_neg(), expected)
 
 
-# ---- refused ----------------------------------------------------------------------------------------
+# ---- refused -------------------------------------------------------------------------------------
 
 
 def freed(shape):
@@ -159,7 +159,7 @@ def test_in_place_elements_in_turns_share_no_memory(spec):
     assert torch.equal(memory[[1, 6, 8, 9]], rest)
 
 
-# ---- lists whose tensors share memory ----------------------------------------------------------------
+# ---- lists of tensors that share memory ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [40, 40_000])

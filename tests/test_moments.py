@@ -113,7 +113,7 @@ def test_a_group_without_the_option_is_not_centered():
 
 
 def final_loss(make, spec):
-    """Of 60 steps of a perceptron whose inputs, and so gradients, span 20 octaves."""
+    """The loss after 60 steps of a perceptron; its inputs, and so its gradients, span 20 octaves."""
     torch.manual_seed(0)
     x = torch.randn(256, 20) * 2.0 ** -torch.arange(20)
     y = (x[:, 0] > 0).long()

@@ -27,7 +27,7 @@ class Reused(nn.Module):
 
 
 class Namesakes(nn.Module):
-    """An input that is named as a layer is, and a layer whose name looks like a numbered one."""
+    """An input with the name of a layer, and a layer with a name like a numbered one."""
 
     inputs = (torch.Size([2, 6]),)
 

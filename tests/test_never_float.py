@@ -1,5 +1,5 @@
-"""Never float in silence: whatever is around a call or in a forward, its products run in rewritten graphs, or the call
-raises NotRewritten, which names the cause."""
+"""Never float in silence, whatever is around a call or in a forward. Its products run in rewritten graphs, or the call
+raises NotRewritten with the cause."""
 
 import copy
 import logging
@@ -214,7 +214,7 @@ def test_an_error_of_a_pass_is_raised(monkeypatch, suppressed, expected):
     assert torch.equal(lp(X), expected)
 
 
-# What a forward reads
+# Reads of a forward
 
 
 class Named(nn.Module):

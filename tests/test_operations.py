@@ -1,4 +1,4 @@
-"""The table of operations holds on real operations: what moves makes no new number, what may be a view is one."""
+"""The table of operations holds on real operations: movement makes no new number, and a possible view is one."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(2)) + 2
 ROW, INDEX = torch.tensor([1, 0]), torch.tensor([[1, 0, 2, 3, 1, 0]])
 ONES = X > 2
 
-# Name -> a call that moves what it is given. Without a line: no argument but the tensor.
+# Name -> a call that moves its argument. Without a line: the tensor is the only argument.
 CALLS = {
     "getitem": lambda x: x[1:],
     "data": lambda x: x.data,
@@ -66,6 +66,8 @@ CALLS = {
     "cat": lambda x: torch.cat([x, x]),
     "concat": lambda x: torch.concat([x, x]),
     "concatenate": lambda x: torch.concatenate([x, x]),
+    "_chunk_cat": lambda x: torch._chunk_cat([x, x], 0, 2),
+    "linalg_diagonal": lambda x: torch.linalg.diagonal(x),
     "stack": lambda x: torch.stack([x, x]),
     "hstack": lambda x: torch.hstack([x, x]),
     "vstack": lambda x: torch.vstack([x, x]),
@@ -112,13 +114,20 @@ CALLS = {
 # Names that a captured graph has, and no call of ours.
 SPELLED = ["_get_data_attr", "register_hook", "numpy_T", "matrix_H", "_squeeze", "_unsqueeze", "requires_grad_", "cuda"]
 SPELLED += ["fft_fftshift", "fft_ifftshift"]
-DRAWN = ["feature_dropout", "native_dropout", "stochastic_depth", "drop_block2d", "drop_block3d"]
+DRAWN = [
+    "feature_dropout",
+    "native_dropout",
+    "native_dropout_backward",
+    "stochastic_depth",
+    "drop_block2d",
+    "drop_block3d",
+]
 OF_ATEN = [name for name in OPERATIONS if name.endswith("_copy") or name in ("slice", "alias", "lift", "lift_fresh")]
 OF_ATEN += ["constant_pad_nd", "unsafe_view", "to_copy", "resize", "set"]
 OF_OTHERS = ["fill", "zero", "copy", "complex", "view_as_real", "view_as_complex", "imag"]  # than one real tensor
 OTHERS = ("setitem", *SPELLED, *DRAWN, *OF_ATEN, *OF_OTHERS)
 MOVES = [name for name, row in OPERATIONS.items() if row.part == "movement" and name.strip("_")[0].islower()]
-HALVES = ("double", "half", "bfloat16")  # another dtype: of these numbers, copies
+HALVES = ("double", "half", "bfloat16", "cfloat", "cdouble", "chalf")  # another dtype: of these numbers, copies
 
 
 def _call(name, x):
@@ -191,7 +200,7 @@ def test_what_makes_new_numbers_is_rounded(call):
 def test_what_moves_is_not_rounded_again(name):
     model = converted(Before(CALLS[name]), "bfp8[0]")
     model(X)
-    # Some calls break a graph. What a graph behind a break gives is rounded.
+    # Some calls break a graph. The outputs of a graph after a break are rounded.
     places = [each for made in model.graphs for each in rounded(made.graph) if each != "exp"]
     assert [each for each in places if not each.startswith("max_pool")] == ["layer"]
 

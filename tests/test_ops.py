@@ -93,7 +93,7 @@ def test_blocks_of_every_size(spec):
 @pytest.mark.parametrize("spec", ["bfp4[-1:4]", "bfp4[0:4]", "mxfp4[1:4]", "int4[-1:4]", "nvfp4[-2:4]", "bfp8[-1:16]"])
 @pytest.mark.parametrize("shape", [(5, 5), (9, 6), (3, 17), (2, 5, 9), (5, 2, 33), (2, 5, 5, 13)], ids=str)
 def test_the_last_run_of_an_axis_may_be_short(shape, spec):
-    """Down to one element, whose neighbours in memory are of other runs."""
+    """Down to one element: its neighbours in memory are in other runs."""
     scale = torch.exp2(torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(0)).float())
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * scale
     for laid_out in (
@@ -233,7 +233,7 @@ def test_the_number_of_threads_is_no_matter(spec, rounding):
         assert_same_bits(one, two)
 
 
-# ---- what the op is to torch ---------------------------------------------------------------------
+# ---- the op as part of torch ---------------------------------------------------------------------
 
 SPACE = torch.ops.swalp_fx
 # Of each kind of product.
@@ -256,7 +256,7 @@ def test_opcheck(spec, rounding):
         torch.library.opcheck(SPACE.quantize_.default, (x.detach().clone(), *numbers, key, 2))
 
 
-# ---- past the dispatcher -----------------------------------------------------------------------------
+# ---- past the dispatcher -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "stochastic24", "up"])
@@ -288,7 +288,7 @@ def test_plans_are_made_once_for_tensors_alike(monkeypatch):
             rounded(x, "bfp8[0]", "stochastic", key, 0)
     assert len(made) == len(plans) == 3
     rounded(torch.rand(3, 4), "bfp8[0]", "nearest", key, 0)
-    assert len(made) == 4 and len(plans) == 1  # a model whose sizes never come again fills no memory
+    assert len(made) == 4 and len(plans) == 1  # sizes that never come again fill no memory
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_block_that_is_none_is_refused_all_the_same():
         rounded(torch.rand(3, 4), "bfp8[2]", "stochastic", torch.tensor(3), 0)
 
 
-# ---- what rounding is known to keep ------------------------------------------------------------------
+# ---- numbers that rounding keeps -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -333,7 +333,7 @@ def test_what_is_known_to_be_kept_is_kept_by_every_rounding(spec, dtype):
     assert keeps(torch.randn(3, dtype=dtype), "float")
 
 
-# Formats whose blocks, in tensors of (96, 32, 40), do not come one after another in memory, each in one piece.
+# Formats with blocks that are scattered in memory, in tensors of (96, 32, 40).
 SCATTERED = ("bfp8", "bfp8[1]", "bfp8[-1]", "bfp8[-1:16]", "mxfp8")
 
 
@@ -517,7 +517,7 @@ def test_a_spec_and_its_format_are_one(spec):
     assert_same_bits(quantize(x, spec), quantize(x, parse(spec)))
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 X = torch.ones(2, 3)
 
@@ -547,7 +547,7 @@ BFP8 = {
     **{"scale": 1, "of_scale": [-128, 127, 2], "dims": [], "sizes": []},
     **{"rounding": 0, "random_bits": 16, "key": None, "stream": 0},
 }
-# What differs from bfp8 -> what is said of it.
+# Difference from bfp8 -> the error.
 REFUSED_BY_THE_OP = [
     ({"man": -1}, "man = -1 is out of range; use 0 to 23"),
     ({"man": 24}, "man = 24 is out of range"),

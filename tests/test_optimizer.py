@@ -1,4 +1,4 @@
-"""The optimizer pass against a plain loop of Algorithm 2, bit for bit; resuming; what it refuses."""
+"""The optimizer pass against a plain loop of Algorithm 2, bit for bit; resuming; errors."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ MASTERS = {"none": {}, "rounded": {"master": "fixed16.12"}, "float": {"master": 
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # What is tested is which bits a step gives, of optimizers that end in those bits too.
+    # Tests compare the bits of a step, so these optimizers give the same bits each time.
     pytest.mark.filterwarnings("ignore:.*divides one moment by another"),
 ]
 
@@ -89,7 +89,7 @@ def same(a, b):
 
 
 def algorithm_2(model, optimizer, recipe, seed, steps):
-    """The plain loop: what the pass must do, written out for one optimizer that has no hooks."""
+    """The plain loop that the pass must equal, written out for one optimizer that has no hooks."""
     parameters = list(model.parameters())
     masters = None if recipe.master is None else [p.detach().clone() for p in parameters]
 
@@ -237,7 +237,7 @@ def test_a_parameter_without_gradient_is_left_alone(name, master):
 @pytest.mark.parametrize("master", MASTERS)
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_a_parameter_frozen_after_its_backward_is_stepped_in_low_precision(name, master):
-    """An optimizer steps what has a gradient, frozen or not."""
+    """An optimizer steps every parameter with a gradient, frozen or not."""
     runs = [setup(OPTIMIZERS[name], **MASTERS[master]) for _ in range(2)]
     for freeze, (model, optimizer, _) in zip((False, True), runs, strict=True):
         train(model, optimizer, range(2))
@@ -312,7 +312,7 @@ def test_other_dtypes_step_and_keep_their_dtype(dtype, master):
 
 @pytest.mark.parametrize("master", MASTERS)
 def test_dtypes_and_recipes_side_by_side_round_as_each_alone(master):
-    """A step's tensors are rounded together; each must still get what a call of its own would give it."""
+    """A step's tensors are rounded together; each must get the bits of a call of its own."""
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float32)
     model = nn.ParameterList([torch.randn(5, 4, dtype=dtype) for dtype in dtypes])
     changes = MASTERS[master]
@@ -345,7 +345,7 @@ def test_dtypes_and_recipes_side_by_side_round_as_each_alone(master):
 
 
 def test_masters_follow_a_model_to_another_dtype():
-    """In float16 they would lose what a float32 weight has, and the state of the run would not load."""
+    """In float16 they would lose bits of a float32 weight, and the state of the run would not load."""
     model, optimizer, swalp = setup(lambda p: torch.optim.SGD(p, lr=0.1), "W=bfp8[0]", net().half(), master="float")
     model(torch.ones(4, 6).half()).sum().backward()
     optimizer.step()
@@ -685,11 +685,11 @@ def test_a_second_attach_starts_the_masters_from_the_weights_of_that_moment():
     assert torch.equal(swalp.state_dict()["masters"]["0.weight"], torch.full((8, 6), 3.0))
 
 
-# What is refused: one sentence, and nothing changed
+# Errors: one sentence, and nothing changed
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As accelerate's, and Lookahead of many packages: an Optimizer by type, without what its __init__ makes."""
+    """Like accelerate's, and many packages' Lookahead: an Optimizer by type, without the attributes of its __init__."""
 
     def __init__(self, optimizer):
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups

@@ -1,4 +1,4 @@
-"""What is handed out: an sdist that holds what git holds, a small typed wheel, and every dependency declared."""
+"""The packages: an sdist with the files in git, a small typed wheel, and every dependency declared."""
 
 import importlib.metadata
 import os
@@ -108,7 +108,7 @@ def declared():
 
 @pytest.fixture
 def environment(tmp_path):
-    """(python, site-packages) of an environment that holds what swalp_fx declares, as links, and nothing else."""
+    """(python, site-packages) of an environment with links to swalp_fx's declared dependencies, and nothing else."""
     venv.create(tmp_path / "environment", symlinks=True)
     python = tmp_path / "environment" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())

@@ -1,4 +1,4 @@
-"""The pages: every link within them leads to a file, and to a heading where it names one."""
+"""The pages: every link within them leads to a file, and to a heading where it names one; their programs run."""
 
 import re
 from pathlib import Path
@@ -24,3 +24,18 @@ def test_every_link_leads_somewhere(page):
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def programs():
+    """(page, program) of each block of Python that imports what it needs; the README's is another test's."""
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            if block.startswith(("import ", "from ")) and page.name != "README.md":
+                first = next(line for line in block.splitlines() if line and not line.startswith(("import ", "from ")))
+                yield pytest.param(block, id=f"{page.name}: {first[:40]}")
+
+
+@pytest.mark.parametrize("program", list(programs()))
+def test_every_program_runs_as_pasted(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "page", "exec"), {"__name__": "page"})

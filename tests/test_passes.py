@@ -13,14 +13,14 @@ from swalp_fx import Recipe, check, nodes
 from swalp_fx.passes import insert
 from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.names import PART, place
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.random import stream_of
 
 RECIPE = Recipe.parse("bfp8[0]")
 
 
 def _parts(kind):
-    """Name or place -> part, of each node but what a graph is given and holds for itself."""
+    """Name or place -> part, of each node except a graph's inputs and its own constants."""
     _, made = traced(kind, RECIPE)
     return {node.name: node.meta[PART] for node in made.captured.nodes if node.meta[PART] not in ("parameter", "state")}
 
@@ -246,7 +246,7 @@ def test_what_a_buffer_is_set_to_is_rounded():
 
 
 def test_a_checkpoint_changes_no_number():
-    """Its graph rounds what its blocks round outside of one, by the same streams, and not what the model returns."""
+    """Its graph rounds like its blocks without a checkpoint, by the same streams, and not the model's outputs."""
 
     class Plain(shapes.Checkpointed):
         def forward(self, x):
@@ -276,7 +276,7 @@ def test_in_a_checkpoint_weights_come_rounded_and_streams_are_its_own():
     assert _count(made.graph, nodes.quantize_weight) == 4 and len(bodies) == 2
     assert [_count(body, nodes.quantize_weight) for body in bodies] == [0, 0]
     found = [node.args[2] for body in bodies for node in _nodes(body, nodes.quantize_output)]
-    assert len(found) == len(set(found)) == 3  # the last tanh is what the model returns
+    assert len(found) == len(set(found)) == 3  # the model returns the last tanh
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

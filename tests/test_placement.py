@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 from swalp_fx import Recipe, RecipeError, convert, quantize
-from swalp_fx.passes.verify import VerifyError
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.recipe import PLACEMENTS
 
 
@@ -73,7 +73,7 @@ def test_a_group_ends_where_two_read_it_and_at_a_sum_that_is_read_bare():
 
 
 class Frozen(nn.Module):
-    """A norm of several nodes, one of which reads what it norms."""
+    """A norm of several nodes; one of them reads the norm's input."""
 
     inputs = (torch.Size([2, 3, 4, 4]),)
 
@@ -153,7 +153,7 @@ def test_what_one_graph_gives_the_next_is_no_input_of_the_model():
 
     low = converted(Broken(), "bfp8[0] quantize_input=true")
     logits = low(torch.randn(4, 6))
-    # What "second" gives might be read by a layer; the caller gets what it was before.
+    # A layer might read the output of "second"; the caller gets it as it was before rounding.
     assert [rounded(made.graph) for made in low.graphs] == [["x", "first"], ["second"]]
     assert not torch.equal(logits, quantize(logits, "bfp8[0]"))
 
@@ -216,7 +216,7 @@ def test_a_glob_that_matches_nothing_is_refused_with_the_nearest_names(field):
 
 
 class Pointwise(nn.Module):
-    """No product, a parameter, and two outputs of which one is read."""
+    """No product, a parameter, and two outputs; one of them is read."""
 
     inputs = (torch.Size([3, 4]),)
 

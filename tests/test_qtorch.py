@@ -1,4 +1,4 @@
-"""tools/train_qtorch.py, compare_qtorch.py and qpytorch.py; what needs QPyTorch runs where it is installed."""
+"""tools/train_qtorch.py, compare_qtorch.py and qpytorch.py; some tests need QPyTorch installed."""
 
 import copy
 import itertools

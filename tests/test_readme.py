@@ -1,4 +1,4 @@
-"""The README's example runs and prints what stands below it; its excerpt of a graph is of that example's model."""
+"""The README's example runs and prints the text below it; its excerpt of a graph is from that example's model."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Recipes: texts that round-trip, roles one by one, and what is refused."""
+"""Recipes: texts that round-trip, roles one by one, and errors."""
 
 import dataclasses
 import pickle
@@ -131,7 +131,8 @@ def test_recipes_are_frozen():
             RecipeError,
             "rule 'a b W=float' is no pattern .* quote a pattern that has spaces",
         ),
-        ("bfp8 rules=[W=float]", RecipeError, "rule 'W=float' is no pattern with words behind it, such as fc W=float"),
+        ("bfp8 rules=[W=float]", RecipeError, "rule 'W=float' is no pattern with words behind it, such as fc float"),
+        ("bfp8 rules=[fc flaot]", RecipeError, "rule 'fc flaot' is no pattern with words behind it, such as fc float"),
         ("bfp8 rules=[fc]", RecipeError, "rule 'fc' sets no format"),
         ("bfp8 rules=[fc w=float]", RecipeError, r"rule 'fc': there is no role 'w'; did you mean W\?"),
         ("bfp8 rules=[fc W=float W=bfp4]", RecipeError, "rule 'fc' sets weight twice"),

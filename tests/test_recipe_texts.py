@@ -30,13 +30,10 @@ def _is_pattern(text):
 
 
 _rules = st.builds(
-    lambda match, kind, role, quantizer, others, states: Rule(
-        match, kind, states=states, **{**others, role: quantizer}
-    ),
+    lambda match, kind, roles, others, states: Rule(match, kind, states=states, **{**others, **roles}),
     _patterns.filter(_is_pattern),
     st.none() | _patterns,
-    st.sampled_from(list(ROLES)),
-    _quantizers,
+    st.builds(dict.fromkeys, st.sampled_from([*([role] for role in ROLES), list(ROLES)]), _quantizers),
     st.just({}) | st.fixed_dictionaries({}, optional=dict.fromkeys(ROLES, _quantizers)),
     _states,
 )
@@ -144,3 +141,12 @@ def test_the_examples_of_the_page_are_recipes():
     assert Recipe.from_json(document) == Recipe.parse("bfp8[0] G=bfp8[0]~up M=float rules=[fc W=float]")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
+
+
+def test_a_rule_may_begin_with_a_format_for_all_roles():
+    read = Recipe.parse("bfp8[0] rules=[fc float M=bf16; head bfp4~up kind=Linear]")
+    assert read.rules == (
+        Rule("fc", W="float", A="float", E="float", G="float", M="bf16"),
+        Rule("head", "Linear", **dict.fromkeys("WAEGM", "bfp4~up")),
+    )
+    assert str(Recipe.parse("bfp8[0] rules=[fc W=float A=float E=float G=float M=float]")) == "bfp8[0] rules=[fc float]"

@@ -23,7 +23,7 @@ from swalp_fx.reference import quantize, quantize_number, random_draws
 # ---- the law for one number, and the same for tensors --------------------------------------------
 
 
-# Formats whose scale is a power of two, 64 elements sharing it.
+# Formats with a power-of-two scale for 64 elements.
 ONE_BLOCK = [spec for spec in FORMATS if spec not in REAL_SCALE and parse(spec).block.size is None]
 ONE_BLOCK += [f"{spec}[0:64]" for spec, format in named.STEMS.items() if format.scale == named.E8M0]
 
@@ -358,7 +358,7 @@ def test_formats_know_what_gfloat_knows(spec):
 
 
 def test_nvfp4_is_made_of_two_casts():
-    """ml_dtypes' E4M3 of the blocks' maxima, and its E2M1 of what they divide."""
+    """ml_dtypes' E4M3 of the blocks' maxima, and its E2M1 of the quotients."""
     generator = torch.Generator().manual_seed(0)
     # Over the 12 binades from the tensor's maximum down, past which E4M3 has no scale for a block.
     x = (torch.randn(60, 64, generator=generator) * torch.exp2(-12 * torch.rand(60, 1, generator=generator))).numpy()
@@ -389,7 +389,7 @@ def test_a_dtype_holds_its_own_format(spec):
         assert_same_bits(quantize(x, spec, rounding, draws=draws(rounding, x.numel())), x)
 
 
-# ---- what it refuses -----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def test_refusals():

@@ -130,7 +130,7 @@ def test_what_stayed_in_float_and_why():
 
 
 class Attentive(nn.Module):
-    """What computes much inside: PyTorch's attention as a layer and as a function, and recurrent layers."""
+    """Layers with hidden inner steps: PyTorch's attention as a layer and as a function, and recurrent layers."""
 
     inputs = (torch.Size([2, 5, 6]),)
 
@@ -148,7 +148,7 @@ class Attentive(nn.Module):
 
 
 def test_what_is_called_whole_is_told_and_its_inside_is_not_counted():
-    text = _report(Attentive, "bfp8 whole=attention exclude=attn_scores,attn_probabilities")
+    text = _report(Attentive, "bfp8 whole=attention,rows.* exclude=attn_scores,attn_probabilities")
     assert _lines_of("outputs", text) == (
         "outputs 5 of 6 rounded; inside LSTM x 3, MultiheadAttention, scaled_dot_product_attention, "
         "called whole, none (not counted)"
@@ -163,7 +163,7 @@ def test_what_is_called_whole_is_told_and_its_inside_is_not_counted():
 
 
 def _lines_of(word, text):
-    """The line that begins with ``word``, with those in which it goes on."""
+    """The line that begins with ``word``, and the lines that continue it."""
     (found,) = re.findall(rf"^ *{word} .*(?:\n {{4,}}.*)*", text, re.MULTILINE)
     return " ".join(found.split())
 
@@ -408,7 +408,7 @@ def test_what_a_recipe_says_of_the_optimizer_is_told():
 
 
 class Odd(nn.Module):
-    """What each form of a report has to escape, and one of everything that a report names."""
+    """Characters that each form of a report has to escape, and one of everything that a report names."""
 
     inputs = (torch.Size([2, 3, 8, 8]),)
 
@@ -450,7 +450,7 @@ def test_all_forms_say_the_same():
 
 
 def _shown(markdown):
-    """What a reader sees: a sign behind a backslash as it is, a pair of stars as emphasis."""
+    """The text that a reader sees: a sign after a backslash as it is, a pair of stars as emphasis."""
     return re.sub(r"\\(.)|(?<=\S)\*([^*]+)\*", lambda found: found[1] or found[2], markdown)
 
 
@@ -469,7 +469,7 @@ def test_each_form_is_written_to_a_file(tmp_path):
 
 
 class Page(HTMLParser):
-    """The cells of a page's tables, its text, and what it loads; every tag must be closed where it should be."""
+    """The cells of a page's tables, its text, and the files it loads; every tag must be closed in order."""
 
     def __init__(self, text):
         super().__init__()

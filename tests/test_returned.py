@@ -1,5 +1,4 @@
-"""What a model returns to its caller stays float, and what its layers read is rounded, also where its graphs are
-several and Python runs between them."""
+"""Outputs of a model stay float, and its layers read rounded numbers, also with Python between several graphs."""
 
 import threading
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ def rounded(x):
 
 
 def by_hand(layer, x):
-    """What ``layer`` gives before that is rounded."""
+    """The output of ``layer`` before rounding."""
     return F.linear(x, rounded(layer.weight), rounded(layer.bias))
 
 
@@ -41,11 +40,11 @@ def seeded(made, *args):
     return made(*args)
 
 
-# What comes back of a number that is moved, or is in something
+# Returned numbers that were moved, or are in a container
 
 
 class Behind(nn.Module):
-    """Two layers, and what is done to the second one's output behind a break."""
+    """Two layers, and an operation on the second one's output after a break."""
 
     def __init__(self, give):
         super().__init__()
@@ -269,7 +268,7 @@ def test_nothing_is_kept_behind_a_call_that_fails():
     assert not local.bare._pairs
 
 
-# What a layer reads of what the model's own code gives
+# Layers that read numbers from the model's own code
 
 
 class Net(nn.Module):

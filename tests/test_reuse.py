@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from swalp_fx import Recipe, convert, nodes
+from swalp_fx.passes.proof import VerifyError
 from swalp_fx.passes.tables import OPERATIONS
-from swalp_fx.passes.verify import VerifyError
 
 RECIPE = Recipe.parse("bfp6[0]")
 
@@ -91,11 +91,11 @@ def _fills():
     yield "masked_fill", lambda x, value: x.masked_fill(x > 0.5, value), [ROWS, ()]
 
 
-# (name in the tables, what it names, shapes of its inputs)
+# (name in the tables, the function, shapes of its inputs)
 CALLS = [
     *_convolutions(), *_pools(), *_activations(), *_norms(), *_products(), *_sums(), *_embeddings(), *_fills(),
 ]  # fmt: skip
-# As readers only: what they write into is not theirs.
+# As readers only: they write into memory that is not theirs.
 IN_PLACE = [
     (name, lambda x, name=name: getattr(F, name)(x, inplace=True), [IMAGE])
     for name in ("relu", "relu6", "silu", "mish", "hardswish", "leaky_relu")
@@ -118,14 +118,14 @@ def _inputs(sizes):
 
 
 def _forward(call, sizes):
-    """(inputs, output, what autograd keeps)"""
+    """(inputs, output, tensors that autograd keeps)"""
     inputs, kept = _inputs(sizes), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         return inputs, call(*inputs), kept
 
 
 def _gradients(call, sizes):
-    """(gradient of the output, gradients of the inputs), each in the memory in which autograd passes it."""
+    """(gradient of the output, gradients of the inputs), each in the memory that autograd passes."""
     inputs, got = _inputs(sizes), {}
     for i, each in enumerate(inputs):
         each.register_hook(lambda gradient, i=i: got.update({i: gradient}))
@@ -214,7 +214,7 @@ def test_a_residual_block():
 
 
 class _Two(nn.Module):
-    """``read`` reads what ``make`` gives, and what is read is read by a layer."""
+    """``read`` reads the output of ``make``, and a layer reads the result."""
 
     def __init__(self, make, read):
         super().__init__()
@@ -225,7 +225,7 @@ class _Two(nn.Module):
 
 
 class _Keeps(nn.Linear):
-    """What a forward keeps is what the next layer reads: rounded, and read by two."""
+    """A forward keeps the tensor that the next layer reads: rounded, and read by two."""
 
     def forward(self, x):
         self.kept = super().forward(x)
@@ -238,7 +238,7 @@ def _keeping(kept=[]):  # noqa: B006
     return layer
 
 
-# make, read, letters of what is made
+# make, read, letters of make's node
 CASES = [
     (nn.Linear(4, 4), torch.tanh, "AE"),
     (nn.Linear(4, 4), torch.exp, "A"),
@@ -312,7 +312,7 @@ def test_it_is_seen_in_the_code():
     assert "'bfp6[0]', 'bfp6[0]', 'stochastic', in_place = 'AE')" in traced(Residual, RECIPE)[1].code
 
 
-# What it does
+# The rewritten graph
 
 
 def test_the_memory_is_the_same_and_the_tensor_is_not():

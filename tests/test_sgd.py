@@ -1,4 +1,4 @@
-"""One pass of SGD: the bits of a step by hooks, in every format; what it leaves to the hooks; what it leaves behind."""
+"""One pass of SGD: the bits of a step by hooks, in every format; steps left to the hooks; the state after it."""
 
 import copy
 import io
@@ -143,7 +143,7 @@ def test_threads_change_nothing(threads, by_hooks):
 
 
 def test_groups_and_rules_are_each_served(passes, by_hooks):
-    """Two groups, of which one has no momentum; a parameter left in float, one in another format, and one frozen."""
+    """Two groups, one without momentum; a parameter in float, one in another format, and one frozen."""
 
     def make(model):
         weights = list(model.parameters())
@@ -195,7 +195,7 @@ def test_a_closure_and_a_state_that_is_loaded_are_served(passes):
     assert passes == [False, *[True] * 4, False, True, True, True, True]
 
 
-# What is not as one pass does it: how the optimizer is made, and the recipe.
+# Optimizers and recipes that one pass does not serve.
 LEFT = {
     "Adam": (lambda m: torch.optim.Adam(m.parameters()), "bfp8[0]"),
     "a subclass": (lambda m: type("Mine", (torch.optim.SGD,), {})(m.parameters(), lr=0.1), "bfp8[0]"),

@@ -23,7 +23,7 @@ def _layer(row):
     return make(), torch.randn(given) if isinstance(given, tuple) else given, arity
 
 
-# Whose layers are others of the table.
+# Their layers are others of the table.
 BIG = ("Transformer", "TransformerEncoder", "TransformerDecoder", "TransformerDecoderLayer")
 
 

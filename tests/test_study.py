@@ -1,4 +1,4 @@
-"""The studies: that a stack of runs is those runs, and that each command writes what it says."""
+"""The studies: a stack of runs gives the same as single runs, and each command writes its files."""
 
 import contextlib
 import functools
@@ -51,7 +51,7 @@ def digits():
 def test_a_scale_is_shared_within_one_seed(single, stack):
     assert str(stacked.stacked(swalp_fx.parse(single))) == stack
     x = torch.randn(SEEDS, 6, 40)
-    if single != "nvfp4":  # whose second scale is the whole tensor's
+    if single != "nvfp4":  # its second scale is the whole tensor's
         each = torch.stack([swalp_fx.quantize(one, single) for one in x])
         assert torch.equal(swalp_fx.quantize(x, stack), each)
 
@@ -115,7 +115,7 @@ def test_the_scores_are_of_the_times_they_are_named_for(digits, monkeypatch):
     }
 
 
-# What breaks first
+# The role that breaks first
 
 
 def column(error, standard_error=0.1):
@@ -179,7 +179,7 @@ WORDS = {"ordering": [], "formats": ["--format", "mxfp8", "--format", "bfp4"], "
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Study -> (record, folder, what it printed), of a few steps."""
+    """Study -> (record, folder, its output), of a few steps."""
     found = {}
     for name, (module, changes, _) in SMALL.items():
         folder = tmp_path_factory.mktemp(name)

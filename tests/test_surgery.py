@@ -40,7 +40,7 @@ def is_rounded(tensor):
 
 
 def weights_of(lp):
-    """The names of what the last graph rounds as weights."""
+    """The names of the weights that the last graph rounds."""
     graph = lp.graphs[-1].graph
     return [node.args[0].name for node in graph.find_nodes(op="call_function", target=nodes.quantize_weight)]
 
@@ -189,7 +189,7 @@ def test_another_activation_is_called():
     assert "gelu" in lp.graphs[-1].code and "relu" not in lp.graphs[-1].code
 
 
-# Whatever is done, the model then computes what it would if it had been done before the conversion
+# A change after the conversion gives the same model as the change before it
 
 
 class Adapted(nn.Module):
@@ -327,7 +327,7 @@ def test_it_computes_as_if_it_had_been_done_before(done, mode):
             assert name == other and (one.grad is two.grad is None or torch.equal(one.grad, two.grad))
 
 
-# What is taken out
+# Modules that are taken out
 
 
 class Net(nn.Module):
@@ -420,7 +420,7 @@ def test_swapped_parameters_have_the_rules_of_their_new_places():
     assert weights_of(lp) == ["body_2_weight", "body_2_bias", "head_weight", "head_bias"]
 
 
-# What is put in past __setattr__
+# Modules that are put in without __setattr__
 
 
 def _inserted(lp):

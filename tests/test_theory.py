@@ -51,7 +51,7 @@ def test_averaging_gives_back_what_four_bits_lose():
     assert errors["average"] < errors["warm-up"]
 
 
-# What they measure with
+# Their measures
 
 
 def test_the_optimum_of_the_regression_has_no_gradient():
@@ -79,7 +79,7 @@ def test_the_gradient_is_autograds(digits):
 
 
 def test_the_limit_is_estimated_without_bias():
-    """Over many draws of a few chains whose variance is a hundred times the square to be found."""
+    """Over many draws of a few chains; their variance is a hundred times the square to be found."""
     draws = 3.0 * torch.randn(20_000, 8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.3
 
     def squared(point):

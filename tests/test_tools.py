@@ -19,6 +19,7 @@ import benchmark
 import captures
 import codes
 import data
+import loops
 import models
 import optimizers
 import overhead
@@ -617,6 +618,24 @@ def test_what_generates_with_a_cache_gives_what_it_gives_without():
     assert text.shape == (1, 4 + captures.GENERATED)
     assert torch.equal(model(text[:, 3:4], model(text[:, :3])[1])[0][0, -1].argmax(), text[0, 4])
     assert torch.equal(model(text[:, :4])[0][0, -1].argmax(), text[0, 4])
+
+
+def test_benchmark_of_recurrent_layers_stands_beside_the_fused_calls(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "SECONDS", 0.001)
+    for name in ("TIMES", "BATCH", "HIDDEN", "TURNS"):
+        monkeypatch.setattr(loops, name, 4)
+    benchmark.main(["recurrent", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["layer"] for row in rows] == ["LSTM", "LSTM", "GRU", "GRU", "RNN", "RNN"]
+    assert [row["call"] for row in rows[:2]] == ["float, fused", "swalp_fx bfp8[0]"]
+    assert all(row["forward ms"] > 0 and row["backward ms"] > 0 and row["ratio to float"] > 0 for row in rows)
+    assert "ratio to float" in capsys.readouterr().out
+
+
+def test_benchmark_of_recurrent_layers_times_no_wrong_loop(monkeypatch):
+    monkeypatch.setattr(loops, "NEAR", "bfp4[0] rounding=nearest")
+    with pytest.raises(SystemExit, match="LSTM: the loop gives other numbers, so the speed says nothing"):
+        benchmark.main(["recurrent"])
 
 
 def test_benchmark_of_a_step_stands_beside_the_float_step(tmp_path, monkeypatch, capsys):

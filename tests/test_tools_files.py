@@ -1,4 +1,4 @@
-"""tools/files.py and tools/command.py: files are written whole or not at all, and what is printed is printed whole."""
+"""tools/files.py and tools/command.py: files and output are written whole or not at all."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""tools/train.py: the schedule, whole small runs on real digits, what is kept of them, and what is refused."""
+"""tools/train.py: the schedule, whole small runs on real digits, their files, and errors."""
 
 import contextlib
 import dataclasses
@@ -67,6 +67,44 @@ def alike(a, b):
 
 def without_times(epochs):
     return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
+
+
+def trained_by_two(folder, *words):
+    """The output of torchrun with two ranks, of a small run on digits kept in ``folder``."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TOOLS / "train.py"]
+    options = ["--dataset", "digits", "--batch-size", "100", "--device", "cpu", "--out", folder, *words]
+    return subprocess.run([*map(str, command + options)], capture_output=True, text=True, timeout=300)
+
+
+class TestRanks:
+    def test_two_train_one_network_that_one_goes_on_with(self, tmp_path):
+        words = ["--recipe", "bfp8[0]", "--average-from", "1", "--epochs"]
+        done = trained_by_two(tmp_path, *words, "2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("test error, %") == 1 and done.stderr.count("low  epoch 2 of 2") == 1
+        record = json.loads((tmp_path / "results.json").read_text())
+        assert record["ranks"] == 2
+        alone = run(*words, "2")
+        for name in ("float", "low"):
+            epochs, due = record["lines"][name]["epochs"], alone[name]["epochs"]
+            assert [each["steps"] for each in epochs] == [each["steps"] for each in due]
+            # Batch norm sees parts of the batches, and roundings draw other bits.
+            assert epochs[0]["losses"] == pytest.approx(due[0]["losses"], rel=0.02)
+        on_one = run("--out", tmp_path, "--resume", *words, "3")
+        assert on_one["low"]["epochs"][:2] == record["lines"]["low"]["epochs"] and on_one["low"]["n_averaged"] == 2
+
+    @pytest.mark.slow
+    def test_one_trains_a_network_that_two_go_on_with(self, tmp_path):
+        words = ["--recipe", "bfp8[0]", "--average-from", "1", "--epochs"]
+        run("--out", tmp_path, *words, "2")
+        done = trained_by_two(tmp_path, "--resume", *words, "3")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "results.json").read_text())["lines"]["low"]["n_averaged"] == 2
+
+    def test_a_batch_that_leaves_a_rank_without_a_sample_is_refused_once(self, tmp_path):
+        done = trained_by_two(tmp_path, "--epochs", "1", "--batch-size", "1")
+        said = "train.py: error: the last batch of an epoch, of 1, has none for one of 2 ranks; use"
+        assert done.returncode and done.stderr.count(said) == 1
 
 
 class TestTrain:
@@ -333,7 +371,7 @@ class TestResume:
 
 
 class TestFullDisk:
-    """The partial file of what is written stands on /dev/full."""
+    """The partial file of a write is on /dev/full."""
 
     def test_a_checkpoint(self, kept, capsys):
         before = contents(kept)

@@ -1,4 +1,4 @@
-"""Every model of torchvision is rewritten: in one graph, or, for detection, in those between what is no graph.
+"""Every model of torchvision is rewritten: in one graph, or, for detection, in several with Python between them.
 
 A few run by default; all of them in minutes: ``pytest -m "" tests/test_torchvision.py``.
 """

@@ -111,7 +111,7 @@ class Called(Ways):
 
 
 class Answers(Ways):
-    """One whose call makes no graph."""
+    """A module with a call that makes no graph."""
 
     def __call__(self, x):
         return self._compute(x)
@@ -223,7 +223,7 @@ class Framework(nn.Module):
 
 
 class Settings(Ways, Framework):
-    """Methods that compute nothing of their own are left to Python, and what a base does to layers."""
+    """Methods that compute nothing are left to Python, and a base class's methods on layers too."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +255,7 @@ class Batch:
 
 
 class Trained(nn.Module):
-    """Its methods are those of a training framework."""
+    """A module with the methods of a training framework."""
 
     def __init__(self):
         super().__init__()

@@ -28,7 +28,7 @@ def bits(value):
 
 
 def trained(model, convert=None):
-    """The losses, and what training leaves in the model."""
+    """The losses, and the model's state after training."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if convert is not None:

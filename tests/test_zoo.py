@@ -30,7 +30,7 @@ class Roundings(Interpreter):
     def call_function(self, target, args, kwargs):
         result = super().call_function(target, args, kwargs)
         if target in (nodes.quantize_weight, nodes.quantize_output):
-            # A copy: what reads it may write in its memory.
+            # A copy: a reader may write into its memory.
             self.seen += [(args[3], leaf.detach().clone()) for leaf in pytree.tree_leaves(result)]
         return result
 
@@ -74,7 +74,7 @@ def test_both_attentions_of_transformers_have_the_same_bits(name):
         torch.manual_seed(0)
         model, args, keywords = ZOO[name]()
         model.set_attn_implementation(implementation)
-        if "attention_mask" in keywords:  # of what is padding, the two differ in float
+        if "attention_mask" in keywords:  # in float, the two differ at padding
             keywords["attention_mask"] = torch.ones_like(keywords["attention_mask"])
         lp, _ = convert(model.eval(), recipe="mxfp8 rounding=nearest")
         found.append(outputs(lp, args, keywords))

@@ -1,5 +1,5 @@
-"""One model of each module of timm, and of sixty architectures of transformers: none crashes, none differs from float
-under identity formats, and what a transformer multiplies it multiplies in rewritten graphs. It prints a row a model:
+"""One model of each module of timm, and of sixty architectures of transformers. None crashes, and none differs from
+float under identity formats. A transformer's products run in rewritten graphs. It prints a row a model:
 
     pytest -m slow tests/test_zoo_sweep.py                     an hour of one core
     pytest -m slow tests/test_zoo_sweep.py -k transformers     one of the two
@@ -19,7 +19,7 @@ ZOOS = {"timm": zoo_timm, "transformers": zoo_transformers}
 ROWS = [(zoo, name) for zoo, module in ZOOS.items() for name in module.ARCHITECTURES]
 AT_LEAST = {"timm": 0.0, "transformers": 0.95}  # of the multiply-adds, inside rewritten graphs
 
-# Models that compute other bits wherever PyTorch's front end reads them, whatever is done with what it reads.
+# Models that compute other bits under any trace by PyTorch's front end.
 BRANCHES = {"mamba": "its forward asks whether it is being compiled, and takes another way to the same numbers"}
 
 

@@ -1,4 +1,4 @@
-"""Small models in the manner of well-known code, with its habits: what a capture meets outside of test suites.
+"""Small models in the manner of well-known code, with its habits: code that a capture meets outside of test suites.
 
 ``WILD`` has them by name. ``step(number)`` of each draws a batch and gives the loss of that step.
 """
@@ -196,7 +196,7 @@ class BasicBlock(nn.Module):
 
 
 class FeatureLoss(nn.Module):
-    """A loss on what a hook keeps of a block in the middle."""
+    """A loss on the output of a middle block, kept by a hook."""
 
     def __init__(self):
         super().__init__()

@@ -49,7 +49,7 @@ def classes():
 
 
 def small(**more):
-    """What most configurations of transformers call the sizes of a model."""
+    """The sizes of a model, by their usual names in configurations of transformers."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     return sizes | {"vocab_size": WORDS, "max_position_embeddings": 64} | more
 

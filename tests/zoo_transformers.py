@@ -1,6 +1,6 @@
 """One tiny model of each of sixty architectures of transformers, from its configuration; see zoo.py.
 
-``ARCHITECTURES``: name -> (class, what it is called with, what its configuration says beyond SIZES). The names of a
+``ARCHITECTURES``: name -> (class, its arguments, its configuration beyond SIZES). The names of a
 size differ from one configuration to the next, so that SIZES sets each name that a configuration has.
 """
 

@@ -1,4 +1,4 @@
-"""What attention costs rounded, beside the fused product in float: a forward alone, and a forward with its backward."""
+"""The cost of rounded attention, beside the fused product in float: a forward alone, and with its backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import swalp_fx
 SHAPE = (1, 8, 1024, 64)  # samples, heads, tokens, width
 FORMAT = "bfp8[0]"
 RECIPE = f"{FORMAT} quantize_logits=true"  # the result too, as a layer behind it would read it
-WHOLE = "exclude=*attn_scores,*attn_probabilities"  # the fused product, whose result alone is rounded
+WHOLE = "exclude=*attn_scores,*attn_probabilities"  # the fused product: only its result is rounded
 TURNS = 5  # behind one that warms up
 
 
@@ -43,7 +43,7 @@ class ByHand(Fused):
 
 
 def contenders(causal: bool) -> dict[str, nn.Module]:
-    """By what they are, the one that others are compared to first."""
+    """Name -> contender. The first is the one that the others are compared to."""
     return {
         "fused, in float": Fused(causal),
         "by hand, in float": ByHand(causal),
@@ -91,7 +91,7 @@ def step(model: nn.Module, given: list[Tensor]) -> None:
 
 
 def refuse_unequal(models: dict[str, nn.Module], given: list[Tensor]) -> None:
-    """Raises SystemExit unless the products agree in float, and the rewrite computes what it is given."""
+    """Raises SystemExit unless the products agree in float, and the rewrite computes the same as the model."""
     fused, by_hand, *_ = models.values()
     if not torch.allclose(forward(fused, given), forward(by_hand, given), atol=1e-5):
         raise SystemExit("the fused product differs from that by hand, so the speed says nothing")

@@ -1,6 +1,6 @@
-"""How few bits the average itself can live with: many averages of one trajectory of low-precision weights.
+"""How few bits the average itself needs: many averages of one trajectory of low-precision weights.
 
-Each is of some number of bits, updated every so many steps, and rounded at each update (to nearest or stochastically)
+Averages differ in bits, in the steps between updates, and in rounding: at each update, to nearest or stochastically,
 or once, when it is read.
 """
 
@@ -38,7 +38,7 @@ class Settings(Training):
     recipe: str = "bfp4[0]"
     bits: tuple[int, ...] = (12, 10, 9, 8, 7, 6, 5, 4)  # of the averages, one exponent a row
     every: tuple[int, ...] = (1, 8, 32, 64)  # steps between two updates; an epoch has 32
-    watched: int = 8  # bits of the averages whose distance from the average in float is followed
+    watched: int = 8  # bits of the averages that are compared with the average in float
 
 
 FULL = Settings(seeds=32, epochs=136)
@@ -86,9 +86,9 @@ class Averages:
 
     @torch.no_grad()
     def _measure(self, parameters: dict[str, Tensor]) -> None:
-        """Of what is updated most often, the distance from its average in float, as a share of that average's norm.
+        """The relative distance of the most frequent averages from their average in float.
 
-        ``steps``: that of the weights, a root mean square in steps of the watched format: sigma / delta.
+        ``steps``: the distance of the weights, a root mean square in steps of the watched format: sigma / delta.
         """
         often, bits = self.settings.every[0], self.settings.watched
         exact = self.exact[often]
@@ -102,7 +102,7 @@ class Averages:
             self.distance[name].append(((_flat(tensors) - _flat(exact.means)).norm() / norm).item())
 
     def read(self) -> Iterator[tuple[str, int, int | None, swalp_fx.Average, swalp_fx.Format]]:
-        """(mode, every, bits or None for float, average, format to read it in) of all that is to be judged."""
+        """(mode, every, bits or None for float, average, format to read it in) for each average to be scored."""
         for every, average in self.exact.items():
             for mode in MODES:
                 yield mode, every, None, average, swalp_fx.FLOAT
@@ -113,7 +113,7 @@ class Averages:
 
 
 def _marks() -> set[int]:
-    """Numbers of updates, eight a decade, that distances are taken at; the first few averages lie on every grid."""
+    """The numbers of updates to measure distances at, eight a decade; the first few averages lie on every grid."""
     return {round(10 ** (i / 8)) for i in range(6, 50)}
 
 
@@ -123,7 +123,7 @@ def _flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """``errors`` and ``standard error``: mode -> steps between updates -> by bits, those of float first.
+    """``errors`` and ``standard error``: mode -> steps between updates -> a list by bits, float first.
 
     ``SGD-LP``: the mean over the averaged epochs; ``distance``: of averages of ``watched`` bits from float's.
     """
@@ -186,7 +186,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def stalls_from(record: dict[str, Any]) -> int | None:
-    """The first n of those looked at that is beyond 2 sigma / delta; None if there is none."""
+    """The first measured n beyond 2 sigma / delta; None if there is none."""
     pairs = zip(record["distance"]["updates"], record["distance"]["steps"], strict=True)
     return next((n for n, steps in pairs if n > 2 * steps), None)
 

@@ -6,13 +6,14 @@ Each is measured against its like, in one run.
     python tools/benchmark.py op --device cuda --elements 64M --json benchmark.json
     python tools/benchmark.py codes               # encode, which writes codes, beside quantize, which writes floats
     python tools/benchmark.py attention           # rounded, and in float, beside the fused product
-    python tools/benchmark.py graph               # what a node costs beside its arithmetic
+    python tools/benchmark.py graph               # the cost of a node beside its arithmetic
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
+    python tools/benchmark.py recurrent           # recurrent layers, against PyTorch's fused calls
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
     python tools/benchmark.py optimizer           # the optimizer's step, and its memory, against the plain optimizer's
 
-Each first checks that the results agree, the op with the oracle, the graph with the model, a step that rounds
-nothing with the plain one, and times nothing wrong.
+Each first checks that the results agree: the op with the oracle, the graph with the model, a step that rounds
+nothing with the plain one. Nothing wrong is timed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import attention
 import captures
 import codes
 import files
+import loops
 import models
 import optimizers
 import overhead
@@ -116,7 +118,7 @@ def block_float_in_torch(x: Tensor) -> Tensor:
 
 
 def peers(x: Tensor) -> dict[str, Callable[[], Any]]:
-    """What else rounds a tensor: each out of place, into fresh memory, to nearest."""
+    """Other roundings of a tensor: each out of place, into fresh memory, to nearest."""
     found: dict[str, Callable[[], Any]] = {
         "plain torch, bfp8[0]": lambda: block_float_in_torch(x),
         "torch.fake_quantize_per_tensor_affine": lambda: torch.fake_quantize_per_tensor_affine(x, 1 / 64, 0, -128, 127),
@@ -224,7 +226,7 @@ def command_line() -> CommandLine:
     parser = CommandLine(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     threads = number(int, 1, f"a whole number of 1 to {THREADS}", high=THREADS + 1)
     add = parser.add_argument
-    kinds = ["op", "codes", "attention", "graph", "capture", "step", "optimizer"]
+    kinds = ["op", "codes", "attention", "graph", "capture", "recurrent", "step", "optimizer"]
     add("what", choices=kinds, help="op: quantize_ in place, on float32")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add(
@@ -246,7 +248,7 @@ def command_line() -> CommandLine:
 
 
 def refuse_unmeasurable(args: argparse.Namespace, parser: CommandLine) -> None:
-    """Before the minutes of measuring, which one model that does not fit, or one file, would lose."""
+    """Refuses bad input before minutes of measuring: a model that does not fit, or a file that cannot be written."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.refuse("--device cuda: torch finds no GPU; use --device cpu")
     for option, of in (("elements", ("op", "codes")), ("models", ("step",))):
@@ -291,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = overhead.measure(clock.work, args.device)
     elif args.what == "capture":
         tables = captures.measure(clock.once, args.device)
+    elif args.what == "recurrent":
+        tables = loops.measure(clock.once, args.device)
     elif args.what == "optimizer":
         tables = optimizers.measure(clock.once, args.device)
     else:

@@ -1,6 +1,6 @@
 """Draws error against bits: python tools/bits.py runs/fashion-mnist/results.json --out fashion-mnist.svg
 
-Of a run of train.py whose lines are called MODEL-float and MODEL-BITS-LAYOUT, as in tools/configs/fashion-mnist.toml.
+It reads a run of train.py with lines named MODEL-float and MODEL-BITS-LAYOUT, as in tools/configs/fashion-mnist.toml.
 A panel a model, on one axis of error: SGD-LP at the end of the warm-up and SWALP for each layout, the mean over seeds
 and its deviation.
 """
@@ -50,7 +50,7 @@ def figure(record: dict[str, Any]) -> Figure:
         _panel(axes, runs)
         axes.set_title(model, loc="left")
     panels[0].set_ylabel(record["metric"])
-    panels[0].set_yscale("log")  # a point where a network trains, and what is left of it where it does not
+    panels[0].set_yscale("log")  # lines are a point apart if a network trains, and far apart if not
     panels[0].yaxis.set(
         major_locator=FixedLocator(ERRORS), major_formatter=ScalarFormatter(), minor_locator=NullLocator()
     )
@@ -76,7 +76,7 @@ def _panel(axes: Axes, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> Non
 
 
 def _mean(runs: list[dict[str, Any]], score: str) -> tuple[float, float]:
-    """And the deviation over seeds."""
+    """The mean, and the deviation over seeds."""
     values = [line[score] for line in runs]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 

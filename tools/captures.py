@@ -1,4 +1,4 @@
-"""What a converted model's capture costs: the first call, which traces it, the guards of later ones, and its graphs.
+"""The cost of a converted model's capture: the trace of the first call, the guards of later calls, and the graphs.
 
 Beside it stands ``torch.compile(backend="eager")`` of the same model: the same front end, without a rewrite.
 """
@@ -38,7 +38,7 @@ def measure(once: Once, device: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def calls(once: Once, name: str, device: str) -> dict[str, Any]:
-    """The least of a model's first calls, and of what a later call takes beside its graph."""
+    """The least time of a model's first calls, and of later calls without their graph."""
     torch.manual_seed(0)
     model = models.build(name, 10, 3, SIZE).to(device)
     images = torch.randn(BATCH, 3, SIZE, SIZE, device=device)
@@ -65,15 +65,15 @@ def converted(model: nn.Module) -> nn.Module:
 
 def first_call(model: Any, images: Tensor) -> float:
     """Seconds of the CPU: a trace is Python, of one thread, whatever else the machine does."""
-    torch.compiler.reset()  # the front end keeps what it made of other copies, which run the same code
-    gc.collect()  # what that leaves is no cost of this call
+    torch.compiler.reset()  # the front end keeps the graphs of other copies, since they run the same code
+    gc.collect()  # garbage of the reset is no cost of this call
     begin = time.process_time()
     model(images)
     return time.process_time() - begin
 
 
 def later_calls(once: Once, model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """The least seconds of a call whose graph does not run, ours and torch.compile's, by turns."""
+    """The least seconds of a call without its graph, ours and torch.compile's, by turns."""
     watch, backend = Kept(), Kept()
     low = converted(model)
     compiled = torch.compile(model, backend=lambda graph, inputs: functools.partial(backend, graph))
@@ -101,7 +101,7 @@ class Kept:
 
 
 def graphs(device: str) -> list[dict[str, Any]]:
-    """How many graphs are made where sizes change from call to call."""
+    """How many graphs are made if sizes change from call to call."""
     convnet = converted(models.build("convnet", 10, 1, 12).to(device))
     decoder = converted(Decoder(context=LENGTHS, width=8, heads=2, layers=1).to(device))
     caching = converted(Caching(8).to(device)).eval()

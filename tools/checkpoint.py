@@ -16,7 +16,7 @@ import files
 __all__ = ["load", "path_of", "save"]
 
 KINDS = {"settings": dict, "model": dict, "optimizer": dict, "swalp": dict, "epochs": list}
-# What zipfile and torch.load raise for bytes that are no file of torch.save, or a damaged one.
+# The errors of zipfile and torch.load for bytes that are no file of torch.save, or a damaged one.
 DAMAGE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -32,9 +32,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """What ``save`` wrote, its tensors on ``device``.
+    """The state that ``save`` wrote, with its tensors on ``device``.
 
-    Raises FileError for a file that is unreadable, damaged or not a checkpoint, or whose loading would run code.
+    Raises FileError for a file that is unreadable, damaged or no checkpoint, or that would run code.
     """
     remedy = "delete it to start the line again, or name another --out"
     try:

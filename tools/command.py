@@ -1,4 +1,4 @@
-"""What the command lines of the tools share: how they refuse bad input, what they print, and how they stop."""
+"""The common part of the tools' command lines: how they refuse bad input, print, and stop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ranks
+
 __all__ = ["SEED", "CommandLine", "number", "run", "sentence", "show"]
 
 BAD_INPUT = 2  # exit status, as argparse has it
@@ -20,10 +22,12 @@ class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that refuses in one line on stderr, without the usage, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuses what argparse itself cannot parse."""
+        """Refuses input that argparse itself cannot parse."""
         self.refuse(f"{message}; {self.prog} --help lists the options")
 
     def refuse(self, message: object) -> NoReturn:
+        if ranks.RANK:  # rank 0 says it
+            self.exit(BAD_INPUT)
         self.exit(BAD_INPUT, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
 
@@ -46,7 +50,7 @@ SEED = number(int, 0, "a whole number of 0 or more, below 2^63", high=2**63)
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what ``error`` says: torch writes tracebacks of C++, and torch.fx of the graph, below it."""
+    """The first line of ``error``. Below it, torch writes tracebacks of C++, and torch.fx the graph."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -34,7 +34,7 @@ class Case:
     rounding: str
 
     def theirs(self, quant: ModuleType, x: Tensor, rounding: str = "nearest") -> Tensor:
-        """What QPyTorch makes of x; its own rounding is called nearest too, whatever it does with ties."""
+        """``x`` rounded by QPyTorch. It calls its own rounding nearest too, however it treats ties."""
         return getattr(quant, self.function)(x, *self.arguments, rounding=rounding)
 
     def ours(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ DOUBLE_ROUNDING = "double rounding"
 
 
 def reasons(case: Case, x: Tensor, theirs: Tensor, ours: Tensor) -> dict[str, Tensor]:
-    """Reason -> where it accounts for theirs being other than ours. x is finite."""
+    """Reason -> the places where it explains a difference of theirs and ours. x is finite."""
     error, others = REASONS[case.function](x, case.format)
     # Their float32 sum can only matter where its error reaches from x to the midpoint of the two results.
     nearness = (x.double() - (theirs.double() + ours.double()) / 2).abs()
@@ -90,7 +90,7 @@ def _of_fixed(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _of_block(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
-    """They add 6 times the block's power of two, whose sum with x has its last place a fixed way above x's."""
+    """They add 6 times the block's power of two: the last place of the sum is a fixed distance above x's."""
     spanned = [d for d in range(x.dim()) if d not in format.block.dims]
     maximum = x.abs().amax(spanned, keepdim=True).expand_as(x)
     exponent = torch.frexp(maximum).exponent - 1
@@ -101,7 +101,7 @@ def _of_block(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _of_float(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
-    """They add the smallest normal number to what lies below it."""
+    """They add the smallest normal number to numbers below it."""
     smallest = torch.tensor(format.min_normal)
     error = torch.where(x.abs() < smallest, _error_of_sum(x, torch.copysign(smallest, x)), 0.0)
     # With 8 bits there is nothing above the highest exponent to clip at.
@@ -119,8 +119,8 @@ REASONS: dict[str, Callable] = {
 
 
 def values(case: Case, seed: int = 0) -> list[Tensor]:
-    """Finite tensors [ROWS, COLUMNS]: numbers of every binade, then those of the format's binades, its own numbers, the
-    midpoints between them, and the float32 beside each."""
+    """Finite tensors [ROWS, COLUMNS]: numbers of every binade; numbers of the format's binades; the format's numbers,
+    the midpoints between them, and the float32 beside each."""
     generator = torch.Generator().manual_seed(seed)
     shape = (ROWS, COLUMNS)
     if case.format.scale_bits:  # a power of two a row, or one for all
@@ -145,7 +145,7 @@ def values(case: Case, seed: int = 0) -> list[Tensor]:
 
 
 def compare(case: Case, quant: ModuleType) -> dict[str, int]:
-    """Of how many values, how many have the same bits, and how many differ for each reason."""
+    """The number of values, the number with the same bits, and the number of differences for each reason."""
     counts = {"values": 0, "equal": 0}
     for x in values(case):
         theirs, ours = case.theirs(quant, x), case.ours(x)

@@ -35,15 +35,15 @@ CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 class DataError(ValueError):
-    """A data set that does not exist, is not on this machine, or whose files are damaged."""
+    """A data set that does not exist, is not on this machine, or has damaged files."""
 
 
 @dataclass(frozen=True)
 class Batches:
     """Minibatches (inputs [n, ...], targets [n, ...]) of one epoch; equal seeds give equal epochs.
 
-    ``seed=None`` keeps the samples' order. The order and the augmentation are drawn from a generator of their own, on
-    the CPU: they depend neither on the device nor on what the model draws.
+    ``seed=None`` keeps the samples' order. A generator of its own, on the CPU, draws the order and the augmentation:
+    neither the device nor the model's draws change them.
     """
 
     inputs: Tensor
@@ -51,7 +51,7 @@ class Batches:
     batch_size: int
     seed: int | None = None
     augment: bool = False  # of images: a random crop after padding, and a random horizontal flip
-    black: Tensor | None = None  # [C], what the padding is; None: 0
+    black: Tensor | None = None  # [C], the value of the padding; None: 0
     samples: int | None = None  # in the epoch, drawn anew from all; None: each sample once
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Batches:
 def crop_and_flip(images: Tensor, generator: torch.Generator, black: Tensor | None = None) -> Tensor:
     """Each image [C, H, W] shifted by up to 4 pixels either way, and mirrored with probability 1/2.
 
-    black: [C], what comes in at the edges; None: 0.
+    black: [C], the value that comes in at the edges; None: 0.
     """
     n, _, height, width = images.shape
     offset = torch.randint(0, 2 * PADDING + 1, (2, n, 1), generator=generator)
@@ -98,7 +98,7 @@ def _surprise(outputs: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(outputs.flatten(0, -2), tokens.flatten(), reduction="sum")
 
 
-# What a data set judges a model by: name and unit -> its sum over some targets, from the model's outputs.
+# A data set's score of a model: name and unit -> its sum over some targets, from the model's outputs.
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "test error, %": _wrong,
     "validation loss, nats a byte": _surprise,
@@ -153,7 +153,7 @@ class Dataset:
         return Batches(self.test_inputs, self.test_targets, batch_size or (1000 if len(self.shape) == 2 else 64))
 
 
-Source = Union[Dataset, "ImageFolders"]  # what a line is trained on
+Source = Union[Dataset, "ImageFolders"]  # the training data of a line
 
 
 def load(name: str, folder: str | Path | None = None, device: str | torch.device = "cpu") -> Source:
@@ -192,7 +192,7 @@ def load(name: str, folder: str | Path | None = None, device: str | torch.device
 
 def _stdlib(folder: Path, device: str | torch.device) -> Dataset:
     """The modules at the top of ``folder``, Python's own library, as bytes; one file in 20 is held out, by its name."""
-    # What a build writes about its own machine is not the same elsewhere.
+    # Leave out modules in which a build describes its own machine: they differ elsewhere.
     files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_sysconfigdata"))
     held_out = [path for path in files if zlib.crc32(path.name.encode()) % HELD_OUT == 0]
     splits = [_windows([path for path in files if path not in held_out]), _windows(held_out)]
@@ -333,5 +333,5 @@ def _imagenet(root: Path, device: torch.device) -> ImageFolders:
 
 
 def _torchvision_command(dataset: str, root: Path) -> str:
-    """What downloads a data set; the tools themselves never do."""
+    """The command that downloads a data set; the tools themselves never do."""
     return f"""python -c "from torchvision.datasets import {dataset} as d; d('{root}', download=True)\""""

@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self.head.weight = self.tokens.weight
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # What adds to the residual path is smaller, so that the path's variance does not grow with depth.
+                # Layers that add to the residual path begin smaller: the path's variance does not grow with depth.
                 added = name.endswith(("project.weight", "mlp.2.weight"))
                 nn.init.normal_(parameter, std=INITIAL_STD / (math.sqrt(2 * layers) if added else 1))
             elif name.endswith("bias"):

@@ -77,14 +77,14 @@ def label_ends(axes: Axes, labels: Mapping[str, tuple[float, float, str]], right
 
 
 def _spread(at: Mapping[str, float], gap: float) -> dict[str, float]:
-    """The heights, moved as little as keeps every two of them ``gap`` apart, in the order they had."""
+    """The heights, moved as little as possible so that any two are ``gap`` apart, in the same order."""
     groups: list[tuple[list[str], float]] = []  # (names from below, their middle), each group evenly spaced
     for name in sorted(at, key=lambda name: at[name]):
         groups.append(([name], at[name]))
         while len(groups) > 1 and _bottom(groups[-1], gap) - _top(groups[-2], gap) < gap:
             (below, low), (above, high) = groups[-2:]
             names = below + above
-            # The middle of what each would like, had it its place in the group to itself.
+            # The middle of the heights that each label of the group would take by itself.
             groups[-2:] = [(names, (len(below) * low + len(above) * high) / len(names))]
     return {name: _bottom(group, gap) + gap * place for group in groups for place, name in enumerate(group[0])}
 

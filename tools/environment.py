@@ -1,4 +1,4 @@
-"""What a figure says of where and when it was made."""
+"""Where and when a figure was made."""
 
 from __future__ import annotations
 

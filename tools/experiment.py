@@ -1,4 +1,4 @@
-"""What the commands that reproduce the paper share: options, ``results.json``, and figures.
+"""The common part of the commands that reproduce the paper: options, ``results.json``, and figures.
 
 An experiment is a module with
 
@@ -6,7 +6,7 @@ An experiment is a module with
     FULL                     the settings of ``--full``; the defaults are ``Settings()``
     options(parser)          adds options of its own, named as the settings are
     run(settings) -> record  a dict that JSON holds, after a progress bar
-    table(record) -> text    what the command prints
+    table(record) -> text    the output of the command
     figures(record)          file name -> figure
 """
 
@@ -33,7 +33,7 @@ from environment import environment
 
 __all__ = ["main"]
 
-# What a bad command line, or one that does not fit its data, raises.
+# The errors of a bad command line, or of one that does not fit its data.
 INPUT_ERRORS = (data.DataError, files.FileError, swalp_fx.FormatError, swalp_fx.RecipeError)
 RESULTS = "results.json"
 

@@ -19,8 +19,8 @@ class FileError(ValueError):
 def write(path: Path, content: bytes) -> None:
     """Puts ``content`` at ``path``, and on the disk.
 
-    Whatever interrupts it, the old file or the new one is there, whole. What is no plain file, such as /dev/stdout,
-    takes the bytes as it is. Raises FileError if it cannot be written.
+    If it is interrupted, the old file or the new one is there, whole. A path that is no plain file, such as
+    /dev/stdout, takes the bytes directly. Raises FileError if it cannot be written.
     """
     try:
         if path.exists() and not path.is_file():
@@ -64,7 +64,7 @@ def make_folder(path: Path) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raises FileError if a file can surely not be written to ``path``: to know it before an hour's work."""
+    """Raises FileError if a file can surely not be written to ``path``, before an hour of work is lost."""
     if path.is_dir():
         raise FileError(f"{path} is a folder; name a file")
     if not path.parent.is_dir():

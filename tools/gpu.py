@@ -1,11 +1,11 @@
-"""What a GPU shows, in ten minutes on a machine that is not prepared: stage by stage, the most telling first.
+"""All checks and timings on a GPU, in ten minutes on an unprepared machine: in stages, the most telling first.
 
     python tools/gpu.py                          # all stages; gpu.json is written anew after each
     python tools/gpu.py hashes bandwidth         # some of them
-    python tools/gpu.py --list                   # what they are, and how long each may take
+    python tools/gpu.py --list                   # their names, and how long each may take
 
 Each stage is a process of its own under a time limit, so that neither a hang nor a crash takes the others with it.
-Where there is no GPU, the stages that need one say so. Exit status 1: a stage failed.
+Without a GPU, the stages that need one say so. Exit status 1: a stage failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_GPU = 3  # exit status of a stage that needs a GPU where there is none
 
 @dataclass(frozen=True)
 class Stage:
-    """What one process does: a function of gpu_stages by its name or, where there are files, their tests."""
+    """The work of one process: a function of gpu_stages by its name or, if there are files, the tests in them."""
 
     name: str
     seconds: int  # its time limit
@@ -44,7 +44,7 @@ class Stage:
     is_table: bool = False  # whether its rows are printed
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What the stage finds, a row at a time; raises where something is wrong."""
+        """The results of the stage, a row at a time; raises if something is wrong."""
         if self.tests:
             command = [
                 sys.executable,
@@ -81,7 +81,7 @@ STAGES = (
 
 
 def run_stage(stage: Stage) -> dict[str, Any]:
-    """The stage's outcome and rows, from a process of its own; what it found before its time was up counts too."""
+    """The stage's outcome and rows, from a process of its own. Rows found before a timeout count too."""
     with tempfile.TemporaryDirectory() as folder:
         rows, output = Path(folder, "rows"), Path(folder, "output")
         command = [sys.executable, __file__, stage.name, "--inside", str(rows)]
@@ -117,7 +117,7 @@ def inside(stage: Stage, rows: Path) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows' numbers and words; what is nested in them stands in the JSON file alone."""
+    """The numbers and words of the rows. Nested values are in the JSON file alone."""
     flat = [{name: value for name, value in row.items() if not isinstance(value, dict | list)} for row in rows]
     return tabulate(flat, headers="keys", floatfmt=".4g")
 

@@ -1,4 +1,4 @@
-"""The stages of tools/gpu.py: each a function that yields what it finds and raises where something is wrong."""
+"""The stages of tools/gpu.py: each is a function that yields its results, and raises if something is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 class StageError(Exception):
-    """What a stage found is wrong."""
+    """A wrong result of a stage."""
 
 
 # ---- build -------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ TRAFFIC = (
 
 
 def milliseconds(call: Callable[[], Any], budget: float = 120.0) -> float:
-    """Of one call among many in a row: the least mean of three runs, by CUDA events."""
+    """Milliseconds of one call among many in a row: the least mean of three runs, by CUDA events."""
 
     def run(count: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -210,7 +210,7 @@ def steps() -> Iterator[Row]:
     for name, half, recipe, step, ms in timed:
         kernels = _kernels(step)
         ours = {kernel: of for kernel, of in kernels.items() if "quantize_" in kernel or "maxim" in kernel}
-        # A loop's own pace; and the time in which the GPU has work, whatever the host takes to give it some.
+        # The pace of the whole loop, and the time in which the GPU has work, without the host's delays.
         times = {"ms": ms, "GPU ms": sum(of for _, of in kernels.values())}
         of_float = of_float if recipe else times
         yield {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import models
+import ranks
 import swalp_fx
 import trial
 from command import sentence
@@ -25,12 +26,12 @@ from swalp_fx.random import fold_in
 
 __all__ = ["LOSSES_EVERY", "Line"]
 
-ORDER, DRAWS = range(2)  # what an epoch's random numbers are for: the data order, or the model's own
-LOSSES_EVERY = 16  # steps whose mean training loss is one point of a line's curve
+ORDER, DRAWS = range(2)  # uses of an epoch's random numbers: the data order, or the model's own draws
+LOSSES_EVERY = 16  # a point of a line's curve is the mean training loss of so many steps
 
 
 class Line:
-    """One network in training: model, optimizer, what ``convert`` made of them, and the epochs so far."""
+    """One network in training: the converted model, its optimizer and its average, and the epochs so far."""
 
     def __init__(self, plan: Plan, dataset: data.Source, device: torch.device) -> None:
         self.name, self.recipe, self.settings = plan.name, plan.recipe, plan.settings
@@ -40,35 +41,38 @@ class Line:
         self.model = models.build(settings.model, dataset.classes, *dataset.shape).to(device)
         self.optimizer = OPTIMIZERS[settings.optimizer].make(self.model.parameters(), settings)
         _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=self.recipe)
+        self.replica = ranks.replica(self.model)
         self.epochs: list[dict[str, Any]] = []
         self.saved = 0  # epochs that the checkpoint holds
 
     def train_epoch(self, on_step: Callable[[], object], score: bool = True) -> None:
         """One epoch of the training samples, appended to ``epochs`` with the scores after it.
 
-        score: False leaves them out, but for the score at the end of the warm-up, which no later epoch gives.
+        score: False leaves the scores out, except at the end of the warm-up: no later epoch gives that one.
         """
         settings, epoch = self.settings, len(self.epochs)
-        # Every epoch's random numbers follow from (seed, epoch): a resumed run draws what an unbroken one would.
+        # Every epoch's random numbers follow from (seed, epoch): a resumed run draws the same as an unbroken one.
         seed = fold_in(settings.seed, epoch)
-        torch.manual_seed(fold_in(seed, DRAWS))
+        torch.manual_seed(ranks.own(fold_in(seed, DRAWS)))
         batches = self.dataset.train(settings.batch_size, fold_in(seed, ORDER))
         losses = []
         self.model.train()
         start = time.perf_counter()
-        for step, (inputs, targets) in enumerate(batches):
+        for step, batch in enumerate(batches):
+            inputs, targets, weight = ranks.part(batch)
             at = epoch + step / len(batches) if settings.lr_changes == "step" else epoch
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(at, settings)
             self.optimizer.zero_grad()
-            loss = self._loss(inputs, targets)
+            loss = weight * self._loss(inputs, targets)
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())
             if self._averages_after(epoch, step, len(batches)):
                 self.swalp.update_average()
             on_step()
-        curve = torch.stack([few.mean() for few in torch.stack(losses).split(LOSSES_EVERY)])
+        of_all = ranks.total(torch.stack(losses)) / ranks.COUNT
+        curve = torch.stack([few.mean() for few in of_all.split(LOSSES_EVERY)])
         self.epochs.append(
             {
                 "steps": len(losses),
@@ -81,7 +85,7 @@ class Line:
         )
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(inputs).flatten(0, -2), targets.flatten())
+        return F.cross_entropy(self.replica(inputs).flatten(0, -2), targets.flatten())
 
     def _averages_after(self, epoch: int, step: int, steps: int) -> bool:
         if epoch < self.settings.average_from:
@@ -90,7 +94,13 @@ class Line:
         return ((epoch - self.settings.average_from) * steps + step + 1) % every == 0
 
     def _averaged_model(self) -> nn.Module:
-        return self.swalp.averaged_model(self.dataset.train(self.settings.batch_size))
+        averaged = self.swalp.averaged_model()
+        self._recalibrate(averaged)
+        return averaged
+
+    def _recalibrate(self, model: nn.Module) -> None:
+        batches = self.dataset.train(self.settings.batch_size)
+        swalp_fx.recalibrate(model, ranks.share(batches), group=ranks.group())
 
     def _recalibrated(self, model: nn.Module) -> float:
         """The score of ``model`` with batch-norm statistics over the training samples, as the SWALP authors have it.
@@ -98,7 +108,7 @@ class Line:
         A copy is scored: training goes on with the statistics it had.
         """
         judged = copy.deepcopy(model)
-        swalp_fx.recalibrate(judged, self.dataset.train(self.settings.batch_size))
+        self._recalibrate(judged)
         return self.score(judged)
 
     def _rounded_average(self) -> float | None:
@@ -112,14 +122,15 @@ class Line:
         """The data set's metric of ``model`` in evaluation mode, over the test samples."""
         model.eval()
         metric = data.METRICS[self.dataset.metric]
-        total = sum(metric(model(inputs), targets).item() for inputs, targets in self.dataset.test())
-        return total / self.dataset.tested
+        total = sum(metric(model(inputs), targets).item() for inputs, targets in ranks.share(self.dataset.test()))
+        of_all = ranks.total(torch.tensor(float(total), dtype=torch.float64, device=self.dataset.device))
+        return of_all.item() / self.dataset.tested
 
     def result(self) -> dict[str, Any]:
-        """The scores, None where there is none, and the epochs behind them.
+        """The scores (or None), and the epochs behind them.
 
-        ``warm_up``: the weights at the end of the warm-up, which the paper calls SGD; ``last``: those at the end;
-        ``average``: their average, a float model; ``rounded``: the average in the rounded graph.
+        ``warm_up``: the weights at the end of the warm-up, SGD in the paper. ``last``: the weights at the end.
+        ``average``: their average, in a float model. ``rounded``: the average in the rounded graph.
         """
         settings = self.settings
         return {
@@ -136,12 +147,16 @@ class Line:
         }
 
     def try_out(self) -> None:
-        """A step and an average, on as few samples as an epoch's last batch may have; the line is of no use after it.
+        """A step and an average, on a batch as small as an epoch's last. The line is of no use after it.
 
         Raises ModelError or RecipeError if the model does not take the samples, or a format its tensors.
         """
         size, samples = self.settings.batch_size, self.dataset.samples
-        few = 1 if min(size, samples) == 1 or samples % size == 1 else 2
+        last = samples % size or size  # in an epoch's last batch
+        if last < ranks.COUNT:
+            many = f"the last batch of an epoch, of {last}, has none for one of {ranks.COUNT} ranks"
+            raise data.DataError(f"{many}; use another --batch-size, or fewer ranks")
+        few = min(2, last // ranks.COUNT)
         with swalp_fx.in_float(self.model):
             trial.of_model(self.settings.model, self.model, *self.dataset.shape, batch=few)
         with trial.of_recipe(self.recipe):

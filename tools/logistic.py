@@ -1,7 +1,7 @@
 """Theorem 2: logistic regression on images, where the average's error is quadratic in the step of the weights.
 
-One chain after T steps does not show it. Its average still varies, by an amount in proportion to delta / T, which hides
-the delta^2 that the theorem bounds: the distance of the limit. Independent chains estimate the limit without bias.
+The theorem bounds the distance of the limit, delta^2. One chain after T steps does not show it: the average still
+varies, in proportion to delta / T, and this hides delta^2. Independent chains estimate the limit without bias.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import swalp_fx
 from drawing import BLACK, BLUE, GREEN, GREY, VERMILION
 from progress import bar
 
-CHUNK = 500  # steps whose samples are drawn at once
+CHUNK = 500  # steps that draw their samples together
 SCALE = 32.0  # mean squared length of an input, whatever its pixels, so that one learning rate serves all data sets
-LOOKS = 10  # how often the last weights are looked at, whose mean is the level of SGD
+LOOKS = 10  # how often the last weights are measured; the mean is the level of SGD
 FITTED = (2, 6)  # bits; with more of them the gradient's own noise flattens every line
 LARGEST = 10_000  # images, of the larger data sets
 POOLED = 14  # pixels a side, of the larger images
@@ -68,7 +68,7 @@ class Problem:
     l2: float
 
     def gradient(self, weights: Tensor) -> Tensor:
-        """Of the regularised loss over all the data, at each of ``weights`` [..., classes, d]."""
+        """The gradient of the regularised loss over all the data, at each of ``weights`` [..., classes, d]."""
         classes, d = self.optimum.shape
         error = torch.softmax((weights.reshape(-1, d) @ self.inputs.T).unflatten(0, (-1, classes)), 1)
         error -= F.one_hot(self.labels, classes).T
@@ -142,8 +142,8 @@ class Regressions(nn.Module):
 def run(settings: Settings) -> dict[str, Any]:
     """``distance`` and ``gradient``, each squared: line -> its value at each of ``bits``; ``float``: line -> its value.
 
-    SGD-LP is the mean over chains and over the time of the average; SWALP at T, T/2 and T/4 the mean over chains; the
-    limit an estimate that is unbiased, and may come out negative where it is smaller than its error.
+    SGD-LP is the mean over chains and over the time of the average. SWALP at T, T/2 and T/4 is the mean over chains.
+    The limit is an unbiased estimate: it may be negative if it is smaller than its error.
     """
     given = problem(settings)
     torch.manual_seed(settings.seed)
@@ -218,9 +218,9 @@ def _mean(measure: Callable[[Tensor], Tensor], chains: Tensor) -> float:
 
 
 def _limit(measure: Callable[[Tensor], Tensor], chains: Tensor) -> float:
-    """Of the point that every chain's average goes to.
+    """The squared distance of the point w that every chain's average goes to.
 
-    With C the covariance of an average around that point w, the mean of S chains is off by C / S, a chain by C:
+    C is the covariance of an average around w. The mean of S chains is off by C / S, a chain by C:
     E|mean - w*|^2 = |w - w*|^2 + tr C / S, and E|chain - w*|^2 = |w - w*|^2 + tr C. So tr C cancels in this difference.
     """
     n = len(chains)
@@ -230,7 +230,7 @@ def _limit(measure: Callable[[Tensor], Tensor], chains: Tensor) -> float:
 def slopes(record: Mapping[str, Any], what: str, low: int, high: int) -> dict[str, float | None]:
     """Line -> slope of log2 of its ``distance`` or ``gradient`` (``what``) in log2 delta, ``low`` to ``high`` bits.
 
-    None where an estimate is not positive: it has no logarithm, and is to be had with more chains.
+    None if an estimate is not positive: it has no logarithm. More chains would give one.
     """
     chosen = [i for i, bits in enumerate(record["bits"]) if low <= bits <= high]
     log_delta = [-record["bits"][i] for i in chosen]

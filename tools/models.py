@@ -104,8 +104,8 @@ class VGG(nn.Module):
 class PreActivation(nn.Module):
     """A residual block of batch norm, ReLU and convolution, in this order (He et al., "Identity Mappings", figure 4e).
 
-    ``kernels`` are the convolutions' sizes: (3, 3) for the basic block, (1, 3, 1) for the bottleneck, whose last
-    convolution is 4 times as wide. The first 3x3 convolution carries the stride.
+    ``kernels`` are the convolutions' sizes: (3, 3) for the basic block, (1, 3, 1) for the bottleneck. The last
+    convolution of a bottleneck is 4 times as wide. The first 3x3 convolution carries the stride.
     """
 
     def __init__(self, channels: int, width: int, stride: int, kernels: tuple[int, ...]) -> None:
@@ -178,7 +178,7 @@ def cifar_resnet18(num_classes: int, channels: int, image_size: int) -> nn.Modul
 
 @dataclass(frozen=True)
 class Made:
-    """How a model is built, and what for: (channels, pixels a side) of an image, or (bytes,) of a text."""
+    """A model's builder, and the shape of its samples: (channels, pixels a side) of an image, or (bytes,) of a text."""
 
     build: Callable[..., nn.Module]  # build(classes, *shape)
     shape: tuple[int, ...]
@@ -197,9 +197,9 @@ MODELS: dict[str, Made] = {
     "decoder": Made(Decoder, (64,), classes=256),
     "rotary": Made(RotaryDecoder, (64,), classes=256),
 }
-# The layer outputs that the SWALP authors' networks round, as fields of a Recipe: VGG's 13 convolutions and 2 hidden
-# linear layers behind their ReLU; PreResNet's stem, each ReLU and each convolution of a block, but neither the last
-# ReLU, nor the convolution of a shortcut, nor the sums.
+# The outputs that the SWALP authors' networks round, as fields of a Recipe. VGG: the 13 convolutions and the 2
+# hidden linear layers, after their ReLU. PreResNet: the stem, and each ReLU and each convolution of a block, without
+# the last ReLU, the convolutions of shortcuts, and the sums.
 _VGG_PLACEMENT = {"placement": "group"}
 _PRERESNET_PLACEMENT = {"placement": "compute+activation", "exclude": ("relu", "*.shortcut")}
 REFERENCE_PLACEMENT: dict[str, dict[str, object]] = {
@@ -224,7 +224,7 @@ def _torchvision_names() -> list[str]:
 
 
 def _torchvision() -> ModuleType:
-    """Imported for what is torchvision's only: the other models do without."""
+    """torchvision, imported only for its own models: the others do without."""
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:  # RuntimeError: one that is made for another torch
@@ -234,7 +234,7 @@ def _torchvision() -> ModuleType:
 
 
 def default_shape(name: str) -> tuple[int, ...]:
-    """Of the samples that the model was made for: (channels, pixels a side), or (bytes,)."""
+    """The shape of samples that the model was made for: (channels, pixels a side), or (bytes,)."""
     if name in MODELS:
         return MODELS[name].shape
     return (3, 299 if name.endswith("inception_v3") else 224)
@@ -256,7 +256,7 @@ def build(name: str, num_classes: int | None = None, *shape: int) -> nn.Module:
 
     Images: build("vgg16", 10, channels, side) takes [N, channels, side, side] to [N, classes].
     Text: build("decoder", 256, context) takes int64 [N, T] to [N, T, classes], T up to context.
-    Raises ModelError for a name there is not, with the names nearest to it, for samples of the other kind, and for what
+    Raises ModelError for an unknown name, with the nearest names, for samples of the other kind, and for a model that
     memory does not hold.
     """
     _refuse_unknown(name)

@@ -16,7 +16,7 @@ from drawing import BLACK, BLUE, GREY, VERMILION
 from progress import bar
 from stacked import LOST, Training, scores, summary
 
-# What shares an exponent -> the recipe of N bits. The authors' code has activations and errors share one a tensor.
+# Name of a block layout -> the recipe of N bits. In the authors' code, activations and errors share one a tensor.
 LAYOUTS = {
     "tensor": "bfp{0}",
     "row": "bfp{0}[0]",

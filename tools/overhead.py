@@ -1,4 +1,4 @@
-"""What the nodes of a rewritten graph cost beside their arithmetic."""
+"""The cost of a rewritten graph's nodes beside their arithmetic."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import swalp_fx
 from swalp_fx.capture import Conversion, install
 
 FORMATS = [("float", "nearest"), ("bfp8[0]", "nearest"), ("bfp8[0]", "stochastic")]
-CHAIN = 100  # nodes, each of which reads the one before
+CHAIN = 100  # nodes; each reads the one before
 SHAPE = (8, 8)  # so small that rounding it is next to nothing
 KEY = 20190516
-WHOLE = ["preresnet20", "preresnet164"]  # whose tensors are small too
+WHOLE = ["preresnet20", "preresnet164"]  # their tensors are small too
 SECONDS = 1.0  # of repetitions for a row
 
 Run = Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ def measure(once: Callable[[Callable[[], Any]], float], device: str) -> dict[str
 
 
 def chained(device: str) -> list[tuple[str, str, Run]]:
-    """(what, formats, a chain of such nodes); before them, what PyTorch's own cost."""
+    """(name, formats, a chain of such nodes); before them, chains of PyTorch's own nodes."""
     key, layer = torch.tensor(KEY), nn.Linear(*SHAPE).to(device)
     nodes: list[tuple[str, str, Callable[[Tensor, int], Tensor]]] = [
         ("torch.clone", "", lambda x, i: x.clone()),
@@ -83,7 +83,7 @@ def refuse_unequal(*nodes_and_formats: Any) -> None:
 
 
 def whole(once: Callable[[Callable[[], Any]], float], name: str, device: str) -> dict[str, Any]:
-    """What a node costs in a model: the model with nodes that round nothing, less the model as it is, by turns."""
+    """The cost of a node in a model: a model with nodes that round nothing, minus the plain model, by turns."""
     model = models.build(name).to(device)
     x = torch.randn(2, 3, 8, 8, device=device)
     if not (found := swalp_fx.check(model, x)):
@@ -98,7 +98,7 @@ def whole(once: Callable[[Callable[[], Any]], float], name: str, device: str) ->
 
 
 def with_identity(model: nn.Module) -> Any:
-    """``model``, converted as ``swalp_fx.check`` converts it: a node in every place, none of which rounds."""
+    """``model``, converted as ``swalp_fx.check`` does: a node in every place, and none of them rounds."""
     install(Conversion(model, swalp_fx.Recipe(rounding="nearest"), identity=True))
     return model
 

@@ -1,7 +1,7 @@
 """Draws the curves of a run: python tools/plot.py runs/decoder/results.json --out decoder.svg
 
-Left, the training loss; right, what the data set judges by, after each epoch: the last weights (hollow) and the average
-of the weights so far (filled). Any format of matplotlib's, by the file's ending.
+Left: the training loss. Right: the data set's score after each epoch, of the last weights (hollow) and of the average
+of the weights so far (filled). The file's ending picks one of matplotlib's formats.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from settings import OPTIMIZERS
 
 LAST = {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": "--", "linewidth": 1}
 AVERAGE = {"marker": "o", "markersize": 4, "linestyle": "-", "linewidth": 1.8}
-STEEP = 0.05  # the share of the steps, the first, whose losses may leave the figure
+STEEP = 0.05  # the share of the first steps that may leave the figure
 
 
 def figure(record: dict[str, Any]) -> Figure:

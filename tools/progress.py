@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+import ranks
+
 __all__ = ["Progress", "bar", "scored"]
 
 COLUMNS = 80
 
 
 def bar(name: str, steps: int, done: int = 0) -> tqdm[Any]:
-    """A bar of ``steps``, of which ``done`` are; without a terminal on stderr it shows nothing."""
+    """A bar of ``steps``, with ``done`` of them done; without a terminal on stderr it shows nothing."""
     from tqdm import tqdm  # here, because train.py does without where there is no terminal
 
     # A character in the last column would move some terminals to the next line.
@@ -31,12 +33,12 @@ def _layout(name: str, news: str = "") -> str:
 
 
 class Progress:
-    """Of a line in training, on stderr; to be entered, told of each step and epoch, and left."""
+    """The progress of a line in training, on stderr. It is a context, and is told of each step and epoch."""
 
     def __init__(self, name: str, metric: str, epochs: int, steps: int, done: int) -> None:
         self.name, self.metric, self.epochs = name, metric, epochs
         self.epoch, self.bar = done, None
-        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        if ranks.RANK == 0 and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             self.bar = bar(self._head(), epochs * steps, done * steps)
 
     def __enter__(self) -> Progress:
@@ -59,6 +61,8 @@ class Progress:
         news = f"loss {scores['losses'][-1]:.3f}"
         if scores["last"] is not None:
             news += f"  {scored(self.metric, scores['last'], unit=self.bar is None)}"
+        if ranks.RANK:
+            return
         if self.bar is not None:
             self.bar.bar_format = _layout(self._head(), f"  {news}")
             self.bar.refresh()

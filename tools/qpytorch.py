@@ -13,8 +13,8 @@ from command import CommandLine, sentence
 
 __all__ = ["OWN", "SCALE", "in_its_own", "in_low_precision", "refuse_missing", "versions"]
 
-# The recipe of its example on CIFAR-10 (examples/tutorial/CIFAR10_Low_Precision_Training_Example.ipynb), and what the
-# loss is multiplied by there.
+# The recipe of QPyTorch's example on CIFAR-10 (examples/tutorial/CIFAR10_Low_Precision_Training_Example.ipynb), and its
+# factor of the loss.
 OWN = (
     "e5m2+finite rounding=nearest_away M=e6m9+finite~stochastic master=e6m9+finite~stochastic "
     "placement=compute+activation"
@@ -38,8 +38,8 @@ def versions() -> str:
 def in_low_precision(
     model: nn.Module, optimizer: torch.optim.Optimizer, bits: int, rounded: tuple[type, ...] = (nn.Module,)
 ) -> torch.optim.Optimizer:
-    """Its small-block simulation: a Quantizer behind each layer of a type in ``rounded``, but for the last layer, and
-    its optimizer for the rest. What a function adds or flattens, it leaves alone. Raises ImportError without it."""
+    """QPyTorch's small-block simulation: a Quantizer behind each layer of a type in ``rounded`` except the last layer,
+    and its optimizer for the rest. It leaves the results of functions alone. Raises ImportError without QPyTorch."""
     from qtorch import BlockFloatingPoint
     from qtorch.optim import OptimLP
     from qtorch.quant import Quantizer, quantizer
@@ -55,7 +55,7 @@ def in_low_precision(
 def in_its_own(
     model: nn.Module, optimizer: torch.optim.Optimizer, of_step: str = "stochastic"
 ) -> torch.optim.Optimizer:
-    """As in its example: what ``OWN`` says, for a loss times ``SCALE``. Raises ImportError without it.
+    """The recipe ``OWN`` of QPyTorch's example, for a loss times ``SCALE``. Raises ImportError without QPyTorch.
 
     of_step: how M and the master are rounded.
     """
@@ -74,7 +74,7 @@ def in_its_own(
 
 
 def _put_behind(model: nn.Module, quantize: nn.Module, rounded: tuple[type, ...]) -> None:
-    """Rounds what each layer of a type in ``rounded`` gives, but for the last layer."""
+    """Rounds the output of each layer of a type in ``rounded``, except the last layer."""
     *layers, _ = (module for module in model.modules() if not any(True for _ in module.children()))
     for layer in layers:
         if isinstance(layer, rounded) and not isinstance(layer, NOT_ROUNDED):

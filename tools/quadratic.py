@@ -1,6 +1,6 @@
-"""Theorem 1: linear regression with weights of 8 bits, whose average passes below the best point of their grid.
+"""Theorem 1: linear regression with weights of 8 bits. Their average passes below the best point of their grid.
 
-The weights alone are rounded, to fixed point, as the theorem has it; gradients, activations and errors are float32.
+As in the theorem, only the weights are rounded, to fixed point. Gradients, activations and errors are float32.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from drawing import BLACK, BLUE, GREY, VERMILION
 from progress import bar
 
 MARKS_A_DECADE = 8  # points of a curve
-CHUNK = 1000  # steps whose samples are drawn at once
+CHUNK = 1000  # steps that draw their samples together
 
 
 @dataclass(frozen=True)
 class Settings:
     """Rate and batch are large on purpose: they decide how soon the average is below the floor.
 
-    Rounding an update u to a grid of step delta has variance |u| (delta - |u|), so the average of T weights is off by
-    about (delta E|g| / lr + tr C) / (curvature^2 T), with C the covariance of the gradient g. At a rate of 1e-3 and
+    Rounding an update u to a grid of step delta has variance |u| (delta - |u|). So the average of T weights is off by
+    about (delta E|g| / lr + tr C) / (curvature^2 T). C is the covariance of the gradient g. At a rate of 1e-3 and
     batches of 1 it would take a million steps.
     """
 
@@ -37,7 +37,7 @@ class Settings:
     dimensions: int = 256
     samples: int = 4096
     format: str = "fixed8.6"
-    copies: int = 4  # independent runs, whose squared distances are averaged
+    copies: int = 4  # independent runs; their squared distances are averaged
     batch_size: int = 16
     lr: float = 0.02
     warmup: int = 300  # steps before the average begins

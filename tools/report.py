@@ -59,7 +59,7 @@ def _target(name: str) -> Path:
 
 
 def reported(args: argparse.Namespace) -> str:
-    """The rewritten code, if it is asked for, and the report; raises what a bad command line is refused with."""
+    """The report, and before it the rewritten code if asked for. Raises the errors that a command line may have."""
     *channels, size = models.default_shape(args.model)
     shape = (*([args.channels] if args.channels else channels), args.input_size or size)
     recipe = swalp_fx.Recipe.parse(args.recipe)
@@ -76,7 +76,7 @@ def reported(args: argparse.Namespace) -> str:
 
 
 def draw(module: nn.Module, path: Path) -> None:
-    """Draws to ``path``, or leaves what is there as it was and raises FileError."""
+    """Draws to ``path``, or raises FileError and leaves the file as it was."""
     with tempfile.TemporaryDirectory() as folder:
         beside = Path(folder) / path.name
         try:

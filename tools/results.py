@@ -1,6 +1,6 @@
 """Runs the commands behind the figures of the pages again, and writes their tables and pictures into the pages.
 
-    python tools/results.py              all of them: some hours of one core; what is there in runs/ is not run again
+    python tools/results.py              all of them: some hours of one core; runs in runs/ are not repeated
     python tools/results.py ordering     one of them
 
 A page has a table between two comments, "results: NAME" and "end of NAME". Prose that quotes figures is not changed.
@@ -69,7 +69,7 @@ FIGURES = {
 
 
 def refresh(name: str, root: Path, runs: Path) -> None:
-    """Runs what is not run yet, and writes the page and the pictures below ``root``."""
+    """Runs the command unless it has been run, and writes the page and the pictures below ``root``."""
     figure, folder = FIGURES[name], runs / name
     if not is_done(folder, figure):
         _call(figure.words(folder), root)
@@ -84,7 +84,7 @@ def refresh(name: str, root: Path, runs: Path) -> None:
 
 
 def is_done(folder: Path, figure: Figure) -> bool:
-    """Whether the results there are those of this command."""
+    """Whether the results there come from this command."""
     try:
         made = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["command"]
     except (OSError, ValueError, KeyError):
@@ -95,7 +95,7 @@ def is_done(folder: Path, figure: Figure) -> bool:
 
 
 def _call(words: Sequence[str], root: Path) -> None:
-    """Ends with the status of what failed. One thread: with more, sums depend on their number."""
+    """Runs a command; exits with its status if it fails. One thread: sums depend on the number of threads."""
     show("python " + shlex.join(words))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     status = subprocess.run([sys.executable, *words], cwd=root, env=environment).returncode

@@ -1,4 +1,4 @@
-"""What breaks first: one role at a time in low precision, the others in float, for formats of every family."""
+"""The role that breaks first: one role at a time in low precision, the others in float, in formats of every family."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def breaks_first(columns: Mapping[str, Any], exact: Mapping[str, Any]) -> str | None:
-    """The role, alone in low precision, whose error while averaging is the largest; None if none of them breaks."""
+    """The role that, alone in low precision, has the largest error while averaging; None if none breaks."""
 
     def breaks(role: str) -> bool:
         cost = columns[role]["mean"]["mean"] - exact["mean"]["mean"]
@@ -83,7 +83,7 @@ def breaks_first(columns: Mapping[str, Any], exact: Mapping[str, Any]) -> str | 
     return max(filter(breaks, ROLES), key=lambda role: columns[role]["mean"]["mean"], default=None)
 
 
-# Score -> what tables and figures call it.
+# Score -> its name in tables and figures.
 SHOWN = {"mean": "SGD-LP, mean over averaged epochs", "average": "SWALP"}
 
 

@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How an optimizer is made from the settings, what tables call it, and the recipe that suits it."""
+    """An optimizer: how it is made from the settings, its name in tables, and the recipe that suits it."""
 
     title: str
     make: Callable[[Iterable[nn.Parameter], Settings], torch.optim.Optimizer]
@@ -53,7 +53,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """All, beside a line's recipe, that decides its result, and so may not change when it is resumed.
+    """Everything beside the recipe that decides a line's result. A resumed line must have the same settings.
 
     ``epochs`` alone may grow.
     """
@@ -125,7 +125,7 @@ class Plan:
 def configured(path: Path, given: Mapping[str, Any]) -> list[Plan]:
     """The lines of a configuration: settings that all share, then a table of its own for each, with its recipe.
 
-    given: settings, and ``seed``, that stand above all of the file's. Raises ConfigError.
+    given: settings, and ``seed``, that override the file's. Raises ConfigError.
     """
     common = _read(path)
     lines = {name: common.pop(name) for name, value in list(common.items()) if isinstance(value, dict)}

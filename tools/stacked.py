@@ -46,9 +46,9 @@ class Training:
 
 
 def stacked(format: swalp_fx.Format) -> swalp_fx.Format:
-    """What rounds a stack of tensors as ``format`` rounds each: whatever shares a scale shares it within one seed.
+    """The format that rounds a stack of tensors as ``format`` rounds each: scales are shared within one seed only.
 
-    NVFP4's second scale, the tensor's, has no such form: the seeds share it.
+    NVFP4 is an exception: the seeds share its second scale, the tensor's.
     """
     if not format.scale_bits:
         return format
@@ -58,12 +58,12 @@ def stacked(format: swalp_fx.Format) -> swalp_fx.Format:
 
 
 def within(dim: int) -> int:
-    """Of a tensor's dimension, the number in a stack."""
+    """The number, in a stack, of a tensor's dimension."""
     return dim if dim < 0 else dim + 1
 
 
 def recipe(text: str) -> swalp_fx.Recipe:
-    """The recipe of a stack whose runs each have the recipe ``text``."""
+    """The recipe of a stack of runs that each have the recipe ``text``."""
     single = swalp_fx.Recipe.parse(text)
     values = {field.name: getattr(single, field.name) for field in fields(single)}
     quantizers = {name: value for name, value in values.items() if isinstance(value, swalp_fx.Quantizer)}
@@ -77,7 +77,7 @@ def _stacked(quantizers: dict[str, swalp_fx.Quantizer]) -> dict[str, Any]:
 class Linear(nn.Module):
     """``nn.Linear`` for each seed: [S, n, inputs] -> [S, n, outputs].
 
-    The bias has a dimension of 1 for the samples, so that its formats are those of a weight: a block a seed.
+    The bias has a dimension of 1 for the samples, so that it takes the formats of a weight: a block a seed.
     """
 
     def __init__(self, seeds: int, inputs: int, outputs: int) -> None:
@@ -144,10 +144,10 @@ def errors(model: nn.Module, dataset: Dataset, seeds: int) -> Tensor:
 
 
 def scores(text: str, settings: Training, dataset: Dataset, on_step: Callable[[], Any]) -> dict[str, Tensor]:
-    """Test errors in % of each seed [S], of runs in the recipe ``text``, by what is judged:
+    """Score -> test errors in % of each seed [S], of runs in the recipe ``text``.
 
-    ``warm-up``, the weights at its end, which the paper calls SGD-LP (its rate has decayed to 1 %); ``last``, those at
-    the end, under the rate of averaging; ``mean``, over the epochs after the warm-up; and ``average``, SWALP.
+    ``warm-up``: the weights at its end, SGD-LP in the paper (the rate has decayed to 1 %). ``last``: the weights at the
+    end, under the rate of averaging. ``mean``: over the epochs after the warm-up. ``average``: SWALP.
     """
     runs = Runs(text, settings, dataset)
 
@@ -171,7 +171,7 @@ def scores(text: str, settings: Training, dataset: Dataset, on_step: Callable[[]
 def summary(of: dict[str, Tensor]) -> dict[str, Any]:
     """``errors`` by seed, ``mean`` and ``standard error`` of each score and of the gain; ``won``: seeds with a gain.
 
-    The gain is that of the average over the mean of the epochs it was taken from.
+    The gain: how much lower the error of the average is than the mean error of its epochs.
     """
     gain = of["mean"] - of["average"]
     each = of | {"gain": gain}

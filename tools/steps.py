@@ -95,7 +95,7 @@ def in_float(model: nn.Module) -> Contender:
 
 
 def in_identity(model: nn.Module) -> Contender:
-    """The graph with all its nodes, none of which rounds, and the step in float."""
+    """The graph with all its nodes, though none rounds, and the step in float."""
     return Contender("identity formats", overhead.with_identity(model), _sgd(model))
 
 
@@ -106,7 +106,7 @@ def in_low_precision(model: nn.Module) -> Contender:
 
 
 def in_qpytorch(model: nn.Module) -> Contender | None:
-    """If QPyTorch is there."""
+    """QPyTorch's contender, if QPyTorch is installed."""
     try:
         optimizer = qpytorch.in_low_precision(model, _sgd(model), bits=8)
     except ImportError:

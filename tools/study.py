@@ -1,8 +1,8 @@
-"""What low precision costs and averaging gives back, on digits from many seeds: python tools/study.py ordering
+"""The cost of low precision and the gain of averaging, on digits from many seeds: python tools/study.py ordering
 
     python tools/study.py ordering     SGD-LP against SWALP, with 8 to 4 bits in every role
-    python tools/study.py averaging    how few bits the average itself can live with, and when it stalls
-    python tools/study.py formats      one role at a time in formats of every family: what breaks first
+    python tools/study.py averaging    how few bits the average itself needs, and when it stalls
+    python tools/study.py formats      one role at a time in formats of every family: which breaks first
 
 Each takes less than two minutes of one core, prints its table, and with --out DIR writes results.json and figures.
 """

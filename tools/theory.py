@@ -1,7 +1,7 @@
 """The paper's two theorems, measured: python tools/theory.py quadratic --out runs/quadratic
 
     python tools/theory.py quadratic    theorem 1: averaging reaches the optimum at O(1/T), whatever the precision
-    python tools/theory.py logistic     theorem 2: what remains is O(delta^2), where low-precision SGD's is O(delta)
+    python tools/theory.py logistic     theorem 2: the remaining error is O(delta^2); low-precision SGD's is O(delta)
 
 Each takes less than a minute of one core, prints its slopes, and with --out DIR writes results.json and a figure.
 """

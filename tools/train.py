@@ -1,12 +1,15 @@
-"""Trains one network in float and in low-precision recipes, and prints what averaging gave back.
+"""Trains one network in float and in low-precision recipes, and prints the gain of averaging.
 
     python tools/train.py --dataset fashion-mnist --model convnet --recipe "bfp8[0]" --epochs 12 --seed 0
     python tools/train.py --dataset stdlib --recipe "bfp8[0] M=float" --recipe mxfp8 --out runs/decoder
     python tools/train.py --config tools/configs/vgg16-cifar10.toml --line authors --seeds 3 --out runs/vgg16
+    torchrun --nproc-per-node 2 tools/train.py --recipe "bfp8[0]" --out runs/digits
 
-All lines of equal settings have the same start, data order and schedule. A row has the paper's scores: SGD, the weights
-at the end of the warm-up, whose learning rate has decayed to 1 %, and SWA or SWALP, the average of the weights after
-it. Beside them are the last weights, and the average in the rounded graph.
+All lines of equal settings have the same start, data order and schedule. A row has the paper's scores. SGD is the
+weights at the end of the warm-up, where the learning rate has decayed to 1 %. SWA or SWALP is the average of the
+weights after it. Beside them are the last weights, and the average in the rounded graph.
+
+Under torchrun each training batch is shared among the processes; they train one network, on the CPU or a GPU each.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import checkpoint
 import data
 import files
 import models
+import ranks
 import swalp_fx
 import trial
 from command import SEED, STOPPED, CommandLine, number, run, sentence, show
@@ -50,7 +54,7 @@ def train(name: str, line: Line, folder: Path | None, score_last: bool) -> dict[
     with Progress(name, line.dataset.metric, epochs, steps, done) as progress:
         for epoch in range(done, epochs):
             line.train_epoch(progress.step, score=not score_last or epoch + 1 == epochs)
-            if folder:
+            if folder and ranks.RANK == 0:
                 line.save(checkpoint.path_of(folder, name))
             progress.end_epoch(line.epochs[-1])
     return line.result()
@@ -66,6 +70,8 @@ def train_all(plans: dict[str, Plan], workshop: Workshop, command: str, score_la
             line = workshop.line(name)
             results[name] = train(name, line, workshop.folder, score_last)
     except KeyboardInterrupt:
+        if ranks.RANK:
+            raise SystemExit(STOPPED) from None
         done = 0 if line is None else line.saved if workshop.folder else len(line.epochs)
         way = way_on(workshop.folder, command)
         print(f"train.py: stopped after epoch {done} of line {name}; {way}", file=sys.stderr)
@@ -74,7 +80,7 @@ def train_all(plans: dict[str, Plan], workshop: Workshop, command: str, score_la
 
 
 def way_on(folder: Path | None, command: str) -> str:
-    """What to do about a run that ``command`` began and that did not come to its end."""
+    """How to go on with a run that ``command`` began and did not finish."""
     if folder is None:
         return "start again, with --out DIR to keep each epoch"
     if not any(folder.glob("*.pt")):
@@ -230,7 +236,7 @@ def _configured(args: argparse.Namespace, given: dict[str, Any]) -> list[Plan]:
 
 
 def key_of(plan: Plan, args: argparse.Namespace) -> str:
-    """What a run is called in results and checkpoints: the line, and its seed if that is not the first."""
+    """A run's name in results and checkpoints: the line, and the seed unless it is the first."""
     return plan.name if plan.settings.seed == args.seed else f"{plan.name}-seed{plan.settings.seed}"
 
 
@@ -239,6 +245,7 @@ def device_from(name: str | None, parser: CommandLine) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             parser.refuse(f"--device {name} cannot be used: nothing is rounded there; use cpu or cuda")
+        device = ranks.local_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         parser.refuse(f"--device {name} cannot be used ({sentence(error)}); use cpu")
@@ -263,7 +270,7 @@ def folder_from(args: argparse.Namespace, names: Iterable[str], parser: CommandL
 
 
 def steps_to_average(settings: Settings, dataset: data.Source) -> int:
-    """Those after the warm-up."""
+    """The steps after the warm-up."""
     samples = settings.samples or dataset.samples
     return (settings.epochs - settings.average_from) * math.ceil(samples / settings.batch_size)
 
@@ -277,7 +284,7 @@ def fitted(plan: Plan, dataset: data.Source) -> Plan:
 
 @dataclass
 class Workshop:
-    """Where lines are made: what they are trained on, where, and where they are kept."""
+    """The maker of lines: it has their data, device and folder."""
 
     plans: dict[str, Plan]
     dataset: data.Source
@@ -292,7 +299,7 @@ class Workshop:
         return line
 
     def refuse_unfit(self) -> None:
-        """Before the first line trains, raises what a plan or a checkpoint is refused with."""
+        """Raises the errors of plans and checkpoints before the first line trains."""
         for plan in {plan.name: plan for plan in self.plans.values()}.values():  # of the seeds, one
             settings, steps = plan.settings, steps_to_average(plan.settings, self.dataset)
             if settings.samples > self.dataset.samples:
@@ -313,6 +320,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     args = parser.parse_args(argv)
     command = shlex.join(["python", *(sys.argv if argv is None else ["tools/train.py", *argv])])
     device = device_from(args.device, parser)
+    with ranks.joined(device):
+        return _trained(args, parser, command, device)
+
+
+def _trained(
+    args: argparse.Namespace, parser: CommandLine, command: str, device: torch.device
+) -> dict[str, dict[str, Any]]:
     try:
         plans = {key_of(plan, args): plan for plan in plans_from(args)}
         for plan in plans.values():
@@ -329,10 +343,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         results = train_all(plans, workshop, command, args.score_last)
         printed = f"{describe([*results.values()])}\n\n{table([*results.values()], dataset.metric)}"
         show(printed)
-        if folder:
+        if folder and ranks.RANK == 0:
             record = {
                 "command": command,
                 "environment": environment(device),
+                "ranks": ranks.COUNT,
                 "metric": dataset.metric,
                 "lines": results,
                 "table": printed,

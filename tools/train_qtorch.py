@@ -3,10 +3,10 @@
 --own is the recipe of QPyTorch's example on CIFAR-10 instead: W, A, E and G in 8-bit floats to nearest, M and the
 master in 16-bit floats stochastically, the loss multiplied by 1000.
 
-The small convnet. Both round W, A, E, G and M to block floating point with one exponent a row, stochastically; outputs
-behind convolutions and linear layers but the last, as in QPyTorch's SWALP example. Each element of a bias has an
-exponent of its own, as QPyTorch's dim=0 has it. Each batch goes to the three in turn, so that whatever slows the
-machine slows all of them. Test errors are those of the weights in the float network.
+The network is the small convnet. Both round W, A, E, G and M stochastically to block floating point, one exponent a
+row. As in QPyTorch's SWALP example, they round the outputs of convolutions and linear layers, except the last. As with
+QPyTorch's dim=0, each element of a bias has its own exponent. Each batch goes to all three in turn, so a slow machine
+slows all of them. Test errors are measured with the weights in the float network.
 
 Needs qtorch (pip install qtorch ninja setuptools), which compiles itself when it is first imported. No seed reaches
 its random numbers, so its errors are others at each run.
@@ -38,7 +38,7 @@ from settings import DEFAULTS, EVERYWHERE, OPTIMIZERS, Settings, learning_rate
 from steps import Contender
 from swalp_fx.random import fold_in
 
-CLASSIFIER = "9"  # the convnet's last layer, whose outputs the example leaves in float
+CLASSIFIER = "9"  # the convnet's last layer; the example leaves its outputs in float
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -77,14 +77,14 @@ def _unscale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def recipe_of(bits: int) -> swalp_fx.Recipe:
-    """What QPyTorch's numbers of ``dim=0`` are here: of a bias each element has an exponent of its own."""
+    """The recipe for QPyTorch's ``dim=0``: each element of a bias has its own exponent."""
     each = f"bfp{bits}[-1:1]"
     text = f"bfp{bits}[0] placement=compute exclude={CLASSIFIER}"
     return swalp_fx.Recipe.parse(text, rules=(swalp_fx.Rule("*.bias", W=each, G=each, M=each),))
 
 
 def train(dataset: data.Dataset, settings: Settings, bits: int | None, on_step: Callable[[], Any]) -> dict[str, dict]:
-    """Of each contender: test errors in %, ``warm-up`` at its end and ``average``; ``ms`` of CPU time, of a step."""
+    """For each contender: test errors in %, ``warm-up`` at its end and ``average``; ``ms``, the CPU time of a step."""
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, dataset.classes, *dataset.shape)
     lines = [(each, swalp_fx.Average()) for each in contenders(model, settings, bits)]

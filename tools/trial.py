@@ -16,7 +16,7 @@ from command import sentence
 
 __all__ = ["INPUT_ERRORS", "of_model", "of_recipe"]
 
-# What a model, a recipe or a file raises that does not fit the others: refused in one line, without a traceback.
+# Errors of a model, a recipe or a file that does not fit the others: refused in one line, without a traceback.
 INPUT_ERRORS = (
     *(files.FileError, models.ModelError),
     *(swalp_fx.ConvertError, swalp_fx.FormatError, swalp_fx.RecipeError),
@@ -33,7 +33,7 @@ def of_model(name: str, model: nn.Module, *shape: int, batch: int | None = None)
     samples = sample.expand(batch or 1, *sample.shape[1:])
     try:
         outputs = copy.deepcopy(model).to("meta").train(batch is not None)(samples)
-    except (RuntimeError, ValueError, AssertionError) as error:  # what the layers raise, and torchvision's own checks
+    except (RuntimeError, ValueError, AssertionError) as error:  # errors of the layers, and of torchvision's own checks
         made_for = f"it was made for {_described(*models.default_shape(name))}"
         remedy = "use a batch size that leaves more for the last batch" if batch == 1 else made_for
         raise models.ModelError(
@@ -50,7 +50,7 @@ def _described(*shape: int, batch: int | None = None) -> str:
 
 @contextmanager
 def of_recipe(recipe: str) -> Iterator[None]:
-    """Raises RecipeError where the op refuses a tensor: the format's blocks span a dimension that it has not."""
+    """Raises RecipeError if the op refuses a tensor: the format's blocks need a dimension that it does not have."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Writes vectors for a hardware test bench: python tools/vectors.py "bfp8[0]" --rounding stochastic --n 1024
 
-One line a number: the bits of the float32 that goes in, the random bits that stochastic rounding adds, the code and the
-scale that are stored, and the bits of the float32 that they stand for; all hexadecimal.
+One line a number, all hexadecimal: the bits of the float32 input, the random bits that stochastic rounding adds, the
+stored code and scale, and the bits of the float32 output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def shape_of(format: Format, n: int) -> tuple[int, ...]:
 
 
 def inputs(format: Format, shape: Sequence[int], seed: int) -> Tensor:
-    """Numbers over all binades of an element, midpoints of its neighbours, what lies beside those, and zeros."""
+    """Numbers over all binades of an element, the midpoints of neighbours, numbers beside these, and zeros."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(low: int, high: int) -> Tensor:
@@ -54,7 +54,7 @@ def inputs(format: Format, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def lines(x: Tensor, format: Format, rounding: str, seed: int) -> Iterator[str]:
-    """The file: what it is of, the columns' names, and a line a number in row-major order."""
+    """The lines of the file: its title, the columns' names, and a line a number in row-major order."""
     codes = swalp_fx.encode(x, format, rounding, key=seed)
     name, bits = parse_rounding(rounding)
     draws = reference.random_draws(seed, 0, x.numel(), bits) if name == "stochastic" else None
@@ -71,7 +71,7 @@ def lines(x: Tensor, format: Format, rounding: str, seed: int) -> Iterator[str]:
 
 
 def scales(codes: Codes) -> list[str]:
-    """What is stored of each number's scale; of two levels, or with a zero point, two numbers with a colon between."""
+    """The stored scale of each number; for two levels, or with a zero point, two numbers with a colon between."""
     sizes = codes.format.block.sizes(codes.shape)
     words = []
     for each in codes.scales:

@@ -14,7 +14,7 @@ namespace swalp_fx {
 class Boxes {
  public:
   static constexpr int64_t kGrain = 1 << 14;     // elements worth waking a thread for
-  static constexpr int64_t kMost = 1 << 14;      // elements of a box, of which the L1 cache holds some and the L2 cache all
+  static constexpr int64_t kMost = 1 << 14;      // elements of a box: the L1 cache holds some, and the L2 cache all
   static constexpr int64_t kFew = 1 << 11;       // elements of a box that the L1 cache holds together with a copy
   static constexpr int64_t kWholeRow = 1 << 17;  // elements of a row that stays whole: the L2 cache holds them
 
@@ -30,8 +30,8 @@ class Boxes {
     return boxes;
   }
 
-  // Boxes of neighbours in memory that are neighbours in row-major order too: a cache line is worth its way only if all
-  // of it is used, and random bits are made for many neighbours at once.
+  // Boxes of neighbours in memory and in row-major order: every element of a loaded cache line is used, and random bits are
+  // made for many neighbours at once.
   static Boxes of_both(const Layout& layout) {
     constexpr int64_t kInMemory = 64, kInOrder = kMost / kInMemory;
     Boxes boxes(layout);
@@ -93,8 +93,8 @@ class Boxes {
   }
 };
 
-// What a thread brings boxes together in. It keeps it from call to call: the stacks of some threads are smaller, and fresh
-// memory would cost page faults.
+// A thread's memory for bringing boxes together, kept from call to call: some threads have smaller stacks, and fresh memory
+// would cost page faults.
 struct Room {
   alignas(64) uint32_t made[Boxes::kMost];       // the draws of a box, in row-major order
   alignas(64) uint32_t in_memory[Boxes::kMost];  // and in the order of memory

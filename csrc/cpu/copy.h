@@ -1,6 +1,6 @@
 // Copies of a box between two ways of laying it out. quantize_cpu.cpp includes this once for each instruction set.
 
-// A loop over elements, and what a step along it adds to where they are read and written.
+// A loop over elements, and the steps along it in the memory read and the memory written.
 struct Copied {
   int64_t size, from, to;
 };
@@ -15,7 +15,7 @@ inline void copy_runs(const Copied& rows, int64_t n, const E* from, E* to) {
       continue;
     }
     for (int64_t i = 0; i + chunk <= n; i += chunk) memcpy(to + i, from + i, chunk * sizeof(E));
-    // The rest together with some that have been copied already: one chunk more, where single elements cost as many.
+    // The rest, in one more chunk that overlaps the one before: copying single elements would cost more.
     memcpy(to + n - chunk, from + n - chunk, chunk * sizeof(E));
   }
 }
@@ -40,7 +40,7 @@ typedef uint32_t Eight __attribute__((vector_size(32)));
 #define SWALP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Eight{__VA_ARGS__})
 #endif
 
-// In three rounds, each of which trades between rows twice as far apart.
+// In three rounds. Each round trades between rows that are twice as far apart as before.
 inline void transpose_8x8(const uint32_t* from, int64_t from_step, uint32_t* to, int64_t to_step) {
   Eight a[8], b[8];
   SWALP_UNROLL
@@ -71,7 +71,7 @@ inline void transpose_8x8(const uint32_t* from, int64_t from_step, uint32_t* to,
 // Rows become columns: rows.to is 1, and so is columns.from.
 inline void transpose(const Copied& rows, const Copied& columns, const uint32_t* from, uint32_t* to) {
   const int64_t m = rows.size / 8 * 8, n = columns.size / 8 * 8;
-  constexpr int64_t strip = 16;  // columns, whose results stay in the L1 cache until they are whole
+  constexpr int64_t strip = 16;  // columns; their results stay in the L1 cache until they are complete
   for (int64_t left = 0; left < n; left += strip) {
     for (int64_t r = 0; r < m; r += 8) {
       for (int64_t c = left; c < std::min(n, left + strip); c += 8) {
@@ -84,12 +84,12 @@ inline void transpose(const Copied& rows, const Copied& columns, const uint32_t*
   if (right.size > 0) copy_steps({rows.size, rows.from, 1}, right, from + n, to + n * columns.to);
 }
 
-// Copies elements of loops, outermost first; the innermost goes through neighbours in what is written or what is read.
+// Copies the elements of loops, outermost first. The innermost loop goes through neighbours in the memory read or written.
 template <class E>
 void copy(Copied* loops, int rank, const E* from, E* to) {
   if (rank == 0) return void(*to = *from);
   const Copied inner = loops[--rank];
-  // With the loop in which neighbours are read, if that is another; else with the next one.
+  // Paired with the loop that reads neighbours, if that is another one; else with the next one.
   int with = rank - 1;
   for (int d = 0; d < rank; ++d) {
     if (loops[d].from == 1) with = d;

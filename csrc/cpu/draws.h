@@ -1,14 +1,14 @@
-// Which random bits each element draws, made for many neighbours at once. quantize_cpu.cpp includes this once for each
-// instruction set, as kernels.h.
+// The random bits of each element, made for many neighbours at once. quantize_cpu.cpp includes this once for each
+// instruction set, like kernels.h.
 
-// Asks for memory to be brought into the L2 cache; where there is none, that does nothing. Always inline, as is whatever
-// does no more: GCC holds a function that only asks to have no effect, and leaves out calls of it.
+// Prefetches memory into the L2 cache; beyond the end of memory it does nothing. Always inline, like its callers: GCC takes a
+// function that only prefetches to have no effect, and drops calls of it.
 inline __attribute__((always_inline)) void ask_for(const void* memory, int64_t bytes) {
   const char* at = static_cast<const char*>(memory);
   for (const char* end = at + bytes; at < end; at += 64) __builtin_prefetch(at, 0, 2);
 }
 
-// A box of fewer neighbours than these in memory, several times, is brought together first.
+// A box with runs in memory shorter than this is brought together first.
 constexpr int64_t kShortRun = 32;
 
 // A window on the draws, moved along as a thread goes through its elements.
@@ -27,9 +27,8 @@ class Draws {
 
   const Random random;
 
-  // The draws from element `index` on, and in `count` how many there are: at least one, at most `wanted`.
-  // While it makes them it asks for the memory of the elements a piece later than x, those of `index`, so that the next
-  // piece is in the L2 cache when it is wanted. That may lie beyond the tensor's end, where asking does nothing.
+  // The draws from element `index` on, and in `count` how many there are: at least one, at most `wanted`. x holds the
+  // elements of `index`. While it makes the draws, it prefetches the elements one piece later into the L2 cache.
   template <class S>
   const uint32_t* from(int64_t index, int64_t wanted, int64_t& count, const S* x) {
     return from(index, wanted, count, Later{reinterpret_cast<const char*>(x + Boxes::kGrain), sizeof(S)});
@@ -49,7 +48,7 @@ class Draws {
   }
 
  private:
-  // Few, so that the memory that results go to is not left idle for long.
+  // Few, so that memory does not stay idle for long between results.
   static constexpr int64_t kWindow = 512;
   RoundKeys keys;
   int64_t begin = 0, end = 0;
@@ -73,7 +72,7 @@ class Draws {
     fill(begin, end - begin, draw, later);
   }
 
-  // From an index that is a multiple of what is made at once, and as many.
+  // index and n are multiples of kAtOnce.
   void fill(int64_t index, int64_t n, uint32_t* to, Later later) {
     if (random.bits == 16) return fill_with<2>(index, n, to, std::integral_constant<int, 0>(), later);
     if (random.draws_per_word() == 2) return fill_with<2>(index, n, to, 16 - random.bits, later);
@@ -126,7 +125,7 @@ class Draws {
   static void store(uint32_t* row, const Lanes::Vector& v) { memcpy(row, &v, sizeof(v)); }
 };
 
-// The innermost runs of a box, for asking for a part of them at a time.
+// The innermost runs of a box, prefetched a part at a time.
 struct Runs {
   const char* at[Boxes::kMost / kShortRun];
   int64_t size = 0;  // of a run, in elements
@@ -137,7 +136,7 @@ struct Runs {
     int64_t count = 0;
     if (size >= kShortRun) for_each_run(box, [&](const Place& p) { at[count++] = reinterpret_cast<const char*>(x + p.memory); });
   }
-  // Asks for `n` elements from the i-th on.
+  // Prefetches `n` elements from the i-th on.
   __attribute__((always_inline)) void ask(int64_t i, int64_t n) const {
     if (size < kShortRun) return;
     for (int64_t end = i + n; i < end;) {
@@ -155,7 +154,7 @@ class DrawsOfBox {
 
   // In the order of the box's loops.
   const uint32_t* of(const Layout& box, const Runs& elements) {
-    // Its loops in row-major order, and what a step along each adds to a place in either order.
+    // The box's loops in row-major order, and the increment of a step along each in both orders.
     int order[Layout::kMaxDims];
     int64_t in_order[Layout::kMaxDims], in_box[Layout::kMaxDims], inside = box.numel;
     for (int d = 0; d < box.rank; ++d) {
@@ -194,7 +193,7 @@ class DrawsOfBox {
     for_each_run(rows, [&](const Place& p) {
       for (int64_t i = 0; i < inner.size; i += neighbours) {
         for (int64_t done = 0, count; done < neighbours; done += count, to += count) {
-          // A piece at a time, so that the memory's elements are asked for in between.
+          // A piece at a time, with prefetches of the elements in between.
           count = draws.write(p.index + i * inner.step.index + done, std::min(kPiece, neighbours - done), to);
           elements.ask(to - made, count);
         }

@@ -1,7 +1,7 @@
 // The loops, written for a compiler that vectorises. quantize_cpu.cpp includes this once for each
 // instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it: 1, 4 or 8.
 
-// The bits in which n neighbours differ from what they are rounded to.
+// The bits that differ between n neighbours and their rounded values; 0 if rounding changes nothing.
 template <class S, class Q>
 inline auto differences(const S* x, int64_t n, const Q& quantizer, const Look& look) {
   using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, typename Ieee<Compute<S>>::Bits>;
@@ -13,7 +13,7 @@ inline auto differences(const S* x, int64_t n, const Q& quantizer, const Look& l
   return found;
 }
 
-// Meanwhile it asks for as many elements behind these, whose maximum is often the next thing that is wanted.
+// Meanwhile it prefetches as many elements behind these, since their maximum is often wanted next.
 template <class S, class Q>
 __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quantizer, const Look look) {
   constexpr int64_t chunk = 256;
@@ -24,8 +24,8 @@ __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quanti
   }
 }
 
-// Writes the lowest bytes of word_at(i) for n neighbours. By way of words, because compilers narrow each part of a code by
-// itself; and inlined, or they see no loop that they can vectorise.
+// Writes the lowest bytes of word_at(i) for n neighbours. It goes through words, because compilers would narrow each part of
+// a code by itself. It is inlined, because else they see no loop to vectorise.
 template <int64_t kMost, class F>
 inline __attribute__((always_inline)) void write_words(uint8_t* y, int64_t n, const F& word_at) {
   alignas(64) uint32_t words[kMost];
@@ -99,8 +99,8 @@ void raise(Bits* maximum, Bits value) {
   }
 }
 
-// Whether a box is brought together before its elements are rounded: where runs are short, and where neighbours lie in
-// different blocks, since the scales of those are made once for many runs.
+// Whether a box is brought together before its elements are rounded: if its runs are short, or if neighbours lie in different
+// blocks, since their scales are made once for many runs.
 inline bool is_scattered(const Layout& box) {
   if (box.inner().step.memory != 1) return true;
   if (box.inner().size >= kShortRun && box.inner().step.block == 0) return false;
@@ -120,8 +120,8 @@ inline Layout together(const Layout& box) {
 
 constexpr int64_t kMostLanes = 1024;
 
-// Where neighbours lie in different blocks: calls f(place, lanes, count) for `count` neighbours of which every `lanes`-th
-// lies in the same block.
+// For neighbours in different blocks: calls f(place, lanes, count) for `count` neighbours; every `lanes`-th of them lies in
+// the same block.
 template <class F>
 void for_each_lanes(const Layout& box, const F& f) {
   const Dim inner = box.inner();
@@ -208,7 +208,7 @@ __attribute__((noinline)) void extremes_of_blocks(const Layout& layout, const S*
   });
 }
 
-// kSize neighbours with one quantizer. Not unrolled: the loop is what the compiler vectorises.
+// kSize neighbours with one quantizer. Not unrolled, so that the compiler vectorises the loop.
 template <int kSize, class S, class Q, class Round>
 inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, const Round& round, const uint32_t* draw) {
   if constexpr (std::is_same_v<Round, Look>) {
@@ -226,9 +226,9 @@ inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, c
   }
 }
 
-constexpr int64_t kBatch = 32;  // tiles: more than GCC unrolls a loop whole for, which would keep it from vectorising
+constexpr int64_t kBatch = 32;  // tiles: GCC unrolls a shorter loop completely, and then does not vectorise it
 
-// The largest finite magnitude in each of kBatch tiles. In rounds that halve what is left, which vectorises without a
+// The largest finite magnitude in each of kBatch tiles. Each round halves the candidates: this vectorises without a
 // horizontal maximum for each tile.
 template <int kSize, class S>
 inline void maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima)[kBatch]) {
@@ -259,8 +259,8 @@ inline void maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima
   for (int64_t t = 0; t < kBatch; ++t) maxima[t] = maximum_of_run(x + t * kSize, kSize);
 }
 
-// Tiles of kSize neighbours, one after another, in batches: first the maxima, then the quantizers, then the rounding, so
-// that no tile waits for its own maximum. found: takes the maxima, if they are wanted.
+// Tiles of kSize neighbours, one after another, in batches: first the maxima, then the quantizers, then the rounding. So no
+// tile waits for its own maximum. found: takes the maxima, if they are wanted.
 template <int kSize, class S, class Format, class Round>
 __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, Result<S, Round>* y, int64_t tiles,
                                               int64_t index, Compute<S> tensor_maximum, const Round round, Draws& draws,
@@ -282,7 +282,7 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, R
     Bits unusual = 0;
     for (int64_t t = 0; t < kBatch; ++t) unusual |= Bits(t < batch) & Bits(!format.template is_usual<T>(maxima[t]));
     using Quantizer = decltype(format.template usual<T>(maxima[0], tensor_maximum));
-    // Divisions are done for all tiles at once; what takes none is faster made than stored.
+    // Divisions are done for all tiles at once. A quantizer without one is made faster than it is stored.
     constexpr bool kDivides = std::is_same_v<decltype(Quantizer::scale), RealScale<T>>;
     Quantizer quantizers[kDivides ? kBatch : 1];
     for (int64_t t = 0; kDivides && t < kBatch; ++t) quantizers[t] = format.template usual<T>(maxima[t], tensor_maximum);
@@ -348,7 +348,7 @@ typename Ieee<Compute<S>>::Bits maximum_of_all(const Cover& cover, const S* x) {
 template <class S, class Format, class Round>
 constexpr bool kSideBySide = !Format::rare && !std::is_same_v<S, double> && !std::is_same_v<Round, RoundOther>;
 
-// Neighbours that lie in different blocks, `lanes` of them, again and again. `maxima` are those of `period` neighbours.
+// Neighbours in `lanes` different blocks, in turns. `maxima` has the maximum of each of `period` neighbours.
 template <class S, class Format, class Round>
 __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, Result<S, Round>* y, int64_t count,
                                               const uint32_t* draw, const typename Ieee<Compute<S>>::Bits* maxima,
@@ -393,7 +393,7 @@ __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, R
   }
 }
 
-// Draws that have been made already: those of a box, in its order.
+// The draws of a box, made already, in its order.
 struct Made {
   const uint32_t* draw;
   template <class S>
@@ -412,8 +412,8 @@ auto source(const Random& random) {
   }
 }
 
-// What all boxes of a tensor have in common. maxima: of the blocks, or nullptr where each run is one, and whole. negative:
-// of an affine scale's blocks, instead of a maximum of the tensor. found: takes the maxima of runs, if they are wanted.
+// The common state of all boxes of a tensor. maxima: of the blocks, or nullptr if each run is a whole block. negative: of an
+// affine scale's blocks, in place of a maximum of the tensor. found: takes the maxima of runs, if they are wanted.
 template <class S, class Format, class Round>
 struct Rounder {
   using T = Compute<S>;
@@ -445,7 +445,7 @@ struct Rounder {
   }
 
  private:
-  // What a quantizer is made from beside the maximum of its block.
+  // The second number that a quantizer is made from, beside the maximum of its block.
   T beside(int64_t block) const {
     if constexpr (Format::rare) return negative == nullptr ? tensor_maximum : bit_cast<T>(negative[block]);
     return tensor_maximum;
@@ -488,14 +488,14 @@ struct Rounder {
   }
 };
 
-// Whether a thread may go through memory as it lies, and draw on its way: row-major neighbours then are neighbours there.
+// Whether a thread may go through memory in order, and draw on its way: row-major neighbours are neighbours in memory.
 inline bool is_direct(const Layout& layout, bool draws) {
   const Place step = layout.inner().step;
   return !is_scattered(layout) && (!draws || (step.index == 1 && step.block == 0));
 }
 
-// Any layout: a box's draws are made in row-major order and turned into its own, and its elements are brought together
-// where they are scattered.
+// Any layout: a box's draws are made in row-major order and turned into the order of the box. Scattered elements are brought
+// together.
 template <class S, class Format, class Round>
 __attribute__((noinline)) void quantize_boxes(const Rounder<S, Format, Round>& rounder, const Layout& layout, const S* x,
                                               Result<S, Round>* y, const Random& random) {
@@ -543,7 +543,7 @@ void quantize(const Format& format, const Cover& cover, const S* x, Result<S, Ro
       }
     }
     const bool direct = is_direct(layout, Round::draws);
-    // A row that is a block, and whole, is read twice by one thread; other blocks wait for all threads' maxima.
+    // If a row is a whole block, one thread reads it twice. Other blocks wait for the maxima of all threads.
     const bool rows = kShares && !affine && direct && layout.blocks_are_rows() && layout.inner().size <= Boxes::kWholeRow;
     if (kShares && !rows) {
       maxima.resize(cover.blocks);

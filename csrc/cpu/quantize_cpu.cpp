@@ -14,7 +14,7 @@
 namespace swalp_fx {
 namespace {
 
-// What a group of torch.optim.SGD holds.
+// The settings of a group of torch.optim.SGD.
 struct Sgd {
   float lr, momentum, undamped, weight_decay;  // undamped: 1 - dampening
   bool nesterov, maximize;
@@ -28,7 +28,7 @@ struct Look : RoundNearest {
   }
 };
 
-// 16 values of 32 bits: their lowest bytes; or written to every second place, with nothing in between.
+// 16 values of 32 bits: writes their lowest bytes, or writes the values to every second place and leaves the rest alone.
 struct OneByOne {
   static void narrow(const uint32_t* from, uint8_t* to) {
     for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(from[i]);
@@ -166,7 +166,7 @@ struct Cpu {
       if (!cover.layouts.empty()) run_at(format, cover, type, from, to, drawn);
     }
 
-    // Where rounding to nearest keeps a number, every rounding does, as long as scales are powers of two.
+    // If scales are powers of two, every rounding keeps the numbers that rounding to nearest keeps.
     bool keeps(const void* from) const override {
       if (!format.is_exact()) return false;
       check_memory(from);
@@ -179,7 +179,7 @@ struct Cpu {
     }
 
    private:
-    // Sizes and strides are the plan's, but whoever has them may have no memory.
+    // The sizes and strides are the plan's, but the tensor may have no memory.
     void check_memory(const void* x) const {
       require(cover.layouts.empty() || x != nullptr, kOp, kNoMemory);
     }
@@ -200,8 +200,8 @@ struct Cpu {
   };
 
  private:
-  // Calls f(number of a call, what its piece covers), on every thread, for pieces of about kGrain elements and of whole
-  // blocks. What does not fall into such pieces comes first, whole, and f has all threads for it.
+  // Calls f(index of a call, cover of a piece), on every thread, for pieces of about kGrain elements and of whole blocks. A
+  // tensor that cannot be cut into such pieces comes first, whole, and f has all threads for it.
   template <class OneCall, class F>
   static void for_each_piece(const OneCall* calls, size_t count, const F& f) {
     if (count == 1 && calls[0].cover.numel() <= Boxes::kGrain) {
@@ -251,14 +251,14 @@ struct Cpu {
     const Layout& layout = cover.layouts.front();
     const int64_t size = outermost(cover), step = layout.numel / size;
     if (cover.layouts.size() == 1 && layout.rank > 0 && step <= Boxes::kWholeRow && draws_apart(call.drawing, layout)) {
-      // No block reaches from one step into another, and those of a piece are numbered one after another.
+      // No block reaches from one step into another, and the blocks of a piece have consecutive numbers.
       const bool apart = shared == Shared::Block && layout.dims[0].step.block * size == cover.blocks;
       if (apart || shared == Shared::Nothing) return std::max<int64_t>(1, Boxes::kGrain / step);
     }
     return cover.numel() <= Boxes::kGrain ? size : 0;
   }
 
-  // Whether each step of the outermost loop has random bits of its own, row-major neighbours among neighbours in memory.
+  // Whether each step of the outermost loop has random bits of its own: row-major neighbours lie among neighbours in memory.
   static bool draws_apart(const Drawing& drawing, const Layout& layout) {
     return drawing.rounding != Rounding::Stochastic ||
            std::all_of(layout.dims, layout.dims + layout.rank,
@@ -286,8 +286,8 @@ struct Cpu {
   struct CpuForms<Forms<Device, N...>> {
     using Of = Forms<Device, N...>;
 
-    // A step of torch.optim.SGD in one pass: a thread rounds a piece of the gradients, updates, and rounds what it has
-    // updated while that is in its cache. A role without streams is not rounded.
+    // A step of torch.optim.SGD in one pass. A thread rounds a piece of the gradients, updates the weights, and rounds them
+    // while they are in its cache. A role without streams is not rounded.
     static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta, double lr,
                     double momentum, double undamped, double weight_decay, bool nesterov, bool maximize, N... format,
                     Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, std::vector<int64_t> weight_streams,
@@ -315,8 +315,8 @@ struct Cpu {
       });
     }
 
-    // Codes of 8 bits or fewer side by side, and scales as they are stored. False where they are not made here, or x is not
-    // finite: then what was written says nothing.
+    // Writes codes of 8 bits or fewer side by side, and stored scales. False if it makes none for this format, or if x is not
+    // finite; then the outputs mean nothing.
     static bool codes(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, int64_t stream,
                       std::vector<int64_t> coding, Tensor packed, Tensor scales, Tensor second) {
       const Numbers n = numbers(format...);
@@ -324,7 +324,7 @@ struct Cpu {
       check_codes(call, coding, packed, scales, second);
       const auto at = [&](size_t i) { return static_cast<int>(coding[i]); };
       const Coding of_elements{at(0), at(1) != 0, at(2) != 0, at(3)};
-      const bool is_packed = of_elements.bits == 8;  // as one a byte
+      const bool is_packed = of_elements.bits == 8;  // one code a byte
       const std::unique_ptr<uint8_t[]> room(is_packed ? nullptr : new uint8_t[x.numel()]);
       auto* const to = static_cast<uint8_t*>(packed.mutable_data_ptr());
       uint8_t* const bytes = is_packed ? to : room.get();
@@ -443,7 +443,7 @@ struct Cpu {
   template <class Format, class S, class Round>
   static void run_on(Isa isa, const Format& format, const Cover& cover, const S* x, Result<S, Round>* y,
                      const Round& round, const Random& random) {
-    // What training does not use is not worth compiling three times.
+    // Combinations that training does not use are not worth compiling three times.
     if constexpr (!Format::rare && !std::is_same_v<Round, RoundOther>) {
 #ifdef SWALP_X86
       if (isa == Isa::Avx512) return avx512::quantize(format, cover, x, y, round, random);

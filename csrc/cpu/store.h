@@ -1,7 +1,8 @@
-// What is stored of scales, and codes side by side. quantize_cpu.cpp includes this once for each instruction set.
+// Stored scales, and codes side by side. quantize_cpu.cpp includes this once for each instruction set.
 
-// Of each block: a power of two's exponent, over `bias`, in a byte; a float; the code of a float, beside the one float of the
-// tensor; or a float, and the code of zero. Those of swalp_fx/codes/stored.py.
+// Stores the scale of each block, as swalp_fx/codes/stored.py does. A power of two is its exponent plus `bias`, in a byte. A
+// real scale is a float. A two-level scale is the code of a float, beside one float for the tensor. An affine scale is a float
+// and the code of zero.
 __attribute__((noinline)) inline void store_scales(const Numbers& n, const Coding& coding, const Found& found, int bias,
                                                    void* scales, void* second) {
   const auto blocks = static_cast<int64_t>(found.maxima.size());

@@ -1,7 +1,7 @@
-// The CUDA kernels. The arithmetic is csrc/formats.h's; here elements are shared out and moved.
+// The CUDA kernels. csrc/formats.h has the arithmetic; here elements are shared out and moved.
 //
-// A quad of threads takes a block of random bits (kBlock elements) at a time: each thread runs four
-// counters, and so has the bits of four neighbouring elements in every row of 16. No bit is thrown away, and
+// A quad of threads takes a block of random bits (kBlock elements) at a time. Each thread runs four
+// counters, and so has the bits of four neighbouring elements in every row of 16. No bit is wasted, and
 // every access is 16 bytes of float32.
 #pragma once
 
@@ -42,13 +42,13 @@ __device__ __forceinline__ Place place_by(const Layout& layout, Integer i) {
   return p;
 }
 
-// The same; a division of 32 bits takes a third of one of 64.
+// The same. A 32-bit division takes a third of the time of a 64-bit one.
 __device__ __forceinline__ Place place_of(const Layout& layout, int64_t i) {
   if (layout.numel <= int64_t{0xFFFFFFFF}) return place_by(layout, static_cast<uint32_t>(i));
   return place_by(layout, i);
 }
 
-// These kernels serve draws of up to 16 bits, two of which share a word.
+// These kernels serve draws of up to 16 bits: two draws share a word.
 constexpr int kDrawsPerWord = 2;
 constexpr int kRows = 4 * kDrawsPerWord;  // of 16 elements, in a block of random bits
 constexpr int64_t kBlock = kRows * kCounters;
@@ -82,7 +82,7 @@ template <class S>
 struct Share {
   Vector<S> at[kRows];
 
-  // What lies from begin to end, with zeros for the rest: zeros raise no maximum.
+  // Loads the elements from begin to end, and zeros for the rest: zeros raise no maximum.
   __device__ __forceinline__ void load(const S* x, int64_t block, int lane, int64_t begin, int64_t end) {
     const int64_t first = block * kBlock + lane * kVector;
     if (block * kBlock >= begin && (block + 1) * kBlock <= end) {
@@ -161,9 +161,9 @@ __device__ __forceinline__ void maxima_of_tiles(const Share<S>& share, int tile,
   }
 }
 
-// Contiguous memory, a quad a block of random bits. x and y are aligned to a Vector. A format that shares has either
-// tiles (tile > 0), whose maxima a quad finds by itself, or rows of at least kBlock elements (row > 0), whose maxima are
-// in `maxima`. With tiles, `maxima` is that of the whole tensor, for the formats that share it too.
+// Contiguous memory, a quad a block of random bits. x and y are aligned to a Vector. A format that shares has tiles or rows.
+// A quad finds the maxima of tiles (tile > 0) by itself; then `maxima` is the tensor's, for formats that share that too. Rows
+// (row > 0) have at least kBlock elements, and their maxima in `maxima`.
 template <class S, class Format, class Round>
 __global__ void __launch_bounds__(kThreads)
     quantize_quads(const Format format, const Round round, const S* x, S* y, int64_t numel, int tile, int64_t row,
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The maxima of any blocks. A thread block takes a stretch of memory at a time, in whose order the layout's loops run.
+// The maxima of any blocks. A thread block takes a stretch of memory at a time; the layout's loops run in memory order.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     block_maxima(const Layout layout, const S* x, typename Ieee<Compute<S>>::Bits* maxima) {
@@ -394,11 +394,11 @@ __global__ void __launch_bounds__(kThreads) maximum_of_maxima(const Bits* maxima
 
 // ---- memory in another order than the random bits ---------------------------------------------------
 
-// A layout cut into tiles: `along` is the loop of row-major neighbours, `across` that of neighbours in memory (or all of
-// the layout's innermost loop, if it is both: then `along` has one step), `outer` the loops around them. The draws of a
-// tile come in segments of row-major neighbours.
+// A layout cut into tiles: `along` is the loop of row-major neighbours, `across` the loop of neighbours in memory, `outer` the
+// loops around them. If the innermost loop is both, `across` is all of it, and `along` has one step. The draws of a tile come
+// in segments of row-major neighbours.
 struct Tiles {
-  static constexpr int kDraws = 32 * 514;  // that shared memory holds
+  static constexpr int kDraws = 32 * 514;  // draws that fit in shared memory
   Layout outer;
   Dim along, across;
   int64_t rows, columns;  // of a tile: steps along and across
@@ -410,8 +410,8 @@ struct Tiles {
   SWALP_HD int64_t count() const { return outer.numel * tiles_along() * tiles_across(); }
 };
 
-// A tile's draws are made in row-major order, each word once, and left in shared memory; its elements are then rounded
-// in the order of memory, kElements neighbours a thread. kElements > 1 only where every vector is aligned.
+// A tile's draws are made in row-major order, each word once, and left in shared memory. Then its elements are rounded in
+// memory order, kElements neighbours a thread. kElements > 1 needs every vector to be aligned.
 template <class S, class Format, class Round, int kElements>
 __global__ void __launch_bounds__(kThreads)
     quantize_tiles(const Format format, const Round round, const Tiles tiles, const S* x, S* y,
@@ -460,7 +460,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
 
-    // Threads side by side take neighbours in memory; those that do not fill a row have none.
+    // Threads side by side take neighbours in memory; threads beyond the last whole row take none.
     const auto each = [&](const auto& f) {
       const int in_row = columns / kElements, threads = static_cast<int>(blockDim.x);
       const int beside = in_row < threads ? in_row : threads, at_once = threads / beside;
@@ -497,8 +497,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- a list of tensors ------------------------------------------------------------------------------
 
-// One of them, aligned to a Vector: rows of `size` neighbours, the last of which may be short. A row is a block, or, in a format whose elements
-// share nothing, a piece of the tensor. Thread blocks from `first` on work at it.
+// A tensor of the list, aligned to a Vector: rows of `size` neighbours; the last may be short. A row is a block, or, in a
+// format that shares nothing, a piece of the tensor. Thread blocks from `first` on work at it.
 template <class S>
 struct Item {
   S* x;
@@ -507,7 +507,7 @@ struct Item {
   unsigned first;
 };
 
-// As many as a launch takes by value: its parameters have 4 KB.
+// As many items as a launch takes by value: its parameters have 4 KB.
 template <class S>
 struct Items {
   static constexpr int kMost = 64;

@@ -1,4 +1,4 @@
-// The Python module whose loading registers the CUDA kernels.
+// The Python module: loading it registers the CUDA kernels.
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__C_cuda(void) {

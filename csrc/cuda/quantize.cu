@@ -1,4 +1,4 @@
-// The ops on CUDA: which kernel serves which layout.
+// The ops on CUDA: the choice of a kernel for a layout.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -44,7 +44,7 @@ int64_t rows_in_memory(const Layout& layout, int64_t blocks) {
   return rows ? size : 0;
 }
 
-// How a layout with a loop of row-major neighbours and one of neighbours in memory is cut into tiles; none if it lacks one.
+// The tiles of a layout. It needs a loop of row-major neighbours and a loop of neighbours in memory; none if it lacks one.
 std::optional<Tiles> tiles_of(const Layout& layout) {
   if (layout.rank == 0 || layout.inner().step.memory != 1) return {};
   constexpr int64_t kNarrow = 32;  // columns that fill a memory access
@@ -93,8 +93,8 @@ bool is_aligned(const S* x, int elements = kVector) {
   return reinterpret_cast<uintptr_t>(x) % (sizeof(S) * elements) == 0;
 }
 
-// What training uses has kernels that move four elements at a time; the rest is served one element at a time, which takes
-// longer, but half of the module's size.
+// Combinations that training uses have kernels that move four elements at a time. All others go one element at a time: this
+// is slower, but halves the size of the module.
 template <class S, class Format, class Round>
 constexpr bool is_fast = !Format::rare && !std::is_same_v<Round, RoundOther> && !std::is_same_v<S, double>;
 
@@ -159,7 +159,7 @@ struct Launch {
         if (size <= kHeld) {
           launch(quantize_rows<S, Format, Round>, cover.blocks, threads_of_row(size), format, round, x, y, cover.blocks,
                  size, random, key);
-        } else {  // rows that no thread block holds are read twice, by all of them
+        } else {  // rows too long for a thread block are read twice, by all thread blocks
           const Tensor of_rows = maxima(cover.blocks, size);
           quads(layout.numel, 0, size, data(of_rows));
         }
@@ -268,7 +268,7 @@ struct Cuda {
       run_at(format, cover, like, type, from, to, drawn);
     }
 
-    // To know it, the host would wait for the GPU.
+    // To find out, the host would have to wait for the GPU.
     bool keeps(const void*) const override { return false; }
   };
 

@@ -8,7 +8,7 @@ from .unfit import refuse_unfit
 
 __all__ = ["Conversion", "Graphs", "Rewritten", "conversion_of", "local", "refuse_unfit"]
 
-_ENTRIES = ("float_copy", "in_float", "install", "restore")  # with them comes torch._dynamo, a second's import
+_ENTRIES = ("float_copy", "in_float", "install", "restore")  # they import torch._dynamo, which takes a second
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The compiler backend: a graph of PyTorch's front end in, a function that runs its rewrite out."""
+"""The compiler backend: it takes a graph of PyTorch's front end, and returns a function that runs its rewrite."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def backend(
     *,
     inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """What runs in place of ``graph_module``: its rewrite, or what ``inner``, another backend, makes of that.
+    """The function that runs in place of ``graph_module``: its rewrite, compiled by the backend ``inner`` if given.
 
-    The front end keeps what it is given out of the garbage collector's sight: nothing of it may hold the model.
+    The garbage collector cannot see the references of the front end. So the function must not hold the model.
     """
     conversion = _held(weakly)
-    conversion.forget_places()  # whatever was changed, and however: a graph is made with the names of now
+    conversion.forget_places()  # a graph is made with the present names, however the model was changed
     frame, reason = Frame(), break_reason(graph_module)
     owner = Owner(frame, conversion.places, foreign=inner is not None)
     for name in owner.locals:
@@ -58,7 +58,7 @@ def backend(
     rewritten = rewrite(graph, conversion.recipe, scope, keyed=keyed, identity=conversion.identity)
     entry = f"{owner.path or type(conversion.root).__name__}: {_spoken(frame, owner)}"
     twins = Twins()
-    if not returns and not conversion.recipe.quantize_logits and inner is None:  # it may yet be what the model returns
+    if not returns and not conversion.recipe.quantize_logits and inner is None:  # the model may still return its output
         twins = give_bare(rewritten)
     module = GraphModule(new, rewritten, "Rewritten")
     made = Rewritten(entry, graph, module, conversion.root.training, reason, path=owner.path, place=scope.place)
@@ -69,7 +69,7 @@ def backend(
     run, gpu = module.forward, _gpu(module) if keyed and inner is not None else None
     if inner is not None:
         key = conversion.key(gpu) if keyed else None
-        if keyed and key is None:  # a graph that is compiled further is for one mode; entries guard it
+        if keyed and key is None:  # a graph for another backend is for one mode; entries guard the mode
             _without_key(module)
             keyed = False
         run = inner(module, [key, *inputs] if keyed else inputs)
@@ -83,19 +83,19 @@ def _held(weakly: weakref.ref[Conversion]) -> Conversion:
 
 
 def _drawing(module: GraphModule) -> Iterator[Node]:
-    """The nodes of a graph, and of the checkpoints that it runs, that round by its key."""
+    """The nodes that draw random bits from a graph's key, in checkpoints and loops too."""
     key = next(iter(module.graph.nodes))
     for user in key.users:
-        if user.target is nodes.checkpointed:
+        if user.target in nodes.RUNS:
             yield from _drawing(getattr(module, str(user.args[0].target)))
         else:
             yield user
 
 
 def _gpu(module: GraphModule) -> torch.device | None:
-    """The GPU that holds all that a graph rounds by its key, if one does; the key then has to be there.
+    """The GPU that holds every tensor that is rounded with the key, or None; the key must be on it too.
 
-    A CUDA graph that another compiler makes of it takes no input from the CPU, where each run draws its key.
+    Each run draws its key on the CPU. Another compiler may make a CUDA graph, which takes no input from the CPU.
     """
     rounded = pytree.tree_leaves([node.args[0].meta.get("example_value") for node in _drawing(module)])  # type: ignore[union-attr]
     devices = {each.device for each in rounded if isinstance(each, Tensor)}
@@ -116,18 +116,18 @@ def chained(
     inputs: Sequence[Any],
     **options: Any,
 ) -> Callable[..., Any]:
-    """The backend of another torch.compile around a converted model, our rewrite in front of it."""
+    """The backend of another torch.compile around a converted model, with our rewrite in front of it."""
     return backend(weakly, graph_module, inputs, inner=functools.partial(theirs, **options))
 
 
 def _spoken(frame: Frame, owner: Owner) -> str:
-    """The name of a frame's function, an entry's without its number."""
+    """The name of a frame's function; of an entry, without its number."""
     name = frame.original_code.co_name
     return name.rpartition("_")[0] if owner.is_entry else name
 
 
 def _place(frame: Frame) -> str:
-    """What tells frames of one module from each other: the code behind a break, and where that was."""
+    """The place of the break if the frame goes on after a graph break, else "". It tells frames of a module apart."""
     name = frame.code.co_name
     return name.rpartition("_at_")[2] if name.startswith("torch_dynamo_resume_in_") else ""
 
@@ -140,7 +140,7 @@ def _runner(
     gpu: torch.device | None,
     twins: Twins,
 ) -> Callable[..., Any]:
-    """What the front end's code calls. ``gpu``: where the key has to be; ``twins``: see ``give_bare``."""
+    """The function that the front end's code calls. ``gpu``: the key must be on it; ``twins``: see ``give_bare``."""
     switches = any(node.target in SWITCHES for node in made.graph.nodes)
 
     def runner(*args: Any) -> Any:

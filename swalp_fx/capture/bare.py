@@ -1,8 +1,9 @@
-"""What a model returns stays float, also where Python runs between its graphs.
+"""The outputs of a model stay in float, also if Python runs between its graphs.
 
-Then no graph can know whether what it gives is what the model returns. So each gives what it rounds to whoever reads
-it, and beside it the number before rounding. When the outermost call returns, those take the place of the rounded ones.
-Movement keeps such a pair: a graph that moves what it is given moves both; a view that Python makes has both's memory.
+With Python between them, no graph knows whether the model returns its output. So each graph returns its rounded
+outputs, and after them their bare twins: the same tensors before rounding. When the outermost call returns, the twins
+replace the rounded tensors. Movement keeps the pair: a graph that only moves an input moves its twin too, and a view
+that Python makes is found by its memory.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ __all__ = ["Bare", "Twins", "give_bare"]
 
 
 class Twins(NamedTuple):
-    """Of what a graph is given and gives, by number, what has a bare one behind all of it."""
+    """The indices of a graph's inputs and outputs that have a bare twin. Twins come after all others."""
 
     inputs: Sequence[int] = ()
     outputs: Sequence[int] = ()
 
 
 def give_bare(graph: Graph) -> Twins:
-    """Makes a rewritten ``graph`` give, behind all that it gives, what is bare of that: see the module's docstring.
+    """Adds the bare twins of a rewritten ``graph``'s outputs after its outputs: see the module's docstring.
 
-    Those are not rounded in place.
+    A tensor with a twin is not rounded in place.
     """
     output = graph.output_node()
     given: Any = output.args[0]
     inputs = [node for node in graph.find_nodes(op="placeholder") if HOLDS in node.meta]  # all but the key
     bare: dict[Node, Node] = {}
-    twins: list[Node] = []  # of what is given
+    twins: list[Node] = []  # inputs that have a twin
     for node in _moved_to(output):
         if node.target is nodes.quantize_output:
             bare[node] = node.args[0]  # type: ignore[assignment]
@@ -61,7 +62,7 @@ def give_bare(graph: Graph) -> Twins:
 
 
 def _moved_to(output: Node) -> Iterator[Node]:
-    """What may be rounded of what a graph gives, and all that moves that, in the order of the graph."""
+    """The nodes, in order, that make outputs by movement alone: quantize nodes, inputs, and the movement itself."""
     written = set(_written(output.graph))
     moved, sources = [], set(output.all_input_nodes)
     for node in reversed(output.graph.nodes):
@@ -76,7 +77,7 @@ def _moved_to(output: Node) -> Iterator[Node]:
 
 
 def _is_moved(node: Node) -> bool:
-    """Whether a node moves numbers, and would move others as well: nothing is drawn, and no hook is registered."""
+    """Whether a node is movement that may run twice: it draws no random bits, and registers no hook."""
     if node.op not in ("call_function", "call_method") or node.meta.get(PART) not in ("movement", "exit"):
         return False
     name = name_of(node)
@@ -85,7 +86,7 @@ def _is_moved(node: Node) -> bool:
 
 
 def _written(graph: Graph) -> Iterator[Node]:
-    """What a graph writes into: a bare one beside it would miss that."""
+    """The nodes that a graph writes into. Their twins would miss the write."""
     for node in graph.nodes:
         written: Any = node.kwargs.get("out", node.args[0] if writes(node) and node.args else None)
         while isinstance(written, Node):
@@ -100,13 +101,13 @@ def _drop_in_place(node: Node) -> None:
 
 
 class Bare:
-    """Of this thread's outermost call: rounded tensors whose memory is alive, and what they were before."""
+    """The bare twins in this thread's outermost call, as long as the memory of their rounded tensors lives."""
 
     def __init__(self) -> None:
         self._pairs: dict[int, tuple[weakref.ref[torch.UntypedStorage], list[_Pair]]] = {}
 
     def keep(self, given: tuple[Any, ...], places: Sequence[int]) -> tuple[Any, ...]:
-        """``given`` without the bare tensors behind it, which are kept as long as the memory of those at ``places``."""
+        """``given`` without the twins at its end, which are kept; ``places``: the indices of their rounded tensors."""
         given, bare = given[: -len(places)], given[-len(places) :]
         for place, before in zip(places, bare, strict=True):
             if isinstance(before, Tensor) and before.layout is torch.strided:
@@ -123,19 +124,19 @@ class Bare:
         kept[1].append(_Pair.of(rounded, before))
 
     def of(self, tensor: Any) -> Any:
-        """What ``tensor`` was before it was rounded; itself if it was not."""
+        """``tensor`` as it was before it was rounded; itself if it was not rounded."""
         if not self._pairs or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             return tensor
         _, pairs = self._pairs.get(id(tensor.untyped_storage()), (None, ()))
         if not pairs or tensor._backward_hooks or tensor.retains_grad:
             return tensor
-        # The last is what a graph gave last. A view that Python made is found in what fills the memory.
+        # The newest pair comes first. A view that Python made is looked for in tensors that fill their memory.
         fits = (pair for whole in (False, True) for pair in reversed(pairs) if pair.fits(tensor, whole))
         found = next((pair.seen_as(tensor) for pair in fits), tensor)
         return found.detach() if found.requires_grad and not tensor.requires_grad else found
 
     def in_place_of_rounded(self, result: Any, given: Any) -> Any:
-        """``result``, which the model returns, with the bare tensors in it; what the caller has ``given`` stays."""
+        """``result`` of the model, with twins in place of rounded tensors; objects in ``given`` stay as they are."""
         return replaced(result, self.of, given) if self._pairs else result
 
     def clear(self) -> None:
@@ -147,9 +148,9 @@ def _forget(pairs: dict[int, Any], key: int, _: Any) -> None:
 
 
 class _Pair(NamedTuple):
-    where: tuple[Any, ...]  # of what was rounded, in its memory
-    as_made: Any  # what shows that nobody has written into it: its version, or its numbers where none are counted
-    step: int  # the number of autograd's step that made it
+    where: tuple[Any, ...]  # size, stride and offset of the rounded tensor in its memory
+    as_made: Any  # shows a later write: its version, or a copy of its numbers under inference mode
+    step: int  # the number of the autograd step that made it
     bare: Tensor
 
     @classmethod
@@ -159,7 +160,7 @@ class _Pair(NamedTuple):
         return cls(_where(rounded), as_made, step, bare)
 
     def fits(self, tensor: Tensor, whole: bool) -> bool:
-        """Whether ``tensor`` is what was rounded, or if ``whole`` any view of that, and still the same numbers."""
+        """Whether ``tensor`` is the rounded tensor, unchanged; with ``whole``, any view of it."""
         if tensor.dtype != self.bare.dtype or tensor.is_conj() or tensor.is_neg():
             return False
         if tensor.requires_grad > self.bare.requires_grad or _is_of_function(tensor, self.step):
@@ -180,7 +181,7 @@ class _Pair(NamedTuple):
         return self.bare if self.where == _where(tensor) else self._laid_out(self.bare, tensor)
 
     def _laid_out(self, source: Tensor, tensor: Tensor) -> Tensor:
-        """The view of ``source`` that ``tensor`` is of what was rounded."""
+        """The view of ``source`` that corresponds to ``tensor``, a view of the rounded tensor."""
         size, stride, offset = self.where
         if source.stride() != stride:
             source = torch.empty_strided(size, stride, dtype=source.dtype, device=source.device).copy_(source)
@@ -189,7 +190,7 @@ class _Pair(NamedTuple):
 
 
 def _is_of_function(tensor: Tensor, since: int) -> bool:
-    """Whether a function with a backward of its own gave ``tensor`` after that step, as full backward hooks do."""
+    """Whether a function with a backward of its own made ``tensor`` after that step, as full backward hooks do."""
     step: Any = tensor.grad_fn
     while step is not None and step._sequence_nr() > since:
         if isinstance(step, BackwardCFunction):

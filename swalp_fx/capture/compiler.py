@@ -1,4 +1,4 @@
-"""Entries, compiled: traced by PyTorch's front end, or an error that says why not. Never float in silence."""
+"""Compiled entries: PyTorch's front end traces them, or an error says why not. They never run in float in silence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import ConvertError, NotRewritten
 from ..formats import FormatError
@@ -43,7 +44,7 @@ from .running import local
 if TYPE_CHECKING:
     from .entries import Entry
 
-__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "rewriting"]
+__all__ = ["APART", "FOREIGN", "PYTHON", "compile_entry", "explain", "is_given_packed", "rewriting"]
 
 FOREIGN = "torch.export or torch.func around the converted model would drop its rewrite; call the model outside of it"
 HERE, APART = "here", "apart"
@@ -51,12 +52,12 @@ CAPTURE = str(Path(__file__).parent)
 PACKAGE = str(Path(__file__).parents[1])
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 _NUMBERS = itertools.count()  # of entries that were compiled
-PYTHON: dict[CodeType, str] = {}  # frames of models' code that run as they are -> where they stand
-REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # what a pass raises is for the user as it is
+PYTHON: dict[CodeType, str] = {}  # code of models that runs as Python -> file, line and name
+REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # errors of passes that users see unchanged
 
 
 def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` of the entry's module, whose frames the conversion's backend rewrites."""
+    """``call`` of the entry's module, compiled: the conversion's backend rewrites its frames."""
     conversion, module = entry.conversion, entry.module
 
     @assume_constant_result
@@ -64,17 +65,17 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
         return _rewriting(conversion, Frame()) == HERE
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # The front end takes the first test for true, and it is gone from what it makes. So only the original code can
-        # get here: compilation is off, past its limit, or swallowed. The check costs nothing.
+        # In a trace this test is a constant, and compiled code does not have it. So only the original code gets here:
+        # compilation is off, past its limit, or its error was swallowed. The check costs nothing.
         if not torch.compiler.is_dynamo_compiling():
-            entry.compiled.clear()  # an error in a trace has marked this code to be left alone for good
+            entry.compiled.clear()  # after an error in a trace, the front end never traces this code again
             return explain(call, module, args, kwargs)
         if not is_rewritten():
             raise NotRewritten(FOREIGN)
         return call(module, *args, **kwargs)
 
-    # A code object of its own has a cache of its own. Its name does too: by that, the front end remembers which sizes
-    # change, and makes graphs for any.
+    # A code object of its own gives the entry a cache of its own. So does its name: by name the front end remembers
+    # the sizes that change, and makes them symbolic.
     kind = type(module).__name__
     spoken = "_".join(filter(None, (kind, name, str(next(_NUMBERS)))))
     run.__code__ = run.__code__.replace(co_name=spoken)
@@ -82,7 +83,7 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
 
 
 def _is_no_models(code: CodeType) -> bool:
-    """Whether code is an optimizer's, or of this package: what a method of a model may call, and is none of it."""
+    """Whether ``code`` is an optimizer's, or of this package: a model may call it, but it is no code of the model."""
     if code.co_filename == __file__:  # the entry itself, which may be called in a closure of an optimizer's step
         return False
     if code.co_filename.startswith(PACKAGE) and not code.co_filename.startswith(CAPTURE):
@@ -96,7 +97,7 @@ def _is_no_models(code: CodeType) -> bool:
 
 
 class _Tracing:
-    """The tracing of a frame, under our knobs; a hit in the cache does not come here."""
+    """The tracing of a frame, under our settings. A hit in the cache does not come here."""
 
     def __init__(self, callback: Callable[..., Any]) -> None:
         self._callback = callback
@@ -109,7 +110,7 @@ class _Tracing:
             with knobs(self._limit(args[0].f_code)):
                 result = self._callback(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
-            error.code = args[0].f_code  # type: ignore[attr-defined]  # whose limit
+            error.code = args[0].f_code  # type: ignore[attr-defined]  # the code that has too many graphs
             raise
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, REFUSALS):
@@ -123,11 +124,11 @@ class _Tracing:
 
     @staticmethod
     def _limit(code: CodeType) -> int:
-        """Of graphs. All models share their classes' code; the front end keeps graphs of those that are gone, too."""
+        """The limit of graphs. All models share their classes' code, and graphs of deleted models count too."""
         return MAX_GRAPHS if code.co_filename == __file__ else MAX_GRAPHS * Conversion.count
 
     def _note(self, frame: Any) -> None:
-        """The frame will run as Python."""
+        """Notes that the frame will run as Python."""
         code = frame.f_code
         holds = any(isinstance(value, nn.Module | Tensor) for value in frame.f_locals.values())
         if holds and "/torch/" not in code.co_filename and "/swalp_fx/" not in code.co_filename:
@@ -138,7 +139,7 @@ class _Tracing:
 
 
 def explain(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Raises what the model itself raises, if it does: the user's own error. Else why the call is not rewritten."""
+    """Raises the user's own error, if the model itself fails; else NotRewritten, with the reason."""
     if local.explaining:
         return call(module, *args, **kwargs)
     local.explaining = True
@@ -166,7 +167,7 @@ def _why() -> str:
 
 @assume_constant_result
 def rewriting() -> str:
-    """Asked by a method of a module while it is traced: where it is rewritten. See ``_rewriting``."""
+    """Where the method that is being traced is rewritten: see ``_rewriting``. It is called in the trace."""
     frame = Frame()
     inner = frame.inner
     inner.stand_in()
@@ -174,12 +175,14 @@ def rewriting() -> str:
 
 
 def _goes_straight(inner: Inner) -> bool:
-    """Asked of the call of a module while it is traced: whether that comes to the forward of its class alone.
+    """Whether a module call that is being traced runs the forward of its class, and nothing else.
 
-    To trace what a call does comes to the same, at twice the cost. What is looked at here is guarded.
+    Then the trace can skip the call's own code, which would double its cost. All facts read here are guarded.
     """
     from .ways import Bound, is_call
 
+    if _is_given_packed(inner):
+        return False
     own = vars(inner.module)
     if type(own.get("forward")) is not Bound or not is_call(own.get(CALL)) or inner.is_set("forward"):
         return False
@@ -190,20 +193,33 @@ def _goes_straight(inner: Inner) -> bool:
 
 
 straighten(_goes_straight)
+
+
+@assume_constant_result
+def is_given_packed() -> bool:
+    """Asked by the call of a module while it is traced: whether a recurrent layer is given a PackedSequence. The front
+    end would run PyTorch's code on it as it is."""
+    return _is_given_packed(Frame().inner)
+
+
+def _is_given_packed(inner: Inner) -> bool:
+    return isinstance(inner.module, nn.RNNBase) and inner.is_given(PackedSequence)
+
+
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
 
 
 @trace_instead(torch.backends.mha.get_fastpath_enabled)
 def get_fastpath_enabled() -> bool:
-    """Asked by PyTorch's Transformer layers: where what they compute is rounded, they compute it step by step."""
+    """False for PyTorch's Transformer layers if their outputs are rounded: then they compute step by step."""
     return torch.backends.mha._is_fastpath_enabled and not _rounds_outputs()
 
 
 @trace_instead(nn.functional._check_key_padding_mask)  # type: ignore[attr-defined]
 def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
-    """PyTorch's own ends a graph."""
+    """The same check as PyTorch's, which would break the graph."""
     if key_padding_mask.size(0) != bsz or key_padding_mask.size(1) != src_len:
-        raise AssertionError("key_padding_mask has another shape")  # the model itself is run, and says which
+        raise AssertionError("key_padding_mask has another shape")  # the model then runs by itself, and says which
 
 
 @assume_constant_result
@@ -214,17 +230,20 @@ def _rounds_outputs() -> bool:
 
 
 def _rewritten_where(frame: Frame, inner: Inner) -> str:
-    """``_rewriting`` of the module that is called."""
+    """``_rewriting`` for the module of ``inner``."""
     conversion = conversion_of(inner.module)
     where = _rewriting(conversion, frame) if conversion is not None else ""
     if conversion is not None and where == HERE and innermost_backend(frame.backend) is not conversion.backend:
-        inner.guard(ENTRY, "conversion", "root", "training")  # a graph that is compiled further is for one mode
+        inner.guard(ENTRY, "conversion", "root", "training")  # a graph for another backend is for one mode
     return where
 
 
 def _rewriting(conversion: Conversion, frame: Frame) -> str:
-    """HERE: the graph of the frame comes to the backend of ``conversion``, alone or in front of another one. APART: it
-    comes to the backend of another converted model. "": to nobody that rewrites."""
+    """Which backend gets the graph of ``frame``.
+
+    HERE: the backend of ``conversion``, alone or in front of another one. APART: the backend of another converted
+    model. "": no backend that rewrites.
+    """
     theirs = frame.backend
     inner = innermost_backend(theirs)
     if frame.is_exported:
@@ -233,11 +252,11 @@ def _rewriting(conversion: Conversion, frame: Frame) -> str:
         return HERE
     if (rewriter := getattr(inner, "func", None)) in (backend, chained):
         return HERE if rewriter is chained and inner.args[0]() is conversion else APART
-    # functional_call in another's trace gives layers tensors that no source names: their weights would stay float.
+    # In another compiler's trace, functional_call gives layers unnamed tensors: their weights would stay in float.
     if is_functorch_active() or frame.is_inside(functional_call):
         return ""
     from .entries import adopt_strays
 
-    adopt_strays(conversion)  # before their calls are traced, which guards what they have
+    adopt_strays(conversion)  # before a trace of their calls guards their attributes
     frame.backend = functools.partial(chained, weakref.ref(conversion), theirs)
     return HERE

@@ -1,4 +1,4 @@
-"""What a converted model has besides its modules: its recipe, its places, its graphs, its compiler."""
+"""The conversion of a model: its recipe, places, graphs and compiler backend."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule
 from .. import nodes
 from ..passes.assign import left_out, subjects
 from ..passes.names import kinds_of_type
+from ..passes.recurrent import inside_module
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, RecipeError, Subject, shortened
 from ..warn import warn
@@ -40,13 +41,13 @@ class Rewritten:
     """One rewritten graph."""
 
     entry: str  # of the frame: the module's name and its function
-    captured: Graph  # what the model's own code computes
-    graph_module: GraphModule  # what runs instead
+    captured: Graph  # the computation of the model's own code
+    graph_module: GraphModule  # the rewrite, which runs instead
     training: bool  # the model's flag
-    broke: str | None  # why the code goes on behind it, if it does not return there
+    broke: str | None  # the reason of the graph break at its end; None if it returns
     calls: int = 0
-    path: str = ""  # of the module whose code it is
-    place: str = ""  # of code that goes on behind a break: where that was
+    path: str = ""  # of its module
+    place: str = ""  # of the graph break that it goes on after
 
     @property
     def graph(self) -> Graph:
@@ -58,7 +59,7 @@ class Rewritten:
 
 
 class Graphs(Sequence[Rewritten]):
-    """The rewritten graphs of a model, in the order in which they were made: ``model.graphs``."""
+    """The rewritten graphs of a model, in the order of their making: ``model.graphs``."""
 
     def __init__(self) -> None:
         self._made: list[Rewritten] = []
@@ -67,7 +68,7 @@ class Graphs(Sequence[Rewritten]):
         self._made.append(made)
 
     def drop(self, path: str | None) -> None:
-        """Forget those of the module at ``path``."""
+        """Forget the graphs of the module at ``path``."""
         self._made = [made for made in self._made if made.path != path]
 
     def __len__(self) -> int:
@@ -89,9 +90,11 @@ class Graphs(Sequence[Rewritten]):
         if not self._made:
             return "no graph yet: call the module once, or give example_inputs to convert"
         modes = {True: "train", False: "eval"}
-        # Without what frees a value behind its last use: "; x = None".
-        texts = ((each, re.sub(r";  (\w+ = )+None$", "", each.code, flags=re.MULTILINE)) for each in self._made)
-        return "\n\n".join(f"# {each.entry}, {modes[each.training]} mode\n{text.strip()}" for each, text in texts)
+        return "\n\n".join(
+            f"# {each.entry}, {modes[each.training]} mode{name}\n{text}"
+            for each in self._made
+            for name, text in _texts(each.graph_module)
+        )
 
     __repr__ = __str__
 
@@ -101,8 +104,17 @@ class Graphs(Sequence[Rewritten]):
         return Graphs, ()
 
 
+def _texts(module: GraphModule) -> Iterator[tuple[str, str]]:
+    """(name, code) of a graph, with an empty name, and of the graphs that it runs."""
+    for name, graph in module.named_modules():
+        if isinstance(graph, GraphModule):
+            # Leave out the "; x = None" that frees a value after its last use.
+            code = re.sub(r";  (\w+ = )+None$", "", graph.code, flags=re.MULTILINE)
+            yield f", {name}" if name else "", code.strip()
+
+
 class Conversion:
-    """One for a converted model; its modules' entries share it, and keep it alive."""
+    """One object for each converted model. The entries of its modules share it, and keep it alive."""
 
     count = 0  # of all that were made in this process
 
@@ -113,12 +125,12 @@ class Conversion:
         self._root = weakref.ref(root)
         self.recipe, self.identity = recipe, identity
         self.graphs = Graphs() if graphs is None else graphs
-        self.is_proved = True  # whether all patterns of the recipe are known to name something
+        self.is_proved = True  # whether every pattern of the recipe has been checked against graphs
         self._foreigners: dict[str, Subject] = {}
         self._places: Places | None = None
-        from .backend import backend  # and with it the front end, a second's import
+        from .backend import backend  # it imports the front end, which takes a second
 
-        # One object for all entries: the graphs of inner frames are looked up by it.
+        # One object for all entries: the front end looks up the graphs of inner frames by it.
         self.backend: Callable[..., Any] = functools.partial(backend, weakref.ref(self))
         self.backend.__name__ = "swalp_fx"  # type: ignore[attr-defined]
 
@@ -136,11 +148,11 @@ class Conversion:
         return places
 
     def forget_places(self) -> None:
-        """They are read anew when they are asked for."""
+        """Places are read anew at the next use."""
         self._places = None
 
     def has_stray(self) -> bool:
-        """Whether a module of the model has no entry, since it was put there past ``__setattr__``."""
+        """Whether a module of the model has no entry: it was put in without ``__setattr__``."""
         return any(ENTRY not in each.__dict__ for each in within(self.root))
 
     def holds(self, module: nn.Module) -> bool:
@@ -149,7 +161,7 @@ class Conversion:
         return root is not None and any(each is module for each in within(root))
 
     def gives(self, module: nn.Module, other: Conversion) -> bool:
-        """Whether ``module``, which is put into ``other``'s model, becomes ``other``'s. Its recipe does not change."""
+        """Whether ``module``, now put into the model of ``other``, becomes a part of it. Its recipe does not change."""
         is_alike = (self.recipe, self.identity) == (other.recipe, other.identity)
         return is_alike and (self.recipe.is_within or not self.holds(module))
 
@@ -159,8 +171,11 @@ class Conversion:
         return self.recipe.draws
 
     def refuse_unmatched(self) -> None:
-        """Raises RecipeError for a pattern of the recipe that names no module, no parameter, and nothing that a
-        function may give; once there are graphs, for a placement that leaves nothing rounded too."""
+        """Raises RecipeError for a pattern of the recipe that matches no module, parameter or function output.
+
+        Before there are graphs, a pattern that may name a function's output passes. With graphs, a placement that
+        rounds nothing raises RecipeError too.
+        """
         modules = [path for path, _ in self.root.named_modules()]
         for error in self.recipe.unmatched_whole(modules):
             raise error
@@ -172,8 +187,7 @@ class Conversion:
             raise error
 
     def prove(self) -> None:
-        """Warns of patterns of the recipe that the graphs of a first call show to name nothing, and of a placement that
-        leaves nothing rounded."""
+        """Warns of patterns that match nothing in the first call's graphs, and of a placement that rounds nothing."""
         self.is_proved = True
         for error in self._nothing_placed():
             warn(str(error))
@@ -181,7 +195,7 @@ class Conversion:
             warn(str(error))
 
     def _nothing_placed(self) -> Iterator[RecipeError]:
-        """What to raise where outputs have a format, and the model's own code rounds none of them."""
+        """An error if outputs have a format, but the graphs of the model's own code round none of them."""
         own = [made.captured for made in self.graphs if not made.path]
         left = [left_out(graph, self.recipe) for graph in own]
         if left and all(left):
@@ -197,13 +211,17 @@ class Conversion:
         for path, module in self.root.named_modules():
             if path:
                 yield path, kinds_of_type(type(module), layer_part(type(module)))
+            yield from inside_module(path, module)
         for each in self.graphs:
             yield from subjects(each.captured)
+            for name, graph in each.graph_module.named_modules():
+                if name and isinstance(graph, GraphModule):
+                    yield from subjects(graph.graph)
 
     def key(self, device: torch.device | None = None) -> Tensor | None:
-        """The key of one run: distinct runs, distinct keys. None in eval mode, where stochastic rounds to nearest.
+        """The key of one run; each run has another. None in eval mode, where stochastic rounding is to nearest.
 
-        It is on ``device``, if that is given, without waiting for it.
+        With ``device`` the key is copied there, without waiting.
         """
         key = nodes.draw_key(self.root.training)
         return key if key is None or device is None else key.to(device, non_blocking=True)

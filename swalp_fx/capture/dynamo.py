@@ -1,14 +1,14 @@
 """Every private name of torch that the capture uses, in one place; tests/test_dynamo.py has a test for each.
 
-PyTorch's front end (torch._dynamo) traces a frame of Python into a torch.fx graph, guards what it read, and hands the
-graph to a backend. It is public as torch.compile, but a backend that needs to know whose parameter an input is, or in
-which module a frame stands, has to look behind that.
+PyTorch's front end (torch._dynamo) traces a frame of Python into a torch.fx graph, guards the values that it read, and
+hands the graph to a backend. torch.compile is its public form. Our backend has to look behind that: it needs the
+parameter behind an input, and the module of a frame.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cache, wraps
 from types import CodeType, FunctionType
@@ -60,20 +60,20 @@ __all__ = [
 
 MAX_GRAPHS = 64  # of one entry or frame; past it a call raises
 
-# How a frame is traced, whatever the user has set for their own torch.compile. Hits in the cache do not read these.
+# Settings for the trace of a frame, in place of the user's own for torch.compile. A hit in the cache reads none.
 KNOBS: dict[str, Any] = {
     "accumulated_recompile_limit": 1 << 20,
-    "fail_on_recompile_limit_hit": True,  # else: float, with a line in the log
+    "fail_on_recompile_limit_hit": True,  # else the call runs in float, with a line in the log
     "suppress_errors": False,
     "optimize_ddp": False,  # else the graph is cut at DDP's buckets before a backend sees it
     "allow_rnn": True,
     "skip_nnmodule_hook_guards": False,  # else a hook registered later is ignored
     "skip_no_tensor_aliasing_guards_on_parameters": False,  # else tying after the first call is ignored
-    "skip_tensor_guards_with_matching_dict_tags": False,  # the same, by torch 2.11
+    "skip_tensor_guards_with_matching_dict_tags": False,  # the same, in torch 2.11
     "allow_unspec_int_on_nn_module": True,  # an integer attribute that counts becomes symbolic
     "specialize_float": False,
     "error_on_nested_fx_trace": True,
-    "capture_scalar_outputs": True,  # else a number that a tensor gives ends the graph
+    "capture_scalar_outputs": True,  # else ``tensor.item()`` breaks the graph
 }
 
 HOOKS = tuple(f"_{way}_{when}" for way in ("forward", "backward") for when in ("hooks", "pre_hooks"))
@@ -81,13 +81,13 @@ HOOKS_OF_ALL = tuple(f"_global{name}" for name in HOOKS)
 
 assume_constant_result: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._dynamo.assume_constant_result
 call_of_module: Callable[..., Any] = nn.Module._call_impl
-# A frame is left to run as Python, now, and nothing is remembered of that: another compiler may come to it.
+# The frame runs as Python this time. The front end does not remember that, so another compiler may still trace it.
 LEFT: Any = ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
 functional_call: CodeType = stateless._functional_call.__code__
 
 
 def knobs(limit: int = MAX_GRAPHS) -> AbstractContextManager[None]:
-    """The knobs that this torch has, while it holds; limit: of the graphs of one frame's code."""
+    """A context with the settings that this torch has; limit: of the graphs of one frame's code."""
     values = {**KNOBS, "recompile_limit": limit}
     return config.patch(**{name: value for name, value in values.items() if hasattr(config, name)})
 
@@ -97,27 +97,27 @@ def compiled(
     backend: Callable[..., Any],
     around: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """``function``, whose frames are traced and given to ``backend``; ``around`` wraps the tracing of a frame."""
+    """``function``, compiled: its frames go to ``backend``, and ``around`` wraps the tracing of each frame."""
     context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
 
 
 def trace_into(function: Callable[..., Any]) -> None:
-    """From now on a trace goes into ``function``, as into any code, where it would have made one node of its call."""
+    """From now on, traces go into ``function`` like into any code, in place of making one node of its call."""
     _set_rule(function, UserFunctionVariable)
 
 
 def trace_instead(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates what a trace goes into from now on in the place of ``function``."""
+    """Decorates the function that traces go into, from now on, in place of ``function``."""
     _set_rule(function, None)
     return torch.compiler.substitute_in_graph(function)
 
 
 def _set_rule(function: Callable[..., Any], rule: Any) -> None:
-    """What a trace makes of ``function``'s call; None: what it makes of others'.
+    """Sets how a trace treats a call of ``function``; None: like any other function.
 
-    By its name: the rules by object are made anew from those, as in torch.distributed.init_process_group.
+    The rule is set by name. Rules by object are made anew from the names, as torch.distributed.init_process_group does.
     """
     name = f"{function.__module__}.{function.__qualname__}"
     maps: Any = torch_name_rule_map
@@ -128,9 +128,9 @@ def _set_rule(function: Callable[..., Any], rule: Any) -> None:
 
 
 def straighten(goes_straight: Callable[[Inner], bool]) -> None:
-    """From now on a trace takes the call of a module for that of its class's forward, where ``goes_straight`` says so.
+    """From now on, a trace of a module's call is a trace of its class's forward, if ``goes_straight`` says so.
 
-    The front end does so itself, but not where a module has a forward of its own.
+    The front end does the same by itself, but not for a module with a forward in its ``__dict__``.
     """
     otherwise = UnspecializedNNModuleVariable.call_function
 
@@ -138,7 +138,7 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
         function = inspect.getattr_static(self.value_type, "forward", None)
         is_plain = self.value_type.__call__ is nn.Module.__call__ and type(function) is FunctionType
-        if self.source is None or not is_plain or not goes_straight(Inner(tx, self)):
+        if self.source is None or not is_plain or not goes_straight(Inner(tx, self, [*args, *kwargs.values()])):
             return otherwise(self, tx, args, kwargs)
         source = AttrSource(self.cls_source, "forward")
         install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
@@ -150,24 +150,24 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
 
 
 def original_code(function: Any) -> CodeType:
-    """The code of what ``compiled`` has compiled: its graphs are kept by it."""
+    """The code of the function that ``compiled`` was given. The front end keeps graphs by code."""
     return function._torchdynamo_orig_callable.__code__
 
 
 def innermost_backend(backend: Any) -> Any:
-    """What the wrappers that torch.compile puts around a backend call."""
+    """The backend inside the wrappers that torch.compile puts around it."""
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     return backend
 
 
 def is_functorch_active() -> bool:
-    """Whether a transform of torch.func (grad, vmap, ...) is around what runs now."""
+    """Whether the running code is inside a transform of torch.func (grad, vmap, ...)."""
     return torch._C._are_functorch_transforms_active()
 
 
 def tracer_around() -> str | None:
-    """The older tracer of PyTorch that is around what runs now, if one is."""
+    """The name of an older tracer of PyTorch around the running code, or None."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     return "torch.fx.symbolic_trace, or make_fx," if is_fx_symbolic_tracing() else None
@@ -184,14 +184,14 @@ def switched_off() -> str | None:
 
 
 class Inner:
-    """A module as it stands in a trace, what the trace has already changed of it included."""
+    """A module as a trace sees it, with the changes that the trace has already made."""
 
-    def __init__(self, tx: Any, variable: Any) -> None:
-        self._tx, self._variable = tx, variable
+    def __init__(self, tx: Any, variable: Any, given: Iterable[Any]) -> None:
+        self._tx, self._variable, self._given = tx, variable, given
         self.module: nn.Module = variable.value
 
     def stand_in(self) -> None:
-        """What is traced of the frame from here on is of the module: the front end notes that for calls alone."""
+        """Notes that the rest of this frame belongs to the module. The front end itself notes this for calls alone."""
         stack, calls = self._tx.nn_module_stack, self._tx.num_calls
         key, source = str(id(self.module)), self._variable.source
         if source is None or next(reversed(stack), "").partition("@")[0] == key:
@@ -201,15 +201,19 @@ class Inner:
         calls[name] = call + 1
         stack[f"{key}@{call}" if call else key] = (name, type(self.module))
 
+    def is_given(self, kind: type) -> bool:
+        """Whether an argument of the call is of this type; guarded."""
+        return any(_type_of(each.realize()) is kind for each in self._given)
+
     def guard(self, *attributes: str) -> None:
-        """What is made of this frame holds while this attribute of the module is what it is."""
+        """Guards an attribute of the module, by its path: the graph is used only while its value is the present one."""
         source: Any = self._variable.source
         for name in attributes:
             source = AttrSource(source, name)
         install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
 
     def guard_identity(self, *attributes: str) -> None:
-        """The same, while each of these attributes is the object that it is."""
+        """Guards the identity of attributes: the graph is used only while each is the same object."""
         for name in attributes:
             install_guard(AttrSource(self._variable.source, name).make_guard(GuardBuilder.ID_MATCH))
 
@@ -218,19 +222,19 @@ class Inner:
         return bool(self._tx.output.side_effects.has_pending_mutation_of_attr(self._variable, attribute))
 
     def has_hooks(self) -> bool:
-        """Whether the module has hooks, or all modules have; guarded."""
+        """Whether the module has hooks, or there are hooks of all modules; guarded."""
         of_all = self._tx.output.root_tx.nn_modules_globals_vt
         lengths = [self._length(of_all, source) for source in _attributes(of_all.source, HOOKS_OF_ALL)]
         own = self._variable.source
         return any(lengths) or any(self._length(self._variable, AttrSource(own, name)) for name in HOOKS)
 
     def _length(self, variable: Any, source: Any) -> int:
-        """That of the hooks that a module, torch.nn's or Python's, has at ``source``."""
+        """The number of hooks in the attribute ``source`` of a module, or of the Python module of torch.nn."""
         install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))  # of all modules, the front end does not
         name, effects = source.member, self._tx.output.side_effects
         hooks = vars(variable.value)[name]
         if hooks not in effects and not effects.has_pending_mutation_of_attr(variable, name):
-            return len(hooks)  # what the trace has not met, it has not changed
+            return len(hooks)  # the trace has not met the dict, so it has not changed it
         read = getattr(variable, "tp_getattro_impl", None) or variable.var_getattr
         length: int = read(self._tx, name).realize().len()
         return length
@@ -238,12 +242,12 @@ class Inner:
 
 @cache
 def _attributes(source: Any, names: tuple[str, ...]) -> list[Any]:
-    """The sources of attributes. They know their hash, which the same guard for each module asks for."""
+    """The sources of attributes, cached with their hash: a guard asks for it again for each module."""
     return [AttrSource(source, name) for name in names]
 
 
 class Frame:
-    """The frame that is being traced: its code, its locals, the backend it will be given to."""
+    """The frame that is being traced: its code, its locals, and the backend that will get its graph."""
 
     def __init__(self) -> None:
         self._tx = InstructionTranslator.current_tx()
@@ -254,26 +258,26 @@ class Frame:
 
     @property
     def original_code(self) -> CodeType:
-        """The user's code: of a frame that goes on behind a graph break, the code that was broken."""
+        """The user's code. If the frame goes on after a graph break, this is the code with the break."""
         meta = ContinueExecutionCache.generated_code_metadata.get(self.code)
         return self.code if meta is None else meta.code
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of the locals that are modules, those of closures included."""
+        """(name, module) of the locals that are modules, also in closures."""
         for name, value in self._tx.f_locals.items():
             module = value.cell_contents if type(value).__name__ == "cell" else value
             if isinstance(module, nn.Module):
                 yield name, module
 
     def guard_identity(self, local: str) -> None:
-        """What is made of this frame is for the object that ``local`` names alone: it is a graph for each module."""
+        """Guards the identity of a local: the graph is for this object alone, so each module gets its own."""
         names = self.code.co_varnames
         if local in names:
             source = LocalSource(local, is_input=local in names[: self.code.co_argcount])
             install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
     def guard_attribute(self, local: str, *attributes: str) -> None:
-        """What is made of this frame holds while this attribute of the object that ``local`` names is what it is."""
+        """Guards an attribute of a local, by its path: the graph is used only while its value is the present one."""
         if local in self.code.co_varnames:
             source: Any = LocalSource(local, is_input=local in self.code.co_varnames[: self.code.co_argcount])
             for name in attributes:
@@ -289,9 +293,11 @@ class Frame:
 
     @property
     def inner(self) -> Inner:
-        """The module whose method is being inlined: it is called ``self`` there."""
+        """The module of the method that is being inlined: its local ``self``."""
         tx = self._tx.output.current_tx
-        return Inner(tx, tx.symbolic_locals["self"].realize())
+        names = tx.symbolic_locals
+        given = (each for name in ("args", "kwargs") if name in names for each in _items(names[name]))
+        return Inner(tx, names["self"].realize(), given)
 
     @property
     def backend(self) -> Any:
@@ -306,12 +312,12 @@ class Frame:
         return self._tx.output.export or torch.compiler.is_exporting()
 
     def given(self) -> set[int]:
-        """The ids of the tensors that the arguments of an entry hold."""
+        """The ids of the tensors in the arguments of an entry."""
         leaves = pytree.tree_leaves([self._tx.f_locals.get(name) for name in ("args", "kwargs")])
         return {id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
     def parameter_slot(self, placeholder: Node) -> tuple[nn.Module, str] | None:
-        """(module, name): the parameter in whose place an input stands, as functional_call puts others there."""
+        """(module, name) of the parameter that an input replaces, as in functional_call; None if it replaces none."""
         source: Any = getattr(placeholder.meta.get("grapharg"), "source", None)
         if not isinstance(source, DictGetItemSource) or getattr(source.base, "member", "") != "_parameters":
             return None
@@ -330,7 +336,7 @@ class Frame:
         return {name for name in names if name is not None}
 
     def returned(self) -> set[str] | None:
-        """The names of the nodes in what the frame returns; None if it does not return here."""
+        """The names of the nodes that the frame returns; None if it does not return here."""
         if self._tx.current_instruction.opname != "RETURN_VALUE" or not self._tx.stack:
             return None
         names: set[str] = set()
@@ -344,7 +350,7 @@ class Frame:
             seen.add(id(variable))
             if (node := _node_of(variable)) is not None:
                 names.add(node)
-            if variable in attributes:  # of an object that the frame has made
+            if variable in attributes:  # an object that the frame has made
                 waiting.extend(attributes[variable].values())
 
         while waiting:
@@ -361,14 +367,28 @@ class Frame:
         }
         try:
             return eval(source.name if isinstance(source.name, str) else source.name(), scope)
-        except Exception:  # an expression of the guards, which may need more than locals and globals
+        except Exception:  # the guard's expression may need more than locals and globals
             return None
+
+
+def _items(variable: Any) -> Iterable[Any]:
+    """The items of a tuple, or the values of a dict."""
+    items: Any = variable.realize().items
+    return items.values() if isinstance(items, Mapping) else items
+
+
+def _type_of(variable: Any) -> type | None:
+    try:
+        kind: type = variable.python_type()
+    except NotImplementedError:
+        return None
+    return kind
 
 
 def _node_of(variable: Any) -> str | None:
     """The name of the node that computes a variable of a trace.
 
-    None where nothing has read it yet: to ask it would read it, which gives the graph one more input.
+    None if nothing has read the variable yet. Asking would read it, and so add an input to the graph.
     """
     variable = variable.unwrap()
     proxy = None if isinstance(variable, LazyVariableTracker) else getattr(variable, "proxy", None)
@@ -376,7 +396,7 @@ def _node_of(variable: Any) -> str | None:
 
 
 def break_reason(graph_module: GraphModule) -> str | None:
-    """Why the frame goes on behind this graph, with its line, if it does not return there."""
+    """The reason of the graph break after this graph, with its line; None if the frame returns."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None

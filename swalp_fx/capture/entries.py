@@ -1,7 +1,7 @@
-"""Every way into a converted model: the call of each of its modules, and their methods.
+"""Entries: the ways into a converted model. They are the call and the methods of each of its modules.
 
-The outermost call makes one graph of all that it can; what PyTorch's front end cannot trace runs as Python, and the
-modules that it calls are entries of their own. Entries live in the ``__dict__`` of the modules, which keep their types.
+The outermost call makes one graph if it can. Code that PyTorch's front end cannot trace runs as Python, and the modules
+that it calls enter by themselves. Entries live in the ``__dict__`` of the modules, which keep their types.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from .dynamo import (
     tracer_around,
 )
 from .methods import PRODUCT, computing, in_class, methods_of, runs_later, set_on
+from .packed import refuse_packed
 from .running import local
 from .ways import Bound, Own, bound, call_of, is_call, share
 
-# A way in: the name of a method, or "" for the call; the function; whether it is the outermost call.
+# (name of a method, or "" for the call; the function; whether the call is the outermost one)
 Key = tuple[str, Callable[..., Any], bool]
 
 __all__ = ["adopt_strays", "float_copy", "in_float", "install", "is_floating", "restore", "settled"]
@@ -46,20 +47,20 @@ class Entry:
 
     def __init__(self, conversion: Conversion, module: nn.Module, path: str) -> None:
         self.module = module
-        self.taken_out: dict[str, Any] = {}  # what ``remove`` has taken out
+        self.taken_out: dict[str, Any] = {}  # the attributes that ``remove`` took out
         self.join(conversion, path)
 
     def join(self, conversion: Conversion, path: str) -> None:
-        """Makes the module one of ``conversion``'s; path: its name there, as far as is known."""
+        """Makes the module a part of ``conversion``; path: its name there, as far as is known."""
         self.conversion, self.path = conversion, path
-        self.compiled: dict[Key, Callable[..., Any]] = {}  # made when first called
-        self.made: set[Key] = set()  # those that have a graph
-        self.making = threading.Lock()  # threads that call it for the first time make one graph, not one each
+        self.compiled: dict[Key, Callable[..., Any]] = {}  # filled at each first call
+        self.made: set[Key] = set()  # keys that have a graph
+        self.making = threading.Lock()  # threads with a first call at the same time make one graph, not one each
         self.attach()
 
     def attach(self) -> None:
-        """Puts the entries into the module's ``__dict__``: graphs guard them, so those that ``remove`` took out."""
-        self.kind, own, before = type(self.module), vars(self.module), self.taken_out  # the type that has the methods
+        """Puts the entries into the module's ``__dict__``. Graphs guard them, so it reuses those taken out before."""
+        self.kind, own, before = type(self.module), vars(self.module), self.taken_out  # kind: its methods are entries
         self.computing: dict[str, int] | None = None  # see ``_computing``
         own[ENTRY] = self
         if own.get(CALL) in (None, nn.Module._call_impl.__get__(self.module)):
@@ -83,7 +84,7 @@ class Entry:
 
     @property
     def is_entered(self) -> bool:
-        """Whether the module is what was called from outside, in this thread; graphs may be guarded by it."""
+        """Whether this thread called this module from outside of the model. Graphs may guard this."""
         return self.module is local.entered
 
     @property
@@ -91,7 +92,7 @@ class Entry:
         return self.conversion.places.path(self.module) or type(self.module).__name__
 
     def shown(self) -> dict[str, Any]:
-        """What the model has besides its own attributes: ``model.graphs``, ``model.print_readable()``."""
+        """The attributes that a conversion adds to the model: ``model.graphs``, ``model.print_readable()``."""
         graphs = self.conversion.graphs
         return {"graphs": graphs, "print_readable": graphs.print_readable}
 
@@ -105,7 +106,7 @@ class Entry:
                 own[name] = value.given
 
     def enter_method(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a method gives: rewritten, if it computes; else it runs as Python, and layers that it calls enter."""
+        """The result of a method. It is rewritten if it computes; else it runs as Python, and its layers enter."""
         is_outside = local.entered is None
         if not self._is_left_to_python(name, [args, kwargs]):
             if not runs_later(function):
@@ -117,22 +118,23 @@ class Entry:
                 )
         given = function(self.module, *args, **kwargs)
         if is_outside:
-            adopt_strays(settled(self.module))  # which it may have put in
+            adopt_strays(settled(self.module))  # the method may have added modules
         return given
 
     def _is_left_to_python(self, name: str, inputs: Any) -> bool:
-        """Whether a method is a setting, or a question."""
+        """Whether a method only sets or asks something: no tensor is given, and its code has no product."""
         return name != "forward" and not _holds_tensor(inputs) and self._computing().get(name) != PRODUCT
 
     def _computing(self) -> dict[str, int]:
-        """Name -> what it computes, of the module's ways in."""
+        """Name -> NOTHING, READS or PRODUCT, of the module's functions."""
         if self.computing is None:
             self.computing = computing(self.module)
         return self.computing
 
     def enter(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What ``function`` gives, by rewritten graphs. Raises NotRewritten where it would compute in float."""
-        is_outside = conversion_of(local.entered) is not self.conversion  # nothing runs, or another converted model
+        """The result of ``function``, by rewritten graphs. Raises NotRewritten if it would compute in float."""
+        is_outside = conversion_of(local.entered) is not self.conversion  # no model runs, or another one
+        refuse_packed(self.conversion, self.module, self.described, (*args, *kwargs.values()))
         if is_outside:
             adopt_strays(settled(self.module))
         if type(self.module) is not self.kind:
@@ -153,7 +155,7 @@ class Entry:
         except FailOnRecompileLimitHit as error:
             if getattr(error, "code", None) is not original_code(run):
                 raise NotRewritten(f"{_limit(self)}; make a tensor of it, or leave it out of the forward") from error
-            # Nothing of the call has run yet. It begins again, with a cache of its own.
+            # Nothing of the call has run yet. It begins again, with a new cache.
             warn(f"{_limit(self)}: the graphs are dropped and made anew, which is slow; make a tensor of it")
             del self.compiled[key]
             self.made.discard(key)
@@ -166,7 +168,7 @@ class Entry:
                 ) from error
             if not isinstance(error, TorchDynamoException):
                 raise
-            self.compiled.pop(key, None)  # an error in a trace marks the code to be left alone for good
+            self.compiled.pop(key, None)  # after an error in a trace, the front end never traces this code again
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
@@ -180,13 +182,13 @@ class Entry:
         return result
 
     def _returned(self, result: Any, inputs: Any) -> Any:
-        """What the caller of the model gets of what the outermost entry gave."""
+        """The result for the caller of the model, from the result of the outermost entry."""
         if not self.conversion.is_proved:
             self.conversion.prove()
         return local.bare.in_place_of_rounded(result, inputs)
 
     def _refuse_float(self, function: Callable[..., Any], result: Any, inputs: Any) -> None:
-        """Raises NotRewritten if a call in which no graph ran has computed something."""
+        """Raises NotRewritten if a call has computed something, though no graph ran."""
         if next(self.module.parameters(), None) is None:
             return
         held = [list(vars(each).values()) for each in self.module.modules()]
@@ -199,8 +201,8 @@ class Entry:
                 f"({code.co_filename}:{code.co_firstlineno}); take torch.compiler.disable or the like away from it"
             )
 
-    # A copy of a part of a model, or its pickle, does not hold the whole model: it is a model of its own. Each module
-    # that is made is at first its own; then its parent, which is made after it, makes it one of its own.
+    # A copy or a pickle of a part does not hold the whole model: it becomes a model of its own. Each module that is
+    # made begins as a model of its own. Its parent is made after it, and takes it in.
 
     def __getstate__(self) -> dict[str, Any]:
         conversion, children = self.conversion, self.module.named_children()
@@ -225,7 +227,7 @@ class Entry:
 
 
 def _holds_tensor(inputs: Any) -> bool:
-    """Whether there is a tensor in containers, or in the attributes of objects in them."""
+    """Whether a container holds a tensor, or an object with a tensor among its attributes."""
     for leaf in pytree.tree_leaves(inputs):
         if isinstance(leaf, Tensor):
             return True
@@ -244,7 +246,7 @@ def _limit(entry: Entry) -> str:
 
 
 def _is_entry(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is its entry's."""
+    """Whether an attribute of a module was put there by its entry."""
     return name == ENTRY or isinstance(value, Bound) or is_call(value) or _is_shown(value)
 
 
@@ -260,9 +262,10 @@ def install(conversion: Conversion) -> None:
 
 
 def take_in(conversion: Conversion, module: nn.Module, path: str) -> None:
-    """Makes entries of ``module``, which is ``path`` in the conversion's model, and of what is in it.
+    """Gives entries to ``module``, at ``path`` of the conversion's model, and to its submodules.
 
-    What is in another converted model too stays part of that. A part that was taken out, or copied, comes back.
+    A module that is also in another converted model stays a part of that one. A part that was taken out, or copied,
+    comes back.
     """
     for name, each in module.named_modules(prefix=path):
         entry = vars(each).get(ENTRY)
@@ -275,8 +278,11 @@ def take_in(conversion: Conversion, module: nn.Module, path: str) -> None:
 
 
 def settled(module: nn.Module) -> Conversion:
-    """The conversion of a converted ``module``. What was taken out of its model is a model of its own from now on: of
-    the same recipe, whose patterns see the names that it had."""
+    """The conversion of a converted ``module``.
+
+    A part that was taken out of its model becomes a model of its own, with the same recipe. Patterns go on to match its
+    old names.
+    """
     entry: Entry = vars(module)[ENTRY]
     before = entry.conversion
     if entry.path and not before.holds(module):
@@ -285,7 +291,7 @@ def settled(module: nn.Module) -> Conversion:
 
 
 def adopt_strays(conversion: Conversion) -> None:
-    """Takes in what was put into the model past its ``__setattr__``: ``model._modules[name] = layer``."""
+    """Takes in modules that were added without ``__setattr__``: ``model._modules[name] = layer``."""
     if conversion.has_stray():
         install(conversion)
 
@@ -335,7 +341,7 @@ def is_floating(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def in_float(module: nn.Module) -> Iterator[nn.Module]:
-    """While it holds, the entries of ``module`` are out. What is changed in the meantime stays."""
+    """A context without the entries of ``module``. Changes that are made inside stay."""
     with _SWITCHING:
         floating = _FLOATING.setdefault(id(module), _Floating(module, _entries(module)))
         floating.times += 1

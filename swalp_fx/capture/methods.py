@@ -1,4 +1,4 @@
-"""Which functions of a module are ways in: what they compute, as far as their code says it."""
+"""Which functions of a module become entries, judged by the names that their code reads."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .places import within
 __all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "runs_later", "set_on"]
 
 OF_SELF = "self."
-NAMED = ("GLOBAL", "NAME", "ATTR", "METHOD")  # of instructions whose argument is a name
-NOTHING, READS, PRODUCT = range(3)  # what code computes: it reads a parameter of its module, it has a product
+NAMED = ("GLOBAL", "NAME", "ATTR", "METHOD")  # words in the opcodes of instructions that have a name as argument
+NOTHING, READS, PRODUCT = range(3)  # code computes nothing; it reads a parameter of its module; it has a product
 
 
 def methods_of(module: nn.Module) -> Iterator[str]:
-    """The names of the functions of a module's class that are ways in, and that it may have in its ``__dict__``.
+    """The names of the functions of a module's class that get entries in the module's ``__dict__``.
 
-    They are forward, the public functions beside it of the class that defines it and of what derives from that (decode,
-    forward_features), and whichever else computes. What else a framework's base offers (generate, save_pretrained) is
-    left to Python.
+    They are forward, the public functions (decode, forward_features) of the class that defines forward and of its
+    subclasses, and any other function that computes. The rest of a framework's base class (generate, save_pretrained)
+    is left to Python.
     """
-    # An own forward turns off a short cut of the front end, past the module's call: another's trace would miss it.
+    # A forward in the instance stops the front end from skipping the module's call: another's trace would miss it.
     names = {"forward": None} if type(module).forward is not nn.Module.forward else {}
     for name, function, is_own in _functions(module):
         is_plain = isinstance(inspect.getattr_static(type(module), name), FunctionType)
@@ -37,11 +37,11 @@ def methods_of(module: nn.Module) -> Iterator[str]:
             names[name] = None
     yield from names
     if isinstance(module, nn.Sequential | nn.ModuleList):
-        yield "insert"  # it puts layers in past ``__setattr__``: they are taken in at once, not by the next call
+        yield "insert"  # it adds layers without ``__setattr__``: they are taken in at once, not at the next call
 
 
 def in_class(module: nn.Module) -> Iterator[tuple[type, str, Any]]:
-    """(class, name, value) of what computes and Python looks up in the class alone: calls, operators, properties."""
+    """(class, name, value) of calls, operators and properties that compute. Python finds them in the class alone."""
     for base in _bases(module):
         for name, value in vars(base).items():
             is_property = isinstance(value, property)
@@ -52,7 +52,7 @@ def in_class(module: nn.Module) -> Iterator[tuple[type, str, Any]]:
 
 
 def set_on(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The functions that were set on the module and compute, and its forward, if it was set there."""
+    """(name, function) of the functions that were set on the module: those that compute, and its forward."""
     for name, value in vars(module).items():
         is_function = isinstance(value, FunctionType | MethodType)
         if name == "forward" or (is_function and computes(value, module)):
@@ -60,14 +60,14 @@ def set_on(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def computing(module: nn.Module) -> dict[str, int]:
-    """Name -> what it computes, of all that a module's class and the module itself offer."""
+    """Name -> NOTHING, READS or PRODUCT, for each function of a module and its classes."""
     found: dict[str, int] = {}
     offered: list[tuple[str, Any, bool]] = list(_functions(module))
     offered += [(name, getattr(value, "fget", value), True) for _, name, value in in_class(module)]
     offered += [(name, value.given, True) for name, value in vars(module).items() if hasattr(value, "given")]
     for name, function, is_own in offered:
         computed = computes(function, module)
-        if not is_own and not _reads(function, [module]):  # what a base does with weights, it initialises
+        if not is_own and not _reads(function, [module]):  # a product in a base class initialises weights
             computed = min(computed, READS)
         found[name] = max(found.get(name, NOTHING), computed)
     return {**found, "__call__": PRODUCT}
@@ -94,7 +94,7 @@ def _is_product(name: str) -> bool:
 
 
 def runs_later(function: Callable[..., Any]) -> bool:
-    """Whether a call of ``function`` runs nothing of its code yet."""
+    """Whether a call of ``function`` does not run its code yet: a generator or a coroutine."""
     function = inspect.unwrap(function)
     return inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)
 
@@ -105,7 +105,7 @@ def _bases(module: nn.Module) -> Iterator[type]:
 
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType, bool]]:
-    """(name, function, whether it is none of a base above the class that defines forward) of a module's classes."""
+    """(name, function, is own) of a module's classes; not own are bases above the class that defines forward."""
     kinds = type(module).__mro__
     forwards = [i for i, base in enumerate(kinds) if "forward" in vars(base) and base is not nn.Module]
     last = max(forwards, default=len(kinds))
@@ -125,7 +125,7 @@ _WORDS: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
 
 
 def _words(function: Any) -> frozenset[str]:
-    """The names that the code of ``function`` reads, and that of the functions of its file that it calls; "@"."""
+    """The names, and "@", in the code of ``function`` and of the functions of its file that it calls."""
     function = inspect.unwrap(getattr(function, "__func__", function))
     if not isinstance(function, FunctionType):
         return frozenset()
@@ -149,7 +149,7 @@ def _is_torchs(function: FunctionType) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The names that ``code`` reads; behind OF_SELF those of attributes of ``self``."""
+    """The names that ``code`` reads, with OF_SELF before attributes of ``self``; "@" for a matrix product."""
     before: Any = None
     for instruction in dis.get_instructions(code):
         if instruction.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in instruction.opname:
@@ -158,13 +158,13 @@ def _names(code: CodeType) -> Iterator[str]:
             is_of_self = before is not None and before.argval == "self" and before.opname.startswith("LOAD")
             yield OF_SELF + instruction.argval if is_of_self else instruction.argval
         before = instruction
-    for constant in code.co_consts:  # of functions inside it
+    for constant in code.co_consts:  # the code of inner functions
         if isinstance(constant, CodeType):
             yield from _names(constant)
 
 
 def _called(function: FunctionType, names: set[str]) -> Iterator[FunctionType]:
-    """The functions of its own file that ``names`` may mean, and those that it closes over."""
+    """The functions of the same file that ``names`` may mean, and the functions in its closure."""
     for name in names:
         value = function.__globals__.get(name)
         if isinstance(value, FunctionType) and value.__globals__ is function.__globals__:

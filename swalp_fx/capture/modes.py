@@ -1,4 +1,4 @@
-"""Modes that a graph switches, put back where its run ends in an exception."""
+"""Modes that a graph switches, restored if its run ends in an exception."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["held"]
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """On leaving, by an exception too, gradients, inference and autocast are as they were on entering.
+    """A context that restores the modes of gradients, inference and autocast after an exception.
 
-    A graph's switches are no with-blocks: an error between two of them would leave the mode on.
+    A graph has no with-blocks, only switches: an error between two of them would leave a mode on.
     """
     devices = torch._C._autocast_supported_devices()
     grad, inference, depth = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_depth()

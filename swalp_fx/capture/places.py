@@ -18,9 +18,9 @@ _BARE = vars(nn.Module()).keys()
 
 
 def within(root: nn.Module) -> Iterator[nn.Module]:
-    """``root.modules()``, in a quarter of the time, since each call asks: what is shared comes twice.
+    """``root.modules()`` in a quarter of the time, since every call needs it. A shared module comes twice.
 
-    A copy in the making has none in it yet.
+    A module that is being copied may have no ``_modules`` yet.
     """
     waiting = [root]
     for module in waiting:
@@ -30,9 +30,9 @@ def within(root: nn.Module) -> Iterator[nn.Module]:
 
 
 class Places:
-    """The names in a model, by identity. After surgery there are others: they are read anew for each graph.
+    """The names in a model, by identity. Surgery changes them, so they are read anew for each graph.
 
-    foreigners: the parameters, by name, of modules that are none of the model's, as far as graphs have met them.
+    foreigners: the parameters, by name, of modules outside of the model that graphs have met.
     """
 
     def __init__(self, root: nn.Module, foreigners: dict[str, Subject]) -> None:
@@ -42,7 +42,7 @@ class Places:
         self._buffers = _Names(root.named_buffers())
         loose = [*_loose(root)]
         self._loose = _Names((name, tensor) for name, tensor, _ in loose)
-        self.loose = [name for name, _, _ in loose]  # stands in a weight's place, and is no parameter of the model
+        self.loose = [name for name, _, _ in loose]  # trained tensors that are no parameters of the model
         self.subjects: dict[str, tuple[Subject, ...]] = {
             **parameter_subjects(root),
             **{name: (parameter_subject(name, owner),) for name, _, owner in loose},
@@ -56,12 +56,12 @@ class Places:
         return self._modules.of(module)
 
     def module(self, key: str) -> tuple[str, nn.Module] | None:
-        """(path, module) of an entry of nn_module_stack, whose key is ``ID`` or ``ID@CALL``."""
+        """(path, module) of an entry of nn_module_stack; its key is ``ID`` or ``ID@CALL``."""
         ident = key.partition("@")[0]
         return self._modules[int(ident)] if ident.isdigit() else None
 
     def parameter(self, value: Tensor) -> str | None:
-        """Its first name; the name of a plain tensor too, if that stands in a weight's place."""
+        """The first name of a parameter, or the name of another trained tensor."""
         name = self._parameters.of(value)
         return self.loose_name(value) if name is None else name
 
@@ -69,7 +69,7 @@ class Places:
         return self._loose.of(value)
 
     def foreign(self, name: str, owner: nn.Module) -> str:
-        """The name of a parameter of a module that is none of the model's, but an argument of a forward, say."""
+        """The name of a parameter of a module outside of the model, such as an argument of a forward."""
         while name in self.subjects and name not in self.foreigners:
             name = f"{name}@0"
         self.foreigners[name] = subject = parameter_subject(name, owner)
@@ -81,13 +81,13 @@ class Places:
 
 
 class _Names:
-    """The names of objects, by identity. It keeps none of them alive."""
+    """The names of objects, by identity. It keeps no object alive."""
 
     def __init__(self, named: Iterable[tuple[str, Any]]) -> None:
         self._known = {id(each): (name, weakref.ref(each)) for name, each in named}
 
     def __getitem__(self, ident: int) -> tuple[str, Any] | None:
-        """(name, object) of what lives at ``ident``."""
+        """(name, object) of the object with the id ``ident``."""
         name, reference = self._known.get(ident, ("", None))
         known = reference() if reference is not None else None
         return None if known is None else (name, known)
@@ -101,9 +101,9 @@ class _Names:
 
 
 def _loose(root: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """(name, tensor, module that holds it) of what stands in a weight's place, and is no parameter of the model.
+    """(name, tensor, module that holds it) of trained tensors that are no parameters of the model.
 
-    It is a plain tensor that requires grad, or a parameter of a module that none registers, as one in a plain list.
+    Such a tensor is a plain one that requires grad, or a parameter of an unregistered module, as in a plain list.
     """
     known = {id(parameter) for parameter in root.parameters()}
     for path, module in root.named_modules():

@@ -1,4 +1,4 @@
-"""What PyTorch's front end gives, as a graph that the passes read: a copy, each node with its place in the model."""
+"""The graph of PyTorch's front end, prepared for the passes: a copy, each node with its place in the model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; 
 
 
 class Owner:
-    """The module whose code a frame is of: entries close over theirs, methods have it as their first argument."""
+    """The module that a frame's code belongs to: an entry closes over it, a method has it as its first argument."""
 
     def __init__(self, frame: Frame, places: Places, *, foreign: bool) -> None:
         code = frame.original_code
@@ -57,15 +57,15 @@ class Owner:
         for name, module in frame.modules():
             if (path := places.path(module)) is not None:
                 self.locals.append(name)
-                # Another compiler's frame may be of what calls the model: def loss(model, x).
+                # Another compiler's frame may be the caller of the model: def loss(model, x).
                 if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
         self.is_entry = is_entry and self.name == "module"
-        # Behind a break, what is not read any more is gone from the frame, self too.
+        # After a graph break, a local that is not read any more is gone from the frame, even self.
         self.is_known = self.module is not None or any(_is_method(code, each) for each in places.modules())
 
     def inputs(self) -> Sequence[str]:
-        """The names of the positional inputs of the module's forward, where the frame is its entry's."""
+        """The names of the positional inputs of the module's forward, if the frame is its entry's."""
         if self.module is None or not self.is_entry:
             return ()
         parameters = inspect.signature(self.module.forward).parameters.values()
@@ -78,7 +78,7 @@ def _is_method(code: CodeType, module: nn.Module) -> bool:
 
 
 def copied(graph_module: GraphModule) -> GraphModule:
-    """A copy, bodies included: the front end goes on reading its own."""
+    """A copy, with the bodies of checkpoints: the front end goes on reading the original."""
     new = GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
     new.meta = dict(graph_module.meta)
     for name, body in graph_module.named_children():
@@ -99,7 +99,7 @@ def prepare(
 ) -> Graph:
     """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE, LAYER and CALLS on its nodes.
 
-    foreign: it is compiled by another torch.compile, with what is around the model.
+    foreign: another torch.compile compiles it, together with the code around the model.
     """
     graph = graph_module.graph
     given = owner.inputs()
@@ -128,7 +128,7 @@ def prepare(
 
 
 def _drop_writes_of_itself(graph: Graph) -> None:
-    """``module.to(dtype)`` in a forward sets each parameter's data to itself, if it has that dtype already."""
+    """Drops writes of a parameter to itself: ``module.to(dtype)`` in a forward makes them if the dtype is the same."""
     for node in graph.nodes:
         if name_of(node) != "shallow_copy_data_":
             continue
@@ -145,7 +145,7 @@ def _kind(node: Node) -> tuple[Any, Any]:
 
 
 def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: Sequence[str]) -> None:
-    # l_x_, of a method's frame; l_args_0_, l_kwargs_mask_, of an entry's.
+    # l_x_ in a method's frame; l_args_0_ and l_kwargs_mask_ in an entry's.
     name = node.name.removeprefix("l_").strip("_").removeprefix("kwargs_")
     match = re.fullmatch(r"args_(\d+)(.*)", name)
     node.meta[ARGUMENT] = given[int(match[1])] + match[2] if match and int(match[1]) < len(given) else name
@@ -160,7 +160,7 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
 
 
 def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str | None:
-    """Its first name. functional_call and the like put other tensors in the place of parameters."""
+    """The first name of the parameter that an input is, or that it replaces, as in functional_call; else None."""
     name = places.parameter(value)
     if name is not None and (places.loose_name(value) is None or id(value) not in frame.given()):
         return name
@@ -190,13 +190,13 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
 
 
 def _prepare_calls(node: Node, around: Sequence[tuple[str, str, nn.Module]], recipe: Recipe) -> None:
-    """around: (call, path, module) of the calls that ``node`` is computed in, outermost first."""
+    """Notes LAYER and CALLS; around: (call, path, module) of the calls around ``node``, outermost first."""
     calls = []
     for call, path, module in around:
         whole = recipe.is_whole(path)
-        # A frame of a layer's own has no other calls around its nodes.
+        # In a layer's own frame, its nodes have no other calls around them.
         if whole or (whole is None and is_layer(module) and (call or len(around) == 1)):
-            # What derives a weight carries vectors from call to call, as spectral_norm does: they are no weights.
+            # A parametrization may carry vectors from call to call, as spectral_norm does: they are no weights.
             derives = isinstance(module, ParametrizationList)
             part = "parameter" if derives else layer_part(type(module))
             node.meta[LAYER] = Layer("" if derives else call, path, type(module), part)

@@ -1,4 +1,4 @@
-"""What runs now, in each thread."""
+"""The state of the call that runs now, in each thread."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["local"]
 
 class _Local(threading.local):
     entered: nn.Module | None = None  # the module that was called from outside of its model
-    nested = False  # whether an entry that another one called runs: what it returns, the model reads
-    ran = False  # whether a graph has, in that call
-    explaining = False  # the model's own code runs, to see what it raises
+    nested = False  # whether an inner entry runs: its caller, in the model, reads its result
+    ran = False  # whether a graph has run in that call
+    explaining = False  # whether the model's own code runs, for the error that it raises
     watch: Callable[[Rewritten, tuple[Any, ...]], Any] | None = None  # runs graphs in place of their code
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class _Local(threading.local):
 
     @contextlib.contextmanager
     def tracing(self, lock: threading.Lock) -> Iterator[None]:
-        """While it holds, no other thread traces what ``lock`` is for, until this one has ``traced`` it."""
+        """A context that holds ``lock``, so that no other thread traces the same, until ``traced`` is called."""
         lock.acquire()
         self._held.append(lock)
         try:
@@ -39,13 +39,13 @@ class _Local(threading.local):
             self.traced()
 
     def traced(self) -> None:
-        """The first frame has a graph. What runs now is the model's own code, which may wait for other threads."""
+        """Releases the locks: the first frame has a graph. The model's code runs now; it may wait for other threads."""
         while self._held:
             self._held.pop().release()
 
     @contextlib.contextmanager
     def entering(self, module: nn.Module, is_outside: bool) -> Iterator[None]:
-        """While it holds, ``module`` runs: called from outside of its model, or by what runs in that."""
+        """A context for the run of ``module``, called from outside of its model or from inside."""
         before = self.entered, self.nested, self.bare
         if is_outside:
             self.entered, self.nested, self.ran, self.bare = module, False, False, Bare()

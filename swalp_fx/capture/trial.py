@@ -1,4 +1,4 @@
-"""A call of a model that leaves it as it was."""
+"""Calls that leave a model as it was."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["randomness_kept", "try_on", "untouched"]
 
 
 def try_on(conversion: Conversion, inputs: tuple[Any, ...] | list[Any] | Mapping[str, Any]) -> None:
-    """Makes the graphs of a call with ``inputs``; the model and the random state are as before.
+    """Makes the graphs of a call with ``inputs``; the model and the random state stay as they were.
 
-    Raises RecipeError for a rule, an include or an exclude that matches nothing in them.
+    Raises RecipeError for a rule, an include or an exclude that matches nothing in these graphs.
     """
     model = conversion.root
-    conversion.is_proved = True  # what the call would warn of is raised below
+    conversion.is_proved = True  # no warning in the call: the same is raised below
     with untouched(model):
         if isinstance(inputs, Mapping):
             model(**inputs)
@@ -33,8 +33,11 @@ def try_on(conversion: Conversion, inputs: tuple[Any, ...] | list[Any] | Mapping
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """While it holds, parameters have no gradient; then gradients, buffers, plain attributes (numbers, strings and
-    tensors that were set anew) and the random state of Python, NumPy and PyTorch are as before."""
+    """A context that restores gradients, buffers, plain attributes and the random state. Inside, gradients are None.
+
+    Plain attributes are numbers, strings, and tensors that are replaced. Random states are Python's, NumPy's and
+    PyTorch's.
+    """
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     attributes = [(each, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
@@ -56,9 +59,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def randomness_kept(model: nn.Module) -> Iterator[None]:
-    """The random state of Python, of NumPy and of PyTorch, on the model's devices too, is then as before."""
+    """A context that restores the random state of Python, NumPy and PyTorch, on the model's devices too."""
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    numpy = sys.modules.get("numpy")  # what nobody has imported nobody has drawn from
+    numpy = sys.modules.get("numpy")  # if nobody has imported it, nobody has drawn from it
     states = random.getstate(), numpy and numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):

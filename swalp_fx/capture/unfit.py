@@ -1,4 +1,4 @@
-"""What cannot be converted, found before anything is changed."""
+"""Models that cannot be converted: they are refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conversion import conversion_of
 
 __all__ = ["refuse_unfit"]
 
-# Classes of torch that a model must not be or hold, by name, since torch loads some of them late -> what to do instead.
+# Classes of torch that a model must not be or hold -> the remedy. By name: torch loads some of them late.
 UNFIT = {
     "DataParallel": "convert the module inside it, then wrap the result",
     "DistributedDataParallel": "convert the module inside it, then wrap the result",
@@ -30,7 +30,7 @@ HOOKED = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
 
 
 def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
-    """Raises ConvertError for what is no float model that ``recipe`` can be applied to."""
+    """Raises ConvertError unless ``model`` is a float model, and ``recipe`` fits it."""
     if not isinstance(model, nn.Module):
         remedy = UNPACK if isinstance(model, tuple) else "pass a torch.nn.Module"
         raise ConvertError(f"cannot convert a {type(model).__name__}; {remedy}")
@@ -67,7 +67,7 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[Subject, ...]]) -> None:
-    """Raises ConvertError for a parameter that has fewer axes than the block of a format of its."""
+    """Raises ConvertError for a parameter with fewer axes than the block of one of its formats."""
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
         for role in (*OF_PARAMETERS, "master", "average"):

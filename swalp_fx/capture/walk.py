@@ -1,4 +1,4 @@
-"""Tensors in whatever a model returns, exchanged."""
+"""Replaces tensors in any object that a model returns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["replaced"]
 
-LEFT = (nn.Module, type, types.ModuleType, types.FunctionType)  # they hold what is not returned
+LEFT = (nn.Module, type, types.ModuleType, types.FunctionType)  # tensors inside these are not returned
 
 
 def replaced(value: Any, of: Callable[[Tensor], Tensor], given: Any) -> Any:
-    """``value`` with ``of(tensor)`` for each tensor in its containers, records and objects, however deep.
+    """``value`` with ``of(tensor)`` for each tensor in its containers, records and objects, at any depth.
 
-    What holds one that changes is copied, since others may hold it too. Objects that ``given`` has stay as they are.
+    An object around a replaced tensor is copied, since others may hold it too. Objects in ``given`` stay as they are.
     """
     walk = _Walk(of)
     walk.done.update({id(each): (each, each) for each in pytree.tree_leaves(given) if not isinstance(each, Tensor)})
@@ -29,13 +29,13 @@ def replaced(value: Any, of: Callable[[Tensor], Tensor], given: Any) -> Any:
 class _Walk:
     def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
         self.of = of
-        self.done: dict[int, tuple[Any, Any]] = {}  # id -> (an object, which keeps its id, what takes its place)
+        self.done: dict[int, tuple[Any, Any]] = {}  # id -> (object, kept alive for its id; replacement)
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.of(value)
         if id(value) not in self.done:
-            self.done[id(value)] = value, value  # where it holds itself
+            self.done[id(value)] = value, value  # it may hold itself
             self.done[id(value)] = value, self._walked(value)
         return self.done[id(value)][1]
 
@@ -59,12 +59,12 @@ class _Walk:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any, Callable[[Any, Any, Any], None]]]:
-    """(part, its name, what stores another): attributes, slots, and items of what derives from dict and list."""
+    """(part, its name, function that stores another): attributes, slots, and items of a dict's or list's subclass."""
     for name, part in list(getattr(value, "__dict__", {}).items()):
         yield part, name, _store_attribute
     for name in _slots(type(value)):
         if hasattr(value, name):
-            yield getattr(value, name), name, object.__setattr__  # also where the object is frozen
+            yield getattr(value, name), name, object.__setattr__  # works on a frozen object too
     if isinstance(value, dict | list):
         for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
             yield part, key, operator.setitem

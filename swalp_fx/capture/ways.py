@@ -1,4 +1,4 @@
-"""What stands in the ``__dict__`` of a converted model's modules, and in their classes: each enters by an Entry."""
+"""The callables in the ``__dict__`` of a converted model's modules, and in their classes. Each enters by an Entry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from ..errors import NotRewritten
-from .compiler import APART, FOREIGN, rewriting
+from .compiler import APART, FOREIGN, is_given_packed, rewriting
 from .conversion import ENTRY
 from .dynamo import call_of_module, skip_code
 from .running import local
@@ -25,31 +25,33 @@ __all__ = ["Bound", "Own", "bound", "call_of", "is_call", "share"]
 
 
 def call_of(module: nn.Module) -> types.MethodType:
-    """The call of a module, as its entry: a bound function, which the front end traces sooner than an object.
+    """The entry for the call of a module. It is a bound function: the front end traces it faster than an object.
 
-    PyTorch leaves it out of a module's state. Where a model's own ``__getstate__`` does not, its name makes pickle look
-    for PyTorch's call, which an entry that is read then replaces.
+    PyTorch leaves it out of a module's state. A model's own ``__getstate__`` may leave it in. Then pickle finds
+    PyTorch's call by its name, and the unpickled Entry replaces that.
     """
     run = types.FunctionType(_call.__code__.replace(), globals(), "_call_impl")  # its own code has its own cache
     return types.MethodType(run, module)
 
 
 def is_call(value: Any) -> bool:
-    """Whether it was made by ``call_of``."""
+    """Whether ``value`` was made by ``call_of``."""
     return isinstance(value, types.MethodType) and value.__code__ == _call.__code__
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # Called by what is being traced, it is part of that graph: it calls self.forward, an entry.
+    # In a trace, the call becomes part of that graph: it calls self.forward, which is an entry.
+    if is_dynamo_compiling() and is_given_packed():
+        return _enter_apart(self, "", call_of_module, args, kwargs)
     if is_dynamo_compiling() or local.explaining:
         return call_of_module(self, *args, **kwargs)
     if local.entered is None:
-        _refuse_traced(self, sys._getframe(2))  # what calls the module
+        _refuse_traced(self, sys._getframe(2))  # the caller of the module
     return self._swalp.enter("", call_of_module, args, kwargs)
 
 
 class Bound:
-    """A method of an instance. A bound one would be pickled as what the class has by its name; this is, as it is."""
+    """A method of an instance. Pickle would save a bound method by its name in the class; it saves this object."""
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
         self.function, self.module, self.name = function, module, name
@@ -58,7 +60,7 @@ class Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.module, *args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:  # as a method has what its function has
+    def __getattr__(self, name: str) -> Any:  # a method has the attributes of its function
         if name in ("function", "module"):
             raise AttributeError(name)
         return getattr(self.__wrapped__, name)
@@ -85,7 +87,7 @@ class Bound:
 
 
 def bound(module: nn.Module, name: str) -> Bound:
-    """What the class of ``module`` has by this name, as an entry."""
+    """The attribute ``name`` of the module's class, as an entry."""
     function = inspect.getattr_static(type(module), name)
     if isinstance(function, types.FunctionType):
         return Bound(_method(name, function), module, name)
@@ -93,7 +95,7 @@ def bound(module: nn.Module, name: str) -> Bound:
 
 
 class Own(Bound):
-    """A function that was set on the instance, its forward for example, behind an entry."""
+    """The entry for a function that was set on the instance, such as its forward."""
 
     def __init__(self, given: Callable[..., Any], module: nn.Module, name: str) -> None:
         super().__init__(_fixed(name, _with_self(given)), module, name)
@@ -107,7 +109,7 @@ class Own(Bound):
         return Own, (self.given, self.module, self.name)
 
 
-# Frames of what it calls are traced. This is not: all modules share its code, and would share its limit.
+# This frame is not traced, only the frames that it calls: all modules share its code, and would share one limit.
 skip_code(Bound.__call__.__code__)
 
 
@@ -126,9 +128,9 @@ def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The method ``name`` of a module's type as an entry: what the type has by that name when it is called.
+    """The method ``name`` of a module's type as an entry. Each call looks the method up in the type.
 
-    Its signature is that of ``function``, what the type has now: models look at that of their own methods.
+    It has the signature of ``function``, the present method: models inspect their own methods.
     """
 
     @functools.wraps(function)
@@ -160,11 +162,11 @@ def _entered(self: Any, name: str, function: Callable[..., Any], args: Any, kwar
         return function(self, *args, **kwargs)
     if local.explaining:
         return function(self, *args, **kwargs)
-    _refuse_shallow(self, sys._getframe(3))  # what calls the method
+    _refuse_shallow(self, sys._getframe(3))  # the caller of the method
     return self._swalp.enter_method(name, function, args, kwargs)
 
 
-@torch.compiler.disable(reason="a converted model is called while another's graph is made")
+@torch.compiler.disable(reason="a converted module is called while another's graph is made")
 def _enter_apart(self: Any, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return self._swalp.enter(name, function, args, kwargs)
 
@@ -173,9 +175,9 @@ _SHARED: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
 def share(kind: type, name: str, value: Any) -> None:
-    """Makes what a class has by this name, a function or a property, an entry of those instances that are converted.
+    """Makes a function or a property of a class an entry, for its converted instances.
 
-    Python looks these up in the class alone. For all other instances they are what they were.
+    Python looks it up in the class alone, never in an instance. For other instances it works as before.
     """
     function: Any = value.fget if isinstance(value, property) else value
     if function in _SHARED:
@@ -193,7 +195,7 @@ def share(kind: type, name: str, value: Any) -> None:
 
 
 def _refuse_traced(module: Any, caller: types.FrameType) -> None:
-    """Raises NotRewritten for a layer that a graph of torch.fx calls: what is between its layers is in float."""
+    """Raises NotRewritten for a layer that a torch.fx graph calls: the code between layers would be in float."""
     from .entries import settled
 
     if not caller.f_code.co_filename.startswith("<eval_with_key>"):
@@ -206,7 +208,7 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
 
 
 def _refuse_shallow(module: nn.Module, caller: types.FrameType) -> None:
-    """Raises NotRewritten for the call of a shallow copy, whose entries are those of ``module``."""
+    """Raises NotRewritten for a call of a shallow copy: its entries belong to ``module``."""
     is_pytorchs = caller.f_code.co_filename == call_of_module.__code__.co_filename
     if is_pytorchs and caller.f_locals.get("self", module) is not module:
         raise NotRewritten(

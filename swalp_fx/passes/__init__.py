@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from .. import nodes
 from ..formats import FLOAT
 from ..recipe import Quantizer, Recipe
 from .analyse import analyse
@@ -19,9 +20,11 @@ from .facts import Origin, facts
 from .fit import of_parameter
 from .insert import insert
 from .names import NAME, PART, originals, parameter_subjects
+from .operations import operands_of
 from .origin import ORIGIN
+from .proof import verify
+from .recurrent import expand_recurrent, prepare_step
 from .reuse import reuse
-from .verify import verify
 
 __all__ = [
     "analyse",
@@ -43,7 +46,7 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     keyed: whether the random key is an input, the first; without it, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
-    classify(analyse(expand(graph, recipe)))
+    classify(analyse(expand(expand_recurrent(graph, recipe, scope.bodies), recipe)))
     for node in graph.nodes:
         if node.meta[PART] == "nested":
             _rewrite_body(node, recipe, scope, identity)
@@ -56,15 +59,17 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
 
 def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> None:
     """The graph that ``call`` runs: it is given the key and what the call is given, and what it gives is read again."""
-    target, *operands = call.args
     leaves = all(user.meta[PART] in OUT for user in call.users)
-    body: GraphModule = scope.bodies[str(target.target)]  # type: ignore[union-attr]
-    for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+    body: GraphModule = scope.bodies[str(call.args[0].target)]  # type: ignore[union-attr]
+    for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands_of(call), strict=True):
         given = operand if isinstance(operand, Node) else placeholder
         part = given.meta.get(PART, "number")
         placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
         placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
         placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
+    if call.target is nodes.recurrent:
+        prepare_step(call, body.graph)
+        leaves = True  # a step gives what is read, and what leaves, apart
     inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 

@@ -10,19 +10,26 @@ from torch.fx import Graph, Node
 
 from ..random import stream_of
 from ..recipe import Recipe, Subject
-from .captured import LAYER, PARAMETER, UPDATE, Scope
+from ..warn import warn
+from .captured import CARRIED, LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
 from .expand import inside
 from .facts import MEANINGS
-from .fit import contraction_axes, fitted, of_parameter
+from .fit import axis_by_reader, contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
 from .purpose import Attention
+from .recurrent import inside_recurrent
 from .tables import LAYER_PARTS
 
 __all__ = ["SITE", "Output", "Site", "Weight", "assign", "left_out", "subjects"]
 
 ADDS = ("add", "iadd")
+
+OTHER_AXIS = (
+    "{0} is the weight of a {1}, which contracts its axis {2}, but no convolution holds it, so that {3} runs along its "
+    "last axis; name the axis: rules=[{0} W={4}]"
+)
 
 SITE = "swalp_fx.site"  # the node.meta key that assign writes: a Site
 
@@ -119,7 +126,12 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         subjects = scope.parameters[name]
     else:  # rounded where a checkpoint is called, and read in it; or a weight is derived of it, which is rounded
         return None
-    weight = of_parameter(recipe, subjects, 2 if value is None else value.dim()).weight
+    rank = 2 if value is None else value.dim()
+    weight = of_parameter(recipe, subjects, rank).weight
+    if (found := axis_by_reader(node)) is not None:
+        convolution, axis = found
+        if (along := recipe.at(*subjects).of_tensor(rank, axis).weight) != weight:
+            warn(OTHER_AXIS.format(name, convolution, axis, weight, along))
     return Weight(name, _free(scope, name), str(weight), recipe.rounding) if identity or weight.rounds else None
 
 
@@ -149,9 +161,10 @@ def _free(scope: Scope, *place: str) -> int:
 def subjects(graph: Graph) -> Iterator[Subject]:
     """All of a classified graph that a recipe may name: its inputs and outputs. (Parameters are the model's.)"""
     for node in graph.nodes:
-        if node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
+        if node.meta.get(PART) in ("input", *LAYER_PARTS, *MEANINGS):
             yield subject(node)
-            yield from inside(node)
+        yield from inside(node)
+        yield from inside_recurrent(node)
 
 
 def _placed(graph: Graph, recipe: Recipe, scope: Scope) -> set[Node]:
@@ -235,7 +248,7 @@ def _is_integral(node: Node) -> bool:
 
 def _is_read(node: Node) -> bool:
     """Whether a later layer reads it, or a later call: what the model only returns (its logits) is left as it is."""
-    return _is_kept(node) or any(user.meta[PART] not in OUT for user in node.users)
+    return _is_kept(node) or node.meta.get(CARRIED, False) or any(user.meta[PART] not in OUT for user in node.users)
 
 
 def _is_kept(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from .tables import layer_part
 __all__ = [
     "ARGUMENT",
     "CALLS",
+    "CARRIED",
     "HOLDS",
     "KEPT",
     "LAYER",
@@ -38,6 +39,7 @@ MODULE = "swalp_fx.module"  # the qualified name of the module whose code makes 
 UPDATE = "swalp_fx.update"  # true of what a buffer is set to
 # True of what leaves the graph though the frame does not return it: an attribute, or a hook, keeps it.
 KEPT = "swalp_fx.kept"
+CARRIED = "swalp_fx.carried"  # true of what a loop's step gives to the next one, which reads it as a layer does
 LAYER = "swalp_fx.layer"  # a Layer, of what is computed inside one
 CALLS = "swalp_fx.calls"  # the Layers, part unknown, of the calls around a node that may turn out to be one operation
 STEPS = "swalp_fx.steps"  # true of what the recipe says is no part of one operation
@@ -64,7 +66,7 @@ class Scope:
     enters: bool = True  # whether what it is given is what the caller gives the model, and no graph has rounded
     uses: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, operation) -> how many came before
     streams: set[int] = field(default_factory=set)  # the random streams that are taken
-    bodies: Mapping[str, Any] = field(default_factory=dict)  # attribute -> the GraphModule that a node runs
+    bodies: MutableMapping[str, Any] = field(default_factory=dict)  # attribute -> the GraphModule that a node runs
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -81,6 +83,12 @@ def calls_around(node: Node) -> list[tuple[str, str]]:
     the module's key. PyTorch numbers calls of each name; a module that is called by two names has two first calls."""
     stack = node.meta.get("nn_module_stack") or {}
     return [(f"{key} {name}", key) for key, (name, *_) in stack.items()]
+
+
+def kinds_around(node: Node) -> list[str]:
+    """The names of the types of the module whose code ``node`` is of."""
+    kinds = [kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
+    return [base.__name__ for base in kinds[-1].__mro__] if kinds and isinstance(kinds[-1], type) else []
 
 
 def around(node: Node) -> str:

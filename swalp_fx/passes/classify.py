@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from .captured import HOLDS, KEPT, LAYER, MODULE, UPDATE, Layer
 from .facts import Origin, facts, is_floating
 from .names import PART, name_places
-from .operations import CHECKPOINT, writes, written
+from .operations import NESTED, writes, written
 from .tables import LAYER_PARTS
 
 __all__ = ["OUT", "classify"]
@@ -22,8 +22,9 @@ def classify(graph: Graph) -> Graph:
     A part is one of PARTS, one of MEANINGS, or one of "input", "output", "parameter" (a Parameter, or what a
     parametrization derives),
     "state" (a buffer, read, written, or what is computed of buffers alone), "inside" (of a layer, all but its output),
-    "body" (the graph of a checkpoint), "nested" (its call), "operand" (what it is called with), "exit" (movement whose
-    result the model only returns) and "outside" (around the model, where that is compiled with what calls it).
+    "body" (a graph that is run: a checkpoint's, or the step of a loop), "nested" (its call), "operand" (what it is
+    called with), "exit" (movement whose result the model only returns) and "outside" (around the model, where that is
+    compiled with what calls it).
 
     x = placeholder                         input
     conv = conv2d(x, conv_weight, ...)      compute
@@ -55,7 +56,7 @@ def _part(node: Node) -> str:
         return node.meta[HOLDS]
     if node.meta.get(MODULE, "") is None:
         return "outside"
-    if node.target is CHECKPOINT:
+    if node.target in NESTED:
         return "nested"
     if writes(node) and _part_of_written(node) == "state":
         return "state"

@@ -6,7 +6,7 @@ Whoever writes it, and however: a fused product is written out, and what is writ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..errors import ConvertError
-from ..recipe import Recipe
-from .captured import LAYER, Layer, around
-from .names import base_name, kinds_of_type
-from .operations import name_of, operation_of
+from ..recipe import Recipe, Subject
+from .captured import LAYER, Layer, around, kinds_around
+from .names import base_name, kinds_of_operation, kinds_of_type
+from .operations import operation_of
 from .origin import origins
 from .purpose import ATTENTION, Purposes
 from .scores import Scores, gives_scores, kind_of, replace
 from .tables import PROBABILITIES, SCORES
 from .write import Writer, value_of
 
-__all__ = ["expand", "inside"]
+__all__ = ["expand", "inside", "rounds"]
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 UNFIT = "{} gives scaled_dot_product_attention tensors that do not fit: {}"
@@ -41,40 +41,45 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
     After:
 
         transpose = key.transpose(-2, -1)
-        scores = matmul(query, transpose)                   attn_scores, once masked_fill has been
+        scaled = query * 0.25                               attn_scores: inside
+        scores = matmul(scaled, transpose)                  attn_scores: inside, once masked_fill has been
         rows = clamp(amax(mask, -1, True) + -10000.0, ...)
         masked = mask <= rows
         masked_fill = masked_fill(scores, masked, 0.0)      attn_scores: compute, rounded
-        mul = masked_fill * 0.125                           a scale: moved
+        mul = masked_fill * 1.1547                          the rest of the scale: moved
         add = mul + mask                                    a mask: moved
         softmax = softmax(add, -1)                          attn_probabilities: activation, rounded
         result = matmul(softmax, value)                     scaled_dot_product_attention: compute, rounded
 
-    The scale comes behind the product, whoever had it before. What a mask takes out is zero before the scores are
-    rounded, so it has no part in the maximum of a block. Where nothing is rounded, all stays as it is.
+    A power of two of the scale, which is exact, is on the query, and the rest, 1 to 2, behind the product, whoever had
+    it before. What a mask takes out is zero before the scores are rounded, so it has no part in the maximum of a block.
+    Where nothing is rounded, all stays as it is.
     """
     for node in list(graph.nodes):
-        if _is_fused(node) and any(_rounds(recipe, *subject) for subject in inside(node)):
+        if _is_fused(node) and any(rounds(recipe, *subject) for subject in inside(node)):
             try:
                 _write_out(node)
             except RuntimeError as error:  # PyTorch's kernels do not look at all sizes
                 raise ConvertError(UNFIT.format(around(node) or "the model", error)) from error
     purposes = Purposes(graph, origins(graph))
     for node in list(graph.nodes):
-        if gives_scores(node, purposes) and _rounds(recipe, *_subject_of(node)):
+        if gives_scores(node, purposes) and rounds(recipe, *_subject_of(node)):
             Scores(node, purposes).bring_into_form()
     graph.lint()
     return graph
 
 
-def inside(node: Node) -> Iterator[tuple[str, list[str]]]:
+def inside(node: Node) -> Iterator[Subject]:
     """What a recipe sees of the scores and the probabilities of a fused product."""
     if operation_of(node) == ATTENTION:
         for name, part in ((SCORES, "compute"), (PROBABILITIES, "activation")):
-            yield ".".join(filter(None, (around(node), name))), kinds_of_type(kind_of(name), part)
+            yield (
+                ".".join(filter(None, (around(node), name))),
+                [*kinds_of_type(kind_of(name), part), *kinds_around(node)],
+            )
 
 
-def _rounds(recipe: Recipe, name: str, kinds: list[str]) -> bool:
+def rounds(recipe: Recipe, name: str, kinds: Collection[str]) -> bool:
     """Whether an output of that name is rounded; by all placements if it is a product's."""
     here = recipe.at((name, kinds))
     is_placed = recipe.placement != "compute" or "compute" in kinds or recipe.includes(name)
@@ -82,8 +87,7 @@ def _rounds(recipe: Recipe, name: str, kinds: list[str]) -> bool:
 
 
 def _subject_of(node: Node) -> tuple[str, list[str]]:
-    layer = node.meta.get(LAYER)
-    return base_name(node), kinds_of_type(layer.kind, "compute") if layer else ["compute", name_of(node)]
+    return base_name(node), [*kinds_of_operation(node, "compute"), *kinds_around(node)]
 
 
 def _is_fused(node: Node) -> bool:

@@ -20,7 +20,7 @@ from .captured import LAYER
 from .operations import name_of
 from .tables import PARTS
 
-__all__ = ["axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
+__all__ = ["axis_by_reader", "axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
 
 LAST = -1
 # The start of a convolution's name -> the contraction axis of its weight; of what it reads and gives, that is channels.
@@ -49,6 +49,12 @@ def axis_of_parameter(subjects: tuple[Subject, ...]) -> int:
 def of_parameter(recipe: Recipe, subjects: tuple[Subject, ...], rank: int) -> Recipe:
     """The recipe of a parameter of ``rank`` axes, its rule applied, its blocks along its layer's contraction axis."""
     return recipe.at(*subjects).of_tensor(rank, axis_of_parameter(subjects))
+
+
+def axis_by_reader(node: Node) -> tuple[str, int] | None:
+    """(name, contraction axis of its weight) of a convolution that reads ``node`` as its weight."""
+    readers = (user for user in node.users if node in (*user.args[1:2], user.kwargs.get("weight")))
+    return next((found for user in readers if (found := _contracted([name_of(user)])) is not None), None)
 
 
 def contraction_axes(graph: Graph) -> dict[Node, int]:

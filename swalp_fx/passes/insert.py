@@ -9,10 +9,11 @@ from torch.fx import Graph, Node
 
 from .. import nodes
 from .assign import SITE, Output, Site, Weight
-from .captured import KEPT, LAYER, MODULE
+from .captured import CARRIED, KEPT, LAYER, MODULE
 from .classify import OUT
 from .facts import MEANINGS
 from .names import PART, place
+from .operations import CHECKPOINT
 from .tables import LAYER_PARTS
 
 __all__ = ["KEY", "insert"]
@@ -75,10 +76,12 @@ class _Insertion:
         new = self.new.node_copy(node, lambda source: self._source(node, source))
         if node.meta[PART] in ("parameter", *LAYER_PARTS, *MEANINGS):
             new._rename(_spelled(place(node)))
-        if node.meta[PART] == "nested":
+        if node.target is CHECKPOINT:
             body, *operands = new.args
             new.args = (body, self.key, *operands)
             new.target = nodes.checkpointed
+        elif node.target is nodes.recurrent:
+            new.update_arg(1, self.key)
         self.raw[node] = self.read[node] = new
 
     def _quantize_output(self, node: Node) -> None:
@@ -97,7 +100,7 @@ class _Insertion:
             if self.read[source] is self.raw[source]:
                 self.read[source] = self._quantize_weight(self.raw[source], site.weight, source)
             return self.read[source]
-        if reader.op == "output" and source.meta.get(KEPT):
+        if reader.op == "output" and (source.meta.get(KEPT) or source.meta.get(CARRIED)):
             return self.read[source]
         returned = site.output is not None and site.output.returned
         return self.raw[source] if part in OUT and not returned else self.read[source]

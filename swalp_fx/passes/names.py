@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..recipe import Subject
-from .captured import ARGUMENT, LAYER, PARAMETER, around
+from .captured import ARGUMENT, LAYER, PARAMETER, around, kinds_around
 from .facts import MEANINGS
 from .operations import name_of
 from .tables import LAYER_PARTS, layer_part
@@ -23,6 +23,7 @@ __all__ = [
     "derived_name",
     "is_derived",
     "kinds_of",
+    "kinds_of_operation",
     "kinds_of_type",
     "name_places",
     "originals",
@@ -51,12 +52,18 @@ def place(node: Node) -> str:
 
 
 def kinds_of(node: Node) -> list[str]:
-    """What a rule may call a classified ``node``: its part, and the names of its operation."""
+    """What a rule may call a classified ``node``: its part, the names of its operation, and those of the types of the
+    module whose code it is of."""
     if node.op == "placeholder":
         return [node.meta[PART]]
+    return [*kinds_of_operation(node, node.meta[PART]), *kinds_around(node)]
+
+
+def kinds_of_operation(node: Node, part: str) -> list[str]:
+    """``part``, and the names of the operation of ``node``."""
     if (layer := node.meta.get(LAYER)) is not None:
-        return kinds_of_type(layer.kind, node.meta[PART])
-    return [node.meta[PART], *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
+        return kinds_of_type(layer.kind, part)
+    return [part, *dict.fromkeys((name_of(node), name_of(node).rstrip("_")))]
 
 
 def kinds_of_type(kind: type, part: str | None) -> list[str]:
@@ -83,7 +90,7 @@ def name_places(graph: Graph) -> None:
     for node in graph.nodes:
         if node.meta[PART] == "parameter":
             derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
-            node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.name
+            node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.meta.get(ARGUMENT) or node.name
         elif node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
             names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
         elif node.op == "placeholder":

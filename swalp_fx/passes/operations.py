@@ -14,16 +14,19 @@ from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from .. import nodes
 from .tables import does, part_of
 
 __all__ = [
     "CASTS",
     "CHECKPOINT",
+    "NESTED",
     "SWITCHES",
     "category",
     "is_torch",
     "is_view",
     "name_of",
+    "operands_of",
     "operation_of",
     "place_of_inplace",
     "read_after_writes",
@@ -44,6 +47,8 @@ SWITCHES = (
 )
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # a body of its own, that backward computes again
+
+NESTED = (CHECKPOINT, nodes.recurrent)  # calls that run a graph of their own
 
 CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 
@@ -86,9 +91,19 @@ def category(node: Node) -> str:
     """The part that the table has for ``node``, whatever is around it; "" of what is no call."""
     if not node.op.startswith("call"):
         return ""
+    if node.target is nodes.recurrent:
+        return "compute"
     if node.op == "call_function" and not is_torch(node.target):
         return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
     return part_of(name_of(node)) or "arithmetic"
+
+
+def operands_of(call: Node) -> list[Argument]:
+    """What a call gives the graph that it runs, behind the key."""
+    if call.target is nodes.recurrent:
+        _, _, x, states, weights = call.args
+        return [x, *states, *weights]  # type: ignore[misc]
+    return list(call.args[1:] if call.target is CHECKPOINT else call.args[2:])
 
 
 def is_view(node: Node) -> bool:

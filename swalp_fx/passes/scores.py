@@ -1,4 +1,4 @@
-"""The scores of attention in one form: a product, its scale behind it, and nothing in them that a mask takes out."""
+"""The scores of attention in one form: a scaled product, and nothing in it that a mask takes out."""
 
 from __future__ import annotations
 
@@ -90,26 +90,37 @@ class Scores:
         return True
 
     def _scale(self) -> None:
-        """All scales that are numbers, before the product and right behind it, are one, behind it."""
+        """All scales that are numbers, before the product and right behind it, are two.
+
+        A power of two is on the query, where it is exact; what is left, 1 to 2, is behind the product. So half types
+        hold the scores, as they do in PyTorch's fused product.
+        """
         before = [each for operand in self.product.args if (each := _scaled(operand, self.product)) is not None]
         behind = [self.product]
         while (reader := _only_reader(behind[-1])) is not None and _factor(reader) is not None:
             if not _in_one_mode(self.product, reader):
                 break
             behind.append(reader)
-        if not before and [stem_of(each) for each in behind[1:]] in ([], ["mul"]):
+        scale = math.prod(_factor(each) for each in (*before, *behind[1:]))  # type: ignore[misc]
+        if scale == 1 and len(behind) == 1 and not before:
             return
-        write = Writer(self.product, self.product.next)
-        factors = [_factor(each) for each in (*before, *behind[1:])]
-        scale = write(torch.mul, self.product, math.prod(factors))
-        behind[-1].replace_all_uses_with(scale, delete_user_cb=lambda user: user is not scale)
-        for each in reversed(behind[1:]):
-            each.replace_all_uses_with(scale)
-            each.graph.erase_node(each)
         for each in dict.fromkeys(before):  # both operands may be one tensor
             each.replace_all_uses_with(each.all_input_nodes[0])
             each.graph.erase_node(each)
-        self.purposes.leads.add(scale)
+        power = _power_of_two(scale) if any(isinstance(each, Node) for each in self.product.args) else 1.0
+        if power != 1:
+            place = next(i for i, each in enumerate(self.product.args) if isinstance(each, Node))  # of the query
+            query = Writer(self.product, layer=self._layer())(torch.mul, self.product.args[place], power)
+            self.product.update_arg(place, query)
+        last, scaled = behind[-1], self.product
+        if not math.isclose(scale, power, rel_tol=1e-12):
+            scaled = Writer(self.product, self.product.next)(torch.mul, self.product, scale / power)
+            self.purposes.leads.add(scaled)
+        if last is not scaled:
+            last.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        for each in reversed(behind[1:]):
+            each.replace_all_uses_with(scaled)
+            each.graph.erase_node(each)
 
     def _mask(self) -> None:
         """What masks take out of the scores is zero before they are rounded, and all that is read of them then."""
@@ -245,6 +256,13 @@ def _only_reader(node: Node) -> Node | None:
 def _reads_sizes(user: Node) -> bool:
     """Whether ``user`` reads the size and the type of what it is given, and no number."""
     return category(user) == "number" and "reads" not in does(operation_of(user))
+
+
+def _power_of_two(scale: float) -> float:
+    """The largest power of two that is no more than ``scale``, of a scale that half types hold; else 1."""
+    size = abs(scale)
+    # What is a power of two but for a double's last places is one.
+    return 2.0 ** math.floor(math.log2(size) + 1e-12) if 2.0**-14 <= size < 2.0**14 else 1.0
 
 
 def _factor(node: Node) -> float | None:

@@ -55,6 +55,7 @@ compute | own regrad | linear conv1d conv2d conv3d conv_transpose1d conv_transpo
 compute | own | bilinear embedding mv
 compute | | deform_conv2d embedding_bag dot vdot inner outer ger einsum tensordot addmm addmv addbmm baddbmm addr
 compute | | convolution scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd
+compute | | lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
 compute | | cdist Linear Bilinear _ConvNd Conv1d
 compute | | Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d Embedding EmbeddingBag
 compute | | MultiheadAttention RNNBase RNNCellBase Transformer TransformerEncoder TransformerDecoder
@@ -90,10 +91,10 @@ pooling | own | adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
 pooling | | max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool3d lp_pool1d
 pooling | | adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
 pooling | | fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices
-pooling | | fractional_max_pool3d_with_indices lp_pool2d lp_pool3d interpolate upsample grid_sample mean sum amax amin
-pooling | | max min maximum minimum fmax fmin cummax cummin median nanmedian mode kthvalue aminmax _MaxPoolNd
-pooling | | _AvgPoolNd _AdaptiveMaxPoolNd _AdaptiveAvgPoolNd _LPPoolNd FractionalMaxPool2d FractionalMaxPool3d
-pooling | | Upsample RoIAlign RoIPool PSRoIAlign PSRoIPool MultiScaleRoIAlign
+pooling | | fractional_max_pool3d_with_indices lp_pool2d lp_pool3d interpolate upsample upsample_nearest
+pooling | | upsample_bilinear grid_sample mean sum amax amin max min maximum minimum fmax fmin cummax cummin median
+pooling | | nanmedian mode kthvalue aminmax _MaxPoolNd _AvgPoolNd _AdaptiveMaxPoolNd _AdaptiveAvgPoolNd _LPPoolNd
+pooling | | FractionalMaxPool2d FractionalMaxPool3d Upsample RoIAlign RoIPool PSRoIAlign PSRoIPool MultiScaleRoIAlign
 
 # The same numbers elsewhere, or some of them, or zeros between them.
 movement | views | getitem data _get_data_attr register_hook detach alias view view_as reshape reshape_as flatten
@@ -101,11 +102,11 @@ movement | views | unflatten ravel squeeze unsqueeze t T mT H mH numpy_T matrix_
 movement | views | movedim moveaxis permute narrow select slice diagonal chunk split split_with_sizes tensor_split
 movement | views | hsplit vsplit dsplit unsafe_split unsafe_chunk unbind unfold expand expand_as broadcast_to
 movement | views | broadcast_tensors real imag view_as_real view_as_complex as_strided conj positive resolve_conj
-movement | views | resolve_neg atleast_1d atleast_2d atleast_3d
+movement | views | resolve_neg atleast_1d atleast_2d atleast_3d linalg_diagonal
 # These too, where there is nothing to do.
 movement | views | alpha_dropout feature_alpha_dropout conj_physical meshgrid
-movement | views | contiguous to type type_as float double half bfloat16 cpu cuda dropout dropout1d dropout2d
-movement | views | dropout3d requires_grad_
+movement | views | contiguous to type type_as float double half bfloat16 cfloat cdouble chalf cpu cuda dropout
+movement | views | dropout1d dropout2d dropout3d requires_grad_
 movement | own regrad | masked_fill
 movement | writes | setitem
 movement | | cat concat concatenate stack hstack vstack dstack column_stack row_stack _squeeze _unsqueeze repeat
@@ -118,10 +119,10 @@ movement | | diag_embed max_unpool1d max_unpool2d max_unpool3d diagonal_scatter 
 movement | | as_strided_scatter unsafe_view to_copy lift lift_fresh resize set view_copy alias_copy as_strided_copy
 movement | | diagonal_copy expand_copy narrow_copy permute_copy select_copy slice_copy split_copy
 movement | | split_with_sizes_copy squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy
-movement | | detach_copy view_as_real_copy view_as_complex_copy Identity Flatten Unflatten Dropout Dropout1d Dropout2d
-movement | | Dropout3d AlphaDropout FeatureAlphaDropout StochasticDepth DropBlock2d DropBlock3d Permute PixelShuffle
-movement | | PixelUnshuffle ChannelShuffle Fold Unfold _ConstantPadNd _ReflectionPadNd _ReplicationPadNd
-movement | | _CircularPadNd _MaxUnpoolNd
+movement | | _chunk_cat native_dropout_backward detach_copy view_as_real_copy view_as_complex_copy Identity Flatten
+movement | | Unflatten Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout StochasticDepth
+movement | | DropBlock2d DropBlock3d Permute PixelShuffle PixelUnshuffle ChannelShuffle Fold Unfold _ConstantPadNd
+movement | | _ReflectionPadNd _ReplicationPadNd _CircularPadNd _MaxUnpoolNd
 
 # Sizes, indices, comparisons and fresh constants: not a layer's output. So is whatever is made of these alone.
 number | | size sym_size dim ndim ndimension numel nelement shape stride len dtype device layout is_cuda requires_grad

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from .captured import CALLS, LAYER, MODULE, STEPS, Layer
 
-__all__ = ["Writer", "value_of"]
+__all__ = ["VALUE", "Writer", "value_of"]
 
 VALUE = "example_value"
 # What a new node has of the node that it stands for.
@@ -34,7 +34,7 @@ class Writer:
         op = "call_method" if isinstance(function, str) else "call_function"
         with self.place.graph.inserting_before(self.place):
             node = self.place.graph.create_node(op, function, args, kwargs)
-        node.meta = {key: self.like.meta[key] for key in INHERITED if key in self.like.meta}
+        node.meta = self.inherited()
         if layer is not None or self.layer is not None:
             node.meta[LAYER] = layer or self.layer
         given, named = map_arg((args, kwargs), value_of)
@@ -42,6 +42,9 @@ class Writer:
         with torch.no_grad(), enable_python_dispatcher():  # else sizes that change become fixed
             node.meta[VALUE] = call(*given, **named)
         return node
+
+    def inherited(self) -> dict[str, Any]:
+        return {key: self.like.meta[key] for key in INHERITED if key in self.like.meta}
 
     def size(self, tensor: Node, axis: int) -> Any:
         """The length of an axis: a number, or the node that reads it where it may change from call to call."""

@@ -1,7 +1,7 @@
 """The text of a recipe: ``bfp8[0] M=float rules=[fc W=float; "a b" kind=Conv2d A=bfp4~up]``.
 
-Spaces or semicolons separate words. The first word may be a format for all roles. A pattern between quotes may hold
-anything; a quote in it is written twice.
+Spaces or semicolons separate words. The first word may be a format for all roles, and so may the first behind a rule's
+pattern: ``rules=[fc float]``. A pattern between quotes may hold anything; a quote in it is written twice.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ def text(recipe: Recipe) -> str:
 
 def rule_text(rule: Rule) -> str:
     kind = [f"kind={_quoted(rule.kind)}"] if rule.kind is not None else []
-    roles = (f"{LETTERS[role]}={quantizer}" for role, quantizer in rule.roles().items())
-    return " ".join([_quoted(rule.match), *kind, *roles, *_states(rule.states)])
+    given = rule.roles()
+    everywhere = [str(given[role]) for role in ROLES.values() if role in given]
+    alike = len(everywhere) == len(ROLES) and len(set(everywhere)) == 1
+    named = (f"{LETTERS[role]}={value}" for role, value in given.items() if not (alike and role in ROLES.values()))
+    return " ".join([_quoted(rule.match), *everywhere[: 1 if alike else 0], *kind, *named, *_states(rule.states)])
 
 
 def _states(states: Any) -> list[str]:
@@ -165,17 +168,28 @@ def _valued(given: dict[str, Any], quotes: _Quotes) -> dict[str, Any]:
     return values
 
 
+def _is_format(words: list[str], quotes: _Quotes) -> bool:
+    """Whether the word, if there is one, is a format with or without its rounding."""
+    try:
+        return bool(words) and "=" not in words[0] and Quantizer.parse(quotes.read(words[0])) is not None
+    except (FormatError, RecipeError):
+        return False
+
+
 def _rules(body: str, quotes: _Quotes, where: str) -> Iterator[Rule]:
     for text in body.split(";"):
         if not (words := text.split()):
             continue
         pattern, *named = words
+        everywhere, named = (named[:1], named[1:]) if _is_format(named[:1], quotes) else ([], named)
         wrong = next((word for word in named if "=" not in word), None)
         if wrong is not None or "=" in pattern:
             shown = quotes.shown(text.strip())
             raise RecipeError(
-                f"{where}: rule {shown!r} is no pattern with words behind it, such as fc W=float; quote a pattern that "
-                "has spaces, semicolons or ="
+                f"{where}: rule {shown!r} is no pattern with words behind it, such as fc float or fc W=float; quote a "
+                "pattern that has spaces, semicolons or ="
             )
         match = quotes.read(pattern)
-        yield Rule(match, **_valued(once(_pairs(named), f"rule {match!r}", ("kind", *FIELDS_OF_RULE)), quotes))
+        given = {role: quotes.read(spec) for spec in everywhere for role in ROLES.values()}
+        given |= _valued(once(_pairs(named), f"rule {match!r}", ("kind", *FIELDS_OF_RULE)), quotes)
+        yield Rule(match, **given)

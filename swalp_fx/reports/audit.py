@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .. import nodes
 from ..capture import Conversion, Rewritten, local
 from ..capture.trial import untouched
 from ..passes.captured import LAYER
 from ..passes.names import NAME
-from ..passes.operations import operation_of
+from ..passes.operations import operands_of, operation_of
 from ..passes.tables import part_of
 from ..recipe import Quantizer
 from .graphs import inlined, is_quantizer
@@ -61,7 +65,8 @@ class Audit(TorchDispatchMode):
         ] = []  # the running nodes of graphs: place, and whether the node reads only rounded numbers
 
     def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
-        return _Watched(self, made).run(*args)
+        graph_module = inlined(made.graph_module, steps=False)
+        return _Watched(self, graph_module, _rounded(graph_module)).run(*args)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,21 +87,20 @@ class Audit(TorchDispatchMode):
 class _Watched(Interpreter):
     """A run of one graph that notes the node it is at."""
 
-    def __init__(self, audit: Audit, made: Rewritten) -> None:
-        super().__init__(inlined(made.graph_module))
-        self.audit = audit
+    def __init__(self, audit: Audit, graph_module: GraphModule, rounded: set[Node]) -> None:
+        super().__init__(graph_module)
+        self.audit, self.rounded = audit, rounded
         # All nodes of a layer count under the name of its output, which is the last of them.
         named = [node for node in self.graph.nodes if NAME in node.meta]
         names = {node.meta[LAYER]: node.meta[NAME] for node in named if LAYER in node.meta}
         self.places = {
             node: node.meta.get(NAME) or names.get(node.meta.get(LAYER), node.name) for node in self.graph.nodes
         }
-        self.rounded = _rounded(self.graph)
 
     def run_node(self, n: Node) -> Any:
         self.audit._running.append((self.places[n], self.rounded.issuperset(_floating_inputs(n))))
         try:
-            result = super().run_node(n)
+            result = self._loop(n) if n.target is nodes.recurrent else super().run_node(n)
         finally:
             self.audit._running.pop()
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -104,20 +108,53 @@ class _Watched(Interpreter):
             self.audit.shapes[n.meta[NAME]] = ", ".join("x".join(map(str, each.shape)) or "1" for each in tensors)
         return result
 
+    def _loop(self, n: Node) -> Any:
+        (body, *args), how = self.fetch_args_kwargs_from_env(n)
+        first, later = _rounded_of_steps(body, n, self.rounded)
+        steps = itertools.chain([first], itertools.repeat(later))
+        return nodes.recurrent(lambda *given: _Watched(self.audit, body, next(steps)).run(*given), *args, **how)
 
-def _rounded(graph: Graph) -> set[Node]:
-    """The nodes with rounded outputs: quantize nodes, and movement of rounded numbers only."""
-    found: set[Node] = set()
-    for node in graph.nodes:
+
+def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
+    """The nodes with rounded outputs, and the nodes that are ``given`` as rounded.
+
+    They are quantize nodes, movement of rounded numbers, products of rounded numbers with a power of two, and loops of
+    steps with rounded outputs.
+    """
+    found = set(given)
+    for node in module.graph.nodes:
         if is_quantizer(node):
             is_rounded = Quantizer.parse(str(node.args[3])).rounds
+        elif node.target is nodes.recurrent:
+            body: Any = module.get_submodule(str(node.args[0].target))
+            first, _ = _rounded_of_steps(body, node, found)
+            _, (output, *_) = body.graph.output_node().args[0]
+            is_rounded = output in first
         else:
             sources = _floating_inputs(node)
-            moves = part_of(operation_of(node)) == "movement"
+            moves = part_of(operation_of(node)) == "movement" or _is_shift(node)
             is_rounded = moves and bool(sources) and found.issuperset(sources)
         if is_rounded:
             found.add(node)
     return found
+
+
+def _is_shift(node: Node) -> bool:
+    """Whether it is a product with a power of two, such as the scaling of queries."""
+    factor = node.args[1] if operation_of(node) == "mul" and len(node.args) == 2 else None
+    return isinstance(factor, float) and math.frexp(factor)[0] == 0.5
+
+
+def _rounded_of_steps(body: GraphModule, loop: Node, rounded: set[Node]) -> tuple[set[Node], set[Node]]:
+    """``_rounded`` of the first step of a loop, and of all later steps. Only the first reads the loop's own states."""
+    inputs = body.graph.find_nodes(op="placeholder")[1:]  # the key is first
+    given = {node for node, operand in zip(inputs, operands_of(loop), strict=True) if operand in rounded}
+    first = _rounded(body, given)
+    output: Any = body.graph.output_node()
+    carried, _ = output.args[0]
+    states = inputs[1 : 1 + len(carried)]
+    handed = {node for node, source in zip(states, carried, strict=True) if source in first}
+    return first, _rounded(body, given.difference(states) | handed)
 
 
 def _floating_inputs(node: Node) -> list[Node]:

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from .. import nodes
 from ..capture import Conversion, conversion_of
 from ..errors import UNPACK, ConvertError
-from ..passes.operations import name_of
+from ..passes.operations import name_of, operands_of
 
 __all__ = ["conversion_in", "inlined", "is_quantizer"]
 
@@ -46,8 +46,10 @@ def is_quantizer(node: Node) -> bool:
     return node.target in (nodes.quantize_weight, nodes.quantize_output)
 
 
-def inlined(module: GraphModule) -> GraphModule:
+def inlined(module: GraphModule, *, steps: bool = True) -> GraphModule:
     """The same computation without checkpoints: each graph that a checkpoint runs is inlined into its caller.
+
+    steps: so does a loop's step, once: the graph is then to be read, and not to be run.
 
     Before:
 
@@ -60,31 +62,38 @@ def inlined(module: GraphModule) -> GraphModule:
         linear_q = quantize_output(linear, key, ...)
     """
     graph = Graph()
-    graph.output(_inline(module, graph, "", None)).meta = dict(module.graph.output_node().meta)
+    graph.output(_Inlining(graph, steps).run(module, "", None)).meta = dict(module.graph.output_node().meta)
     return GraphModule(module, graph)
 
 
-def _inline(module: GraphModule, graph: Graph, prefix: str, given: list[Any] | None) -> Any:
-    """Copies the nodes of ``module`` into ``graph``, with ``given`` as its inputs; returns its outputs."""
-    read: dict[Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "output":
-            return map_arg(node.args[0], read.__getitem__)
-        if node.op == "placeholder" and given is not None:
-            read[node] = given.pop(0)
-        elif node.target is nodes.checkpointed:
-            body, *operands = node.args
-            inner = getattr(module, body.target)
-            read[node] = _inline(inner, graph, f"{prefix}{body.target}.", list(map_arg(operands, read.__getitem__)))
-        elif name_of(node) == "getitem" and not isinstance(read[node.args[0]], Node):
-            read[node] = read[node.args[0]][node.args[1]]
-        elif not _is_body(node):
-            read[node] = copy = graph.node_copy(node, read.__getitem__)
-            if node.op == "get_attr":
-                copy.target = f"{prefix}{node.target}"
-    raise AssertionError("a graph without an output")
+class _Inlining:
+    def __init__(self, graph: Graph, steps: bool) -> None:
+        self.graph = graph
+        self.runs = nodes.RUNS if steps else (nodes.checkpointed,)
 
+    def run(self, module: GraphModule, prefix: str, given: list[Any] | None) -> Any:
+        """Copies the nodes of ``module``, with ``given`` as its inputs; returns its outputs."""
+        read: dict[Node, Any] = {}
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return map_arg(node.args[0], read.__getitem__)
+            if node.op == "placeholder" and given is not None:
+                read[node] = given.pop(0)
+            elif node.target in self.runs:
+                name = str(node.args[0].target)
+                body: Any = module.get_submodule(name)
+                operands = map_arg([node.args[1], *operands_of(node)], read.__getitem__)
+                read[node] = self.run(body, f"{prefix}{name}.", list(operands))
+                if node.target is nodes.recurrent:
+                    _, read[node] = read[node]  # the outputs, after the states for the next step
+            elif name_of(node) == "getitem" and not isinstance(read[node.args[0]], Node):
+                read[node] = read[node.args[0]][node.args[1]]
+            elif not self._is_body(node):
+                read[node] = copy = self.graph.node_copy(node, read.__getitem__)
+                if node.op == "get_attr":
+                    copy.target = f"{prefix}{node.target}"
+        raise AssertionError("a graph without an output")
 
-def _is_body(node: Node) -> bool:
-    """Whether ``node`` is a graph that only checkpoints run."""
-    return node.op == "get_attr" and bool(node.users) and all(user.target is nodes.checkpointed for user in node.users)
+    def _is_body(self, node: Node) -> bool:
+        """Whether ``node`` is a graph that only stands where it is run."""
+        return node.op == "get_attr" and bool(node.users) and all(user.target in self.runs for user in node.users)

@@ -44,7 +44,7 @@ class Rounded:
     clipped: int = 0  # finite values beyond the range of the format, or of their block's scale
     zeroed: int = 0  # nonzero values that became zero
     nan: int = 0
-    infinite: int = 0
+    infinite: int = 0  # before rounding, or after it, as a float16 near 65,504 may be
 
     @property
     def sqnr(self) -> float:
@@ -53,7 +53,7 @@ class Rounded:
 
     def add(self, x: Tensor, q: Tensor) -> None:
         """Count ``x``, which was rounded to ``q``."""
-        finite = x.isfinite()
+        finite = x.isfinite() & q.isfinite()
         exact, rounded = torch.where(finite, x, 0).double(), torch.where(finite, q, 0).double()
         # Rounding up gives at least x, and rounding down at most x, unless x is out of range.
         above, below = (quantize(x, self.format, rounding).double() for rounding in ("up", "down"))
@@ -63,7 +63,7 @@ class Rounded:
         self.clipped += int((finite & ((above < exact) | (below > exact))).sum())
         self.zeroed += int((finite & (x != 0) & (q == 0)).sum())
         self.nan += int(x.isnan().sum())
-        self.infinite += int(x.isinf().sum())
+        self.infinite += int((x.isinf() | q.isinf()).sum())
 
 
 class Measures(dict[tuple[str, str], Rounded]):
@@ -231,8 +231,8 @@ class _Watch:
 
     def run(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         if id(made) not in self._graphs:
-            self._graphs[id(made)] = made, inlined(made.graph_module)
-            self._begin(self._graphs[id(made)][1].graph)
+            self._graphs[id(made)] = made, inlined(made.graph_module, steps=False)
+            self._begin(inlined(made.graph_module).graph)
         return _Run(self, self._graphs[id(made)][1]).run(*args)
 
     def _begin(self, graph: Graph) -> None:
@@ -258,6 +258,9 @@ class _Run(Interpreter):
         self.watch = watch
 
     def run_node(self, n: Node) -> Any:
+        if n.target is nodes.recurrent:
+            (body, *args), how = self.fetch_args_kwargs_from_env(n)
+            return nodes.recurrent(_Run(self.watch, body).run, *args, **how)
         if not is_quantizer(n):
             return super().run_node(n)
         x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
@@ -26,9 +26,11 @@ __all__ = ["DERIVED", "Row", "operation_of", "parameter_of", "rows", "stored_bit
 
 # The operation of a row that is no layer's output.
 PARAMETER_ROW, DERIVED = "parameter", "derived weight"
-# Layers and functions that compute several steps in one node: the graph does not see these steps.
-WHOLE = (nn.RNNBase, nn.RNNCellBase)
-WHOLE_FUNCTIONS = ("scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+# Functions that compute several steps in one node: the graph does not see these steps.
+WHOLE_FUNCTIONS = (
+    "scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,7 @@ def _is_written(node: Node) -> bool:
 def _whole(node: Node, layer: list[Node]) -> str:
     """The name of the layer or function with inner steps that no graph sees; "" if ``node`` is none."""
     if layer:
-        kind = node.meta[LAYER].kind
-        is_whole = issubclass(kind, WHOLE) or any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
+        is_whole = any(name_of(each) in WHOLE_FUNCTIONS for each in layer)
         is_whole = is_whole or (_is_written(node) and node.meta[PART] != "norm")
         return (node.meta[LAYER].path or place(node)) if is_whole else ""
     called = _called(node)

@@ -20,6 +20,7 @@ from ...passes.facts import MEANINGS
 from ...passes.names import PART, is_derived, place
 from ...passes.operations import name_of
 from ...passes.tables import LAYER_PARTS
+from ...recipe.patterns import around
 from ..graphs import conversion_in, inlined, is_quantizer
 from ..rows import operation_of, parameter_of
 from .dot import picture
@@ -183,8 +184,9 @@ class _Marks:
         """(role, text, spec) of a parameter, named as its first reader names it."""
         spec = str(node.args[3] if node.target is nodes.quantize_weight else FLOAT)
         reader = self._readers(node)[0]
-        path = reader.path if isinstance(reader, Layer) else reader.meta.get(MODULE) or ""
-        return "W", f"{seen_from(path, parameter_of(node))} {spec}", spec
+        path, name = reader.path if isinstance(reader, Layer) else reader.meta.get(MODULE) or "", parameter_of(node)
+        holder = next((each for each in around(path) if name.startswith(f"{each}.")), "")
+        return "W", f"{seen_from(holder, name)} {spec}", spec
 
     def _around(self, node: Node) -> tuple[tuple[str, str, str], ...]:
         """(call, qualified name, type) of the calls around ``node``, outermost first."""

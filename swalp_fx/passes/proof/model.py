@@ -1,0 +1,195 @@
+"""The captured graph, read by a walk of the proof's own: the kind, the name and the readers of each node."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ... import nodes
+from ...recipe import Subject
+from ..captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, UPDATE
+from ..facts import FACTS, MEANINGS, Facts, Origin
+from .reading import called, does, types_around, written_by
+
+__all__ = ["LAYERS", "Model"]
+
+LAYERS = ("compute", "norm", "activation", "arithmetic", "pooling")
+NOT_MADE = ("parameter", "input", "operand", "number", "state", "body", "nested", "movement", "inside", "outside")
+NO_LAYERS = (*MEANINGS, *NOT_MADE)
+
+
+class Model:
+    """What the captured graph computes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.kinds = _kinds(graph)
+        self.exits = _exits(graph, self.kinds)
+        self.places = _places(graph, self.kinds)
+
+    def is_layer(self, node: Node) -> bool:
+        return self.kinds[node] not in NO_LAYERS and node.op != "output"
+
+    def subject(self, node: Node) -> Subject:
+        """The name of an input or output, and all that a rule may call it."""
+        layer, kinds = node.meta.get(LAYER), [self.kinds[node]]
+        if layer is not None:
+            kinds += [base.__name__ for base in layer.kind.__mro__]
+        elif node.op != "placeholder":
+            kinds += [called(node), called(node).rstrip("_")]
+        return self.places[node], [*kinds, *types_around(node)]
+
+    def sources(self, node: Node) -> list[Node]:
+        """What ``node`` reads, or, where it ends a layer, what the layer reads."""
+        inner = [(self.sources(each) if self.kinds[each] == "inside" else [each]) for each in node.all_input_nodes]
+        return list(dict.fromkeys(source for each in inner for source in each))
+
+    def readers(self, node: Node) -> set[Node]:
+        """Who reads ``node``; a layer is one reader, whatever it does inside."""
+        inner = [(self.readers(user) if self.kinds[user] == "inside" else {user}) for user in node.users]
+        return set().union(*inner)
+
+    def group_ends(self) -> set[Node]:
+        """The last node of each group, found reader by reader: each node joins the group that ends in the one node it
+        continues, the earliest-begun of two."""
+        group: dict[Node, int] = {}
+        last: dict[int, Node] = {}
+        for number, node in enumerate(self.graph.nodes):
+            kind, every = self.kinds[node], self.sources(node)
+            sources = [s for s in every if s in group and last[group[s]] is s and len(self.readers(s)) == 1]
+            if kind in ("norm", "activation"):
+                sources = [source for source in sources if source is every[0] or source not in node.all_input_nodes]
+            elif kind == "arithmetic":
+                readers = [self.kinds.get(reader) for reader in self.readers(node)]
+                is_sum = called(node).rstrip("_") in ("add", "iadd")
+                if not sources or not is_sum or readers != ["activation"]:
+                    continue
+            elif kind == "compute":
+                sources = []
+            else:
+                continue
+            group[node] = min((group[source] for source in sources), default=number)
+            last[group[node]] = node
+        return set(last.values())
+
+
+def _kinds(graph: Graph) -> dict[Node, str]:
+    """Each node's kind: that of PARTS, or "arithmetic", of what makes numbers; one of NO_LAYERS of all else."""
+    kinds: dict[Node, str] = {}
+    updates = _updates(graph)
+    for node in graph.nodes:
+        kinds[node] = _kind(node, kinds)
+        reads_state = "state" in [kinds[source] for source in node.all_input_nodes]
+        if kinds[node] in ("arithmetic", "norm", "constant", "inside") and node in updates and reads_state:
+            kinds[node] = "state"
+    return kinds
+
+
+def _kind(node: Node, kinds: dict[Node, str]) -> str:
+    if node.op == "output" or HOLDS in node.meta:
+        return node.meta.get(HOLDS, "output")
+    if node.meta.get(MODULE, "") is None:
+        return "outside"
+    if node.target in (torch.ops.higher_order.tag_activation_checkpoint, nodes.recurrent):
+        return "nested"
+    if any(kinds.get(_whole(written)) == "state" for written in written_by(node)):
+        return "state"
+    known: Facts = node.meta[FACTS]
+    kind = known.category if node.meta.get(LAYER) is None else _kind_in_layer(node, node.meta[LAYER])
+    if known.origin is Origin.CONSTANT:
+        if known.meaning == "constant" and kind in LAYERS:
+            return "constant"
+        if kind == "inside" or known.meaning == "constant":
+            return kind
+        return "state" if "state" in {kinds[source] for source in node.all_input_nodes} else "number"
+    value = node.meta.get("example_value")
+    if kind in LAYERS and isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return "number"
+    if known.meaning and kind != "inside":
+        return "arithmetic" if known.meaning == "mixes" else known.meaning
+    return "movement" if kind == "number" and _is_filled(node) else kind
+
+
+def _kind_in_layer(node: Node, layer: Any) -> str:
+    """What a layer gives is of the layer's kind, all else in it is inside, what its hooks keep of that too."""
+    value = node.meta.get("example_value")
+    inner = {user for user in node.users if user.meta.get(LAYER) == layer}
+    outer = {user for user in node.users if not inner or (user.op != "output" and not _reads_sizes(user))} - inner
+    if not outer or not (value is None or isinstance(value, torch.Tensor)):
+        return "number" if node.meta[FACTS].category == "number" else "inside"
+    return layer.part
+
+
+def _reads_sizes(user: Node) -> bool:
+    return user.meta[FACTS].category == "number" and not does(user, "reads")
+
+
+def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
+    """The name of each input and layer output."""
+    named: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if kinds[node] in (*LAYERS, *MEANINGS):
+            named.setdefault(_unnumbered(node), []).append(node)
+    places: dict[Node, str] = {}
+    for name, nodes_of in named.items():
+        free = (number for number in count(1) if f"{name}@{number}" not in named)
+        places |= {node: name if len(nodes_of) == 1 else f"{name}@{next(free)}" for node in nodes_of}
+    for node in graph.find_nodes(op="placeholder"):
+        name = node.meta.get(ARGUMENT, node.name)
+        places[node] = f"{name}@0" if name in named else name
+    return places
+
+
+def _unnumbered(node: Node) -> str:
+    if (layer := node.meta.get(LAYER)) is not None:
+        return layer.path or layer.kind.__name__.lower()
+    return ".".join(name for name in (node.meta.get(MODULE), called(node).strip("_")) if name)
+
+
+def _updates(graph: Graph) -> set[Node]:
+    """The arithmetic that serves nothing but what a buffer is set to; and the last of it, whatever else it serves."""
+    updates: set[Node] = set()
+    found = [node for node in graph.nodes if node.meta.get(UPDATE)]
+    while found:
+        node = found.pop()
+        # Movement may stand last, and nowhere else.
+        if node not in updates and (node.meta.get(UPDATE) or _is_arithmetic(node)):
+            updates.add(node)
+            found += [source for source in node.all_input_nodes if updates.issuperset(source.users)]
+    return {node for node in updates if _is_arithmetic(node)}
+
+
+def _is_arithmetic(node: Node) -> bool:
+    return node.meta[FACTS].category == "arithmetic"
+
+
+def _is_filled(node: Node) -> bool:
+    """Whether another tensor is written into ``node``, or into a part of it."""
+    for user in node.users:
+        is_first = bool(user.args) and user.args[0] is node
+        if is_first and called(user) == "getitem" and _is_filled(user):
+            return True
+        if written_by(user) == [node] and len(user.all_input_nodes) > 1:
+            return True
+    return False
+
+
+def _whole(node: Any) -> Any:
+    """What ``node`` is an item of."""
+    while isinstance(node, Node) and called(node) == "getitem":
+        node = node.args[0]
+    return node
+
+
+def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
+    """What the model gives, with movement and sizes that serve nothing else; and what is around the model."""
+    exits: set[Node] = set()
+    for node in reversed(graph.nodes):
+        kept = node.meta.get(UPDATE) or node.meta.get(KEPT)
+        leaves = node.users and all(user in exits for user in node.users) and not kept
+        if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("movement", "number")):
+            exits.add(node)
+    return exits

@@ -1,0 +1,68 @@
+"""What the proof reads of a node by itself: what it calls, what it writes into, whose code it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from typing import Any
+
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Node
+
+from ..facts import FACTS
+
+__all__ = ["called", "does", "is_own_code", "types_around", "written_by"]
+
+WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
+
+
+def called(node: Node) -> str:
+    """What ``node`` calls, whoever wrote it."""
+    if node.target is getattr:
+        return str(node.args[1])
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.name.rpartition("::")[2].lstrip("_")
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def does(node: Node, what: str) -> bool:
+    """Whether the table of operations says so of ``node``."""
+    return FACTS in node.meta and what in node.meta[FACTS].does
+
+
+def written_by(node: Node) -> list[Any]:
+    """What ``node`` writes into."""
+    if not node.op.startswith("call"):
+        return []
+    parameters: list[str] = []
+    if node.op == "call_function":
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    by_place = dict(zip(parameters, node.args, strict=False))
+    in_place = {**by_place, **node.kwargs}.get("inplace", False)
+    written = [node.kwargs["out"]] if "out" in node.kwargs else []
+    if in_place or called(node) == "setitem" or WRITES.fullmatch(called(node)):
+        written.append(node.args[0] if node.args else node.all_input_nodes[0])
+    return written
+
+
+def is_own_code(node: Node) -> bool:
+    """Whether ``node`` runs code of PyTorch's own."""
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
+        return False
+    is_registered = re.match(r"torch\._ops\.(?!aten$)", getattr(node.target, "__module__", None) or "")
+    return not is_registered and _is_torch(node.target)
+
+
+def _is_torch(thing: Any) -> bool:
+    return (
+        re.match(r"(torch|torchvision|_operator|builtins|math)(\.|$)", getattr(thing, "__module__", None) or "torch")
+        is not None
+    )
+
+
+def types_around(node: Node) -> list[str]:
+    """The types of the innermost module whose code ``node`` is of."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return [base.__name__ for base in getattr(stack[-1][1], "__mro__", ())] if stack else []
