@@ -19,6 +19,7 @@
 // The forms ending in _ work in place and return nothing. _plan rounds nothing: it returns the address of a plan (plan.h) for
 // such calls. Two forms are for the CPU alone:
 // _sgd_ is a step of torch.optim.SGD with its roundings. A role without streams is not rounded; undamped is 1 - dampening.
+// If there are masters, the step is theirs, and the weights become rounded copies of them.
 // _codes writes codes (codes.h) of 8 bits or fewer side by side, and scales as in swalp_fx/codes/stored.py. It returns whether
 // it could. coding: the fields of Coding, then the bias of a scale's exponent.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
@@ -26,8 +27,9 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
   m.def("quantize_foreach_(Tensor(a!)[] xs, " SWALP_FORMAT SWALP_ROUNDING "int[] streams) -> ()");
   m.def("quantize_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> int");
-  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, " SWALP_SGD SWALP_FORMAT
-            SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams) -> ()");
+  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, Tensor(d!)[] masters, "
+        SWALP_SGD SWALP_FORMAT SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams"
+        ") -> ()");
   m.def("quantize_codes(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream, int[] coding, Tensor(a!) packed, "
         "Tensor(b!) scales, Tensor(c!) second) -> bool");
 }

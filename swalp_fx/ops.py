@@ -462,6 +462,7 @@ def sgd_(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     momenta: Sequence[Tensor],
+    masters: Sequence[Tensor],
     group: Mapping[str, Any],
     format: str | Format,
     rounding: str,
@@ -473,13 +474,14 @@ def sgd_(
 
     Gradients are rounded before the update, weights and momenta after it. On processors with AVX2 this gives the
     bits of ``quantize_foreach_`` before and after torch's own step. All tensors are dense float32 on the CPU, and the
-    three tensors of a weight have the same strides. Without momentum there are no momenta.
+    tensors of a weight have the same strides. Without momentum there are no momenta.
 
+    masters: none, or those that the step updates, unrounded; the weights become rounded copies of them.
     streams: (of weights, of gradients, of momenta): one a tensor, or none for a role that is not rounded.
     """
     how = _find(format, rounding)
     assert how is not None
     of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
     switches = [group["nesterov"], group["maximize"]]
-    _SGD(weights, gradients, momenta, *of_group, *switches, *how, key_of(rounding, key), *streams)
-    torch.autograd.graph.increment_version([*weights, *gradients, *momenta])
+    _SGD(weights, gradients, momenta, masters, *of_group, *switches, *how, key_of(rounding, key), *streams)
+    torch.autograd.graph.increment_version([*weights, *gradients, *momenta, *masters])

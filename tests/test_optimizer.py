@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import checkpoint
 
 from swalp_fx.ops import quantize
-from swalp_fx.optimizer import SWALP
+from swalp_fx.optimizer import SWALP, Average
 from swalp_fx.random import fold_in
 from swalp_fx.recipe import Recipe
 
@@ -842,9 +843,9 @@ def with_value(*path, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("seed"), r"a SWALP state holds version, .*, not version, recipe, step"),
+        (without("seed"), r"a SWALP state holds version, .*, not version, recipe, parameters, step"),
         (with_value("extra", value=1), r"a SWALP state holds .*, extra; pass what state_dict\(\) returned"),
-        (with_value("version", value=4), r"of version 4, and this SWALP reads version 3"),
+        (with_value("version", value=5), r"of version 5, and this SWALP reads version 4"),
         (with_value("recipe", value="bfp6"), r"of recipe 'bfp6', not 'W=bfp8\[0\] .*'; convert with the former"),
         (with_value("step", value=1.5), r"step must be a whole number, not 1.5"),
         (with_value("n_averaged", value=-1), r"n_averaged must be a whole number, not -1"),
@@ -867,6 +868,10 @@ def with_value(*path, value):
             with_value("averages", value=[]),
             r"the state's averages map names to n_seen, n_averaged, means and settings; pass",
         ),
+        (lambda s: s["masters"].pop("3.bias"), r"masters lacks '3.bias', a parameter of the model"),
+        (lambda s: s["parameters"].remove("3.bias"), r"the state is of a model without '3.bias'; load a state of this"),
+        (lambda s: s["parameters"].append("head"), r"the state is of a model with 'head' too; load a state of this"),
+        (lambda s: s["parameters"].reverse(), r"a model whose parameters are in another order"),
         (with_value("averages", "ema", value={"means": {}}), r"the state's averages map names to n_seen"),
         (with_value("masters", "x", value=torch.ones(2)), r"masters has 'x', which this model does not"),
     ],
@@ -888,10 +893,65 @@ def test_a_state_of_version_1_is_read():
     run_on(*parts, range(2))
     state = parts[2].state_dict()
     old = {("accumulators" if key == "masters" else key): value for key, value in state.items()} | {"version": 1}
+    del old["parameters"]
     old["recipe"] = f"{RECIPE} accumulator=fixed16.12 average=bfp9 average_rounding=up"
     again = setup(master="fixed16.12", average="bfp9~up")[2]
     again.load_state_dict(old)
     assert same(again.state_dict(), state)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_of_version_3_is_read_though_it_has_only_what_was_made_so_far(steps):
+    parts = setup(master="float")
+    train(*parts[:2], range(steps))
+    state = parts[2].state_dict()
+    old = {key: value for key, value in state.items() if key != "parameters"} | {"version": 3, "average": {}}
+    old["masters"] = {} if steps == 0 else {name: state["masters"][name] for name in list(state["masters"])[1:]}
+    again = setup(master="float")[2]
+    again.load_state_dict(old)
+    assert again.state_dict()["step"] == steps and list(again._masters) == list(old["masters"])
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_distributed_checkpoints_load_into_a_fresh_state(dtype, steps, tmp_path):
+    def made():
+        model, optimizer, swalp = setup(master="float", model=net().to(dtype))
+        swalp.averages["ema"] = Average(decay=0.9)
+        return model, optimizer, swalp
+
+    def go_on(model, swalp, optimizer, steps):
+        for step in steps:
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.full_like(p, 0.1 * step + 0.01 * i)
+            optimizer.step()
+            swalp.update_average()
+
+    model, optimizer, swalp = made()
+    go_on(model, swalp, optimizer, range(steps))
+    saved = {"model": model.state_dict(), "swalp": swalp.state_dict()}
+    checkpoint.save(saved, checkpoint_id=tmp_path, no_dist=True)
+
+    other, its_optimizer, its_swalp = made()
+    loaded = {"model": other.state_dict(), "swalp": its_swalp.state_dict()}
+    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(loaded["model"])
+    its_swalp.load_state_dict(loaded["swalp"])
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert same(its_swalp.state_dict(), swalp.state_dict())
+    for each in ((model, swalp, optimizer), (other, its_swalp, its_optimizer)):
+        go_on(*each, range(steps, steps + 2))
+    assert same(values(model, optimizer, swalp), values(other, its_optimizer, its_swalp))
+
+
+def test_masters_of_a_state_before_the_first_step_are_the_weights_that_are_loaded_later():
+    model, optimizer, swalp = setup(master="float")
+    swalp.load_state_dict(swalp.state_dict())
+    model.load_state_dict(net(5).state_dict())
+    other, its_optimizer, its_swalp = setup(master="float", model=net(5))
+    train(model, optimizer, range(2))
+    train(other, its_optimizer, range(2))
+    assert same(values(model, optimizer, swalp), values(other, its_optimizer, its_swalp))
 
 
 def test_masters_are_refused_by_a_recipe_without():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graphs import converted, rewritten
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -457,6 +458,18 @@ def test_torch_compile_around_changes_no_bit():
         for times in (3, 5, 6):
             x = torch.randn(times, BATCH, FEATURES)
             assert torch.equal(compiled(x)[0], low(x)[0])
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 fails where it guards what derives a layer's weight")
+def test_a_weight_that_is_derived_is_rounded_as_one():
+    plain, derived = _headed(), _headed()
+    weight_norm(derived.layer, "weight_hh_l0")
+    plain.layer.weight_hh_l0.data.copy_(derived.layer.weight_hh_l0)
+    low = converted(derived, low_recipe)
+    assert torch.equal(low(X)[0], converted(plain, low_recipe)(X)[0])
+    low(X)[0].sum().backward()
+    assert low.layer.parametrizations.weight_hh_l0.original0.grad.any()
+    assert "layer.weight_hh_l0" in [each.name for each in report(low).layers]
 
 
 def test_under_autocast_all_has_the_type_of_the_fused_call():

@@ -65,7 +65,7 @@ def attached(make, model, recipe="bfp8[0]", **changes):
 def run(make, recipe="bfp8[0]", model=None, steps=4, **changes):
     """Every number that some steps leave behind; ``make`` gives an optimizer from a model."""
     model = Weights() if model is None else copy.deepcopy(model)
-    stepper, _ = attached(make, model, recipe, **changes)
+    stepper, swalp = attached(make, model, recipe, **changes)
     for _ in range(steps):
         stepper.zero_grad()
         model().backward()
@@ -73,7 +73,8 @@ def run(make, recipe="bfp8[0]", model=None, steps=4, **changes):
     state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     gradients = {f"{name}.grad": None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     momenta = {i: each.get("momentum_buffer") for i, each in stepper.state_dict()["state"].items()}
-    return {**state, **gradients, **momenta}
+    masters = {f"{name}.master": tensor for name, tensor in swalp.state_dict()["masters"].items()}
+    return {**state, **gradients, **momenta, **masters}
 
 
 def group_of(**changes):
@@ -121,23 +122,25 @@ def test_in_every_format_it_is_the_step_by_hooks(spec, rounding, passes, by_hook
     assert passes == [False, True, True, True]  # the first step makes the momenta
 
 
+@pytest.mark.parametrize("master", ["", " master=float"])
 @pytest.mark.parametrize("roles", ["W=bfp8[0] G=bfp8[0] M=bfp8[0]", "W=bfp8[0]", "G=bfp8[0] M=bfp8[0]", "M=bfp8[0]"])
 @pytest.mark.parametrize("name", GROUPS)
-def test_of_every_group_it_is_the_step_by_hooks(name, roles, passes, by_hooks):
+def test_of_every_group_it_is_the_step_by_hooks(name, roles, master, passes, by_hooks):
     make = group_of(**GROUPS[name])
-    assert_same(run(make, roles), by_hooks(make, roles))
+    assert_same(run(make, roles + master), by_hooks(make, roles + master))
     has_momentum = "momentum" in GROUPS[name]
     rounds = has_momentum or roles != "M=bfp8[0]"
     assert passes == [rounds and not has_momentum, rounds, rounds, rounds]
 
 
+@pytest.mark.parametrize("recipe", ["bfp8[0]", "bfp8[0] master=float"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads, by_hooks):
-    due = by_hooks(group_of(**GROUPS["momentum"]))
+def test_threads_change_nothing(threads, recipe, by_hooks):
+    due = by_hooks(group_of(**GROUPS["momentum"]), recipe)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_same(run(group_of(**GROUPS["momentum"])), due)
+        assert_same(run(group_of(**GROUPS["momentum"]), recipe), due)
     finally:
         torch.set_num_threads(before)
 
@@ -208,7 +211,7 @@ LEFT = {
     "formats that differ": (group_of(momentum=0.9), "W=bfp8[0] G=bfp8[0] M=bfp10[0]"),
     "nothing rounded": (group_of(momentum=0.9), "float"),
     "only outputs rounded": (group_of(momentum=0.9), "A=bfp8[0] E=bfp8[0]"),
-    "masters": (group_of(momentum=0.9), "bfp8[0] master=float"),
+    "masters that are rounded": (group_of(momentum=0.9), "bfp8[0] master=fixed16.12"),
     "float64": (lambda m: torch.optim.SGD(m.double().parameters(), lr=0.1), "bfp8[0]"),
     "gaps": (lambda m: torch.optim.SGD(strided(m).parameters(), lr=0.1), "bfp8[0]"),
 }
@@ -286,9 +289,11 @@ def test_the_op_takes_nothing_that_is_not_alike():
     w, g = torch.randn(4, 6), torch.randn(6, 4).t()
     before = w.clone(), g.clone()
     group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False}
+    how = {"key": torch.tensor(1), "streams": ([], [], [])}
     for weights, gradients in [([w], [g]), ([w, w], [g]), ([w], [g.double()]), ([w], [g[:2]])]:
         with pytest.raises(RuntimeError, match="swalp_fx::quantize: "):
-            one_pass.sgd_(
-                weights, gradients, [], group, "bfp8[0]", "nearest", key=torch.tensor(1), streams=([], [], [])
-            )
+            one_pass.sgd_(weights, gradients, [], [], group, "bfp8[0]", "nearest", **how)
+    for masters in [[g], [w], [w.clone(), w.clone()], [w.double()]]:
+        with pytest.raises(RuntimeError, match=r"swalp_fx::quantize: .*masters?"):
+            one_pass.sgd_([w], [w.clone()], [], masters, group, "bfp8[0]", "nearest", **how)
     assert torch.equal(w, before[0]) and torch.equal(g, before[1])

@@ -287,11 +287,13 @@ struct Cpu {
     using Of = Forms<Device, N...>;
 
     // A step of torch.optim.SGD in one pass. A thread rounds a piece of the gradients, updates the weights, and rounds them
-    // while they are in its cache. A role without streams is not rounded.
-    static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta, double lr,
-                    double momentum, double undamped, double weight_decay, bool nesterov, bool maximize, N... format,
-                    Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, std::vector<int64_t> weight_streams,
-                    std::vector<int64_t> gradient_streams, std::vector<int64_t> momentum_streams) {
+    // while they are in its cache. A role without streams is not rounded. If there are masters, they are updated, and the
+    // weights are rounded copies of them.
+    static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta,
+                    std::vector<Tensor> masters, double lr, double momentum, double undamped, double weight_decay,
+                    bool nesterov, bool maximize, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits,
+                    Key key, std::vector<int64_t> weight_streams, std::vector<int64_t> gradient_streams,
+                    std::vector<int64_t> momentum_streams) {
       const Numbers n = numbers(format...);
       const Sgd step{static_cast<float>(lr),           static_cast<float>(momentum), static_cast<float>(undamped),
                      static_cast<float>(weight_decay), nesterov,                     maximize};
@@ -305,11 +307,14 @@ struct Cpu {
       std::vector<Tensor> all = weights;
       all.insert(all.end(), gradients.begin(), gradients.end());
       all.insert(all.end(), momenta.begin(), momenta.end());
-      require(!share_memory(all), kOp, "weights, gradients or momenta share memory; use the optimizer's own step");
+      all.insert(all.end(), masters.begin(), masters.end());
+      require(!share_memory(all), kOp, "weights, gradients, momenta or masters share memory; use the optimizer's own step");
       auto of_momenta = calls(momenta.empty() ? gradients : momenta, momentum_streams);
+      if (!masters.empty()) check_alike(weights, masters);
       for_each_piece(of_weights.data(), of_weights.size(), [&](size_t i, const Cover& piece) {
         if (!gradient_streams.empty()) of_gradients[i].in_place(piece);
-        update(step, piece, weights[i], gradients[i], momenta.empty() ? nullptr : &momenta[i]);
+        update(step, piece, weights[i], gradients[i], momenta.empty() ? nullptr : &momenta[i],
+               masters.empty() ? nullptr : &masters[i]);
         if (!momentum_streams.empty()) of_momenta[i].in_place(piece);
         if (!weight_streams.empty()) of_weights[i].in_place(piece);
       });
@@ -375,13 +380,13 @@ struct Cpu {
 
     static void check_alike(const std::vector<Tensor>& weights, const std::vector<Tensor>& xs) {
       require(weights.size() == xs.size(), kOp, weights.size(), " weights but ", xs.size(),
-              " gradients or momenta; give each weight one");
+              " gradients, momenta or masters; give each weight one");
       for (size_t i = 0; i < xs.size(); ++i) {
         bool alike = xs[i].scalar_type() == ScalarType::Float && is_dense(xs[i]) && xs[i].dim() == weights[i].dim();
         for (int64_t d = 0; alike && d < xs[i].dim(); ++d) {
           alike = xs[i].size(d) == weights[i].size(d) && xs[i].stride(d) == weights[i].stride(d);
         }
-        require(alike, kOp, "weight, gradient and momentum ", i,
+        require(alike, kOp, "weight, gradient, momentum and master ", i,
                 " must be dense float32 of one shape and strides; use the optimizer's own step");
       }
     }
@@ -407,24 +412,33 @@ struct Cpu {
   }
 
   // The update of the elements that `piece`, which has no gaps, covers.
-  static void update(const Sgd& step, const Cover& piece, Tensor& weight, const Tensor& gradient, Tensor* momentum) {
+  static void update(const Sgd& step, const Cover& piece, Tensor& weight, const Tensor& gradient, Tensor* momentum,
+                     Tensor* master) {
     const int64_t first = piece.layouts.front().first.memory;
-    float* w = static_cast<float*>(weight.mutable_data_ptr()) + first;
+    const auto memory = [&](Tensor* x) {
+      return x == nullptr ? nullptr : static_cast<float*>(x->mutable_data_ptr()) + first;
+    };
+    float* const weights = memory(&weight);
+    float* const w = master == nullptr ? weights : memory(master);
     const float* g = static_cast<const float*>(gradient.const_data_ptr()) + first;
-    float* m = momentum == nullptr ? nullptr : static_cast<float*>(momentum->mutable_data_ptr()) + first;
+    float* m = memory(momentum);
     torch::stable::parallel_for(0, piece.numel(), Boxes::kGrain, [&](int64_t begin, int64_t end) {
-      float* of_part = m == nullptr ? nullptr : m + begin;
-      switch (kIsa) {
-#ifdef SWALP_X86
-        case Isa::Avx512:
-          return avx512::sgd_update(step, w + begin, g + begin, of_part, end - begin);
-        case Isa::Avx2:
-          return avx2::sgd_update(step, w + begin, g + begin, of_part, end - begin);
-#endif
-        default:
-          return portable::sgd_update(step, w + begin, g + begin, of_part, end - begin);
-      }
+      sgd_update(step, w + begin, g + begin, m == nullptr ? nullptr : m + begin, end - begin);
+      if (w != weights) std::copy(w + begin, w + end, weights + begin);
     });
+  }
+
+  static void sgd_update(const Sgd& step, float* w, const float* g, float* m, int64_t n) {
+    switch (kIsa) {
+#ifdef SWALP_X86
+      case Isa::Avx512:
+        return avx512::sgd_update(step, w, g, m, n);
+      case Isa::Avx2:
+        return avx2::sgd_update(step, w, g, m, n);
+#endif
+      default:
+        return portable::sgd_update(step, w, g, m, n);
+    }
   }
 
   static void run_at(const Numbers& format, const Cover& cover, ScalarType type, const void* x, void* y,

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from .. import nodes
+from ..errors import NotRewritten
 from ..passes.assign import left_out, subjects
 from ..passes.names import kinds_of_type
 from ..passes.recurrent import inside_module
 from ..passes.tables import layer_part, may_name_function
 from ..recipe import Recipe, RecipeError, Subject, shortened
 from ..warn import warn
+from ..whole import unwhole
 from .places import Places, within
 
 __all__ = ["CALL", "ENTRY", "Conversion", "Graphs", "Rewritten", "conversion_of"]
@@ -34,6 +36,15 @@ def conversion_of(module: nn.Module | None) -> Conversion | None:
     """The conversion that ``module`` belongs to, if it is converted."""
     entry = vars(module).get(ENTRY) if isinstance(module, nn.Module) else None
     return entry.conversion if entry is not None else None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module has another class than it was converted with, hides one of its parameters, or has FSDP's."""
+    own = module.__dict__
+    entry, parameters = own.get(ENTRY), own["_parameters"]
+    if entry is None or type(module) is not entry.kind or "_flat_param" in parameters:
+        return True
+    return not parameters.keys().isdisjoint(own.keys())
 
 
 @dataclass
@@ -154,6 +165,15 @@ class Conversion:
     def has_stray(self) -> bool:
         """Whether a module of the model has no entry: it was put in without ``__setattr__``."""
         return any(ENTRY not in each.__dict__ for each in within(self.root))
+
+    def refuse_unwhole(self, is_first: bool) -> None:
+        """Raises NotRewritten for a model that was sharded, or some of whose parameters were hidden, since it was
+        converted. A later call than the first looks at what is quick to see."""
+        root = self.root
+        if not is_first and not any(map(_is_changed, within(root))):
+            return
+        if (shard := unwhole(root)) is not None:
+            raise NotRewritten(f"{type(root).__name__} would have computed in float: {shard}")
 
     def holds(self, module: nn.Module) -> bool:
         """Whether ``module`` is in the model. It may have been taken out, and the model may be gone."""

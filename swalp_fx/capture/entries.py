@@ -135,11 +135,12 @@ class Entry:
         """The result of ``function``, by rewritten graphs. Raises NotRewritten if it would compute in float."""
         is_outside = conversion_of(local.entered) is not self.conversion  # no model runs, or another one
         refuse_packed(self.conversion, self.module, self.described, (*args, *kwargs.values()))
+        key = name, function, is_outside
         if is_outside:
             adopt_strays(settled(self.module))
+            self.conversion.refuse_unwhole(key not in self.made)
         if type(self.module) is not self.kind:
             self.attach()
-        key = name, function, is_outside
         run = self.compiled.get(key)
         if run is None:
             run = self.compiled[key] = compile_entry(self, name, function)

@@ -13,6 +13,7 @@ from ..errors import UNPACK, ConvertError
 from ..passes.fit import of_parameter
 from ..passes.names import parameter_subjects
 from ..recipe import LETTERS, OF_PARAMETERS, Recipe, Subject
+from ..whole import class_of_torch, unwhole
 from .conversion import conversion_of
 
 __all__ = ["refuse_unfit"]
@@ -21,8 +22,6 @@ __all__ = ["refuse_unfit"]
 UNFIT = {
     "DataParallel": "convert the module inside it, then wrap the result",
     "DistributedDataParallel": "convert the module inside it, then wrap the result",
-    "FullyShardedDataParallel": "formats round whole parameters: wrap the converted module in DistributedDataParallel",
-    "FSDPModule": "formats round whole parameters: wrap the converted module in DistributedDataParallel",
     "OptimizedModule": "convert first, then torch.compile the result",
     "ScriptModule": "convert the Python module it was made from",
 }
@@ -40,11 +39,12 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
             raise ConvertError(
                 f"{which} is already converted; call swalp_fx.restore on it first, or take a copy that was made before"
             )
-        for kind in type(module).__mro__:
-            if kind.__name__ in UNFIT and kind.__module__.startswith("torch."):
-                raise ConvertError(f"cannot convert {which}, which is {kind.__name__}; {UNFIT[kind.__name__]}")
+        if (kind := class_of_torch(type(module), UNFIT)) is not None:
+            raise ConvertError(f"cannot convert {which}, which is {kind}; {UNFIT[kind]}")
         if module._compiled_call_impl is not None:
             raise ConvertError(f"cannot convert {which}, which is compiled; convert first, then compile the result")
+    if (shard := unwhole(model)) is not None:
+        raise ConvertError(f"cannot convert {shard}")
     if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
         raise ConvertError(
             f"cannot convert a bare {type(model).__name__}, which has no forward; "

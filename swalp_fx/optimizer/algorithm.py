@@ -19,7 +19,6 @@ import contextlib
 import copy
 import functools
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
@@ -38,7 +37,8 @@ from ..ops import quantize_foreach_
 from ..random import fold_in, is_captured, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
-from .averaging import Average
+from ..whole import SHARDED, class_of_torch, unwhole
+from .averaging import Average, mean_dtype
 from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
@@ -218,6 +218,10 @@ class SWALP:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
+        if (kind := class_of_torch(type(optimizer), SHARDED)) is not None:
+            raise ValueError(f"cannot attach to {kind}; {SHARDED[kind]}")
+        if (shard := unwhole(self.model)) is not None:
+            raise ValueError(f"{name} cannot train {shard}")
         inner = next((key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
         if inner is not None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise ValueError(
@@ -446,25 +450,29 @@ class SWALP:
         and the optimizer's own states, to give the bits of a run that was not stopped.
 
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step.
+        There is one for each that a load needs, also before the first step and the first average.
         """
         self._follow_model()
+        floating = [name for name, p in self._parameters.items() if mean_dtype(p) is not None]
+        mastered = floating if self.recipe.master is not None else []
         return {
             "version": VERSION,
             "recipe": str(self.recipe),
+            "parameters": list(self._names),
             "seed": self._seed,
             "step": self._steps,
             "n_averaged": self.n_averaged,
-            "average": dict(self._average.means),
+            "average": self._average.saved_means(self._parameters),
             "averages": {
                 name: {
                     "n_seen": each.n_seen,
                     "n_averaged": each.n_averaged,
-                    "means": dict(each.means),
+                    "means": each.saved_means(self._parameters),
                     "settings": each.settings,
                 }
                 for name, each in self.averages.items()
             },
-            "masters": dict(self._masters),
+            "masters": {name: self._master_of(name) for name in mastered},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -602,20 +610,26 @@ class SWALP:
 
     def _step_in_one_pass(self, step: _Step) -> None:
         """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
-        if self.recipe.master is not None or self._optimizer is None:
+        if self._optimizer is None:
             return
-        parameters = ((parameter, self._recipes[index], self._streams[index]) for index, parameter in step.parameters)
+        has_masters = self.recipe.master is not None
+        parameters = (
+            (parameter, self._recipes[i], self._streams[i], self._master(i, parameter) if has_masters else None)
+            for i, parameter in step.parameters
+        )
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
         for parameter in step.gradients:
             parameter.grad = None  # an optimizer steps what has a gradient
+        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
+            if parameter.grad is None or parameter.grad.layout == torch.strided:
+                continue
             recipe = self._recipes[index]
             # SGD's momentum buffer is as sparse.
             states = (recipe.momentum, recipe.second_moment, *(quantizer for _, quantizer in recipe.states))
-            is_rounded = any(quantizer.rounds for quantizer in (recipe.gradient, *states))
-            if is_rounded and parameter.grad is not None and parameter.grad.layout != torch.strided:
+            if any(quantizer.rounds for quantizer in (recipe.gradient, *states)):
                 raise ValueError(
                     f"the gradient of {self._names[index]!r} is {parameter.grad.layout}, which has no rounding; "
                     "make it dense (sparse=False in nn.Embedding)"
@@ -638,7 +652,6 @@ class SWALP:
             )
         for parameter, gradient in step.gradients.items():
             parameter.grad = gradient
-        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
         with torch.no_grad():
             self._round_weights(step)
             if step.twin is not None:
@@ -692,23 +705,28 @@ class SWALP:
 
         One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
-        calls: defaultdict[Quantizer, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
+        calls: dict[int, tuple[Quantizer, list[Tensor], list[int]]] = {}  # by identity, which is quick to compare
         for quantizer, half, index, tensor in tensors:
+            if id(quantizer) not in calls:
+                calls[id(quantizer)] = quantizer, [], []
+            _, xs, streams = calls[id(quantizer)]
+            xs.append(tensor)
+            streams.append(half << 32 | index)
+        for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
-                xs, streams = calls[quantizer]
-                xs.append(tensor)
-                streams.append(half << 32 | index)
-        for quantizer, (xs, streams) in calls.items():
-            quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
+                quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
     def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
         """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
         name = self._names[index]
-        master = self._masters.get(name)
+        self._masters[name] = self._master_of(name)
+        return self._masters[name]
+
+    def _master_of(self, name: str) -> Tensor:
+        parameter, master = self._parameters[name], self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
-        self._masters[name] = master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-        return self._masters[name]
+        return master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
         """(index in the model, parameter) of what ``optimizer`` trains, frozen parameters left out.
@@ -726,6 +744,8 @@ class SWALP:
                 if index is None:
                     self._follow_model()
                     index = self._index.get(parameter)
+                if index is None and (shard := unwhole(self.model)) is not None:
+                    raise ValueError(f"{type(optimizer).__name__} cannot train {shard}")
                 if index is None:
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "

@@ -83,6 +83,16 @@ class Average:
         dtype = mean_dtype(parameter)
         return dtype if dtype is None or self.dtype is None else torch.promote_types(dtype, self.dtype)
 
+    def saved_means(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``means``, or zeros in their place while there are none: a tensor for each that a load fills."""
+        if self.n_averaged:
+            return dict(self.means)
+        return {
+            name: torch.zeros_like(parameter, dtype=dtype, device=self.device, requires_grad=False)
+            for name, parameter in parameters.items()
+            if (dtype := self.mean_dtype(parameter)) is not None
+        }
+
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], *, key: Tensor | int | None = None) -> None:
         """mean <- Q(mean + share * (parameter - mean)), with a share of 1 / n in the n-th update that counts.

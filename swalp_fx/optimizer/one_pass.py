@@ -40,6 +40,7 @@ class _Call:
         self.rounded = [role for role in self.roles if of_roles[role].rounds]
         self.quantizers = {of_roles[role] for role in self.rounded}
         self.tensors: list[list[Tensor]] = []  # a parameter's, of each role
+        self.masters: list[Tensor] = []  # of every parameter, or of none
         self.streams: list[Streams] = []
 
     def run(self, key: Tensor) -> None:
@@ -47,18 +48,21 @@ class _Call:
         of_roles = [[tensors[i] for tensors in self.tensors] for i in range(len(self.roles))]
         weights, gradients, momenta = of_roles if len(of_roles) == 3 else [*of_roles, []]
         streams = [[each[role] for each in self.streams] if role in self.rounded else [] for role in ROLES]
-        sgd_(weights, gradients, momenta, self.group, *quantizer.how(), key=key, streams=streams)
+        sgd_(weights, gradients, momenta, self.masters, self.group, *quantizer.how(), key=key, streams=streams)
 
 
 def in_one_pass(
-    optimizer: Optimizer, parameters: Iterable[tuple[nn.Parameter, Recipe, Streams]], key: Tensor
+    optimizer: Optimizer, parameters: Iterable[tuple[nn.Parameter, Recipe, Streams, Tensor | None]], key: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Steps ``optimizer`` with its roundings; returns the parameters stepped, with their gradients: all or none.
 
+    parameters: (parameter, its recipe, its streams, its master), where all or none have a master.
+
     None if anything about the step is not as ``ops.sgd_`` does it: another class, fused, numbers in tensors or beyond
     float32, hooks of others, which might read in between; a tensor off the CPU, in another dtype, with other strides,
-    without momentum yet, or with more state than that; roles in formats or roundings that differ; memory that two
-    share; or nothing to round. Recipes are resolved, equal ones one object: a call serves all parameters of one.
+    without momentum yet, or with more state than that; roles in formats or roundings that differ; masters in another
+    format than float; memory that two share; or nothing to round. Recipes are resolved, equal ones one object: a call
+    serves all parameters of one.
     """
     if type(optimizer) is not SGD or not _is_alone(optimizer) or not _multiplies_and_adds_at_once():
         return {}
@@ -68,22 +72,26 @@ def in_one_pass(
     calls: dict[tuple[int, int], _Call] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
     memory: list[tuple[int, int]] = []  # of each tensor, from and to
-    for parameter, recipe, streams in parameters:
+    for parameter, recipe, streams, master in parameters:
         gradient = parameter.grad
         if gradient is None or gradient.numel() == 0:  # where there is nothing to step, the optimizer may do it
             continue
         group = groups[parameter]
         state = optimizer.state.get(parameter, {})
         tensors = [parameter, gradient, *state.values()]
-        if list(state) != ([MOMENTUM] if group["momentum"] != 0 else []) or not _are_alike(tensors):
+        masters = [] if master is None else [master]
+        if list(state) != ([MOMENTUM] if group["momentum"] != 0 else []) or not _are_alike([*tensors, *masters]):
+            return {}
+        if recipe.master is not None and recipe.master.rounds:
             return {}
         which = id(group), id(recipe)
         if which not in calls:
             calls[which] = _Call(group, recipe)
         calls[which].tensors.append(tensors)
+        calls[which].masters += masters
         calls[which].streams.append(streams)
         gradients[parameter] = gradient
-        memory += [(begin := tensor.data_ptr(), begin + tensor.nbytes) for tensor in tensors]
+        memory += [(begin := tensor.data_ptr(), begin + tensor.nbytes) for tensor in (*tensors, *masters)]
     fits = all(len(call.quantizers) <= 1 for call in calls.values()) and any(call.quantizers for call in calls.values())
     memory.sort()
     if not fits or any(end > begin for (_, end), (begin, _) in pairwise(memory)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from .averaging import Average, mean_dtype
 
 __all__ = ["SWA", "VERSION", "Saved", "read"]
 
-VERSION = 3
-KEYS = ("version", "recipe", "seed", "step", "n_averaged", "average", "averages", "masters")
+VERSION = 4
+KEYS = ("version", "recipe", "parameters", "seed", "step", "n_averaged", "average", "averages", "masters")
 COUNTS = ("n_seen", "n_averaged")  # of an average
 SWA = ""  # the name of the paper's own average, among others
 
@@ -46,18 +46,33 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
         raise ValueError(
             f"the state is of recipe {state['recipe']!r}, not {str(recipe)!r}; convert with the former to resume"
         )
+    is_whole = state["parameters"] is not None
+    if is_whole and (differs := _differing(state["parameters"], list(parameters))):
+        raise ValueError(f"the state is of a model {differs}; load a state of this model")
     for key in ("seed", "step", "n_averaged"):
         if not isinstance(state[key], int) or state[key] < 0:
             raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
     of_state = _averages(state, {name: average for name, average in averages.items() if name != SWA})
     found_averages = [
-        (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters))
+        (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters, is_whole))
         for name, average in averages.items()
     ]
-    return Saved(state["seed"], state["step"], found_averages, _masters(state["masters"], recipe, parameters))
+    masters = _masters(state["masters"], recipe, parameters, is_whole)
+    # Before a step they are the weights, which may yet be loaded.
+    return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {})
 
 
-def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _differing(names: Any, due: list[str]) -> str:
+    """What tells the model that a state is of from one with the parameters ``due``; nothing if it is that."""
+    if names == due:
+        return ""
+    if not isinstance(names, list) or set(names) == set(due):
+        return "whose parameters are in another order"
+    missing, more = ([name for name in each if name not in other] for each, other in ((due, names), (names, due)))
+    return f"without {missing[0]!r}" if missing else f"with {more[0]!r} too"
+
+
+def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], is_whole: bool) -> dict[str, Tensor]:
     dtypes = {name: dtype for name, p in parameters.items() if (dtype := mean_dtype(p)) is not None}
     if isinstance(masters, Mapping):  # those of half-precision parameters were once as narrow as they
         masters = {
@@ -66,7 +81,18 @@ def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter
             else master
             for name, master in masters.items()
         }
-    return _copied("masters", masters, {} if recipe.master is None else dtypes, parameters)
+    due = {} if recipe.master is None else dtypes
+    copied = _copied("masters", masters, due, parameters)
+    if is_whole:
+        _refuse_missing("masters", copied, due)
+    return copied
+
+
+def _refuse_missing(what: str, found: Mapping[str, Tensor], due: Iterable[str]) -> None:
+    if missing := [name for name in due if name not in found]:
+        raise ValueError(
+            f"the state's {what} lacks {missing[0]!r}, a parameter of the model; load a state of this model"
+        )
 
 
 def _averages(state: Mapping[str, Any], wanted: Mapping[str, Average]) -> dict[str, tuple[int, int, Any]]:
@@ -103,18 +129,16 @@ def _are_averages(averages: Any) -> bool:
 
 
 def _means(
-    name: str, average: Average, count: int, means: Any, parameters: Mapping[str, nn.Parameter]
+    name: str, average: Average, count: int, means: Any, parameters: Mapping[str, nn.Parameter], is_whole: bool
 ) -> dict[str, Tensor]:
     what = f"average {name!r}" if name != SWA else "average"
     dtypes = {each: dtype for each, p in parameters.items() if (dtype := average.mean_dtype(p)) is not None}
     copied = _copied(what, means, dtypes, parameters, average.device)
-    if missing := [each for each in dtypes if each not in copied and count]:
-        raise ValueError(
-            f"the state's {what} lacks {missing[0]!r}, a parameter of the model; load a state of this model"
-        )
-    if copied and not count:
+    if is_whole or count:
+        _refuse_missing(what, copied, dtypes)
+    if not count and any(bool(mean.any()) for mean in copied.values()):
         raise ValueError(f"the state has an {what} of 0 models; pass what state_dict() returned")
-    return copied
+    return copied if count else {}
 
 
 def _copied(
@@ -140,11 +164,14 @@ def _copied(
 
 
 def _of_this_version(state: Any) -> Any:
-    """A state of version 1, which had another word for masters, or of version 2, which had one average, as of this."""
+    """A state of version 1, which had another word for masters, of version 2, which had one average, or of version 3,
+    which had no names of parameters, and only the tensors that were made so far, as one of this version."""
     if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
         state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
     if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
-        return {**state, "averages": {}, "version": VERSION}
+        state = {**state, "averages": {}, "version": 3}
+    if isinstance(state, Mapping) and state.get("version") == 3 and "parameters" not in state:
+        state = {**state, "parameters": None, "version": VERSION}
     return state
 
 

@@ -203,14 +203,16 @@ class _Proof:
         """Whether ``reader`` reads ``node`` as it is, though it is rounded for others."""
         if reader.op == "output" and node.meta.get(CARRIED, False):  # the next step reads it
             return False
-        if reader.op == "output" and node.meta.get(KEPT, False):  # kept as a layer reads it, if one does
+        is_weight = self.model.kinds[node] == "parameter"
+        if (
+            reader.op == "output" and node.meta.get(KEPT, False) and not is_weight
+        ):  # kept as a layer reads it, if one does
             return not self.returns_rounded and all(
                 user.op == "output" or self._reads_bare(user, node) for user in node.users
             )
         if reader in self.model.exits:
-            is_weight = self.model.kinds[node] == "parameter"
             return is_weight or not (self.returns_rounded or node.meta.get(UPDATE, False))
-        return self.model.kinds[node] == "parameter" and self.model.kinds[reader] == "number"
+        return is_weight and self.model.kinds[reader] == "number"
 
     def _weight_formats(self, node: Node) -> tuple[str, ...] | None:
         """What the recipe says of a parameter, or of a weight that is derived."""
