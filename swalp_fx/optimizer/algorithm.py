@@ -153,9 +153,12 @@ class SWALP:
                 self._masters.pop(name, None)
         owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
         for name, owner in vars(self).get("_owners", {}).items():
-            if owners.get(name) is not owner:  # a new layer; one that was given new weights goes on with its average
-                for each in (self._average, *self.averages.values()):
-                    each.means.pop(name, None)
+            if name not in owners or owners[name] is owner:
+                continue
+            for each in (self._average, *self.averages.values()):
+                # A new layer is none of the average, which sees one of another shape by that.
+                if name in each.means and each.means[name].shape == self._parameters[name].shape:
+                    del each.means[name]
         self._owners = owners
         self._names = list(self._parameters)
         local = self._local()
