@@ -388,9 +388,9 @@ REFUSED = [
     ("gzip", "unknown format spec 'gzip'; specs look like"),
     # parts that do not go together
     ("float[0]", "float rounds nothing, and has neither blocks nor suffixes; use e8m23"),
-    ("e4m3+sym", r"\+sym says how integers have a sign, and this is no Integer; leave it out"),
-    ("int8+bias3", r"\+bias3 says what is taken off a float's exponent, and this is no Float"),
-    ("posit8.1+ieee", r"\+ieee says what the highest codes of a float hold"),
+    ("e4m3+sym", r"\+sym is for the sign of integers, and this is no Integer; leave it out"),
+    ("int8+bias3", r"\+bias3 is for the exponent of a float, and this is no Float"),
+    ("posit8.1+ieee", r"\+ieee is for the highest codes of a float"),
     ("e4m3[0]+ceil", r"\+ceil says how a power-of-two scale follows from a block; write \+e8m0\+ceil for one"),
     ("e4m3+inf", r"there is no infinity in e4m3 to overflow to; use e5m2\+inf"),
     ("e2m1+tonan", r"there is no NaN in e2m1 to overflow to; use e4m3\+tonan"),

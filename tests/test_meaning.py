@@ -572,4 +572,4 @@ def test_the_report_lists_what_is_no_number_of_the_model():
     assert "mul@3, cos, sin@1: constants, made of no parameter" in text
     assert "mul@1, add@1: scales and masks on the way to a softmax" in text
     assert "mul@2: angles, which only sin and cos read" in text
-    assert "inside norm: a norm is one operation, only what it gives is rounded" in text
+    assert "inside norm: a norm is one operation, only its output is rounded" in text

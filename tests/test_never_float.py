@@ -138,7 +138,7 @@ RAISES = {
     "eager_on_recompile": (stance("eager_on_recompile"), r"set_stance\('eager_on_recompile'\)"),
     "eager_then_compile": (stance("eager_then_compile"), r"set_stance\('eager_then_compile'\)"),
     "jit.trace": (lambda lp: torch.jit.trace(lp, X)(X), "^torch.jit.trace would keep the float code of Net; call it"),
-    "symbolic_trace": (lambda lp: torch.fx.symbolic_trace(lp)(X), "of a converted Net leaves what is between its"),
+    "symbolic_trace": (lambda lp: torch.fx.symbolic_trace(lp)(X), "of a converted Net leaves the code between its"),
     "symbolic_trace around": (
         lambda lp: torch.fx.symbolic_trace(nn.Sequential(lp))(X),
         "^torch.fx.symbolic_trace, or make_fx, would keep the float code of Net",
@@ -230,7 +230,7 @@ def test_past_64_graphs_of_a_text_that_always_changes_they_are_made_anew_with_a_
     torch.manual_seed(0)
     model = Named()
     lp = convert(copy.deepcopy(model), recipe="float").module
-    with pytest.warns(UserWarning, match="Named has more than 64 graphs, since what its Python reads keeps changing"):
+    with pytest.warns(UserWarning, match="more than 64 graphs, since a value that its Python reads keeps changing"):
         for i in range(70):
             lp.name = model.name = "x" * i
             assert torch.equal(lp(X), model(X))

@@ -104,5 +104,5 @@ def test_rules_say_which_format_a_weight_has():
 
 @pytest.mark.parametrize("state", [{}, {"0.weight": torch.ones(2)}, {"version": 2, "packed": {}, "plain": {}}])
 def test_another_state_is_refused(state):
-    with pytest.raises(ValueError, match="no packed state of version 1; pass what packed_state_dict"):
+    with pytest.raises(ValueError, match="no packed state of version 1; pass the result of packed_state_dict"):
         unpacked_state(state)

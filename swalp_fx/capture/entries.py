@@ -243,7 +243,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _limit(entry: Entry) -> str:
-    return f"{entry.described} has more than {MAX_GRAPHS} graphs, since what its Python reads keeps changing"
+    return f"{entry.described} has more than {MAX_GRAPHS} graphs, since a value that its Python reads keeps changing"
 
 
 def _is_entry(name: str, value: Any) -> bool:

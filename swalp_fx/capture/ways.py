@@ -202,8 +202,8 @@ def _refuse_traced(module: Any, caller: types.FrameType) -> None:
         return
     if (root := settled(module).root) is not module:
         raise NotRewritten(
-            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves what is between its layers in float; "
-            "look at its own graphs, model.graphs, or trace a float copy"
+            f"torch.fx.symbolic_trace of a converted {type(root).__name__} leaves the code between its layers in "
+            "float; look at its own graphs, model.graphs, or trace a float copy"
         )
 
 

@@ -39,7 +39,7 @@ def number_of(codes: Tensor, element: Element, dtype: torch.dtype) -> Tensor:
     assert isinstance(element, Codebook)
     index = (codes - element.first_code) % 2**element.bits
     if bool((index >= len(element.values)).any()):
-        raise ValueError(f"a code of {element} goes beyond its last number; decode what encode gave")
+        raise ValueError(f"a code of {element} goes beyond its last number; decode codes that encode gave")
     return _table(element, codes).to(dtype)[index]
 
 

@@ -45,7 +45,7 @@ def packed_state(module: nn.Module, formats: Mapping[str, Format]) -> dict[str, 
 def unpacked_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state_dict that ``packed_state`` has packed. Raises ValueError for anything else."""
     if not isinstance(state, Mapping) or set(state) != KEYS or state["version"] != VERSION:
-        raise ValueError("this is no packed state of version 1; pass what packed_state_dict() returned")
+        raise ValueError("this is no packed state of version 1; pass the result of packed_state_dict()")
     return {**state["plain"], **{name: _tensor(record) for name, record in state["packed"].items()}}
 
 

@@ -106,7 +106,8 @@ def _says(kind: type[Element], meaning: str, name: str) -> Callable[[_Parts, str
     """A suffix that sets the field ``name`` of elements of a kind."""
 
     def apply(parts: _Parts, suffix: str, value: Any) -> None:
-        require(issubclass(parts.kind, kind), f"+{suffix} says {meaning}, and this is no {kind.__name__}; leave it out")
+        message = f"+{suffix} is for {meaning}, and this is no {kind.__name__}; leave it out"
+        require(issubclass(parts.kind, kind), message)
         parts.of_element[name] = value
 
     return apply
@@ -130,10 +131,10 @@ def _overflow(parts: _Parts, suffix: str, value: str) -> None:
 
 _NUMBER = r"(\d[\d.]*(?:e-?\d+)?)"
 _SUFFIXES: tuple[tuple[str, Callable[[_Parts, str, Any], None], Callable[[str], Any]], ...] = (
-    (f"({'|'.join(SIGNS)})", _says(Integer, "how integers have a sign", "sign"), str),
-    (f"({'|'.join(TOPS)})", _says(Float, "what the highest codes of a float hold", "top"), str),
-    (rf"bias({_INT})", _says(Float, "what is taken off a float's exponent", "bias"), int),
-    (r"(flush)", _says(Float, "that a float has no subnormals", "subnormals"), lambda text: False),
+    (f"({'|'.join(SIGNS)})", _says(Integer, "the sign of integers", "sign"), str),
+    (f"({'|'.join(TOPS)})", _says(Float, "the highest codes of a float", "top"), str),
+    (rf"bias({_INT})", _says(Float, "the exponent of a float", "bias"), int),
+    (r"(flush)", _says(Float, "the subnormals of a float", "subnormals"), lambda text: False),
     (rf"exp({_INT})", _scale, lambda bits: PowerOfTwo(int(bits))),
     (rf"e({_INT})m0", _scale, lambda bits: PowerOfTwo(int(bits), biased=True)),
     (r"(e\d+m\d+(?:fnuz)?)", _scale, lambda stem: TwoLevel(_parts_of_stem(stem).format().element)),  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class Rule:
     output of a function is named by the calling module, then by the function: ``layer1.0.add``.
 
     ``kind`` restricts the match to an operation: a part ("compute", "norm", "activation", "arithmetic", "pooling"), a
-    type ("Conv2d") or a function's name ("matmul"). An output of a module's own code has the module's type, too, as
+    type ("Conv2d") or a function's name ("matmul"). An output of a module's own code also has the module's type, as the
     attention inside of a "MultiheadAttention" has. A parameter has the kind of the layer that holds it, or "parameter".
 
     Several outputs have the same name if a module is called twice. A rule matches them all. ``layer1.0.relu@2`` matches

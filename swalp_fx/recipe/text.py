@@ -135,7 +135,7 @@ def _refuse_bare(named: list[str], everywhere: list[str], fields: Collection[str
     if ALL_ROLES.get(bare, bare) in fields:
         raise RecipeError(f"{where}: {bare!r} lacks its value; write {bare}=...")
     remedy = _with_role(bare, fields) if everywhere else "put it first"
-    raise RecipeError(f"{where}: {bare!r} would undo what stands before it; {remedy}")
+    raise RecipeError(f"{where}: {bare!r} would override the words before it; {remedy}")
 
 
 def _with_role(bare: str, fields: Collection[str]) -> str:

@@ -189,7 +189,7 @@ def _floats(conversion: Conversion, found: list[Row]) -> Iterator[InFloat]:
         if meant := _meant(conversion, meaning):
             yield line(meant, why)
     if norms := [row.name for row in found if row.is_written_norm]:
-        yield line(norms, "a norm is one operation, only what it gives is rounded", names, before="inside ")
+        yield line(norms, "a norm is one operation, only its output is rounded", names, before="inside ")
     if whole := [row.whole for row in found if row.whole]:
         yield line(whole, "called whole, only weights are rounded", names, before="inside ")
     if derived := [name for row in found if row.operation == DERIVED for name in row.weights]:
