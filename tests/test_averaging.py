@@ -318,11 +318,13 @@ def test_a_mean_in_float64_keeps_what_float32_loses():
     assert averages[1].means["w"].dtype == torch.float64 and errors[1] < 1e-14 < errors[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_mean_may_live_on_another_device_than_its_parameter():
-    average = Average(device="meta")
-    for _ in range(2):
-        average.update({"w": torch.ones(3)})
-    assert average.means["w"].device.type == "meta" and average.n_averaged == 2
+    average = Average(device="cpu")
+    for value in (1.0, 3.0):
+        average.update({"w": torch.full((3,), value, device="cuda")})
+    assert average.means["w"].is_cpu and torch.equal(average.means["w"], torch.full((3,), 2.0))
 
 
 @pytest.mark.parametrize(

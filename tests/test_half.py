@@ -48,10 +48,12 @@ def attached(model, make=OPTIMIZERS["momentum"], recipe=RECIPE, **changes):
     return model, optimizer, swalp
 
 
-def on_masters(model, make, recipe, steps):
+def on_masters(model, make, recipe, steps, backend=None):
     """The plain loop: an optimizer of float32 copies, and a model that gets their values. (masters, optimizer)"""
     masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
     optimizer = make(masters)
+    if backend is not None:
+        optimizer.step = torch.compile(optimizer.step, backend=backend)
 
     def q(tensor, quantizer, role, index):
         rounding = quantizer.rounding or recipe.rounding
@@ -70,7 +72,7 @@ def on_masters(model, make, recipe, steps):
             moments = {k: v for k, v in optimizer.state.get(master, {}).items() if k != "step" and v is not None}
             for slot, name in enumerate(sorted(moments)):
                 quantizer = recipe.momentum if name in MEANS else recipe.second_moment
-                optimizer.state[master][name] = q(moments[name], quantizer, 4 + slot, i)
+                moments[name].copy_(q(moments[name], quantizer, 4 + slot, i))  # in place: it is compiled once
     return masters, optimizer
 
 
@@ -251,3 +253,30 @@ def test_the_optimizer_is_ordinary_after_detach(name):
     train(model, optimizer, range(2, 4))
     train(plain, reference, range(2, 4))
     assert same(values(model, optimizer), values(plain, reference))
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler")
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_step_is_compiled_once(name):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model, optimizer, swalp = attached(net(torch.bfloat16), OPTIMIZERS[name])
+    optimizer.step = torch.compile(optimizer.step, backend=counted)
+    train(model, optimizer, range(12))
+    assert 1 <= len(graphs) <= 2  # the first step makes the states
+    plain = net(torch.bfloat16)
+    masters, _ = on_masters(plain, OPTIMIZERS[name], swalp.recipe, range(12), backend="eager")
+    assert same(values(model), values(plain))
+    assert same(list(swalp.state_dict()["masters"].values()), [each.detach() for each in masters])
+
+
+def test_a_step_holds_no_memory_that_its_parameters_do_not_need():
+    model, optimizer, swalp = attached(net(torch.bfloat16), OPTIMIZERS["adam"])
+    train(model, optimizer, range(2))
+    stand_ins = swalp._twin.stand_ins
+    assert len(stand_ins) == 2 and not any(p.numel() or p.grad is not None for p in stand_ins.values())

@@ -16,7 +16,6 @@ __all__ = ["RULES", "Absmax", "Affine", "PowerOfTwo", "Scale", "Static", "TwoLev
 class Scale:
     """The factor of a block's elements: immutable, hashable."""
 
-    is_exact = False  # whether it is a power of two: a product with it is exact
     is_shared = True  # whether each block has its own
     tensor_bits = 0  # stored bits of a second scale, which all blocks of a tensor share
 
@@ -68,7 +67,6 @@ class PowerOfTwo(Scale):
     bits: int = 8
     biased: bool = False
     rule: str = "floor"
-    is_exact = True
 
     def __post_init__(self) -> None:
         require(

@@ -55,6 +55,7 @@ __all__ = ["SWALP"]
 # of a parameter takes the next number up, and so on. The average's is 0.
 STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
 MOMENTUM = STREAMS["momentum"]
+IN_AVERAGED = "inside `with swalp.averaged()` would use the averaged weights; do it outside"
 
 # Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
 _AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graphs; leave out fullgraph=True")
@@ -132,6 +133,7 @@ class SWALP:
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
+        self._twin: Twin | None = None
         self._may_average_float = False  # what update_average() warned of
         self._warned_of: set[str] = set()  # states whose role is not known
 
@@ -149,6 +151,15 @@ class SWALP:
         for name in before:
             if before[name] is not self._parameters.get(name):
                 self._masters.pop(name, None)
+        owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
+        for name, owner in vars(self).get("_owners", {}).items():
+            if name not in owners or owners[name] is owner:
+                continue
+            for each in (self._average, *self.averages.values()):
+                # A new layer is none of the average, which sees one of another shape by that.
+                if name in each.means and each.means[name].shape == self._parameters[name].shape:
+                    del each.means[name]
+        self._owners = owners
         self._names = list(self._parameters)
         local = self._local()
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
@@ -244,6 +255,7 @@ class SWALP:
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer, self._has_agreed = optimizer, False
+        self._n_groups = len(optimizer.param_groups)  # those that were warned of
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -301,12 +313,12 @@ class SWALP:
             handle.remove()
         if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
             narrow_states(self._optimizer)
-        self._optimizer, self._handles = None, []
+        self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_averaged("a copy of swalp")
-        return self.__dict__ | {"_handles": [], "_step": None, "_group": None}
+        return self.__dict__ | {"_handles": [], "_step": None, "_twin": None, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
@@ -340,7 +352,8 @@ class SWALP:
             warn(f"update_average() got float weights, since no low-precision step has been taken; {remedy}")
         self._refuse_misnamed_averages()
         self._follow_model()
-        for each in self.averages.values():
+        for name, each in self.averages.items():
+            each.refuse_unfit(self._parameters, f"swalp.averages[{name!r}]")
             if each.n_averaged:
                 each.refuse(self._parameters)
         self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
@@ -401,6 +414,9 @@ class SWALP:
         tensors = [*self._parameters.values(), *(buffer for _, _, buffer in places if buffer is not None)]
         before = [tensor.detach().clone() for tensor in tensors]
         self._is_averaged = True
+        # Its loads too: at the end they would be lost.
+        refusal = _RefusedLoad(is_on=True)
+        handles = [module.register_load_state_dict_pre_hook(refusal) for module in self.model.modules()]
         try:
             with torch.no_grad():
                 for name, mean in of_name.mean(format).items():
@@ -410,6 +426,8 @@ class SWALP:
             yield self.model
         finally:
             self._is_averaged = False
+            for handle in handles:
+                handle.remove()
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
@@ -441,7 +459,7 @@ class SWALP:
 
     def _refuse_averaged(self, what: str) -> None:
         if self._is_averaged:
-            raise ValueError(f"{what} inside `with swalp.averaged()` would use the averaged weights; do it outside")
+            raise ValueError(f"{what} {IN_AVERAGED}")
 
     # The state
 
@@ -521,14 +539,18 @@ class SWALP:
         self._refuse_averaged(f"{type(optimizer).__name__}.step()")
         _refuse_unserved(optimizer, kwargs)
         trained = self._trained(optimizer)
+        if self._n_groups != len(optimizer.param_groups):
+            self._n_groups = len(optimizer.param_groups)
+            self._warn_of_moments(optimizer)
+            self._warn_of_lost_updates(optimizer)
         self._agree(trained)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
         step = _Step([call], key, trained)
         step.scaler = scaler_of(call)
         step.scale = scale_of(self.grad_scale, step.scaler)
         if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
-            step.twin = Twin(optimizer)
-            args = (step.twin.optimizer, *args[1:])
+            step.twin = self._twin = self._twin or Twin(type(optimizer))
+            args = (step.twin.follow(optimizer), *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
@@ -656,9 +678,12 @@ class SWALP:
             self._round_weights(step)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
-            self._round_states(step, optimizer)
+                step.twin.rest()
+            unknown = self._round_states(step, optimizer)
         self._step = None
         self._steps += 1
+        for name, recipe in unknown.items():  # the step is whole, if a warning is an error
+            self._warn_of_unknown(name, recipe, optimizer)
 
     def _round_weights(self, step: _Step) -> None:
         stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
@@ -671,15 +696,17 @@ class SWALP:
             if tensor is not parameter:
                 parameter.copy_(tensor)
 
-    def _round_states(self, step: _Step, optimizer: Optimizer) -> None:
-        states = []
+    def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
+        """Rounds them; returns the names of those whose role is not known, each with a parameter's recipe."""
+        states, unknown = [], {}
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
             for slot, (name, tensor, quantizer) in enumerate(states_of(optimizer, parameter, recipe)):
                 if not is_known(recipe, name) and tensor.shape == parameter.shape:
-                    self._warn_of_unknown(name, recipe, optimizer)
+                    unknown[name] = recipe
                 states.append((quantizer, MOMENTUM + slot, index, tensor))
         self._round(states, step)
+        return unknown
 
     def _warn_of_unknown(self, name: str, recipe: Recipe, optimizer: Optimizer) -> None:
         """Warns, once, that a state stays in float, if the recipe rounds states."""
@@ -759,6 +786,20 @@ class SWALP:
                     )
                 trained.append((index, parameter))
         return trained
+
+
+class _RefusedLoad:
+    """A hook that refuses to load weights into a module; those of its copies, which keep what they load, do not."""
+
+    def __init__(self, is_on: bool = False) -> None:
+        self.is_on = is_on
+
+    def __call__(self, *args: Any) -> None:
+        if self.is_on:
+            raise ValueError(f"load_state_dict() {IN_AVERAGED}")
+
+    def __reduce__(self) -> Any:
+        return _RefusedLoad, ()
 
 
 def _streams(index: int) -> dict[str, int]:

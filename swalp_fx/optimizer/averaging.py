@@ -65,6 +65,8 @@ class Average:
             raise ValueError(f"start={start}, every={every} is out of range; use whole numbers, from 0 and 1 on")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"an average is kept in float32 or float64, not {dtype}; name a format to round it")
+        if device is not None and torch.device(device).type == "meta":
+            raise ValueError("device='meta' has no memory to keep an average in; use 'cpu', or leave it out")
         self.format, self.rounding = parse(format), rounding
         self.decay, self.start, self.every = decay, start, every
         self.dtype, self.device = dtype, device
@@ -93,6 +95,16 @@ class Average:
             if (dtype := self.mean_dtype(parameter)) is not None
         }
 
+    def refuse_unfit(self, parameters: Mapping[str, Tensor], what: str) -> None:
+        """Raises ValueError if a parameter has fewer axes than a block of the format spans."""
+        for name, parameter in parameters.items():
+            if self.format.block.rank > parameter.dim() > 1:
+                raise ValueError(
+                    f"{what} cannot be kept in {self.format}: parameter {name!r} has {parameter.dim()} dimensions, and "
+                    f"the format needs {self.format.block.rank}; use another format"
+                )
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], *, key: Tensor | int | None = None) -> None:
         """mean <- Q(mean + share * (parameter - mean)), with a share of 1 / n in the n-th update that counts.

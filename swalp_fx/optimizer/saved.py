@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,8 +176,8 @@ def _of_this_version(state: Any) -> Any:
 
 
 def _is_text_of(recipe: Recipe, text: Any) -> bool:
-    """Whether ``text``, which may have been written with older words, stands for ``recipe``."""
+    """Whether ``text``, which may have been written with older words, stands for the arithmetic of ``recipe``."""
     try:
-        return Recipe.parse(text) == recipe
+        return replace(Recipe.parse(text), in_place=recipe.in_place) == recipe
     except (FormatError, RecipeError):
         return False

@@ -9,7 +9,7 @@ after an exception inside the step it is what it was.
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,24 +29,42 @@ def is_half(parameter: Tensor) -> bool:
 
 
 class Twin:
-    """The twin of ``optimizer``, for one step."""
+    """An optimizer that steps in the place of another, for many steps: a compiled step is compiled for it."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer: Optimizer = object.__new__(type(optimizer))
-        groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-        vars(self.optimizer).update(vars(optimizer) | {"param_groups": groups, "state": copy.copy(optimizer.state)})
-        self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}  # by the model's parameter
+    def __init__(self, kind: type[Optimizer]) -> None:
+        self.optimizer: Optimizer = object.__new__(kind)
+        vars(self.optimizer).update(param_groups=[], state=defaultdict(dict))
+        self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}  # by the model's parameter, in this step
+
+    def follow(self, optimizer: Optimizer) -> Optimizer:
+        """Become what ``optimizer`` is at the begin of a step. Returns the twin."""
+        twin = self.optimizer
+        vars(twin).update({name: value for name, value in vars(optimizer).items() if name not in OWN})
+        twin.state.clear()
+        twin.state.update(optimizer.state)
+        groups = twin.param_groups[: len(optimizer.param_groups)]
+        groups += [{} for _ in optimizer.param_groups[len(groups) :]]
+        twin.param_groups[:] = groups
+        for of_twin, group in zip(groups, optimizer.param_groups, strict=True):
+            of_twin.clear()
+            of_twin.update(group, params=list(group["params"]))
+        return twin
 
     def put(self, masters: Mapping[nn.Parameter, Tensor]) -> list[tuple[nn.Parameter, str]]:
         """Let copies of ``masters`` stand in for their parameters, with gradients and states in their dtype.
 
         Returns (parameter, name) of the states that were in the parameter's own.
         """
-        twin = self.optimizer
+        twin, before = self.optimizer, self.stand_ins
+        self.stand_ins = {}
         narrow = []
         for parameter, master in masters.items():
-            self.stand_ins[parameter] = stand_in = nn.Parameter(master.clone(), requires_grad=parameter.requires_grad)
+            stand_in = before.get(parameter)
+            if stand_in is None or stand_in.device != master.device:
+                stand_in = nn.Parameter(torch.empty_like(master), requires_grad=parameter.requires_grad)
+            stand_in.data = master.clone()
             stand_in.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            self.stand_ins[parameter] = stand_in
             if parameter in twin.state:
                 state = twin.state[parameter]
                 names = [name for name, value in state.items() if _has(value, parameter.dtype)]
@@ -67,10 +85,16 @@ class Twin:
             group.update({name: value for name, value in of_twin.items() if name != "params"})
         vars(optimizer).update({name: value for name, value in vars(self.optimizer).items() if name not in OWN})
 
+    def rest(self) -> None:
+        """Free the memory of masters and gradients until the next step."""
+        self.optimizer.state.clear()
+        for stand_in in self.stand_ins.values():
+            stand_in.grad, stand_in.data = None, torch.empty(0, dtype=stand_in.dtype, device=stand_in.device)
+
 
 def idle(optimizer: Optimizer) -> Optimizer:
     """A twin that has nothing to step."""
-    twin = Twin(optimizer).optimizer
+    twin = Twin(type(optimizer)).follow(optimizer)
     for group in twin.param_groups:
         group["params"].clear()
     return twin
