@@ -1,4 +1,4 @@
-"""The optimizer pass: Algorithm 2 on the user's own optimizer, and averages of what it gives."""
+"""The optimizer pass: Algorithm 2 on the user's own optimizer, and averages of its weights."""
 
 from .algorithm import SWALP
 from .averaging import Average

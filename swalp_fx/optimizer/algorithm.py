@@ -3,14 +3,14 @@
 Algorithm 2 of the SWALP paper, in the order of its authors' code:
 
     gradients    <- Q_G(gradients)       before the update, after accumulation and all-reduce
-    update of the masters, or of the weights themselves where the recipe has no master
+    update of the masters, or of the weights themselves if the recipe has no master
     masters      <- Q_master(masters)
     weights      <- Q_W(masters)
     states       <- Q_M(momentum)        means of gradients; second moments by V, and any state
                                          that the recipe names by its own quantizer
 
-The pass hangs on the optimizer's step hooks, so the optimizer keeps its type, its schedulers and
-its state_dict. Where the optimizer is torch.optim.SGD on the CPU, all of it is one pass over memory.
+The pass runs in the optimizer's step hooks, so the optimizer keeps its type, its schedulers and its
+state_dict. For torch.optim.SGD on the CPU the whole step is one pass over memory.
 """
 
 from __future__ import annotations
@@ -63,25 +63,25 @@ _AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graph
 
 @dataclass
 class _Step:
-    """One step in progress, from its outermost pre-hook to the post-hook that matches it."""
+    """One step in progress, from its outermost pre-hook to the matching post-hook."""
 
-    calls: list[FrameType]  # those that fired a pre-hook and whose post-hook is due, the outermost first
+    calls: list[FrameType]  # calls between pre-hook and post-hook, the outermost first
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
-    # Of the parameters that one pass has stepped and rounded: out of the optimizer's sight until its own step is over.
+    # Gradients of parameters that one pass has already stepped: hidden from the optimizer until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    twin: Twin | None = None  # of the optimizer, where a parameter has a master of another dtype
-    scaler: GradScaler | None = None  # that calls the step
+    twin: Twin | None = None  # of the optimizer, if a parameter has a master of another dtype
+    scaler: GradScaler | None = None  # the caller of the step
     scale: float = 1.0  # of the loss; the gradients are divided by it already
-    overflows: bool = False  # rounding made infinities of the gradients that a GradScaler found finite: no step
+    overflows: bool = False  # a GradScaler found the gradients finite, and rounding made infinities: no step
 
     def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What the optimizer steps in the place of ``parameter``."""
+        """The tensor that the optimizer steps for ``parameter``: its stand-in in the twin, or itself."""
         return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
 
     def is_running(self) -> bool:
-        """Whether its outermost call goes on. Calls that raised, and never reached their post-hook, are dropped."""
+        """Whether its outermost call goes on. Drops calls that raised and so never reached their post-hook."""
         self.calls = [call for call in self.calls if _is_running(call)]
         return bool(self.calls)
 
@@ -89,20 +89,20 @@ class _Step:
 class SWALP:
     """Low-precision steps of an optimizer, and the higher-precision average of the weights.
 
-    model: the float model; its parameters are the ones that attach() accepts and that are averaged.
+    model: the float model. attach() accepts, and the average holds, its parameters alone.
         A tied parameter is one parameter, under its first name.
     recipe: a role in ``float`` is not touched.
-    local: parameter name -> its recipe, where rules make it differ; every other parameter has ``recipe``. Or a function
-        that gives it, asked again when the model has other parameters.
+    local: parameter name -> its recipe, if rules make it differ; every other parameter has ``recipe``. Or a function
+        that returns this mapping; it is called again when the model has other parameters.
     float_copy: a deep copy of the model that computes in float.
 
     Random words come from key (seed, step) and stream (role, index of the parameter in the model).
     The seed is ``torch.initial_seed()`` at construction, which draws nothing. In a process group it
     is rank 0's: the ranks agree on it in their first step.
 
-    ``copy.deepcopy`` and pickle take the model and the attached optimizer along, and attach the
-    copies to one another. An optimizer copied without its SWALP is an ordinary optimizer again,
-    because torch does not copy hooks.
+    ``copy.deepcopy`` and pickle copy the model and the attached optimizer too, and attach the copies
+    to each other. An optimizer copied without its SWALP is an ordinary optimizer, because torch does
+    not copy hooks.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class SWALP:
         self._average = Average(average.format, average.rounding or "nearest")
         #: Averages besides the paper's, by name: ``swalp.averages["ema"] = Average(decay=0.999)``.
         self.averages: dict[str, Average] = {}
-        #: What the loss is multiplied by, and gradients are divided by before the step: a number, or a function that
-        #: returns it. None: the scale of the GradScaler that calls the step, or 1.
+        #: The factor that the loss is multiplied by; gradients are divided by it before the step. A number, or a
+        #: function that returns it. None: the scale of the GradScaler that calls the step, or 1.
         self.grad_scale: float | Callable[[], float] | None = None
         self._is_averaged = False  # the model has the weights of an average, see ``averaged``
         self._seed = torch.initial_seed()
@@ -134,12 +134,11 @@ class SWALP:
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
         self._twin: Twin | None = None
-        self._may_average_float = False  # what update_average() warned of
-        self._warned_of: set[str] = set()  # states whose role is not known
+        self._may_average_float = False  # update_average() has warned of float weights
+        self._warned_of: set[str] = set()  # names of states without a known role
 
     def _read_model(self) -> None:
-        """Take over the model's parameters of this moment. A master of another parameter than before starts again
-        from that."""
+        """Read the model's present parameters. If a name has a new parameter, its master starts again from that."""
         before = vars(self).get("_parameters", {})
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self._places = [
@@ -163,13 +162,13 @@ class SWALP:
         self._names = list(self._parameters)
         local = self._local()
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
-        # One object for all that are equal, as in_one_pass needs.
+        # Equal recipes become one object, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
         self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
 
     def _follow_model(self) -> None:
-        """``_read_model``, if the model has other parameters than it had: a new head, weights that were assigned."""
+        """``_read_model``, if the model has other parameters than before: a new head, or assigned weights."""
         now = dict(self.model.named_parameters())
         if now.keys() != self._parameters.keys() or any(now[name] is not p for name, p in self._parameters.items()):
             self._read_model()
@@ -184,17 +183,17 @@ class SWALP:
     def attach(self, optimizer: Optimizer, *, group: ProcessGroup | None = None) -> None:
         """Make every later ``optimizer.step()`` a low-precision step. Changes no value.
 
-        group: the ranks that train this model, where those are not all ranks. They take rank 0's
-            seed in the first step, and after a state was loaded compare theirs: each has to step.
+        group: the ranks that train this model, if they are not all ranks. Each of them has to step. In the first step
+            they take rank 0's seed; in the first step of a loaded state they compare seeds.
 
-        With masters, what the user writes into the weights between two steps does not reach
-        the masters; detach() and attach() start them again from the weights.
+        With masters, values written into the weights between two steps do not reach the masters; detach() and attach()
+        start the masters again from the weights.
 
-        Warns of second moments in a format in which the optimizer may diverge, and of updates that are less than the
-        dtype of a parameter without a master holds.
-        Raises TypeError (not an optimizer) and ValueError: a wrapper, a second attach without detach, a
-        parameter that is not the model's or that is complex, LBFGS, a differentiable step, a state
-        that the recipe names and the optimizer does not have.
+        Warns of a format of second moments that may let the optimizer diverge, and of updates that are lost in the
+        dtype of a parameter without a master.
+        Raises TypeError (not an optimizer) and ValueError: a wrapper, a second attach without detach, a parameter that
+        is complex or not the model's, LBFGS, a differentiable step. Raises RecipeError for a state that the recipe
+        names and the optimizer lacks.
         """
         self.refuse(optimizer)
         if _attached_to(optimizer) is not None:
@@ -208,9 +207,9 @@ class SWALP:
         self._warn_of_lost_updates(optimizer)
 
     def replace(self, optimizer: Optimizer) -> None:
-        """``attach``, after the ``detach`` of an earlier SWALP of the same model, which nobody may hold any more.
+        """``attach``, after the ``detach`` of an earlier SWALP of the same model.
 
-        Warns if that one had another recipe, or has taken a step or an average.
+        Warns if the earlier one had another recipe, or has taken a step or an average.
         """
         self.refuse(optimizer)
         earlier = _attached_to(optimizer)
@@ -225,7 +224,7 @@ class SWALP:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
     def refuse(self, optimizer: Optimizer) -> None:
-        """Raises what ``attach`` would raise, and changes nothing."""
+        """Raises the errors of ``attach``, and changes nothing."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
@@ -304,8 +303,8 @@ class SWALP:
     def detach(self) -> None:
         """Take the hooks off, if they are on; the weights stay as they are.
 
-        The masters are dropped, so that a later attach() starts from the weights of that moment. States of parameters
-        in half precision, which are float32 beside a master, go back to their parameter's dtype.
+        The masters are dropped, so a later attach() starts from the weights of that moment. Beside a master, states of
+        half-precision parameters are float32; they go back to their parameter's dtype.
         """
         if self._optimizer is None:
             return
@@ -373,8 +372,8 @@ class SWALP:
         """A copy of the float model with the averaged weights, rounded to ``format``, in the parameters' own dtype.
 
         loader: yields a tensor, or a tuple or list with the input first. If given, batch-norm
-            statistics are those over all of it; if not, they are the model's of this moment.
-        average: one of ``averages``, by its name.
+            statistics are taken over all of it; if not, they are copied from the model.
+        average: the name of one of ``averages``; by default the paper's own average.
         low_precision: the copy computes in the recipe, as the model does, and so do its statistics.
         forward: calls the model with a batch of another kind, see ``recalibrate``.
         Raises ValueError if update_average() was never called, or if the model has other parameters than then; KeyError
@@ -396,9 +395,9 @@ class SWALP:
         average: str = SWA,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> Iterator[nn.Module]:
-        """While it holds, the model itself has the averaged weights, and computes with them in the recipe.
+        """A context: inside, the model itself has the averaged weights, and computes with them in the recipe.
 
-        At its end the model has its own weights and buffers again, bit for bit. Arguments and errors are those of
+        At its end the model has its own weights and buffers again, bit for bit. Arguments and errors are as for
         ``averaged_model``. Steps and updates of the average raise ValueError inside.
         """
         of_name = self._averaged(average, "averaged()")
@@ -448,7 +447,7 @@ class SWALP:
             places[id(each)] = here
 
     def _averaged(self, name: str, caller: str) -> Average:
-        """The average of that name, which has a mean."""
+        """The average of that name. Raises KeyError for an unknown name, ValueError before the first update."""
         if name != SWA and name not in self.averages:
             known = ", ".join(map(repr, self.averages)) or "none"
             raise KeyError(f"there is no average {name!r}; swalp.averages has {known}")
@@ -464,11 +463,11 @@ class SWALP:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, seed, average and masters: all that a resumed run needs, beside the model's
-        and the optimizer's own states, to give the bits of a run that was not stopped.
+        """Counters, seed, averages and masters, to resume a run.
 
-        Tensors are references, as in the optimizer's state_dict: copy or save before the next step.
-        There is one for each that a load needs, also before the first step and the first average.
+        With the model's and the optimizer's own states, the resumed run gives the bits of a run that was not stopped.
+        Tensors are references, as in the optimizer's state_dict: copy or save before the next step. Every tensor that
+        a load needs is there, also before the first step and the first average.
         """
         self._follow_model()
         floating = [name for name, p in self._parameters.items() if mean_dtype(p) is not None]
@@ -494,7 +493,7 @@ class SWALP:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a copy of ``state``; in any order with the model's and the optimizer's.
+        """Load a copy of ``state``, before or after the model's and the optimizer's states.
 
         Raises ValueError, before anything is changed, if the state is of another version, another
         recipe or another model.
@@ -515,15 +514,15 @@ class SWALP:
     def packed_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """module's state_dict with its weights as codes of the recipe's weight format; docs/codes.md has an example.
 
-        module: the model, or another with its names: a copy, the averaged model. A weight that is off its format's
-            numbers, as all are before the first step, stays as it is.
+        module: the model, or another with the same names: a copy, the averaged model. A weight off its format's grid
+            stays as it is; so are all weights before the first step.
         """
         self._follow_model()
         formats = {name: recipe.weight.format for name, recipe in zip(self._names, self._recipes, strict=True)}
         return packed_state(module, formats)
 
     def load_packed_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:
-        """Load what ``packed_state_dict`` returned into ``module``: the same bits. Raises what load_state_dict does."""
+        """Load the result of ``packed_state_dict`` into ``module``, bit for bit. Errors are as for load_state_dict."""
         module.load_state_dict(unpacked_state(state))
 
     # One step
@@ -532,7 +531,7 @@ class SWALP:
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = _hooked_call()
         # A subclass's step() calls super().step(), which fires the hooks again: only the outermost
-        # call counts. A step that raised never reached its post-hook, and must not pass for one.
+        # call counts. A step that raised never reached its post-hook, and must not count as running.
         if self._step is not None and self._step.is_running():
             self._step.calls.append(call)
             return None
@@ -564,13 +563,13 @@ class SWALP:
         return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
 
     def _agree(self, trained: list[tuple[int, nn.Parameter]]) -> None:
-        """Before the first step, and the first of a loaded state, the ranks of a process group have one seed."""
+        """Give the ranks of a process group one seed, before the first step and the first of a loaded state."""
         if not self._has_agreed and trained:
             self._seed = agreed_seed(self._seed, self._steps, trained[0][1].device, self._group)
             self._has_agreed = True
 
     def _rounding(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
-        """``closure``, after which the gradients it left are rounded and the masters in place."""
+        """``closure``, followed by ``_prepare``: gradients are rounded, and masters put in place."""
 
         def rounding_closure() -> Any:
             if step.ready:
@@ -598,8 +597,10 @@ class SWALP:
         step.ready = True
 
     def _round_gradients(self, step: _Step) -> list[Tensor]:
-        """Round the gradients in the scale of the loss; returns those whose format has infinities or NaN beyond its
-        largest number."""
+        """Round the gradients in the scale of the loss; returns the gradients that may overflow.
+
+        Their format rounds beyond its largest number to infinity or NaN.
+        """
         gradients = [
             (index, p.grad)
             for index, p in step.parameters
@@ -631,7 +632,7 @@ class SWALP:
             )
 
     def _step_in_one_pass(self, step: _Step) -> None:
-        """Step and round all that has a gradient, if the optimizer's is a step that there is one pass for."""
+        """Step and round all parameters with a gradient in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
         has_masters = self.recipe.master is not None
@@ -641,7 +642,7 @@ class SWALP:
         )
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
         for parameter in step.gradients:
-            parameter.grad = None  # an optimizer steps what has a gradient
+            parameter.grad = None  # an optimizer skips a parameter without a gradient
         step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
 
     def _refuse_sparse(self, step: _Step) -> None:
@@ -649,7 +650,7 @@ class SWALP:
             if parameter.grad is None or parameter.grad.layout == torch.strided:
                 continue
             recipe = self._recipes[index]
-            # SGD's momentum buffer is as sparse.
+            # SGD's momentum buffer is sparse too.
             states = (recipe.momentum, recipe.second_moment, *(quantizer for _, quantizer in recipe.states))
             if any(quantizer.rounds for quantizer in (recipe.gradient, *states)):
                 raise ValueError(
@@ -697,7 +698,7 @@ class SWALP:
                 parameter.copy_(tensor)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
-        """Rounds them; returns the names of those whose role is not known, each with a parameter's recipe."""
+        """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
         states, unknown = [], {}
         for index, parameter in step.parameters:
             recipe = self._recipes[index]
@@ -723,7 +724,7 @@ class SWALP:
     def _in_role(
         self, role: str, tensors: Iterable[tuple[int, Tensor]]
     ) -> Iterator[tuple[Quantizer, int, int, Tensor]]:
-        """What ``_round`` takes, of (index of its parameter, tensor)."""
+        """The arguments of ``_round`` for ``tensors``, each given as (index of its parameter, tensor)."""
         for index, tensor in tensors:
             yield getattr(self._recipes[index], role), STREAMS[role], index, tensor
 
@@ -756,11 +757,11 @@ class SWALP:
         return master.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
     def _trained(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
-        """(index in the model, parameter) of what ``optimizer`` trains, frozen parameters left out.
+        """(index in the model, parameter) of each parameter that ``optimizer`` trains, without frozen ones.
 
-        An optimizer steps whatever has a gradient. So one that was frozen after its backward is still trained.
+        An optimizer steps every parameter with a gradient. So one that was frozen after its backward is still trained.
 
-        Raises ValueError for a parameter that is not the model's, or that is complex.
+        Raises ValueError for a parameter that is complex or not the model's.
         """
         if any(held.get(name) is not value for held, name, value in self._places):
             self._read_model()
@@ -789,7 +790,7 @@ class SWALP:
 
 
 class _RefusedLoad:
-    """A hook that refuses to load weights into a module; those of its copies, which keep what they load, do not."""
+    """A hook that refuses to load weights into a module while it is on. A copy or a pickle of it is off."""
 
     def __init__(self, is_on: bool = False) -> None:
         self.is_on = is_on
@@ -807,7 +808,7 @@ def _streams(index: int) -> dict[str, int]:
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError if this step's gradients are scaled, or if it is being recorded for replay."""
+    """Raise ValueError if this step unscales gradients by itself, or is captured in a CUDA graph."""
     name = type(optimizer).__name__
     scaled = any(getattr(optimizer, attribute, None) is not None for attribute in ("grad_scale", "found_inf"))
     if scaled or kwargs.get("grad_scaler") is not None:
@@ -832,9 +833,9 @@ def _steps_low(recipe: Recipe) -> bool:
 
 
 def _hooked_call() -> FrameType:
-    """The frame of ``Optimizer.step`` that fired the hook which asks, past those of torch.compiler.disable.
+    """The frame of ``Optimizer.step`` that fired the calling hook, without the frames of torch.compiler.disable.
 
-    It lasts until the step is over. A compiled step goes on in calls that this frame makes.
+    It lasts until the step is over. A compiled step goes on in calls made by this frame.
     """
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__", "").startswith("torch._dynamo") and frame.f_back is not None:

@@ -1,8 +1,8 @@
 """The higher-precision average of the weights.
 
-SWALP's last step (Algorithm 2, line 6) averages low-precision weights in high precision. The
-mean lives apart from the model, in its own dtype: torch.optim.swa_utils.AveragedModel keeps it in
-the parameters' dtype, where a bfloat16 mean soon stops moving.
+SWALP's last step (Algorithm 2, line 6) averages low-precision weights in high precision. The mean
+lives apart from the model, in its own dtype. torch.optim.swa_utils.AveragedModel keeps it in the
+parameters' dtype, and a bfloat16 mean soon stops moving.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Average", "mean_dtype"]
 
 
 def mean_dtype(parameter: Tensor) -> torch.dtype | None:
-    """The dtype a parameter is averaged in, float32 or wider; None if it is an integer, with no mean."""
+    """The dtype of a parameter's mean, float32 or wider; None for integers, which have no mean."""
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return None
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -30,21 +30,21 @@ def mean_dtype(parameter: Tensor) -> torch.dtype | None:
 class Average:
     """The running mean of named parameters, ``means[name]``, in float32 (float64 for float64).
 
-    format, rounding: what every mean is rounded to after each update, and how: Q_SWA of the paper's section 5.1, which
-        asks how few bits the average can live with.
-    decay: of an exponential moving average, ``mean <- decay * mean + (1 - decay) * parameter``, with the bias of its
-        start corrected (Kingma and Ba, ICLR 2015, section 3); None: every update counts alike.
-    start, every: which calls of ``update`` count: that of number ``start``, from 0, and each ``every``-th one after it.
-    dtype, device: of the means, where they are not to be as the parameters: torch.float64, "cpu".
+    format, rounding: of every mean after each update: Q_SWA of the paper's section 5.1, which asks how few bits an
+        average needs.
+    decay: of an exponential moving average, ``mean <- decay * mean + (1 - decay) * parameter``. The bias of its start
+        is corrected (Kingma and Ba, ICLR 2015, section 3). None: every update counts alike.
+    start, every: calls of ``update`` count from number ``start`` on, each ``every``-th one; the first is number 0.
+    dtype, device: of the means, such as torch.float64 and "cpu"; None: as the parameters.
 
     An average that is rounded to nearest at each update stalls. The n-th update moves a mean by 1 / n of its distance
-    to the new parameter, and rounding takes back what is less than half a step. With parameters around their mean by
-    sigma, and steps of delta, few updates count from n > 2 sigma / delta on. Two remedies: ``rounding="stochastic"``,
-    under which a small move comes with a small probability; and no format here, but one in ``mean(format)`` or
-    ``applied_to(model, format)``, which round once, when the average is read.
+    to the new parameter, and rounding undoes a move of less than half a step. If parameters spread around their mean by
+    sigma, and a step is delta, few updates count from n > 2 sigma / delta on. There are two remedies. With
+    ``rounding="stochastic"`` a small move happens with a small probability. Or leave the format out here, and give one
+    to ``mean(format)`` or ``applied_to(model, format)``: these round once, when the average is read.
 
-    One run may have several: ``swalp.averages["ema"] = Average(decay=0.999)``.
-    Raises ValueError for a number out of range, and what parsing a format and a rounding raises.
+    One run may have several averages: ``swalp.averages["ema"] = Average(decay=0.999)``.
+    Raises ValueError for a number out of range, and the errors of parsing a format and a rounding.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class Average:
         self.decay, self.start, self.every = decay, start, every
         self.dtype, self.device = dtype, device
         self.n_seen = 0  # calls of update
-        self.n_averaged = 0  # those that counted
+        self.n_averaged = 0  # calls of update that counted
         self.means: dict[str, Tensor] = {}
 
     @property
     def settings(self) -> dict[str, str | float | None]:
-        """Argument -> value, of those that say what the mean is of, and not where it is kept."""
+        """Argument -> value, for the arguments that set the mean's value; dtype and device are left out."""
         text = {"format": str(self.format), "rounding": self.rounding}
         return {**text, "decay": self.decay, "start": self.start, "every": self.every}
 
     def mean_dtype(self, parameter: Tensor) -> torch.dtype | None:
-        """The dtype of the mean of ``parameter``; None if it is an integer, with no mean."""
+        """The dtype of the mean of ``parameter``; None for integers, which have no mean."""
         dtype = mean_dtype(parameter)
         return dtype if dtype is None or self.dtype is None else torch.promote_types(dtype, self.dtype)
 
     def saved_means(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``means``, or zeros in their place while there are none: a tensor for each that a load fills."""
+        """``means``, or zeros in their place before the first update, so that a load has tensors to fill."""
         if self.n_averaged:
             return dict(self.means)
         return {
@@ -107,13 +107,13 @@ class Average:
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], *, key: Tensor | int | None = None) -> None:
-        """mean <- Q(mean + share * (parameter - mean)), with a share of 1 / n in the n-th update that counts.
+        """mean <- Q(mean + share * (parameter - mean)). The share is 1 / n in the n-th update that counts.
 
         With a decay the share is (1 - decay) / (1 - decay^n).
 
-        key: of stochastic rounding; each mean has its place among ``parameters`` for a stream. Without a key, one is
-            drawn from torch's default generator.
-        Raises ValueError, before anything is changed, for other parameters than the average so far is of.
+        key: of stochastic rounding; the stream of a mean is its place among ``parameters``. None: a key is drawn from
+            torch's default generator.
+        Raises ValueError, before anything is changed, if earlier updates were of other parameters.
         """
         since = self.n_seen - self.start
         if since < 0 or since % self.every:
@@ -143,7 +143,7 @@ class Average:
         self.n_seen += 1
 
     def refuse(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raises ValueError if the average so far is not of these parameters: of their names and shapes."""
+        """Raises ValueError if the average so far has other names or shapes than ``parameters``."""
         remedy = "begin a new average: convert again, or use an Average of its own"
         for name, parameter in parameters.items():
             mean = self.means.get(name)
@@ -175,8 +175,8 @@ class Average:
     ) -> nn.Module:
         """A deep copy of ``model`` with ``mean(format)`` as its parameters, in the parameters' own dtype.
 
-        Tied parameters stay tied; buffers and modes are the model's of this moment. Raises ValueError for a model of
-        other parameters.
+        Tied parameters stay tied; buffers and modes are the model's of this moment. Raises ValueError if the model has
+        other parameters than the average.
         """
         self.refuse(dict(model.named_parameters()))
         averaged = copied(model)

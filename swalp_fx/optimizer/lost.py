@@ -1,8 +1,8 @@
 """Half-precision parameters that the learning rate cannot move.
 
-A number in bfloat16 has 8 bits. An update of less than half of its last one rounds back to what was there: in a weight
-of 1 that is 0.002, more than many learning rates. Adam and its like divide a gradient by its own size, so that the
-learning rate is the length of a step. SGD multiplies it by gradients, which are seldom as large as 1.
+A number in bfloat16 has 8 bits. An update of less than half of its last bit is rounded away: in a weight of 1 that is
+0.002, more than many learning rates. Adam and its like divide a gradient by its own size, so the learning rate is the
+length of a step. SGD multiplies the learning rate by gradients, and these are seldom as large as 1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["length_of", "loses_updates"]
 def length_of(group: dict[str, Any]) -> float:
     """The length of an update, in a group of parameters, for a gradient of size one.
 
-    The learning rate is the group's, or that which its scheduler started from, if that is higher: a warm-up begins
-    low. Momentum adds up to 1 / (1 - momentum) of them.
+    It is the learning rate, or its scheduler's initial one if that is higher: a warm-up begins low. Momentum adds up to
+    1 / (1 - momentum) of them.
     """
     rate = max(float(group.get("lr") or 0.0), float(group.get("initial_lr") or 0.0))
     momentum = float(group.get("momentum") or 0.0)

@@ -1,9 +1,9 @@
-"""Optimizers that divide one moment by another, and the formats of the divisor in which they diverge.
+"""Optimizers that divide one moment by another, and formats of the divisor that make them diverge.
 
-Adam steps by m / (sqrt(v) + 1e-8), where v averages squares. A gradient that is 2^-k of the largest in its block has a
-v that is 2^-2k of the largest. A format that reaches less far rounds it to zero, while m is still there, and the step
-is 10^8 times too long. Plain RMSprop, Adagrad, Adadelta and Adafactor divide the gradient itself, after adding its
-square to v: they may slow down, but not diverge.
+Adam steps by m / (sqrt(v) + 1e-8), where v averages squares. If a gradient is 2^-k of the largest in its block, its v
+is 2^-2k of the largest. A format of less range rounds v to zero but not m, and the step is 10^8 times too long. Plain
+RMSprop, Adagrad, Adadelta and Adafactor divide the gradient itself, after adding its square to v: they may slow down,
+but not diverge.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["ends_in"]
 
 
 class _Need(NamedTuple):
-    """What a format must have for the moments of an optimizer, in powers of two."""
+    """The range that a format must have for the moments of an optimizer, in powers of two."""
 
-    states: tuple[str, ...]  # those that are a divisor, or that it is made of
-    block: float  # the largest over the smallest number of a block, where blocks have a scale
-    below_one: float  # one over the smallest number, where there is no scale
+    states: tuple[str, ...]  # the states that make the divisor
+    block: float  # the largest over the smallest number of a block, if blocks have a scale
+    below_one: float  # one over the smallest number, if there is no scale
     precision: float = 0  # the steps of an octave
 
 
@@ -52,7 +52,7 @@ _NEEDS: tuple[tuple[type[Optimizer], Callable[[dict[str, Any]], bool], _Need], .
 
 
 def ends_in(optimizer: Optimizer, group: dict[str, Any], recipe: Recipe) -> str | None:
-    """The state in whose format ``optimizer``, or what it is a subclass of, may diverge on a group; None if in none."""
+    """The first state with a format that may let ``optimizer`` diverge on a group; None if there is none."""
     for kind, is_so, need in _NEEDS:
         if isinstance(optimizer, kind) and is_so(group):
             states = ((name, quantizer_of(recipe, name)) for name in need.states)

@@ -1,7 +1,7 @@
-"""Steps of torch.optim.SGD in one pass over memory, with the roundings of the optimizer pass: the same bits, sooner.
+"""Steps of torch.optim.SGD in one pass over memory, with the roundings of the optimizer pass: the same bits, faster.
 
 A step by hooks reads and writes every weight, gradient and momentum several times: for each rounding, and for each
-operation of torch's own step. They are larger than a cache, so what a step takes is mostly memory's time.
+operation of torch's own step. They are larger than a cache, so most of a step's time is memory traffic.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .states import quantizer_of
 
 __all__ = ["in_one_pass"]
 
-# The roles that are rounded, in the order in which ops.sgd_ takes their streams.
+# The rounded roles, in the order of their streams in ops.sgd_.
 ROLES = ("weight", "gradient", "momentum")
 MOMENTUM = "momentum_buffer"  # the state
-ANY = Quantizer.parse("bfp8~nearest")  # of a call that rounds no role
+ANY = Quantizer.parse("bfp8~nearest")  # for a call that rounds no role
 FLOAT32 = torch.finfo(torch.float32)
 
-Streams = Mapping[str, int]  # role -> the stream that a parameter draws from in it
+Streams = Mapping[str, int]  # role -> the parameter's stream in it
 
 
 class _Call:
-    """The tensors of one call of ``ops.sgd_``: those of one group and of one way to round."""
+    """The tensors of one call of ``ops.sgd_``: one group of the optimizer, and one recipe."""
 
     def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
         self.group = group
@@ -56,13 +56,19 @@ def in_one_pass(
 ) -> dict[nn.Parameter, Tensor]:
     """Steps ``optimizer`` with its roundings; returns the parameters stepped, with their gradients: all or none.
 
-    parameters: (parameter, its recipe, its streams, its master), where all or none have a master.
+    parameters: (parameter, its recipe, its streams, its master); all or none have a master. Recipes are resolved. Equal
+        recipes must be one object: one call serves all parameters of a recipe.
 
-    None if anything about the step is not as ``ops.sgd_`` does it: another class, fused, numbers in tensors or beyond
-    float32, hooks of others, which might read in between; a tensor off the CPU, in another dtype, with other strides,
-    without momentum yet, or with more state than that; roles in formats or roundings that differ; masters in another
-    format than float; memory that two share; or nothing to round. Recipes are resolved, equal ones one object: a call
-    serves all parameters of one.
+    Steps none if anything about the step is not as in ``ops.sgd_``:
+
+    - another class, a fused step, options in tensors or beyond float32
+    - hooks of others, which might read in between
+    - a tensor off the CPU, in another dtype, or with other strides
+    - a state without momentum yet, or with more than momentum
+    - roles of one parameter in different formats or roundings
+    - masters in another format than float
+    - two tensors that share memory
+    - nothing to round
     """
     if type(optimizer) is not SGD or not _is_alone(optimizer) or not _multiplies_and_adds_at_once():
         return {}
@@ -71,10 +77,10 @@ def in_one_pass(
         return {}
     calls: dict[tuple[int, int], _Call] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
-    memory: list[tuple[int, int]] = []  # of each tensor, from and to
+    memory: list[tuple[int, int]] = []  # (begin, end) of each tensor
     for parameter, recipe, streams, master in parameters:
         gradient = parameter.grad
-        if gradient is None or gradient.numel() == 0:  # where there is nothing to step, the optimizer may do it
+        if gradient is None or gradient.numel() == 0:  # nothing to step: left to the optimizer
             continue
         group = groups[parameter]
         state = optimizer.state.get(parameter, {})
@@ -109,7 +115,7 @@ def _is_alone(optimizer: Optimizer) -> bool:
 
 
 def _multiplies_and_adds_at_once() -> bool:
-    """Whether torch's own kernels do so with one rounding, as ``ops.sgd_`` does."""
+    """Whether torch's own kernels use fused multiply-add, with one rounding, as ``ops.sgd_`` does."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
@@ -120,12 +126,12 @@ def _is_plain(group: dict[str, Any]) -> bool:
 
 
 def _is_float32(number: Any) -> bool:
-    """Whether float32 can hold it, but for its last places."""
+    """Whether ``number`` is in the range of float32, up to rounding."""
     return isinstance(number, (int, float)) and (number == 0 or FLOAT32.tiny <= abs(number) <= FLOAT32.max)
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:
-    """Whether each is float32 on the CPU, in memory without gaps, all of the same strides."""
+    """Whether all are float32 on the CPU, without gaps in memory, and have the same strides."""
     first = tensors[0]
     strides = first.stride()
     for tensor in tensors:

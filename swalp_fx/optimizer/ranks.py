@@ -1,4 +1,4 @@
-"""One seed for the ranks of a process group, so that replicas that were seeded apart round alike."""
+"""One seed for the ranks of a process group, so that replicas with different seeds round alike."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["agreed_seed"]
 
 
 def agreed_seed(seed: int, step: int, device: torch.device, group: ProcessGroup | None) -> int:
-    """Rank 0's seed, if no rank has taken a step; else this one, which all ranks have. A collective call.
+    """The seed for all ranks: rank 0's, if no rank has taken a step; else ``seed``, the same on all. A collective call.
 
-    step: how many steps this rank has taken. device: of the trained parameters, where the group can communicate.
+    step: the number of steps that this rank has taken. device: of the trained parameters; the group communicates on it.
     group: None for all ranks. Without a process group, and in one of a single rank, this is ``seed``.
     Raises ValueError on every rank if ranks are at different steps, or go on with different seeds.
     """

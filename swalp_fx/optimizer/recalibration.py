@@ -23,22 +23,21 @@ def recalibrate(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     group: distributed.ProcessGroup | None = None,
 ) -> None:
-    """Set the running statistics of every norm in ``model`` to those over all of ``loader``.
+    """Set the running statistics of every norm in ``model`` to the statistics over all of ``loader``.
 
-    A mean over batches of the batch statistics (of the mean and the unbiased variance), each weighted
-    by the values it was taken over, so that a short last batch counts for what it is. Norms run in
-    training mode and all else in evaluation mode, because that is the network the statistics will
-    serve: no dropout, and no random number is consumed. Momenta and modes are put back. A norm that
-    the forward never calls keeps what it has, and so does every norm if anything raises.
+    They are means of the batch statistics (mean and unbiased variance). Each batch is weighted by its number of values,
+    so a short last batch counts less. Norms run in training mode, and all else in evaluation mode, as when the
+    statistics are used: there is no dropout, and no random number is drawn. Momenta and modes are put back. A norm
+    keeps its statistics if the forward never calls it, and every norm does if anything raises.
 
     loader: yields a tensor, or a tuple or list with the input first; moved to the model's device.
         It is not read if the model has no norm with running statistics.
     forward: calls the model with a batch of any other kind: ``lambda model, batch: model(**batch)``.
-    group: a process group of which each rank calls this with its own part of the data; the statistics are those of all.
-        A rank may have no batch.
+    group: a process group. Each rank calls this with its own part of the data, perhaps without a batch; the statistics
+        are taken over all ranks.
     Raises TypeError (a batch of another kind) and ValueError (no batch at all).
     """
-    # The base of batch and instance norms: whatever has running statistics and a momentum.
+    # The base of batch and instance norms: all modules with running statistics and a momentum.
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     if not norms:
         return
@@ -51,7 +50,7 @@ def recalibrate(
         model.eval()
         for norm in norms:
             norm.train()
-            norm.momentum = 1.0  # after a call the running statistics are that call's own
+            norm.momentum = 1.0  # a call replaces the running statistics by its own
         batches = 0
         for batch in loader:
             if forward is not None:
@@ -115,7 +114,7 @@ class _Statistics:
                 buffer.copy_(mean)
 
     def _reduce(self, group: distributed.ProcessGroup) -> None:
-        """Over the ranks, each weighted by the values that it saw."""
+        """Average the means over the ranks, each weighted by its number of values."""
         values = _total(self.values, self.buffers[0].device, group)
         for mean in self.means:
             mean.mul_(self.values / max(1, values))
@@ -124,7 +123,7 @@ class _Statistics:
 
 
 def _total(number: int, device: torch.device | None, group: distributed.ProcessGroup | None) -> int:
-    """The sum of the number over the ranks of a group."""
+    """The sum of ``number`` over the ranks of ``group``."""
     if group is None:
         return number
     total = torch.tensor(number, device=device)

@@ -1,4 +1,4 @@
-"""What ``SWALP.state_dict`` saves, read back: all of it fits, or one sentence says what does not."""
+"""The state of ``SWALP.state_dict``, read back: all of it fits, or an error of one sentence says why not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["SWA", "VERSION", "Saved", "read"]
 VERSION = 4
 KEYS = ("version", "recipe", "parameters", "seed", "step", "n_averaged", "average", "averages", "masters")
 COUNTS = ("n_seen", "n_averaged")  # of an average
-SWA = ""  # the name of the paper's own average, among others
+SWA = ""  # the name of the paper's own average
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Saved:
 
     seed: int
     step: int
-    averages: list[tuple[int, int, dict[str, Tensor]]]  # (n_seen, n_averaged, means), in the order of those asked for
+    averages: list[tuple[int, int, dict[str, Tensor]]]  # (n_seen, n_averaged, means), in the order of ``averages``
     masters: dict[str, Tensor]
 
 
 def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Average]) -> Saved:
-    """The state of a SWALP of this recipe, of these parameters and averages by name, the paper's among them.
+    """``state``, read for a SWALP of this recipe and these parameters.
 
+    averages: by name, the paper's own included.
     Raises ValueError if it is of another version, recipe or model, or is no state at all.
     """
     state = _of_this_version(state)
@@ -58,12 +59,12 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
         for name, average in averages.items()
     ]
     masters = _masters(state["masters"], recipe, parameters, is_whole)
-    # Before a step they are the weights, which may yet be loaded.
+    # Before the first step the masters are the weights, and a load may still change those.
     return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {})
 
 
 def _differing(names: Any, due: list[str]) -> str:
-    """What tells the model that a state is of from one with the parameters ``due``; nothing if it is that."""
+    """The difference of the parameter ``names`` in a state from ``due``, for an error; "" if there is none."""
     if names == due:
         return ""
     if not isinstance(names, list) or set(names) == set(due):
@@ -74,7 +75,7 @@ def _differing(names: Any, due: list[str]) -> str:
 
 def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], is_whole: bool) -> dict[str, Tensor]:
     dtypes = {name: dtype for name, p in parameters.items() if (dtype := mean_dtype(p)) is not None}
-    if isinstance(masters, Mapping):  # those of half-precision parameters were once as narrow as they
+    if isinstance(masters, Mapping):  # older states have masters in half precision
         masters = {
             name: master.to(dtypes[name])
             if isinstance(master, Tensor) and name in dtypes and master.dtype == parameters[name].dtype
@@ -96,7 +97,10 @@ def _refuse_missing(what: str, found: Mapping[str, Tensor], due: Iterable[str]) 
 
 
 def _averages(state: Mapping[str, Any], wanted: Mapping[str, Average]) -> dict[str, tuple[int, int, Any]]:
-    """Name -> (n_seen, n_averaged, means) of each average of a state, which must have these besides the paper's."""
+    """Name -> (n_seen, n_averaged, means) of each average of a state.
+
+    Raises ValueError unless the state has exactly the ``wanted`` averages besides the paper's.
+    """
     others = state["averages"]
     if not _are_averages(others):
         raise ValueError(
@@ -148,7 +152,10 @@ def _copied(
     parameters: Mapping[str, nn.Parameter],
     device: str | torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Copies of ``tensors`` on ``device``, or their parameters' own; each must be one of ``dtypes`` and fit."""
+    """Copies of ``tensors`` on ``device``, or on their parameters' devices.
+
+    Raises ValueError for a name outside of ``dtypes``, or another shape or dtype.
+    """
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"the state's {what} must map names to tensors; pass what state_dict() returned")
     for name, tensor in tensors.items():
@@ -164,8 +171,11 @@ def _copied(
 
 
 def _of_this_version(state: Any) -> Any:
-    """A state of version 1, which had another word for masters, of version 2, which had one average, or of version 3,
-    which had no names of parameters, and only the tensors that were made so far, as one of this version."""
+    """``state`` as one of this version.
+
+    Version 1 had another word for masters. Version 2 had one average. Version 3 had no names of parameters, and only
+    the tensors that were made so far.
+    """
     if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
         state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
     if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
@@ -176,7 +186,7 @@ def _of_this_version(state: Any) -> Any:
 
 
 def _is_text_of(recipe: Recipe, text: Any) -> bool:
-    """Whether ``text``, which may have been written with older words, stands for the arithmetic of ``recipe``."""
+    """Whether ``text``, perhaps in the words of an older version, stands for the arithmetic of ``recipe``."""
     try:
         return replace(Recipe.parse(text), in_place=recipe.in_place) == recipe
     except (FormatError, RecipeError):

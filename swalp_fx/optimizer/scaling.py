@@ -1,8 +1,8 @@
-"""The scale of the loss, in which gradients are rounded.
+"""The scale of the loss: gradients are rounded times this scale.
 
-Low precision would lose small gradients, so a loss is multiplied by a scale before the backward, and its gradients are
-divided by it before the step. What hardware rounds are the scaled ones (Micikevicius et al., ICLR 2018, section 3.2).
-torch.amp.GradScaler divides before the hooks of a step; but the step is called by it, and so it is on the stack.
+Low precision would lose small gradients. So a loss is multiplied by a scale before the backward, and its gradients are
+divided by it before the step. Hardware rounds the scaled gradients (Micikevicius et al., ICLR 2018, section 3.2).
+torch.amp.GradScaler divides before the hooks of a step. It calls the step, so it is found on the stack.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["scale_of", "scaler_of", "skip"]
 
 
 def scaler_of(frame: FrameType | None) -> GradScaler | None:
-    """The GradScaler whose step is on the stack at ``frame``; None if there is none, or a disabled one."""
+    """The GradScaler on the stack at ``frame``; None if there is none, or a disabled one."""
     while frame is not None:
         if frame.f_globals.get("__name__") == GradScaler.__module__:
             scaler = frame.f_locals.get("self")
@@ -29,7 +29,7 @@ def scaler_of(frame: FrameType | None) -> GradScaler | None:
 
 
 def scale_of(given: Any, scaler: GradScaler | None) -> float:
-    """The scale that is ``given`` or that a function returns, or else the scaler's; 1 where there is none.
+    """The scale of the loss: ``given``, or its result if it is a function; else the scaler's; else 1.
 
     Raises ValueError if it is not a finite number above zero.
     """
@@ -49,6 +49,6 @@ def scale_of(given: Any, scaler: GradScaler | None) -> float:
 
 
 def skip(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Tell ``scaler`` of an infinity in the gradients of ``optimizer``, as if it had found that itself."""
+    """Tell ``scaler`` of an infinity in the gradients of ``optimizer``, as if it had found one itself."""
     for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
         found.fill_(1.0)

@@ -1,4 +1,4 @@
-"""The states of an optimizer: which of them a step rounds, and whether it has those that a recipe names."""
+"""The states of an optimizer: the role of each, its rounding, and a check of the names in a recipe."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..recipe import Quantizer, Recipe, RecipeError
 
 __all__ = ["is_known", "quantizer_of", "refuse_misnamed", "states_of"]
 
-# What the optimizers of torch, and well-known ones of packages, call their states -> the role. Those of no role are
-# averages of weights, step sizes and gradients of earlier steps.
+# Name of a state, in the optimizers of torch and of well-known packages -> its role. States without a role are averages
+# of weights, step sizes, and gradients of earlier steps.
 ROLES: Mapping[str, str | None] = {
     **dict.fromkeys(("momentum_buffer", "momentum", "exp_avg", "exp_avg_diff", "exp_avg_slow", "moments"), "momentum"),
     **dict.fromkeys(
-        # A gradient's mean too, where the divisor is made of it: that of a centered RMSprop.
+        # grad_avg is a mean of gradients, but part of a divisor, in a centered RMSprop.
         ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum", "acc_delta", "exp_avg_var"),
         "second_moment",
     ),
@@ -33,14 +33,14 @@ ROLES: Mapping[str, str | None] = {
     **dict.fromkeys(("ax", "z", "slow_buffer", "slow_param", "p0", "x0", "s"), None),
     **dict.fromkeys(("step_size", "prev", "previous_grad", "pre_grad", "neg_pre_grad", "last_grad"), None),
 }
-# What torch.optim counts in tensors without dimensions, which the shape of a parameter without
-# dimensions cannot tell from its moments: Adam's step, ASGD's eta and mu, NAdam's mu_product.
+# Counters of torch.optim in tensors without dimensions: Adam's step, ASGD's eta and mu, NAdam's mu_product. For a
+# parameter without dimensions, their shape does not tell them from moments.
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 _IN_FLOAT = Quantizer(FLOAT)
 
 
 def quantizer_of(recipe: Recipe, name: str) -> Quantizer:
-    """How ``recipe`` rounds the state of that name of an optimizer."""
+    """The quantizer of ``recipe`` for an optimizer's state of that name."""
     named = dict(recipe.states).get(name)
     if named is not None:
         return named
@@ -49,15 +49,15 @@ def quantizer_of(recipe: Recipe, name: str) -> Quantizer:
 
 
 def is_known(recipe: Recipe, name: str) -> bool:
-    """Whether the table or ``recipe`` says what the state of that name is."""
+    """Whether ROLES or ``recipe`` has a state of that name."""
     return name in ROLES or name in dict(recipe.states)
 
 
 def states_of(optimizer: Optimizer, parameter: nn.Parameter, recipe: Recipe) -> list[tuple[str, Tensor, Quantizer]]:
-    """(name, tensor, how it is rounded) of each state of ``parameter``, in the order of their streams.
+    """(name, tensor, quantizer) of each state of ``parameter``, in the order of their streams.
 
-    That is the order of their names, because a loaded state may hold them in another: first those of the parameter's
-    shape, then others.
+    States of the parameter's shape come first, then others, each sorted by name: a loaded state may hold them in
+    another order.
     """
     found = sorted(_rounded(optimizer.state.get(parameter, {})), key=lambda state: state[0])
     found.sort(key=lambda state: state[1].shape != parameter.shape)
@@ -69,9 +69,9 @@ def _first(path: str) -> str:
 
 
 def _rounded(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of what may be rounded of a parameter's state: floating tensors that count nothing.
+    """(path, tensor) of each floating tensor of a parameter's state, without counters.
 
-    They may lie in containers, as AggMo's, which has a momentum for each beta: ``momentum_buffer.0.9``.
+    It may lie in a container: AggMo has a momentum for each beta, ``momentum_buffer.0.9``.
     """
     for key, value in state.items():
         if (name := str(key)) in COUNTERS:
@@ -90,12 +90,12 @@ def _key(entry: Any) -> Any:
 
 
 def refuse_misnamed(optimizer: Optimizer, trained: Sequence[tuple[str, nn.Parameter, Recipe]]) -> None:
-    """Raises RecipeError for a state that a recipe names and ``optimizer`` does not have, or whose format does not fit.
+    """Raises RecipeError for a state that a recipe names and ``optimizer`` lacks, or that its format does not fit.
 
-    trained: (name, parameter, recipe) of what it trains.
+    trained: (name, parameter, recipe) of each trained parameter.
 
-    Optimizers make their states in their first step. So before that a copy takes one, on small parameters that stand in
-    for the real ones; nothing of the optimizer is changed, and no random number is drawn.
+    Optimizers make their states in their first step. Before that, a copy takes a step on small stand-ins for the
+    parameters. The optimizer is not changed, and no random number is drawn.
     """
     wanted = {name for _, _, recipe in trained for name, _ in recipe.states}
     if not wanted:
@@ -119,7 +119,7 @@ def _kind(optimizer: Optimizer) -> str:
 
 
 def _tried(optimizer: Optimizer, parameters: Sequence[nn.Parameter], wanted: str) -> dict[nn.Parameter, dict[str, Any]]:
-    """The states that a first step would give these parameters, in small."""
+    """The states of these parameters after a first step, made on small stand-ins."""
     stand_ins = {parameter: _small(parameter) for parameter in parameters}
     try:
         with torch.random.fork_rng(devices=list({p.device for p in parameters if p.is_cuda})):
@@ -134,7 +134,7 @@ def _tried(optimizer: Optimizer, parameters: Sequence[nn.Parameter], wanted: str
 
 
 def _small(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter with as many dimensions, none longer than 2."""
+    """A stand-in of ones with as many dimensions as ``parameter``, none longer than 2."""
     small = torch.ones([min(size, 2) for size in parameter.shape], dtype=parameter.dtype, device=parameter.device)
     stand_in = nn.Parameter(small)
     stand_in.grad = torch.ones_like(small)
@@ -142,7 +142,7 @@ def _small(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _after_a_step(optimizer: Optimizer, stand_ins: dict[nn.Parameter, nn.Parameter]) -> Any:
-    """The state of a copy that has stepped, whose parameters are ``stand_ins``, without hooks and without a state."""
+    """The state after one step of a copy of ``optimizer`` on ``stand_ins``, without hooks and earlier states."""
     copied = object.__new__(type(optimizer))
     instead: dict[int, Any] = {id(optimizer): copied, id(optimizer.state): defaultdict(dict)}
     instead |= {id(value): OrderedDict() for name, value in vars(optimizer).items() if name.endswith("_hooks")}

@@ -1,10 +1,10 @@
 """Steps of an optimizer on float32 masters of half-precision parameters.
 
-An optimizer steps what its groups hold, and in the dtype of that. So its step runs on a twin: an optimizer of the same
-class, attributes and states, whose groups hold a float32 parameter in the place of each half-precision one. States are
-float32 too, since a second moment that moves by a thousandth a step would stand still in the 8 bits of bfloat16. The
-optimizer itself holds the model's parameters all the while: closures, zero_grad and GradScaler find them there, and
-after an exception inside the step it is what it was.
+An optimizer steps the parameters of its groups in their own dtype. So its step runs on a twin: an optimizer of the same
+class, attributes and states, with a float32 parameter in its groups for each half-precision one. States are float32
+too: a second moment that moves by a thousandth a step would stand still in the 8 bits of bfloat16. The optimizer itself
+holds the model's parameters all the while. Closures, zero_grad and GradScaler find them there, and an exception inside
+the step leaves the optimizer unchanged.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["Loading", "Twin", "idle", "is_half", "narrow_states"]
 
-OWN = ("param_groups", "state")  # the attributes in which a twin differs
+OWN = ("param_groups", "state")  # the attributes that a twin does not share
 
 
 def is_half(parameter: Tensor) -> bool:
-    """Whether float32 holds more than ``parameter`` does."""
+    """Whether the dtype of ``parameter`` is floating and narrower than float32."""
     return parameter.is_floating_point() and torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype
 
 
 class Twin:
-    """An optimizer that steps in the place of another, for many steps: a compiled step is compiled for it."""
+    """An optimizer that steps in the place of another. It lasts for many steps, since a step is compiled for it."""
 
     def __init__(self, kind: type[Optimizer]) -> None:
         self.optimizer: Optimizer = object.__new__(kind)
@@ -37,7 +37,7 @@ class Twin:
         self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}  # by the model's parameter, in this step
 
     def follow(self, optimizer: Optimizer) -> Optimizer:
-        """Become what ``optimizer`` is at the begin of a step. Returns the twin."""
+        """Take over the attributes, states and groups of ``optimizer`` before a step. Returns the twin."""
         twin = self.optimizer
         vars(twin).update({name: value for name, value in vars(optimizer).items() if name not in OWN})
         twin.state.clear()
@@ -51,9 +51,9 @@ class Twin:
         return twin
 
     def put(self, masters: Mapping[nn.Parameter, Tensor]) -> list[tuple[nn.Parameter, str]]:
-        """Let copies of ``masters`` stand in for their parameters, with gradients and states in their dtype.
+        """Let copies of ``masters`` stand in for their parameters, with gradients and states in the masters' dtype.
 
-        Returns (parameter, name) of the states that were in the parameter's own.
+        Returns (parameter, name) of each state that was in the parameter's own dtype.
         """
         twin, before = self.optimizer, self.stand_ins
         self.stand_ins = {}
@@ -77,7 +77,7 @@ class Twin:
         return narrow
 
     def give_back(self, optimizer: Optimizer) -> None:
-        """Write what the step did to the twin into ``optimizer``: states, options of groups, attributes."""
+        """Write the stepped twin back into ``optimizer``: states, options of groups, attributes."""
         optimizer.state.clear()
         optimizer.state.update(self.optimizer.state)
         _rename(optimizer.state, {stand_in: parameter for parameter, stand_in in self.stand_ins.items()})
@@ -93,7 +93,7 @@ class Twin:
 
 
 def idle(optimizer: Optimizer) -> Optimizer:
-    """A twin that has nothing to step."""
+    """A twin with nothing to step."""
     twin = Twin(type(optimizer)).follow(optimizer)
     for group in twin.param_groups:
         group["params"].clear()
@@ -101,7 +101,7 @@ def idle(optimizer: Optimizer) -> Optimizer:
 
 
 class Loading:
-    """Hooks of ``load_state_dict`` that keep float32 states of half-precision parameters, which torch narrows."""
+    """Hooks of ``load_state_dict``: they keep float32 states of half-precision parameters, where torch narrows them."""
 
     def __init__(self) -> None:
         self.saved: dict[str, Any] = {}
@@ -120,12 +120,12 @@ class Loading:
 
 
 def narrow_states(optimizer: Optimizer) -> None:
-    """Cast the states of half-precision parameters to their dtype, as torch itself has them."""
+    """Cast the states of half-precision parameters to their dtype, as torch itself does."""
     optimizer.load_state_dict(optimizer.state_dict())
 
 
 def _rename(states: dict[Tensor, Any], names: Mapping[Any, Tensor]) -> None:
-    """Move each state from its key to ``names[key]``, in the order that they have."""
+    """Move each state from its key to ``names[key]``, in the same order."""
     moved = {names.get(key, key): state for key, state in states.items()}
     states.clear()
     states.update(moved)
