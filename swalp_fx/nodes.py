@@ -1,8 +1,7 @@
-"""The functions a rewritten graph calls: draw the key, quantize a weight, quantize a layer's output, run a checkpoint,
-run a recurrent layer.
+"""The functions of a rewritten graph: draw the key, quantize a weight or output, run a checkpoint or recurrent layer.
 
-Their arguments are tensors, integers and specs, so that the generated code reads as it runs. Each function notices a
-torch.fx proxy and records itself instead of running, so a rewritten module can be traced again.
+Their arguments are tensors, integers and texts of quantizers, so the generated code can be read. Given a torch.fx
+proxy, each function records itself instead of running, so a rewritten module can be traced again.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from .recipe import MARK, split
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight", "recurrent"]
 
 # The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), the imaginary part of a complex
-# tensor (1 bit), and which tensor of an output that holds several (from bit 40). Distinct sites, signals, parts and
-# tensors therefore never share a random word.
+# tensor (1 bit), and the tensor's number in an output of several (from bit 40). So distinct sites, signals, parts and
+# tensors never share a random word.
 ERROR_STREAM = 1 << 32
 TENSOR_STREAM = 1 << 40
 PART_STREAM = 1 << 33  # of a complex tensor: its imaginary part
@@ -41,8 +40,10 @@ def _public(function: _Function) -> _Function:
 
 
 def how(quantizer: str, rounding: str, key: Tensor | None) -> tuple[str, str]:
-    """(format, rounding) of a quantizer's text: its own rounding, or else ``rounding``; but to nearest where that wants
-    a key and there is none."""
+    """(format, rounding) of a quantizer's text: its own rounding, or else ``rounding``.
+
+    Without a key, stochastic rounding becomes nearest.
+    """
     if MARK in quantizer:
         quantizer, rounding = split(quantizer)
     return quantizer, "nearest" if key is None and rounding.startswith("stochastic") else rounding
@@ -62,10 +63,10 @@ class _QuantizeWeight(Function):
 
 
 class _QuantizeOutput(Function):
-    """Q_A forward, Q_E backward, each in the memory of what it rounds if ``in_place`` has its letter, and left out if
-    ``kept`` has it.
+    """Q_A forward, Q_E backward.
 
-    Its context is set in forward: set up apart, as torch.func wants it, a call costs 15 us more.
+    Each rounds in the memory of its input if ``in_place`` has its letter, and is left out if ``kept`` has it.
+    Its context is set in forward. A setup_context, as torch.func wants it, costs 15 us more a call.
     """
 
     @staticmethod
@@ -87,7 +88,7 @@ class _QuantizeOutput(Function):
         if "A" in kept:
             return x.detach()
         if "A" in in_place:
-            # Another tensor over the same memory: autograd takes it for a new one, which later layers may write into.
+            # A new tensor over the same memory: autograd lets later layers write into it.
             return round_(x.detach(), activation, rounding, key, stream)
         return rounded(x, activation, rounding, key, stream)
 
@@ -108,7 +109,7 @@ class _QuantizeOutput(Function):
 class _QuantizeOutputApart(Function):
     """``_QuantizeOutput`` for forward-mode derivatives and the transforms of torch.func; nothing is in place.
 
-    Apart, because torch.compile takes no function that has a ``jvp``.
+    It is a class of its own, because torch.compile takes no function with a ``jvp``.
     """
 
     generate_vmap_rule = True
@@ -134,14 +135,14 @@ class _QuantizeOutputApart(Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent.clone()  # of its own, as the result is
+        return tangent.clone()  # in memory of its own, like the result
 
 
 @_public
 def draw_key(training: bool) -> Tensor | None:
-    """The key of one forward, int64 of shape []; None in eval mode, where stochastic rounds to nearest.
+    """The key of one forward, int64 of shape []; None in eval mode, so that stochastic rounds to nearest.
 
-    In a process group each rank has keys of its own, even where all are seeded alike.
+    In a process group each rank has keys of its own, even if all have one seed.
     """
     if has_torch_function((training,)):
         return handle_torch_function(draw_key, (training,), training)
@@ -152,18 +153,17 @@ def draw_key(training: bool) -> Tensor | None:
     if not training:
         return None
     key = random.draw_key()
-    # Distinct ranks give distinct keys, which is all that philox asks of them.
+    # Distinct ranks give distinct keys; philox asks for no more.
     return key ^ distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else key
 
 
 @_public
 def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rounding: str) -> Tensor:
-    """Q_W(x) for the text of a quantizer; ``rounding`` is that of one without.
+    """Q_W(x) for the text of a quantizer; ``rounding`` is for a text without one.
 
-    It is x itself if rounding is known to keep it, as it keeps what a step has rounded; else a new tensor.
-    Under a tracer it is always a new tensor. The gradient passes as it is: the optimizer pass rounds it, once, when it
-    is whole. Like the parameter itself, the result requires its gradient in whatever mode it is made: it may be first
-    read in a no_grad block, and again outside of it.
+    It is x itself if x is known to be on the grid, as after a step; else, and always under a tracer, a new tensor. The
+    gradient passes unrounded: the optimizer pass rounds it once, when it is whole. The result requires its gradient in
+    every mode, like the parameter itself: it may be read first in a no_grad block, and again outside of it.
     """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
@@ -194,18 +194,19 @@ def quantize_output(
     in_place: str = "",
     kept: str = "",
 ) -> Any:
-    """Q_A(x) forward and Q_E of the error signal backward, for the texts of two quantizers; ``rounding`` is that of one
-    without.
+    """Q_A(x) forward and Q_E of the error signal backward, for the texts of two quantizers.
 
-    ``x`` is a layer's output: a tensor, or any nest of tensors, each then under a stream of its own. Without letters in
-    what follows, a floating tensor gives a new one, never itself or a view; a complex one is rounded by its real and
-    its imaginary part; anything else (indices, sizes, None) passes as it is.
+    ``rounding`` is for a text without one. ``x`` is a layer's output: a tensor, or any nest of tensors, each with a
+    stream of its own. Without letters in ``in_place`` and ``kept``, a floating tensor gives a new tensor, never itself
+    or a view. A complex tensor is rounded by its real and its imaginary part. Anything else (indices, sizes, None)
+    passes unchanged.
 
-    in_place: "A" for an activation rounded in the memory of ``x``, which nothing else may read, "E" for an error signal
-        rounded in the memory it arrives in, "AE" for both: the same numbers, without the page faults of fresh memory.
-    kept: "A" for an activation that is known to be in its format before it is rounded, so that no rounding changes it,
-        "E" for an error signal that is, "AE" for both: the same numbers, without the work.
-    Both are of no effect in a nest, and under torch.compile, which plans its work by itself.
+    in_place: "A" rounds the activation in the memory of ``x``, and nothing else may read that. "E" rounds the error
+        signal in the memory that it arrives in. "AE" does both. The numbers are the same, without the page faults of
+        new memory.
+    kept: "A" if the activation is known to be on its format's grid already, "E" if the error signal is, "AE" for both.
+        The rounding is left out: the same numbers, without the work.
+    Both have no effect in a nest, nor under torch.compile, which plans its work by itself.
     """
     if has_torch_function((x, key)):
         arguments = (x, key, stream, activation, error, rounding)
@@ -213,7 +214,7 @@ def quantize_output(
     roles = *how(activation, rounding, key), *how(error, rounding, key)
     if isinstance(x, Tensor):
         if x.requires_grad and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            with torch.enable_grad():  # x was written into, in a no_grad block, and has a gradient all the same
+            with torch.enable_grad():  # a write in a no_grad block: x has a gradient all the same
                 return _quantized(x, key, stream, *roles, in_place, kept)
         return _quantized(x, key, stream, *roles, in_place, kept)
     leaves, structure = pytree.tree_flatten(x)
@@ -257,18 +258,18 @@ def _quantized(
 def checkpointed(body: Callable[..., Any], key: Tensor | None, /, *operands: Any, **how: Any) -> Any:
     """``body(key, *operands)``, computed again by backward: torch.utils.checkpoint, with ``how`` as its options.
 
-    The key is the same for both, so that the second time draws the bits of the first.
+    Both runs have the same key, so the second draws the bits of the first.
     """
     tracked = [i for i, each in enumerate(operands) if isinstance(each, Tensor) and each.requires_grad]
 
     def run(*given: Any) -> Any:
         return body(key, *({**dict(enumerate(operands)), **dict(zip(tracked, given, strict=True))}.values()))
 
-    # checkpoint refuses what was written into since it was given: buffers come as in the model's own code, past it.
+    # checkpoint refuses an argument that was written into since. So buffers do not pass through it: ``run`` reads them.
     return checkpoint(run, *(operands[i] for i in tracked), **{"use_reentrant": False, **how})
 
 
-STEP = 32  # the bit of a key from which the number of a time step is folded in; ranks are below it
+STEP = 32  # the lowest bit of a key that takes the number of a time step; ranks take the bits below
 
 
 @_public
@@ -284,9 +285,8 @@ def recurrent(
 ) -> tuple[Tensor, ...]:
     """(outputs, *last states) of a recurrent layer that runs ``step`` for each index of ``x`` along ``axis``.
 
-    step: of (key, x, *states, *weights), gives the next states, and what is given out of them: an output, and each
-        state as it is after the last step.
-    key: of one run. Each step has a key of its own, made of it, so that no two steps share a random word.
+    step: (key, x, *states, *weights) -> (next states, (output, *states to return after the last step)).
+    key: of one run. Each step makes a key of its own from it, so no two steps share a random word.
     """
     given: list[Tensor] = []
     last: Sequence[Tensor] = ()
@@ -300,4 +300,4 @@ def recurrent(
     return torch.stack(given[::-1] if reverse else given, axis), *last
 
 
-RUNS = (checkpointed, recurrent)  # what runs a graph of its own, given the key
+RUNS = (checkpointed, recurrent)  # functions that run a graph of their own, with the key
