@@ -22,7 +22,7 @@ __all__ = ["Converted", "convert", "in_float", "restore"]
 
 
 class Converted(NamedTuple):
-    """What ``convert`` returns."""
+    """The result of ``convert``."""
 
     module: nn.Module  # the model itself
     swalp: SWALP  # the optimizer pass, and the average
@@ -41,26 +41,25 @@ def convert(
     *,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Converted:
-    """(model, swalp): ``model``, which computes in ``recipe`` from now on, and ``optimizer``, made to step in it.
+    """(model, swalp): from now on ``model`` computes in ``recipe``, and ``optimizer`` steps in it.
 
     The model is converted in place. It keeps its type, attributes, hooks, methods, parameters and buffers; no value is
-    changed. However it is entered (a call, ``generate``, a child, a method), what runs is a rewritten graph: PyTorch's
-    guarded front end makes it at the first call, and again where something changes that the code reads. Weights are
-    rounded on their way into each forward, and in place by the first step. ``with in_float(model)`` computes in float,
+    changed. However it is entered (a call, ``generate``, a child, a method), a rewritten graph runs. PyTorch's guarded
+    front end makes the graph at the first call, and again if something changes that the code reads. Weights are rounded
+    on their way into each forward, and in place by the first step. ``with in_float(model)`` computes in float,
     ``restore(model)`` ends the conversion. Without an optimizer, call ``swalp.attach(optimizer)`` later.
 
     example_inputs: the positional or the named inputs of one call. With them the graphs of the present mode are made at
-        once, to be looked at: ``model.graphs``. Buffers and random state are left as they were.
+        once, and can be read: ``model.graphs``. Buffers and random state are unchanged.
 
-    In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal,
-    however their ranks are seeded: the optimizer pass takes rank 0's seed. Forwards and backwards draw bits of each
-    rank's own.
+    In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal
+    with any seeds: the optimizer pass takes rank 0's seed. In forward and backward each rank draws its own bits.
 
-    Raises ConvertError (no module, already converted, compiled or wrapped), FormatError, RecipeError (a rule, an
-    include or an exclude that matches nothing, where example_inputs show all that there is), TypeError for no
-    optimizer, and ValueError for one with parameters that are not the model's, all before anything is changed.
-    A call raises NotRewritten where it would compute in float. Warns of weights that take more bits in a format of runs
-    than its name says, since an axis is shorter.
+    Every error is raised before anything is changed. ConvertError: no module, already converted, compiled or wrapped.
+    FormatError, and RecipeError: also for a rule, an include or an exclude that matches nothing, if example_inputs show
+    all places. TypeError: no optimizer. ValueError: an optimizer of parameters that are not the model's.
+    A later call raises NotRewritten if it would compute in float. Warns of weights that take more bits in a format of
+    runs than its name says, since an axis is shorter than a run.
     """
     if isinstance(optimizer, str | Recipe):
         raise TypeError(f"recipe is a keyword: convert(model, optimizer, recipe={str(optimizer)!r})")
@@ -87,7 +86,7 @@ def convert(
 
 
 def restore(module: nn.Module) -> nn.Module:
-    """``module``, computing in float again for good; returned. Its weights stay as they are.
+    """Ends the conversion of ``module``: it computes in float again. Returns it, with its weights unchanged.
 
     The optimizer pass goes on until its ``detach()``.
     Raises ConvertError for a module that is not converted, or is part of one that is.
@@ -99,9 +98,9 @@ def restore(module: nn.Module) -> nn.Module:
 
 
 def in_float(module: nn.Module) -> AbstractContextManager[nn.Module]:
-    """While it holds, ``module`` computes in float, in all threads; its graphs are kept for after.
+    """A context: inside, ``module`` computes in float, in all threads. Its graphs are kept for afterwards.
 
-    What is set on the model in the meantime, a forward too, stays, and is then rewritten. It may be nested.
+    Attributes set on the model inside, a forward too, stay, and are rewritten afterwards. Contexts may be nested.
     Raises ConvertError for a module that is not converted, or is part of one that is.
     """
     from .capture import entries
@@ -111,7 +110,7 @@ def in_float(module: nn.Module) -> AbstractContextManager[nn.Module]:
 
 
 def _refuse_part(module: nn.Module, what: str) -> None:
-    """Raises ConvertError if ``module`` is not converted, or as part of a model."""
+    """Raises ConvertError if ``module`` is not converted, or is part of a converted model."""
     from .capture.entries import is_floating, settled
 
     if is_floating(module):

@@ -1,4 +1,4 @@
-"""Codes by the compiled op, which writes them in the place of rounded numbers: of 8 bits or fewer, on the CPU."""
+"""Codes of 8 bits or fewer on the CPU: the compiled op writes them instead of rounded numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .codecs import packed_size
 
 __all__ = ["codes_of"]
 
-NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")  # where nothing is stored
+NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")  # for scales that are not stored
 
 
 def codes_of(
     x: Tensor, format: Format, rounding: str, key: Tensor | None, stream: int
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """The packed codes and the scales of a row-major ``x``; None where the op makes none, or x is not finite."""
+    """The packed codes and the scales of a row-major ``x``; None if the op cannot make them, or x is not finite."""
     coding = _coding(format)
     if coding is None or x.dtype is not torch.float32 or not x.is_cpu:
         return None
@@ -35,7 +35,7 @@ def codes_of(
 
 @cache
 def _coding(f: Format) -> list[int] | None:
-    """The fields of Coding in csrc/codes.h, and the bias of a scale's exponent; None where the op has no such codes."""
+    """The fields of Coding in csrc/codes.h, and the bias of a scale's exponent; None if the op has no such codes."""
     e, bits = f.element, f.element_bits
     inner_bits = f.scale.inner.bits if isinstance(f.scale, TwoLevel) else 0
     if max(bits, inner_bits) > 8 or f.overflow != "saturate":
@@ -50,7 +50,7 @@ def _coding(f: Format) -> list[int] | None:
 
 
 def _room(f: Format, blocks: Sequence[int]) -> tuple[Tensor, ...]:
-    """For what is stored of the scales of ``blocks``."""
+    """Empty tensors for the stored scales of ``blocks``."""
     if not f.scale_bits:
         return ()
     is_float = isinstance(f.scale, Absmax | Affine)
