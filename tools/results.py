@@ -44,6 +44,7 @@ class Figure:
         return [*words, "--resume"] if any(folder.glob("*.pt")) else words
 
 
+FOUR_RECIPES = '--recipe "bfp8[0]" --recipe mxfp8 --recipe mxfp4 --recipe "e4m3[0]"'
 FIGURES = {
     "quadratic": Figure("tools/theory.py quadratic", "docs/results.md", ("quadratic.svg",)),
     "logistic": Figure("tools/theory.py logistic", "docs/results.md", ("logistic.svg",)),
@@ -52,6 +53,17 @@ FIGURES = {
     "formats": Figure("tools/study.py formats", "docs/results.md", ("formats.svg",)),
     "decoder": Figure(
         'tools/train.py --dataset stdlib --recipe "bfp8[0] M=float" --recipe mxfp8',
+        "docs/gallery.md",
+        drawn="tools/plot.py {results} --out {out}",
+    ),
+    "rotary": Figure(
+        f"tools/train.py --dataset stdlib --model rotary --epochs 3 --average-from 2 {FOUR_RECIPES} --score-last",
+        "docs/gallery.md",
+        drawn="tools/plot.py {results} --out {out}",
+    ),
+    "vit": Figure(
+        "tools/train.py --dataset fashion-mnist --model vit --optimizer adamw --lr 1e-3 --average-lr 5e-4 "
+        f"--batch-size 128 --samples 20000 --epochs 4 --average-from 3 --average-every 16 {FOUR_RECIPES}",
         "docs/gallery.md",
         drawn="tools/plot.py {results} --out {out}",
     ),
