@@ -20,7 +20,7 @@ NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")  # for scales that are
 def codes_of(
     x: Tensor, format: Format, rounding: str, key: Tensor | None, stream: int
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """The packed codes and the scales of a row-major ``x``; None if the op cannot make them, or x is not finite."""
+    """The packed codes and the scales of a row-major ``x``. None if the op cannot make them, or x is not finite."""
     coding = _coding(format)
     if coding is None or x.dtype is not torch.float32 or not x.is_cpu:
         return None
@@ -35,7 +35,7 @@ def codes_of(
 
 @cache
 def _coding(f: Format) -> list[int] | None:
-    """The fields of Coding in csrc/codes.h, and the bias of a scale's exponent; None if the op has no such codes."""
+    """The fields of Coding in csrc/codes.h, and the bias of a scale's exponent. None if the op has no such codes."""
     e, bits = f.element, f.element_bits
     inner_bits = f.scale.inner.bits if isinstance(f.scale, TwoLevel) else 0
     if max(bits, inner_bits) > 8 or f.overflow != "saturate":
