@@ -713,6 +713,25 @@ def test_a_converted_model_that_becomes_an_attribute_of_another_keeps_its_recipe
     assert "bfp4" in str(report(student))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_compiled_function_that_checkpoints_a_converted_model_has_its_bits(reentrant):
+    torch.manual_seed(0)
+    lp = convert(Teacher(), recipe=NEAREST).module
+    x = X.clone().requires_grad_()
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(lp, x, use_reentrant=reentrant) * 1.0
+
+    results = []
+    for run in (lp, torch.compile(checkpointed, backend="eager")):
+        x.grad = None
+        lp.zero_grad()
+        y = run(x)
+        y.sum().backward()
+        results.append([y.detach(), x.grad, *(each.grad for each in lp.parameters())])
+    assert all(map(torch.equal, *results))
+
+
 def test_a_compiled_function_may_call_two_converted_models_but_not_in_one_graph():
     torch.manual_seed(0)
     one, other = (
@@ -721,7 +740,7 @@ def test_a_compiled_function_may_call_two_converted_models_but_not_in_one_graph(
     expected = one(X), other(X)
     found = torch.compile(lambda x: (one(x), other(x)), backend="eager")(X)
     assert all(map(torch.equal, found, expected))
-    with pytest.raises(Exception, match="a converted model is called while another's graph is made"):
+    with pytest.raises(Exception, match="a converted module is called while another's graph is made"):
         torch.compile(lambda x: (one(x), other(x)), backend="eager", fullgraph=True)(X)
 
 

@@ -59,10 +59,10 @@ def _part(node: Node) -> str:
         return "output"
     if HOLDS in node.meta:
         return node.meta[HOLDS]
+    if node.target in NESTED:  # also one around the model: its body may call that
+        return "nested"
     if node.meta.get(MODULE, "") is None:
         return "outside"
-    if node.target in NESTED:
-        return "nested"
     if writes(node) and _part_of_written(node) == "state":
         return "state"
     known = facts(node)

@@ -93,10 +93,10 @@ def _kinds(graph: Graph) -> dict[Node, str]:
 def _kind(node: Node, kinds: dict[Node, str]) -> str:
     if node.op == "output" or HOLDS in node.meta:
         return node.meta.get(HOLDS, "output")
-    if node.meta.get(MODULE, "") is None:
-        return "outside"
     if node.target in (torch.ops.higher_order.tag_activation_checkpoint, nodes.recurrent):
         return "nested"
+    if node.meta.get(MODULE, "") is None:
+        return "outside"
     if any(kinds.get(_whole(written)) == "state" for written in written_by(node)):
         return "state"
     known: Facts = node.meta[FACTS]
