@@ -45,7 +45,6 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
 
     The graphs that it runs (bodies) are rewritten in place.
 
-
     keyed: whether the first input is the random key; without a key, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
