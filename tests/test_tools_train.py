@@ -21,6 +21,7 @@ import torch
 from refusal import refusal
 
 import checkpoint
+import command
 import data
 import decoder
 import models
@@ -434,6 +435,13 @@ class TestStopped:
             else "start again, with --out DIR to keep each epoch"
         )
         assert capsys.readouterr().err == f"train.py: stopped after epoch 0 of line float; {told}\n"
+
+    def test_an_interrupt_that_pytorchs_guards_have_swallowed_stops_at_the_next_step(self, monkeypatch, capsys):
+        monkeypatch.setattr(command, "_interrupts", [signal.SIGINT])
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["--epochs", "1"])
+        assert stopped.value.code == 130
+        assert capsys.readouterr().err.startswith("train.py: stopped after epoch 0 of line float; start again")
 
     def test_a_process_on_a_terminal(self, tmp_path):
         """Its bar fits 80 columns, and Ctrl-C ends it with status 130 and without a traceback."""

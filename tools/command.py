@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 import ranks
 
-__all__ = ["SEED", "CommandLine", "number", "run", "sentence", "show"]
+__all__ = ["SEED", "CommandLine", "number", "raise_interrupt", "run", "sentence", "show"]
 
 BAD_INPUT = 2  # exit status, as argparse has it
 STOPPED = 130  # as a shell reports Ctrl-C
@@ -67,11 +68,27 @@ def show(text: str) -> None:
 
 def run(main: Callable[[], object]) -> None:
     """Calls a tool's ``main``; Ctrl-C ends it in one line, with status 130."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except KeyboardInterrupt:
         print(f"{_program()}: stopped", file=sys.stderr)
         raise SystemExit(STOPPED) from None
+
+
+_interrupts: list[int] = []  # the signals of Ctrl-C, so far
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def raise_interrupt() -> None:
+    """Raises KeyboardInterrupt if there was a Ctrl-C and it was lost: PyTorch's guards swallow each exception."""
+    if _interrupts:
+        raise KeyboardInterrupt
 
 
 def _program() -> str:

@@ -35,7 +35,7 @@ import models
 import ranks
 import swalp_fx
 import trial
-from command import SEED, STOPPED, CommandLine, number, run, sentence, show
+from command import SEED, STOPPED, CommandLine, number, raise_interrupt, run, sentence, show
 from environment import environment
 from line import Line
 from progress import Progress, digits
@@ -52,8 +52,13 @@ def train(name: str, line: Line, folder: Path | None, score_last: bool) -> dict[
     """
     epochs, steps, done = line.settings.epochs, len(line.dataset.train(line.settings.batch_size)), len(line.epochs)
     with Progress(name, line.dataset.metric, epochs, steps, done) as progress:
+
+        def on_step() -> None:
+            progress.step()
+            raise_interrupt()
+
         for epoch in range(done, epochs):
-            line.train_epoch(progress.step, score=not score_last or epoch + 1 == epochs)
+            line.train_epoch(on_step, score=not score_last or epoch + 1 == epochs)
             if folder and ranks.RANK == 0:
                 line.save(checkpoint.path_of(folder, name))
             progress.end_epoch(line.epochs[-1])
