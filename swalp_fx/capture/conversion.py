@@ -39,7 +39,7 @@ def conversion_of(module: nn.Module | None) -> Conversion | None:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether a module has another class than it was converted with, hides one of its parameters, or has FSDP's."""
+    """Whether a module has no entry or another class than its entry's, hides one of its parameters, or has FSDP's."""
     own = module.__dict__
     entry, parameters = own.get(ENTRY), own["_parameters"]
     if entry is None or type(module) is not entry.kind or "_flat_param" in parameters:
@@ -166,12 +166,13 @@ class Conversion:
         """Whether a module of the model has no entry: it was put in without ``__setattr__``."""
         return any(ENTRY not in each.__dict__ for each in within(self.root))
 
-    def refuse_unwhole(self, is_first: bool) -> None:
-        """Raises NotRewritten for a model that was sharded, or some of whose parameters were hidden, since it was
-        converted. A later call than the first looks at what is quick to see."""
+    def is_changed(self) -> bool:
+        """Whether a module is a stray or may compute in float, by facts that a call can look at each time."""
+        return any(map(_is_changed, within(self.root)))
+
+    def refuse_unwhole(self) -> None:
+        """Raises NotRewritten for a model with shards, or with a parameter that is hidden from its forward."""
         root = self.root
-        if not is_first and not any(map(_is_changed, within(root))):
-            return
         if (shard := unwhole(root)) is not None:
             raise NotRewritten(f"{type(root).__name__} would have computed in float: {shard}")
 

@@ -137,8 +137,10 @@ class Entry:
         refuse_packed(self.conversion, self.module, self.described, (*args, *kwargs.values()))
         key = name, function, is_outside
         if is_outside:
-            adopt_strays(settled(self.module))
-            self.conversion.refuse_unwhole(key not in self.made)
+            conversion = settled(self.module)
+            if key not in self.made or conversion.is_changed():
+                adopt_strays(conversion)
+                conversion.refuse_unwhole()
         if type(self.module) is not self.kind:
             self.attach()
         run = self.compiled.get(key)
