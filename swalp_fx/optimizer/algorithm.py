@@ -134,6 +134,7 @@ class SWALP:
         self._handles: list[RemovableHandle] = []
         self._step: _Step | None = None
         self._twin: Twin | None = None
+        self._n_groups = 0  # groups of the optimizer that the warnings have seen
         self._may_average_float = False  # update_average() has warned of float weights
         self._warned_of: set[str] = set()  # names of states without a known role
 
@@ -203,8 +204,7 @@ class SWALP:
             )
         self._group = group
         self._hook(optimizer)
-        self._warn_of_moments(optimizer)
-        self._warn_of_lost_updates(optimizer)
+        self._warn_of_groups(optimizer)
 
     def replace(self, optimizer: Optimizer) -> None:
         """``attach``, after the ``detach`` of an earlier SWALP of the same model.
@@ -218,8 +218,7 @@ class SWALP:
         described = repr(earlier)
         earlier.detach()
         self._hook(optimizer)
-        self._warn_of_moments(optimizer)
-        self._warn_of_lost_updates(optimizer)
+        self._warn_of_groups(optimizer)
         if earlier.recipe != self.recipe or earlier._steps or earlier.n_averaged:
             warn(f"{described} is detached now, since its model and optimizer are converted again")
 
@@ -254,7 +253,6 @@ class SWALP:
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer, self._has_agreed = optimizer, False
-        self._n_groups = len(optimizer.param_groups)  # those that were warned of
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -265,6 +263,12 @@ class SWALP:
                 optimizer.register_load_state_dict_pre_hook(loading.before),
                 optimizer.register_load_state_dict_post_hook(loading.after),
             ]
+
+    def _warn_of_groups(self, optimizer: Optimizer) -> None:
+        """Warns of what ``attach`` warns of; a later step calls it again if there are more groups."""
+        self._n_groups = len(optimizer.param_groups)
+        self._warn_of_moments(optimizer)
+        self._warn_of_lost_updates(optimizer)
 
     def _warn_of_moments(self, optimizer: Optimizer) -> None:
         pairs = [
@@ -539,9 +543,7 @@ class SWALP:
         _refuse_unserved(optimizer, kwargs)
         trained = self._trained(optimizer)
         if self._n_groups != len(optimizer.param_groups):
-            self._n_groups = len(optimizer.param_groups)
-            self._warn_of_moments(optimizer)
-            self._warn_of_lost_updates(optimizer)
+            self._warn_of_groups(optimizer)
         self._agree(trained)
         key = torch.tensor(fold_in(self._seed, self._steps), dtype=torch.uint64).view(torch.int64)
         step = _Step([call], key, trained)
@@ -617,7 +619,7 @@ class SWALP:
     def _put_masters(self, step: _Step) -> None:
         wide = {}
         for index, parameter in step.parameters:
-            master = self._master(index, parameter)
+            master = self._master(index)
             if master.dtype == parameter.dtype:
                 parameter.copy_(master)
             else:
@@ -637,7 +639,7 @@ class SWALP:
             return
         has_masters = self.recipe.master is not None
         parameters = (
-            (parameter, self._recipes[i], self._streams[i], self._master(i, parameter) if has_masters else None)
+            (parameter, self._recipes[i], self._streams[i], self._master(i) if has_masters else None)
             for i, parameter in step.parameters
         )
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
@@ -744,13 +746,14 @@ class SWALP:
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
-    def _master(self, index: int, parameter: nn.Parameter) -> Tensor:
-        """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
+    def _master(self, index: int) -> Tensor:
+        """The master of a parameter, by its index; it is kept. See ``_master_of``."""
         name = self._names[index]
         self._masters[name] = self._master_of(name)
         return self._masters[name]
 
     def _master_of(self, name: str) -> Tensor:
+        """The parameter's master, on its device, in float32 or wider; at first a copy of the parameter."""
         parameter, master = self._parameters[name], self._masters.get(name)
         if master is None:
             master = parameter.detach().clone()
@@ -772,9 +775,9 @@ class SWALP:
                 if index is None:
                     self._follow_model()
                     index = self._index.get(parameter)
-                if index is None and (shard := unwhole(self.model)) is not None:
-                    raise ValueError(f"{type(optimizer).__name__} cannot train {shard}")
                 if index is None:
+                    if (shard := unwhole(self.model)) is not None:
+                        raise ValueError(f"{type(optimizer).__name__} cannot train {shard}")
                     raise ValueError(
                         f"parameter {position} of group {number} of {type(optimizer).__name__}, of shape "
                         f"{tuple(parameter.shape)}, is not the model's; build the optimizer from model.parameters()"
