@@ -732,6 +732,43 @@ def test_a_compiled_function_that_checkpoints_a_converted_model_has_its_bits(ree
     assert all(map(torch.equal, *results))
 
 
+WITH_GRADIENT = torch.zeros(1, requires_grad=True)
+
+
+def function_of(lp):
+    """A custom autograd function that calls a model in its forward."""
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return lp(x).detach()
+
+        @staticmethod
+        def backward(ctx, error):
+            return error
+
+    return Own.apply
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("cond", lambda lp: torch.cond(X.sum() > 0, lambda x: lp(x), lambda x: lp(x) + 1, (X,))),
+        ("map_impl", lambda lp: torch._higher_order_ops.map(lambda x: lp(x), X)),
+        ("while_loop", lambda lp: torch._higher_order_ops.while_loop(lambda x: x.sum() > 0, lambda x: (lp(x),), (X,))),
+        (
+            "autograd_function_apply",
+            lambda lp: torch.compile(function_of(lp), backend="eager")(X + WITH_GRADIENT),
+        ),
+    ],
+)
+def test_a_converted_model_in_a_body_that_is_not_rewritten_is_refused(name, call):
+    lp = convert(Teacher(), recipe=NEAREST).module
+    with pytest.raises(Exception, match=f"NotRewritten: {name} around the converted model would compute it in float"):
+        call(lp)
+    assert function_of(lp)(X).equal(lp(X))
+
+
 def test_a_compiled_function_may_call_two_converted_models_but_not_in_one_graph():
     torch.manual_seed(0)
     one, other = (

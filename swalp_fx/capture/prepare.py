@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..errors import ConvertError
+from ..errors import ConvertError, NotRewritten
 from ..passes.captured import (
     ARGUMENT,
     CALLS,
@@ -29,7 +29,7 @@ from ..passes.captured import (
     calls_around,
     is_layer,
 )
-from ..passes.operations import name_of, read_after_writes, written_parameter
+from ..passes.operations import NESTED, name_of, read_after_writes, written_parameter
 from ..passes.tables import layer_part
 from ..recipe import Recipe
 from .dynamo import Frame
@@ -41,6 +41,7 @@ __all__ = ["Owner", "copied", "prepare"]
 
 PACKAGE = str(Path(__file__).parent)
 WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; keep it in a buffer"
+BODY = "{} around the converted model would compute it in float, as its body is not rewritten; call the model outside"
 
 
 class Owner:
@@ -113,6 +114,7 @@ def prepare(
         for node in graph.output_node().all_input_nodes:
             node.meta[KEPT] = node.name not in returned
     _prepare_nodes(graph_module, owner, places, recipe, foreign)
+    _refuse_bodies(graph_module)
     for node in graph.find_nodes(op="placeholder"):
         is_outside = all(user.meta.get(MODULE, "") is None for user in node.users)
         if is_outside and node.meta.get(PARAMETER) in places.foreigners:
@@ -187,6 +189,24 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
                 around = [("", owner.path, owner.module), *around]
             _prepare_calls(node, around, recipe)
     read_after_writes(graph_module.graph)
+
+
+def _refuse_bodies(graph_module: GraphModule) -> None:
+    """Raises NotRewritten if code around the model calls it in a body that is not rewritten, as a branch of cond is."""
+    for node in graph_module.graph.nodes:
+        names = [str(each.target) for each in node.all_input_nodes if each.meta.get(HOLDS) == "body"]
+        bodies = [getattr(graph_module, name) for name in names]
+        if node.target in NESTED:
+            for body in bodies:
+                _refuse_bodies(body)
+        elif node.meta.get(MODULE, "") is None and any(map(_holds_model, bodies)):
+            raise NotRewritten(BODY.format(name_of(node)))
+
+
+def _holds_model(body: GraphModule) -> bool:
+    """Whether a node of ``body``, or of a body in it, is code of the model."""
+    graphs = (each.graph for each in body.modules() if isinstance(each, GraphModule))
+    return any(node.meta.get(MODULE) is not None for graph in graphs for node in graph.nodes)
 
 
 def _prepare_calls(node: Node, around: Sequence[tuple[str, str, nn.Module]], recipe: Recipe) -> None:
