@@ -522,3 +522,18 @@ def test_a_browser_shows_the_page(tmp_path):
     )
     assert done.returncode == 0
     _is_page_of(done.stdout, found)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda y: self.layer(y), lambda y: self.layer(y) + 1, (x,)) * 2
+
+
+def test_what_a_branch_of_cond_computes_is_called_whole_and_not_counted():
+    lp = convert(Branches(), recipe="bfp8[0]").module
+    told = str(report(lp, torch.ones(2, 4)))
+    assert "inside cond: called whole, only weights are rounded" in told and "(those of cond not counted)" in told
