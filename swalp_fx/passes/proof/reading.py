@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..facts import FACTS
 
-__all__ = ["called", "does", "is_own_code", "types_around", "written_by"]
+__all__ = ["argument", "called", "does", "is_own_code", "types_around", "written_by"]
 
 WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
 
@@ -24,6 +24,14 @@ def called(node: Node) -> str:
     if isinstance(node.target, OpOverload):
         return node.target._schema.name.rpartition("::")[2].lstrip("_")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def argument(node: Node, name: str) -> Any:
+    """The argument of that name, as the signature of the function that ``node`` calls has it."""
+    call: Any = node.target
+    bound = inspect.signature(call).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments[name]
 
 
 def does(node: Node, what: str) -> bool:
