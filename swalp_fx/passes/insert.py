@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 
 from .. import nodes
 from .assign import SITE, Output, Site
-from .captured import CARRIED, KEPT, LAYER, MODULE
+from .captured import CARRIED, KEPT, LAYER, MODULE, TYPE
 from .classify import OUT
 from .facts import MEANINGS
 from .names import PART, place
@@ -20,7 +20,7 @@ __all__ = ["KEY", "insert"]
 
 KEY = "key"  # the first placeholder of a rewritten graph: the random key
 # Copied to an inserted node from the node that it rounds: its place, for reports, drawings and error messages.
-INHERITED = ("nn_module_stack", "stack_trace", MODULE, LAYER)
+INHERITED = ("nn_module_stack", "stack_trace", MODULE, TYPE, LAYER)
 
 
 def insert(graph: Graph, *, keyed: bool) -> Graph:

@@ -10,6 +10,7 @@ from typing import Any
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
+from ..captured import TYPE
 from ..facts import FACTS
 
 __all__ = ["argument", "called", "does", "is_own_code", "types_around", "written_by"]
@@ -72,5 +73,4 @@ def _is_torch(thing: Any) -> bool:
 
 def types_around(node: Node) -> list[str]:
     """The names of the type, and of its bases, of the innermost module that ran ``node``'s code."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return [base.__name__ for base in getattr(stack[-1][1], "__mro__", ())] if stack else []
+    return [base.__name__ for base in getattr(node.meta.get(TYPE), "__mro__", ())]
