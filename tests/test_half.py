@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import MEANS, OPTIMIZERS, RECIPE, Breaks, same, values
+from test_optimizer import MEANS, OPTIMIZERS, RECIPE, Breaks, fitted, same, values
 from torch import nn
 
 from swalp_fx.ops import quantize
@@ -43,7 +43,7 @@ def train(model, optimizer, steps):
 def attached(model, make=OPTIMIZERS["momentum"], recipe=RECIPE, **changes):
     torch.manual_seed(7)
     optimizer = make(model.parameters())
-    swalp = SWALP(model, Recipe.parse(recipe, **{"master": "float", **changes}))
+    swalp = SWALP(model, Recipe.parse(fitted(recipe, optimizer), **{"master": "float", **changes}))
     swalp.attach(optimizer)
     return model, optimizer, swalp
 
