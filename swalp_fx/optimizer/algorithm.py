@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from ..codes import packed_state, unpacked_state
 from ..formats import FLOAT, Format
 from ..ops import quantize_foreach_
-from ..random import fold_in, is_captured, stream_of
+from ..random import ROLES, fold_in, is_captured, parameter_stream, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
 from ..whole import SHARDED, class_of_torch, unwhole
@@ -52,10 +52,6 @@ from .twin import Loading, Twin, idle, is_half, kept_elsewhere, narrow_states
 
 __all__ = ["SWALP"]
 
-# The upper half of a stream id, by role. Momentum is last: an optimizer's second state tensor
-# of a parameter takes the next number up, and so on. The average's is 0.
-STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
-MOMENTUM = STREAMS["momentum"]
 IN_AVERAGED = "inside `with swalp.averaged()` would use the averaged weights; do it outside"
 
 # Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
@@ -728,7 +724,7 @@ class SWALP:
             for slot, (name, tensor, quantizer) in enumerate(states_of(optimizer, parameter, recipe)):
                 if not is_known(recipe, name) and tensor.shape == parameter.shape:
                     unknown[name] = recipe
-                states.append((quantizer, MOMENTUM + slot, index, tensor))
+                states.append((quantizer, ROLES["momentum"] + slot, index, tensor))
         self._round(states, step)
         return unknown
 
@@ -749,20 +745,20 @@ class SWALP:
     ) -> Iterator[tuple[Quantizer, int, int, Tensor]]:
         """The arguments of ``_round`` for ``tensors``, each given as (index of its parameter, tensor)."""
         for index, tensor in tensors:
-            yield getattr(self._recipes[index], role), STREAMS[role], index, tensor
+            yield getattr(self._recipes[index], role), ROLES[role], index, tensor
 
     def _round(self, tensors: Iterable[tuple[Quantizer, int, int, Tensor]], step: _Step) -> None:
-        """Round ``tensors``, each (how, upper half of its stream, index of its parameter, tensor).
+        """Round ``tensors``, each (how, number of its role, index of its parameter, tensor).
 
         One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
         calls: dict[int, tuple[Quantizer, list[Tensor], list[int]]] = {}  # by identity, which is quick to compare
-        for quantizer, half, index, tensor in tensors:
+        for quantizer, role, index, tensor in tensors:
             if id(quantizer) not in calls:
                 calls[id(quantizer)] = quantizer, [], []
             _, xs, streams = calls[id(quantizer)]
             xs.append(tensor)
-            streams.append(half << 32 | index)
+            streams.append(parameter_stream(role, index))
         for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
@@ -828,7 +824,7 @@ class _RefusedLoad:
 
 
 def _streams(index: int) -> dict[str, int]:
-    return {role: half << 32 | index for role, half in STREAMS.items()}
+    return {role: parameter_stream(number, index) for role, number in ROLES.items()}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..formats import FLOAT, Format, parse
 from ..ops import quantize, quantize_foreach_
+from ..random import ROLES, parameter_stream
 from ..recipe import parse_rounding
 
 __all__ = ["Average", "mean_dtype"]
@@ -124,7 +125,7 @@ class Average:
             self.refuse(parameters)
         share = 1 / n if self.decay is None else (1 - self.decay) / (1 - self.decay**n)
         means, streams = [], []
-        for stream, (name, parameter) in enumerate(parameters.items()):
+        for index, (name, parameter) in enumerate(parameters.items()):
             if (dtype := self.mean_dtype(parameter)) is None:
                 continue
             device = parameter.device if self.device is None else self.device
@@ -136,7 +137,7 @@ class Average:
             self.means[name] = mean
             if mean.is_floating_point():  # no format holds a complex one
                 means.append(mean)
-                streams.append(stream)
+                streams.append(parameter_stream(ROLES["average"], index))
         if self.format != FLOAT:
             quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
         self.n_averaged = n
