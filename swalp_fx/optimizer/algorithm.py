@@ -257,8 +257,8 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self.recipe.master is not None:
-            loading = Loading()
+        if any(recipe.master is not None for recipe in self._recipes):
+            loading = Loading(self._has_master)
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(loading.before),
                 optimizer.register_load_state_dict_post_hook(loading.after),
@@ -287,13 +287,13 @@ class SWALP:
             )
 
     def _warn_of_lost_updates(self, optimizer: Optimizer) -> None:
-        if self.recipe.master is not None:
-            return
         lost = [
             (parameter, length)
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and loses_updates(parameter, length := length_of(group))
+            if parameter.requires_grad
+            and not self._has_master(parameter)
+            and loses_updates(parameter, length := length_of(group))
         ]
         if lost:
             parameter, length = lost[0]
@@ -314,7 +314,7 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
+        if any(is_half(parameter) and self._has_master(parameter) for parameter in self._index):
             narrow_states(self._optimizer)
         self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
@@ -359,7 +359,8 @@ class SWALP:
             each.refuse_unfit(self._parameters, f"swalp.averages[{name!r}]")
             if each.n_averaged:
                 each.refuse(self._parameters)
-        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
+        quantizers = {name: recipe.average for name, recipe in zip(self._names, self._recipes, strict=True)}
+        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged), quantizers=quantizers)
         for name, each in self.averages.items():
             seed = fold_in(self._seed, stream_of("average", name))
             each.update(self._parameters, key=fold_in(seed, each.n_averaged))
@@ -474,8 +475,6 @@ class SWALP:
         a load needs is there, also before the first step and the first average.
         """
         self._follow_model()
-        floating = [name for name, p in self._parameters.items() if mean_dtype(p) is not None]
-        mastered = floating if self.recipe.master is not None else []
         return {
             "version": VERSION,
             "recipe": str(self.recipe),
@@ -493,7 +492,7 @@ class SWALP:
                 }
                 for name, each in self.averages.items()
             },
-            "masters": {name: self._master_of(name) for name in mastered},
+            "masters": {name: self._master_of(name) for name in self._mastered()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -505,12 +504,11 @@ class SWALP:
         self._refuse_averaged("load_state_dict()")
         self._refuse_misnamed_averages()
         self._follow_model()
-        found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
+        averages = {SWA: self._average, **self.averages}
+        found = read(state, self.recipe, self._parameters, self._mastered(), averages)
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
         self._has_agreed = False
-        for average, (n_seen, n_averaged, means) in zip(
-            (self._average, *self.averages.values()), found.averages, strict=True
-        ):
+        for average, (n_seen, n_averaged, means) in zip(averages.values(), found.averages, strict=True):
             average.n_seen, average.n_averaged, average.means = n_seen, n_averaged, means
 
     # Packed checkpoints
@@ -549,7 +547,7 @@ class SWALP:
         step = _Step([call], key, trained)
         step.scaler = scaler_of(call)
         step.scale = scale_of(self.grad_scale, step.scaler)
-        if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
+        if any(is_half(parameter) and self._has_master(parameter) for _, parameter in step.parameters):
             step.twin = self._twin = self._twin or Twin(type(optimizer))
             args = (step.twin.follow(optimizer), *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
@@ -594,7 +592,7 @@ class SWALP:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
             step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
-            if self.recipe.master is not None and not step.overflows:
+            if not step.overflows:
                 self._put_masters(step)
         step.ready = True
 
@@ -619,6 +617,8 @@ class SWALP:
     def _put_masters(self, step: _Step) -> None:
         wide = {}
         for index, parameter in step.parameters:
+            if self._recipes[index].master is None:
+                continue
             master = self._master(index)
             if master.dtype == parameter.dtype:
                 parameter.copy_(master)
@@ -637,10 +637,9 @@ class SWALP:
         """Step and round all parameters with a gradient in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
-        has_masters = self.recipe.master is not None
+        masters = {i: self._master(i) for i, _ in step.parameters if self._recipes[i].master is not None}
         parameters = (
-            (parameter, self._recipes[i], self._streams[i], self._master(i) if has_masters else None)
-            for i, parameter in step.parameters
+            (parameter, self._recipes[i], self._streams[i], masters.get(i)) for i, parameter in step.parameters
         )
         step.gradients = in_one_pass(self._optimizer, parameters, step.key)
         for parameter in step.gradients:
@@ -690,10 +689,10 @@ class SWALP:
 
     def _round_weights(self, step: _Step) -> None:
         stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
-        if self.recipe.master is not None:
-            self._round(self._in_role("master", stepped), step)
-            for index, tensor in stepped:
-                self._masters[self._names[index]].copy_(tensor)
+        mastered = [(index, tensor) for index, tensor in stepped if self._recipes[index].master is not None]
+        self._round(self._in_role("master", mastered), step)
+        for index, tensor in mastered:
+            self._masters[self._names[index]].copy_(tensor)
         self._round(self._in_role("weight", stepped), step)
         for (_, parameter), (_, tensor) in zip(step.parameters, stepped, strict=True):
             if tensor is not parameter:
@@ -745,6 +744,19 @@ class SWALP:
         for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        """Whether a parameter has a master; False for one that is not the model's."""
+        index = self._index.get(parameter)  # type: ignore[call-overload]
+        return index is not None and self._recipes[index].master is not None
+
+    def _mastered(self) -> list[str]:
+        """The names of the parameters with masters: floating, of a recipe with a master."""
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if mean_dtype(parameter) is not None and self._has_master(parameter)
+        ]
 
     def _master(self, index: int) -> Tensor:
         """The master of a parameter, by its index; it is kept. See ``_master_of``."""
