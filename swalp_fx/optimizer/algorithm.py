@@ -247,13 +247,12 @@ class SWALP:
             (self._names[index], parameter, self._recipes[index]) for index, parameter in self._trained(optimizer)
         ]
         refuse_misnamed(optimizer, trained)
-        if self.recipe.master is not None:
-            elsewhere = kept_elsewhere(optimizer, {parameter for _, parameter, _ in trained})
-            if elsewhere is not None:
-                raise ValueError(
-                    f"{name} keeps parameters in its attribute {elsewhere!r} too, where no master can stand in for "
-                    "them; leave master out"
-                )
+        mastered = {parameter for _, parameter, recipe in trained if recipe.master is not None}
+        if (elsewhere := kept_elsewhere(optimizer, mastered)) is not None:
+            raise ValueError(
+                f"{name} keeps parameters in its attribute {elsewhere!r} too, where no master can stand in for "
+                "them; leave master out"
+            )
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer, self._has_agreed = optimizer, False
@@ -261,11 +260,11 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self.recipe.master is not None:
+        if any(recipe.master is not None for recipe in self._recipes):
             # The optimizer steps masters, so others see the weights of the step only after this hook.
             hooks: Any = optimizer._optimizer_step_post_hooks
             hooks.move_to_end(self._handles[-1].id, last=False)
-            loading = Loading()
+            loading = Loading(self._has_master)
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(loading.before),
                 optimizer.register_load_state_dict_post_hook(loading.after),
@@ -294,13 +293,13 @@ class SWALP:
             )
 
     def _warn_of_lost_updates(self, optimizer: Optimizer) -> None:
-        if self.recipe.master is not None:
-            return
         lost = [
             (parameter, length)
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and loses_updates(parameter, length := length_of(group))
+            if parameter.requires_grad
+            and not self._has_master(parameter)
+            and loses_updates(parameter, length := length_of(group))
         ]
         if lost:
             parameter, length = lost[0]
@@ -321,7 +320,7 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
+        if any(is_half(parameter) and self._has_master(parameter) for parameter in self._index):
             narrow_states(self._optimizer)
         self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
@@ -366,7 +365,8 @@ class SWALP:
             each.refuse_unfit(self._parameters, f"swalp.averages[{name!r}]")
             if each.n_averaged:
                 each.refuse(self._parameters)
-        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
+        quantizers = {name: recipe.average for name, recipe in zip(self._names, self._recipes, strict=True)}
+        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged), quantizers=quantizers)
         for name, each in self.averages.items():
             seed = fold_in(self._seed, stream_of("average", name))
             each.update(self._parameters, key=fold_in(seed, each.n_averaged))
@@ -481,8 +481,6 @@ class SWALP:
         a load needs is there, also before the first step and the first average.
         """
         self._follow_model()
-        floating = [name for name, p in self._parameters.items() if mean_dtype(p) is not None]
-        mastered = floating if self.recipe.master is not None else []
         return {
             "version": VERSION,
             "recipe": str(self.recipe),
@@ -500,7 +498,7 @@ class SWALP:
                 }
                 for name, each in self.averages.items()
             },
-            "masters": {name: self._master_of(name) for name in mastered},
+            "masters": {name: self._master_of(name) for name in self._mastered()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -512,12 +510,11 @@ class SWALP:
         self._refuse_averaged("load_state_dict()")
         self._refuse_misnamed_averages()
         self._follow_model()
-        found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
+        averages = {SWA: self._average, **self.averages}
+        found = read(state, self.recipe, self._parameters, self._mastered(), averages)
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
         self._has_agreed = False
-        for average, (n_seen, n_averaged, means) in zip(
-            (self._average, *self.averages.values()), found.averages, strict=True
-        ):
+        for average, (n_seen, n_averaged, means) in zip(averages.values(), found.averages, strict=True):
             average.n_seen, average.n_averaged, average.means = n_seen, n_averaged, means
 
     # Packed checkpoints
@@ -566,7 +563,7 @@ class SWALP:
             return None if step.twin is None else ((step.twin.optimizer, *args[1:]), kwargs)
         self._step = step
         closure = self._rounding(closure, step)
-        if self.recipe.master is not None:
+        if any(self._recipes[index].master is not None for index, _ in trained):
             step.twin = self._twin_of(optimizer)
         stepper = optimizer if step.twin is None else step.twin.optimizer
         if "closure" in kwargs:
@@ -608,7 +605,7 @@ class SWALP:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
             step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
-            if self.recipe.master is not None and step.parameters and not step.overflows:
+            if not step.overflows:
                 self._put_masters(step)
         step.ready = True
 
@@ -631,9 +628,12 @@ class SWALP:
         return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
 
     def _put_masters(self, step: _Step) -> None:
+        masters = {p: self._master(index) for index, p in step.parameters if self._recipes[index].master is not None}
+        if not masters:
+            return
         assert self._optimizer is not None
         step.twin = self._twin_of(self._optimizer)
-        narrow = step.twin.put({parameter: self._master(index) for index, parameter in step.parameters})
+        narrow = step.twin.put(masters)
         if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
             parameter, state = narrow[0]
             name = self._names[self._index[parameter]]
@@ -646,10 +646,9 @@ class SWALP:
         """Step and round all parameters with a gradient in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
-        has_masters = self.recipe.master is not None
+        masters = {i: self._master(i) for i, _ in step.parameters if self._recipes[i].master is not None}
         parameters = (
-            (parameter, self._recipes[i], self._streams[i], self._master(i) if has_masters else None)
-            for i, parameter in step.parameters
+            (parameter, self._recipes[i], self._streams[i], masters.get(i)) for i, parameter in step.parameters
         )
         with uninterrupted():
             step.gradients = in_one_pass(self._optimizer, parameters, step.key)
@@ -700,21 +699,22 @@ class SWALP:
             self._warn_of_unknown(name, recipe, optimizer)
 
     def _round_weights(self, step: _Step) -> None:
-        if step.twin is None:
-            self._round(self._in_role("weight", step.parameters), step)
-            return
-        stand_ins = step.twin.stand_ins
-        self._round(self._in_role("master", [(index, stand_ins[p]) for index, p in step.parameters]), step)
-        weights = []
-        for index, parameter in step.parameters:
+        stand_ins = {} if step.twin is None else step.twin.stand_ins
+        mastered = [(index, p) for index, p in step.parameters if p in stand_ins]
+        self._round(self._in_role("master", [(index, stand_ins[p]) for index, p in mastered]), step)
+        weights = [(index, p.detach()) for index, p in step.parameters if p not in stand_ins]
+        narrow = []
+        for index, parameter in mastered:
             before, master = self._masters[self._names[index]], stand_ins[parameter].detach()
             self._masters[self._names[index]] = master
             # Round in the master's dtype, where nothing else is needed any more.
-            weights.append((index, (parameter if parameter.dtype == master.dtype else before).copy_(master)))
+            weight = (parameter.detach() if parameter.dtype == master.dtype else before).copy_(master)
+            weights.append((index, weight))
+            if parameter.dtype != master.dtype:
+                narrow.append((parameter, weight))
         self._round(self._in_role("weight", weights), step)
-        for (_, parameter), (_, weight) in zip(step.parameters, weights, strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
+        for parameter, weight in narrow:
+            parameter.copy_(weight)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
@@ -762,6 +762,19 @@ class SWALP:
         for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        """Whether a parameter has a master; False for one that is not the model's."""
+        index = self._index.get(parameter)  # type: ignore[call-overload]
+        return index is not None and self._recipes[index].master is not None
+
+    def _mastered(self) -> list[str]:
+        """The names of the parameters with masters: floating, of a recipe with a master."""
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if mean_dtype(parameter) is not None and self._has_master(parameter)
+        ]
 
     def _master(self, index: int) -> Tensor:
         """The master of a parameter, by its index; it is kept. See ``_master_of``."""
