@@ -56,7 +56,7 @@ def in_one_pass(
 ) -> dict[nn.Parameter, Tensor]:
     """Steps ``optimizer`` with its roundings; returns the parameters stepped, with their gradients: all or none.
 
-    parameters: (parameter, its recipe, its streams, its master); all or none have a master. Recipes are resolved. Equal
+    parameters: (parameter, its recipe, its streams, its master, if its recipe has one). Recipes are resolved. Equal
         recipes must be one object: one call serves all parameters of a recipe.
 
     Steps none if anything about the step is not as in ``ops.sgd_``:

@@ -12,14 +12,14 @@ from .document import from_json, to_json
 from .errors import RecipeError
 from .patterns import GLOBS, Subject, around, is_all_of, matches, unmatched
 from .quantizer import Quantizer, States, as_states
-from .roles import ALL_ROLES, AVERAGE_ROUNDING, once
+from .roles import ALL_ROLES, AVERAGE_ROUNDING, OF_WEIGHTS, once
 from .rounding import parse_rounding
 from .rule import Rule
 from .text import read, text
 
 __all__ = ["PLACEMENTS", "Recipe"]
 
-_QUANTIZERS = (*ALL_ROLES.values(), "master", "average")
+_QUANTIZERS = (*ALL_ROLES.values(), *OF_WEIGHTS)
 _IN_FLOAT = Quantizer(FLOAT)
 # Which layer outputs are rounded; passes/assign.py has the meaning of each word.
 PLACEMENTS = ("every", "compute", "compute+activation", "group")

@@ -32,7 +32,7 @@ from .graphs import inlined
 
 __all__ = ["Audit", "audited"]
 
-HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+HERE, TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:

@@ -107,14 +107,23 @@ def _totals(
         )
     yield "outputs", _outputs(found) if conversion.graphs else UNSEEN
     yield "rounding", f"{recipe.rounding}{_own_roundings(found)}"
-    if recipe.master is not None:
-        yield "master", f"{recipe.master}, which the optimizer steps on"
-    if recipe.average.rounds:
-        yield "average", f"{recipe.average}"
+    if masters := _with_rules(recipe, "master"):
+        yield "master", f"{masters}, which the optimizer steps on"
+    if averages := _with_rules(recipe, "average"):
+        yield "average", averages
     if states := list(_states(recipe)):
         yield "states", f"{', '.join(states)}, of the optimizer"
     if audit is not None:
         yield "inside", _inside(found, audit)
+
+
+def _with_rules(recipe: Recipe, role: str) -> str:
+    """The formats that a recipe and its rules give to ``role``; "" if nothing has one."""
+    default, own = getattr(type(recipe), role), getattr(recipe, role)
+    here = [str(own)] if own != default else []
+    return ", ".join(
+        [*here, *(f"{quantizer} in {rule.match}" for rule in recipe.rules if (quantizer := getattr(rule, role)))]
+    )
 
 
 def _states(recipe: Recipe) -> Iterator[str]:
