@@ -10,7 +10,7 @@ Algorithm 2 of the SWALP paper, in the order of its authors' code:
                                          that the recipe names by its own quantizer
 
 The pass runs in the optimizer's step hooks, so the optimizer keeps its type, its schedulers and its
-state_dict. For torch.optim.SGD on the CPU the whole step is one pass over memory.
+state_dict. For the optimizers of kernels.py, on the CPU, the whole step is one pass over memory.
 """
 
 from __future__ import annotations
@@ -47,14 +47,11 @@ from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
 from .scaling import scale_of, scaler_of, skip
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
+from .streams import MOMENTUM, STREAMS, stream
 from .twin import Loading, Twin, idle, is_half, narrow_states
 
 __all__ = ["SWALP"]
 
-# The upper half of a stream id, by role. Momentum is last: an optimizer's second state tensor
-# of a parameter takes the next number up, and so on. The average's is 0.
-STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
-MOMENTUM = STREAMS["momentum"]
 IN_AVERAGED = "inside `with swalp.averaged()` would use the averaged weights; do it outside"
 
 # Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
@@ -69,8 +66,9 @@ class _Step:
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
-    # Gradients of parameters that one pass has already stepped: hidden from the optimizer until its own step is over.
-    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    # Parameters that one pass has already stepped, with their gradients, by id. The gradients are hidden from the
+    # optimizer until its own step is over.
+    done: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     twin: Twin | None = None  # of the optimizer, if a parameter has a master of another dtype
     scaler: GradScaler | None = None  # the caller of the step
     scale: float = 1.0  # of the loss; the gradients are divided by it already
@@ -165,7 +163,6 @@ class SWALP:
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
         # Equal recipes become one object, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
-        self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
 
     def _follow_model(self) -> None:
@@ -634,18 +631,18 @@ class SWALP:
             )
 
     def _step_in_one_pass(self, step: _Step) -> None:
-        """Step and round all parameters with a gradient in one pass, if there is one for this optimizer's step."""
+        """Step and round parameters in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
         has_masters = self.recipe.master is not None
         parameters = (
-            (parameter, self._recipes[i], self._streams[i], self._master(i) if has_masters else None)
+            (parameter, self._recipes[i], i, self._master(i) if has_masters else None)
             for i, parameter in step.parameters
         )
-        step.gradients = in_one_pass(self._optimizer, parameters, step.key)
-        for parameter in step.gradients:
+        step.done = in_one_pass(self._optimizer, parameters, step.key)
+        for parameter, _ in step.done.values():
             parameter.grad = None  # an optimizer skips a parameter without a gradient
-        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
+        step.parameters = [each for each in step.parameters if id(each[1]) not in step.done]
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
@@ -675,7 +672,7 @@ class SWALP:
             raise ValueError(
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
-        for parameter, gradient in step.gradients.items():
+        for parameter, gradient in step.done.values():
             parameter.grad = gradient
         with torch.no_grad():
             self._round_weights(step)
@@ -741,7 +738,7 @@ class SWALP:
                 calls[id(quantizer)] = quantizer, [], []
             _, xs, streams = calls[id(quantizer)]
             xs.append(tensor)
-            streams.append(half << 32 | index)
+            streams.append(stream(half, index))
         for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
@@ -804,10 +801,6 @@ class _RefusedLoad:
 
     def __reduce__(self) -> Any:
         return _RefusedLoad, ()
-
-
-def _streams(index: int) -> dict[str, int]:
-    return {role: half << 32 | index for role, half in STREAMS.items()}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
