@@ -310,8 +310,6 @@ struct Cpu {
 
   template <class Device, class... N>
   struct CpuForms<Forms<Device, N...>> {
-    using Of = Forms<Device, N...>;
-
     // An optimizer's step in one pass. A thread rounds a piece of the gradients, updates the weights, and rounds them while they
     // are in its cache. If there are masters, they are updated, and the weights are rounded copies of them. False if the
     // tensors are not as it needs them; then none has changed, nor if the call is dry.
