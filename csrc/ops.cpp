@@ -14,12 +14,14 @@
   "float[] of_scale, int[] dims, int[] sizes, "
 // rounding: a code of csrc/round.h. key: one int64, read only by stochastic rounding.
 #define SWALP_ROUNDING "int rounding, int random_bits, Tensor? key, "
-#define SWALP_SGD "float lr, float momentum, float undamped, float weight_decay, bool nesterov, bool maximize, "
 
 // The forms ending in _ work in place and return nothing. _plan rounds nothing: it returns the address of a plan (plan.h) for
 // such calls. Two forms are for the CPU alone:
-// _sgd_ is a step of torch.optim.SGD with its roundings. A role without streams is not rounded; undamped is 1 - dampening.
-// If there are masters, the step is theirs, and the weights become rounded copies of them.
+// _update_ is an optimizer's step with its roundings. kernel, numbers: see cpu/updates.h. states: those of the first weight, then
+// those of the next. roles: of the weight, the gradient and each state, what it adds to a weight's stream; -1 if it is not
+// rounded. If there are masters, the step is theirs, and the weights become rounded copies of them. It returns whether it
+// could: it takes dense float32 tensors, alike in strides, that share no memory. If not, or if the call is dry, nothing has
+// changed.
 // _codes writes codes (codes.h) of 8 bits or fewer side by side, and scales as in swalp_fx/codes/stored.py. It returns whether
 // it could. coding: the fields of Coding, then the bias of a scale's exponent.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
@@ -27,9 +29,8 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
   m.def("quantize_foreach_(Tensor(a!)[] xs, " SWALP_FORMAT SWALP_ROUNDING "int[] streams) -> ()");
   m.def("quantize_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> int");
-  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, Tensor(d!)[] masters, "
-        SWALP_SGD SWALP_FORMAT SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams"
-        ") -> ()");
+  m.def("quantize_update_(int kernel, float[] numbers, Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] states, "
+        "Tensor(d!)[] masters, " SWALP_FORMAT SWALP_ROUNDING "int[] streams, int[] roles, bool dry) -> bool");
   m.def("quantize_codes(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream, int[] coding, Tensor(a!) packed, "
         "Tensor(b!) scales, Tensor(c!) second) -> bool");
 }

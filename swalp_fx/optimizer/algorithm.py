@@ -10,7 +10,7 @@ Algorithm 2 of the SWALP paper, in the order of its authors' code:
                                          that the recipe names by its own quantizer
 
 The pass runs in the optimizer's step hooks, so the optimizer keeps its type, its schedulers and its
-state_dict. For torch.optim.SGD on the CPU the whole step is one pass over memory.
+state_dict. For the optimizers of kernels.py, on the CPU, the whole step is one pass over memory.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class _Step:
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
-    # Gradients of parameters that one pass has already stepped: hidden from the optimizer until its own step is over.
-    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    # Parameters that one pass has already stepped, with their gradients, by id. The gradients are hidden from the
+    # optimizer until its own step is over.
+    done: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     twin: Twin | None = None  # of the optimizer, which steps copies of the masters
     scaler: GradScaler | None = None  # the caller of the step
     scale: float = 1.0  # of the loss; the gradients are divided by it already
@@ -162,7 +163,6 @@ class SWALP:
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
         # Equal recipes become one object, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
-        self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
 
     def _follow_model(self) -> None:
@@ -643,19 +643,17 @@ class SWALP:
             )
 
     def _step_in_one_pass(self, step: _Step) -> None:
-        """Step and round all parameters with a gradient in one pass, if there is one for this optimizer's step."""
+        """Step and round parameters in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
         masters = {i: self._master(i) for i, _ in step.parameters if self._recipes[i].master is not None}
-        parameters = (
-            (parameter, self._recipes[i], self._streams[i], masters.get(i)) for i, parameter in step.parameters
-        )
+        parameters = ((parameter, self._recipes[i], i, masters.get(i)) for i, parameter in step.parameters)
         with uninterrupted():
-            step.gradients = in_one_pass(self._optimizer, parameters, step.key)
-            self._steps += bool(step.gradients)  # whatever happens from here on
-        for parameter in step.gradients:
+            step.done = in_one_pass(self._optimizer, parameters, step.key)
+            self._steps += bool(step.done)  # whatever happens from here on
+        for parameter, _ in step.done.values():
             parameter.grad = None  # an optimizer skips a parameter without a gradient
-        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
+        step.parameters = [each for each in step.parameters if id(each[1]) not in step.done]
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
@@ -686,7 +684,7 @@ class SWALP:
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
         with uninterrupted(), torch.no_grad():
-            for parameter, gradient in step.gradients.items():
+            for parameter, gradient in step.done.values():
                 parameter.grad = gradient
             self._round_weights(step)
             if step.twin is not None:
@@ -694,7 +692,7 @@ class SWALP:
                 step.twin.rest()
             unknown = self._round_states(step, optimizer)
             self._step = None
-            self._steps += not step.gradients
+            self._steps += not step.done
         for name, recipe in unknown.items():  # the step is whole, if a warning is an error
             self._warn_of_unknown(name, recipe, optimizer)
 
@@ -834,10 +832,6 @@ class _RefusedLoad:
 
     def __reduce__(self) -> Any:
         return _RefusedLoad, ()
-
-
-def _streams(index: int) -> dict[str, int]:
-    return {role: parameter_stream(number, index) for role, number in ROLES.items()}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:
