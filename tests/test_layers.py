@@ -20,6 +20,7 @@ LAYERS = [
     ["random"],
     ["reference"],
     ["ops"],
+    ["fingerprints"],
     ["nodes"],
     ["passes"],
     ["capture"],
