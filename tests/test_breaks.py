@@ -84,6 +84,23 @@ def test_what_no_graph_rounds_is_named_with_its_line(kind):
     assert is_rounded != (f"test_breaks.py:{line} forward: tanh" in text)
 
 
+class Judging(Broken):
+    """A loss that looks at its values runs as Python: PyTorch's own code, which this line calls."""
+
+    judge = nn.GaussianNLLLoss()
+
+    def forward(self, x):
+        return self.judge(self.fc(x), x, torch.ones_like(x))  # judge
+
+
+def test_a_layer_of_pytorch_that_runs_as_python_is_named_by_the_line_that_calls_it():
+    lp, _ = convert(Judging(), recipe=NEAREST)
+    lines, first = inspect.getsourcelines(Judging.forward)
+    (line,) = (i for i, each in enumerate(lines, first) if "# judge" in each)
+    text = str(report(lp, torch.randn(2, 3)))
+    assert f"test_breaks.py:{line} forward: " in text and "ways.py" not in text
+
+
 def test_models_of_one_class_do_not_share_one_limit_of_graphs(monkeypatch):
     torch._dynamo.reset()  # graphs of other tests count too
     monkeypatch.setattr(compiler, "MAX_GRAPHS", 2)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 import torch.utils.checkpoint
-from captured import NEAREST, Block, X, both
+from captured import NEAREST, Block, X, both, same
+from marks import rounded
 from torch import nn
 
-from swalp_fx import ConvertError, check, convert, nodes, quantize
+from swalp_fx import ConvertError, check, convert, nodes, quantize, report
 
 # Branches, new tensors, draws and writes of a forward
 
@@ -446,3 +447,67 @@ def test_numbers_that_tensors_give_end_no_graph():
         assert torch.equal(seen, due) and number == due_number and type(number) is int
         assert lp.last == model.last and lp.seen == model.seen and type(lp.last) is float
     assert all(made.broke is None for made in lp.graphs)
+
+
+class Normed(nn.Module):
+    """Two norms, of which the first averages over all batches so far. Its block may be checkpointed."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        norms = nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(2, momentum=0.5, affine=False)
+        self.block = nn.Sequential(nn.Conv2d(1, 3, 3), norms[0], nn.ReLU(), nn.Conv2d(3, 2, 3), norms[1])
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        if self.checkpointed:
+            return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+        return self.block(x)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_norm_that_counts_its_batches_and_one_whose_momentum_changes_end_no_graph(checkpointed):
+    model, lp = both(lambda: Normed(checkpointed))
+    for i in range(5):
+        x = torch.randn(2, 1, 6, 6, requires_grad=True)
+        for each in (model, lp):
+            each.block[4].momentum = 1 / (i + 2)
+        due, given = model(x), lp(x)
+        wanted = torch.autograd.grad(due.square().sum(), [x, *model.parameters()])
+        found = torch.autograd.grad(given.square().sum(), [x, *lp.parameters()])
+        assert torch.equal(given, due) and all(map(torch.equal, found, wanted))
+        assert all(map(torch.equal, lp.buffers(), model.buffers()))
+    assert len(lp.graphs) == 2 and all(made.broke is None for made in lp.graphs)
+
+
+def test_a_norm_that_counts_its_batches_is_rounded():
+    _, lp = both(Normed, NEAREST)
+    x = torch.randn(2, 1, 6, 6)
+    lp(x)
+    assert {"block.1", "block.3"} < set(rounded(lp.graphs[0].graph))
+    assert not {"block.1", "block.1.weight"} & set(str(report(lp, x)).partition("in float")[2].split())
+
+
+class Decoder(nn.Module):
+    """A text model of PyTorch's layers. They compare its mask with a causal one, if is_causal is None."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head, self.is_causal = nn.Linear(8, 4), is_causal
+
+    def forward(self, x, mask):
+        return self.head(self.blocks(x, mask, is_causal=self.is_causal))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_that_layers_of_pytorch_look_at_ends_no_graph(is_causal, training):
+    x, mask = torch.randn(2, 5, 8), torch.zeros(5, 5)
+    mask.masked_fill_(torch.ones(5, 5).triu(1) > 0 if is_causal else torch.ones(5, 5).triu(3) > 0, float("-inf"))
+    recipe = "bfp8[0]" if training else NEAREST
+    lps = [both(lambda hint=hint: Decoder(hint).train(training), recipe)[1] for hint in (None, is_causal)]
+    assert same(*[lambda lp=lp: lp(x, mask) for lp in lps])
+    assert [len(lp.graphs) for lp in lps] == [1, 1]
+    model, lp = both(lambda: Decoder(None).train(training))
+    assert torch.equal(lp(x, mask), model(x, mask))

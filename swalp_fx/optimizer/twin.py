@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -117,9 +117,13 @@ def kept_elsewhere(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -
 
 
 class Loading:
-    """Hooks of ``load_state_dict``: they keep float32 states of half-precision parameters, where torch narrows them."""
+    """Hooks of ``load_state_dict``: they keep float32 states of half-precision parameters, where torch narrows them.
 
-    def __init__(self) -> None:
+    has_master: whether a parameter has one; only beside a master are states float32.
+    """
+
+    def __init__(self, has_master: Callable[[Tensor], bool]) -> None:
+        self.has_master = has_master
         self.saved: dict[str, Any] = {}
 
     def before(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -130,7 +134,7 @@ class Loading:
         places = [key for group in saved["param_groups"] for key in group["params"]]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for place, parameter in zip(places, parameters, strict=True):
-            if is_half(parameter) and place in saved["state"]:
+            if is_half(parameter) and self.has_master(parameter) and place in saved["state"]:
                 loaded = optimizer.state[parameter]
                 optimizer.state[parameter] = pytree.tree_map(_as_saved, loaded, saved["state"][place])
 
