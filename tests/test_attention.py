@@ -705,10 +705,42 @@ def test_pytorchs_layer_has_the_bits_of_one_written_by_hand(model, recipe):
     _assert_same_bits(model, Written(_layer()), f"{recipe} quantize_logits=true", X)
 
 
-@pytest.mark.parametrize("recipe", ["mxfp8", "e4m3"])
-def test_the_layer_that_gives_its_weights_too(recipe):
-    model = Called(_layer(), attn_mask=FUTURE)  # of three dimensions: a block of [0] is one head's
-    _assert_same_bits(model, Written(_layer()), f"{recipe} quantize_logits=true", X)
+def _weighted(layer, x):
+    x = x.transpose(0, 1)
+    y, weights = F.multi_head_attention_forward(
+        x, x, x, WIDTH, HEADS, layer.in_proj_weight, layer.in_proj_bias, None, None, False, layer.dropout,
+        layer.out_proj.weight, layer.out_proj.bias, training=layer.training, attn_mask=FUTURE,
+    )  # fmt: skip
+    return y.transpose(0, 1), weights
+
+
+class Weighted(Functional):
+    def forward(self, x):
+        return _weighted(self.layer, x)[0]
+
+
+@pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8", "bfp8[0] placement=compute", "A=bfp8[0]"])
+@pytest.mark.parametrize("mask", [None, FUTURE, _added(FUTURE), FUTURE.expand(2 * HEADS, -1, -1)])
+def test_the_layer_that_gives_its_weights_too_has_the_same_bits(mask, recipe):
+    plain, weighted = (Called(_layer(), attn_mask=mask, **given) for given in ({"need_weights": False}, {}))
+    _assert_same_bits(weighted, plain, recipe, X)
+    if mask is FUTURE:
+        _assert_same_bits(Weighted(_layer()), plain, recipe, X)
+
+
+def test_the_weights_that_the_layer_gives_are_rounded_for_its_reader():
+    class Read(Called):
+        def forward(self, x):
+            y, weights = self.layer(x, x, x, average_attn_weights=False, **self.given)
+            return y + weights.sum((1, 3))[..., None] * 0.1
+
+    places = rounded(rewritten(Read(_layer(), attn_mask=FUTURE), "bfp8[0]", X).graph)
+    assert places == [
+        *(f"layer.{name}" for name in ("linear@1", "bmm@1", "softmax", "bmm@2", "linear@2")),
+        "sum",
+        "mul",
+    ]
+    _assert_as_the_model(Read(_layer(), attn_mask=FUTURE), X)
 
 
 @pytest.mark.parametrize("whole", [False, True])
