@@ -392,6 +392,46 @@ def test_the_rows_of_an_added_mask_lie_along_the_axis_of_the_softmax(axis):
     torch.testing.assert_close(low(X), model(X), rtol=1e-4, atol=2e-5)
 
 
+def _written_by_index(scores):
+    scores = scores.clone()
+    scores[..., FUTURE] = -1e9
+    return scores.softmax(-1)
+
+
+def _kept_behind(weights):
+    weights = weights * (~FUTURE).float()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+LATER = {
+    "by index": (_written_by_index, ["mul"]),
+    "on pieces": (lambda s: torch.cat([(each + _added(FUTURE)).softmax(-1) for each in s.chunk(2, 1)], 1), ["mul"]),
+    "on copies": (lambda s: (s.expand(2, *s.shape) + _added(FUTURE)).softmax(-1)[0], ["matmul@1"]),
+    "on more keys": (
+        lambda s: (F.pad(s, (1, 0)) + F.pad(_added(FUTURE), (1, 0))).softmax(-1)[..., 1:], ["matmul@1"],
+    ),
+    "behind an activation": (lambda s: ((s / 30).tanh() * 30 + _added(FUTURE)).softmax(-1), ["tanh"]),
+    "behind the softmax": (lambda s: _kept_behind(s.softmax(-1)), ["matmul@1"]),
+    "behind the exp": (lambda s: _kept_behind((s - s.amax(-1, keepdim=True)).exp()), ["sub"]),
+    "followed": (lambda s: (s[None] + _added(FUTURE))[0].softmax(-1), None),
+    "followed, filled in": (lambda s: s.masked_fill(FUTURE, -1e9).softmax(-1), None),
+    "no mask": (lambda s: F.dropout(s.softmax(-1), 0.1), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", LATER)
+def test_a_report_names_scores_that_are_rounded_with_those_that_a_mask_takes_out(spelling):
+    softmax, names = LATER[spelling]
+    low = converted(Attention(lambda q, k, v: softmax(q @ k.mT * SIZE**-0.5) @ v), "bfp8[-1:16] rounding=nearest")
+    low(X)
+    found = report(low).totals.get("masks")
+    assert found == (names and f"{', '.join(names)} rounded together with scores that a mask takes out later")
+    later = X.clone()
+    later[:, 21:] *= 100
+    if spelling != "no mask":  # what is not named does not depend on a later token
+        assert torch.equal(low(X)[:, :21], low(later)[:, :21]) is (names is None)
+
+
 NORMALISED = {
     "its sum": lambda s: (each := (s - s.amax(-1, keepdim=True)).exp()) / each.sum(-1, keepdim=True),
     "its logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
