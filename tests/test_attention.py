@@ -413,6 +413,7 @@ LATER = {
     "behind an activation": (lambda s: ((s / 30).tanh() * 30 + _added(FUTURE)).softmax(-1), ["tanh"]),
     "behind the softmax": (lambda s: _kept_behind(s.softmax(-1)), ["matmul@1"]),
     "behind the exp": (lambda s: _kept_behind((s - s.amax(-1, keepdim=True)).exp()), ["sub"]),
+    "in a product": (lambda s: torch.addcmul(s, FUTURE.float(), torch.tensor(-1e9)).softmax(-1), ["matmul@1"]),
     "followed": (lambda s: (s[None] + _added(FUTURE))[0].softmax(-1), None),
     "followed, filled in": (lambda s: s.masked_fill(FUTURE, -1e9).softmax(-1), None),
     "no mask": (lambda s: F.dropout(s.softmax(-1), 0.1), None),

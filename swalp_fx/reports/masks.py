@@ -58,7 +58,7 @@ def _lays_mask(node: Node) -> bool:
         lows = (constant_of(each) for each in (*node.args[1:], *node.kwargs.values()))
         return any(low is not None and low <= NONE_LEFT for low in lows)
     others = [each for each in node.all_input_nodes if facts(each).origin is not Origin.MODEL]
-    return stem_of(node) in SUMS and any(_is_tensor(each) for each in others)
+    return stem_of(node) in (*SUMS, "addcmul") and any(_is_tensor(each) for each in others)
 
 
 def _multiplies_by_mask(node: Node) -> bool:
