@@ -172,6 +172,9 @@ def rewriting() -> str:
     frame = Frame()
     inner = frame.inner
     inner.stand_in()
+    # A method that is no part of its caller's trace: a graph breaks in it. Another compiler does not know its frames.
+    if not frame.is_inlining and not _is_ours(frame):
+        return APART
     return _rewritten_where(frame, inner)
 
 
@@ -207,13 +210,13 @@ def _is_given_packed(inner: Inner) -> bool:
     return isinstance(inner.module, nn.RNNBase) and inner.is_given(PackedSequence)
 
 
-def _runs_eagerly() -> bool:
-    """Whether the graph of this trace runs as it is, with no other compiler behind our backend."""
-    return getattr(innermost_backend(Frame().backend), "func", None) is backend
+def _is_ours(frame: Frame) -> bool:
+    """Whether our backend gets the graph of ``frame``, alone: its rewrite then runs eagerly."""
+    return getattr(innermost_backend(frame.backend), "func", None) is backend
 
 
 # A BatchNorm with momentum=None reads its count of batches: the momentum is one over that.
-trace_number(nn.functional.batch_norm, "momentum", 0.0, _runs_eagerly)
+trace_number(nn.functional.batch_norm, "momentum", 0.0, lambda: _is_ours(Frame()))
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
 
 

@@ -54,6 +54,7 @@ __all__ = [
     "innermost_backend",
     "is_functorch_active",
     "knobs",
+    "named_like",
     "original_code",
     "skip_code",
     "straighten",
@@ -107,6 +108,26 @@ def compiled(
     context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
+
+
+def named_like(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates as ``functools.wraps`` does, without the marks of PyTorch's front end on ``function``.
+
+    With them, a trace would take the decorated function for ``function`` itself.
+    """
+
+    def decorate(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        wraps(function)(wrapper)
+        for mark in _marks(wrapper):
+            delattr(wrapper, mark)
+        return wrapper
+
+    return decorate
+
+
+def _marks(function: Callable[..., Any]) -> list[str]:
+    """The attributes that torch.compile, torch.compiler.disable and the like have put on ``function``."""
+    return [name for name in vars(function) if name.startswith("_torchdynamo")]
 
 
 def trace_into(function: Callable[..., Any]) -> None:
@@ -168,7 +189,8 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
     @wraps(otherwise)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
         function = inspect.getattr_static(self.value_type, "forward", None)
-        is_plain = self.value_type.__call__ is nn.Module.__call__ and type(function) is FunctionType
+        is_plain = type(function) is FunctionType and not _marks(function)
+        is_plain = is_plain and self.value_type.__call__ is nn.Module.__call__
         if self.source is None or not is_plain or not goes_straight(Inner(tx, self, [*args, *kwargs.values()])):
             return otherwise(self, tx, args, kwargs)
         source = AttrSource(self.cls_source, "forward")
@@ -321,6 +343,11 @@ class Frame:
         while tx is not None and tx.f_code is not code:
             tx = getattr(tx, "parent", None)
         return tx is not None
+
+    @property
+    def is_inlining(self) -> bool:
+        """Whether the running code is of a function that the frame calls, and not of the frame itself."""
+        return self._tx.output.current_tx is not self._tx
 
     @property
     def inner(self) -> Inner:
