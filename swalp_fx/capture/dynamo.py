@@ -55,6 +55,7 @@ __all__ = [
     "is_functorch_active",
     "knobs",
     "named_like",
+    "original",
     "original_code",
     "skip_code",
     "straighten",
@@ -202,6 +203,12 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
     UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
 
 
+def original(code: CodeType) -> CodeType:
+    """The user's code of a frame. If the frame goes on after a graph break, this is the code with the break."""
+    meta = ContinueExecutionCache.generated_code_metadata.get(code)
+    return code if meta is None else meta.code
+
+
 def original_code(function: Any) -> CodeType:
     """The code of the function that ``compiled`` was given. The front end keeps graphs by code."""
     return function._torchdynamo_orig_callable.__code__
@@ -311,9 +318,7 @@ class Frame:
 
     @property
     def original_code(self) -> CodeType:
-        """The user's code. If the frame goes on after a graph break, this is the code with the break."""
-        meta = ContinueExecutionCache.generated_code_metadata.get(self.code)
-        return self.code if meta is None else meta.code
+        return original(self.code)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the locals that are modules, also in closures."""
