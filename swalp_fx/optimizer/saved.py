@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from .averaging import Average, mean_dtype
 
 __all__ = ["SWA", "VERSION", "Saved", "read"]
 
-VERSION = 4
-KEYS = ("version", "recipe", "parameters", "seed", "step", "n_averaged", "average", "averages", "masters")
+VERSION = 5
+COUNTED = ("seed", "step", "n_averaged")
+KEYS = ("version", "recipe", "parameters", *COUNTED, "average", "averages", "masters", "fingerprints")
 COUNTS = ("n_seen", "n_averaged")  # of an average
 SWA = ""  # the name of the paper's own average
 
@@ -29,11 +30,19 @@ class Saved:
     step: int
     averages: list[tuple[int, int, dict[str, Tensor]]]  # (n_seen, n_averaged, means), in the order of ``averages``
     masters: dict[str, Tensor]
+    fingerprints: dict[str, int]  # 0: no step has stored this parameter
 
 
-def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Average]) -> Saved:
+def read(
+    state: Any,
+    recipe: Recipe,
+    parameters: Mapping[str, nn.Parameter],
+    mastered: Collection[str],
+    averages: Mapping[str, Average],
+) -> Saved:
     """``state``, read for a SWALP of this recipe and these parameters.
 
+    mastered: the parameters with masters.
     averages: by name, the paper's own included.
     Raises ValueError if it is of another version, recipe or model, or is no state at all.
     """
@@ -50,7 +59,7 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
     is_whole = state["parameters"] is not None
     if is_whole and (differs := _differing(state["parameters"], list(parameters))):
         raise ValueError(f"the state is of a model {differs}; load a state of this model")
-    for key in ("seed", "step", "n_averaged"):
+    for key in COUNTED:
         if not isinstance(state[key], int) or state[key] < 0:
             raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
     of_state = _averages(state, {name: average for name, average in averages.items() if name != SWA})
@@ -58,9 +67,10 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
         (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters, is_whole))
         for name, average in averages.items()
     ]
-    masters = _masters(state["masters"], recipe, parameters, is_whole)
+    masters = _masters(state["masters"], parameters, mastered, is_whole)
+    fingerprints = _fingerprints(state["fingerprints"], parameters)
     # Before the first step the masters are the weights, and a load may still change those.
-    return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {})
+    return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {}, fingerprints)
 
 
 def _differing(names: Any, due: list[str]) -> str:
@@ -73,7 +83,9 @@ def _differing(names: Any, due: list[str]) -> str:
     return f"without {missing[0]!r}" if missing else f"with {more[0]!r} too"
 
 
-def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], is_whole: bool) -> dict[str, Tensor]:
+def _masters(
+    masters: Any, parameters: Mapping[str, nn.Parameter], mastered: Collection[str], is_whole: bool
+) -> dict[str, Tensor]:
     dtypes = {name: dtype for name, p in parameters.items() if (dtype := mean_dtype(p)) is not None}
     if isinstance(masters, Mapping):  # older states have masters in half precision
         masters = {
@@ -82,11 +94,21 @@ def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter
             else master
             for name, master in masters.items()
         }
-    due = {} if recipe.master is None else dtypes
+    due = {name: dtypes[name] for name in mastered}
     copied = _copied("masters", masters, due, parameters)
     if is_whole:
         _refuse_missing("masters", copied, due)
     return copied
+
+
+def _fingerprints(found: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    if not isinstance(found, Mapping) or not all(isinstance(number, int) for number in found.values()):
+        raise ValueError("the state's fingerprints must map names to whole numbers; pass what state_dict() returned")
+    if more := [name for name in found if name not in parameters]:
+        raise ValueError(
+            f"the state's fingerprints have {more[0]!r}, which this model does not; load a state of this model"
+        )
+    return dict(found)
 
 
 def _refuse_missing(what: str, found: Mapping[str, Tensor], due: Iterable[str]) -> None:
@@ -174,14 +196,16 @@ def _of_this_version(state: Any) -> Any:
     """``state`` as one of this version.
 
     Version 1 had another word for masters. Version 2 had one average. Version 3 had no names of parameters, and only
-    the tensors that were made so far.
+    the tensors that were made so far. Version 4 had no fingerprints.
     """
     if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
         state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
     if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
         state = {**state, "averages": {}, "version": 3}
     if isinstance(state, Mapping) and state.get("version") == 3 and "parameters" not in state:
-        state = {**state, "parameters": None, "version": VERSION}
+        state = {**state, "parameters": None, "version": 4}
+    if isinstance(state, Mapping) and state.get("version") == 4 and "fingerprints" not in state:
+        state = {**state, "fingerprints": {}, "version": VERSION}
     return state
 
 
