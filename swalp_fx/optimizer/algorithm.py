@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -609,7 +608,7 @@ class SWALP:
         """
         step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
         self._refuse_sparse(step)
-        with torch.no_grad():
+        with uninterrupted(), torch.no_grad():  # a Ctrl-C at the end of a block would leave gradients switched off
             if step.scale == 1.0 and step.scaler is None:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
@@ -660,6 +659,7 @@ class SWALP:
         with uninterrupted():
             step.done = in_one_pass(self._optimizer, parameters, step.key)
             self._steps += bool(step.done)  # whatever happens from here on
+            self._note_stored((self._index[parameter], parameter) for parameter, _ in step.done.values())
         for parameter, _ in step.done.values():
             parameter.grad = None  # an optimizer skips a parameter without a gradient
         step.parameters = [each for each in step.parameters if id(each[1]) not in step.done]
@@ -696,7 +696,7 @@ class SWALP:
             for parameter, gradient in step.done.values():
                 parameter.grad = gradient
             self._round_weights(step)
-            self._note_stored(step)
+            self._note_stored(step.parameters)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
                 step.twin.rest()
@@ -724,10 +724,9 @@ class SWALP:
         for parameter, weight in narrow:
             parameter.copy_(weight)
 
-    def _note_stored(self, step: _Step) -> None:
-        """Let the next forwards read the weights of this step as they are."""
-        stepped = itertools.chain(step.parameters, ((self._index[p], p) for p, _ in step.done.values()))
-        fingerprints.note((parameter, self._recipes[index].weight.format) for index, parameter in stepped)
+    def _note_stored(self, parameters: Iterable[tuple[int, nn.Parameter]]) -> None:
+        """Let the next forwards read these weights, stored rounded just now, as they are."""
+        fingerprints.note((parameter, self._recipes[index].weight.format) for index, parameter in parameters)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
