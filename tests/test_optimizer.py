@@ -613,6 +613,7 @@ def test_ctrl_c_at_any_line_of_a_step_is_no_step_or_a_whole_one(recipe, files):
     for moment in range(0, count, max(1, count // 60)):
         parts = at_the_third_step()
         with_ctrl_c(parts[1].step, moment, files)
+        assert torch.is_grad_enabled(), moment
         found.append(parts[2].state_dict()["step"] - 2)
         assert same(weights(*parts), states[found[-1]]), moment
     assert found == sorted(found) and set(found) == {0, 1}

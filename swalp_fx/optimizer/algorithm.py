@@ -15,7 +15,6 @@ state_dict. For the optimizers of kernels.py, on the CPU, the whole step is one 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
@@ -271,13 +270,15 @@ class LowPrecision:
         of = self._parameters
         step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
         refuse_sparse((of.names[index], parameter, of.recipes[index]) for index, parameter in step.parameters)
-        with torch.no_grad():
+        with uninterrupted(), torch.no_grad():  # a Ctrl-C at the end of a block would leave gradients switched off
             if step.scale == 1.0 and step.scaler is None:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
             step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
             if not step.overflows:
                 self._put_masters(step)
+        for parameter, _ in step.done.values():
+            parameter.grad = None  # an optimizer skips a parameter without a gradient
         step.ready = True
 
     def _round_gradients(self, step: _Step) -> list[Tensor]:
@@ -327,11 +328,9 @@ class LowPrecision:
             i: self._parameters.master(i) for i, _ in step.parameters if self._parameters.recipes[i].master is not None
         }
         parameters = ((parameter, self._parameters.recipes[i], i, masters.get(i)) for i, parameter in step.parameters)
-        with uninterrupted():
-            step.done = in_one_pass(self._optimizer, parameters, step.key)
-            self._steps += bool(step.done)  # whatever happens from here on
-        for parameter, _ in step.done.values():
-            parameter.grad = None  # an optimizer skips a parameter without a gradient
+        step.done = in_one_pass(self._optimizer, parameters, step.key)
+        self._steps += bool(step.done)  # whatever happens from here on
+        self._note_stored((self._parameters.index[parameter], parameter) for parameter, _ in step.done.values())
         step.parameters = [each for each in step.parameters if id(each[1]) not in step.done]
 
     @AS_PYTHON
@@ -353,7 +352,7 @@ class LowPrecision:
             for parameter, gradient in step.done.values():
                 parameter.grad = gradient
             self._round_weights(step)
-            self._note_stored(step)
+            self._note_stored(step.parameters)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
                 step.twin.rest()
@@ -381,10 +380,10 @@ class LowPrecision:
         for parameter, weight in narrow:
             parameter.copy_(weight)
 
-    def _note_stored(self, step: _Step) -> None:
-        """Let the next forwards read the weights of this step as they are."""
-        stepped = itertools.chain(step.parameters, ((self._parameters.index[p], p) for p, _ in step.done.values()))
-        fingerprints.note((parameter, self._parameters.recipes[index].weight.format) for index, parameter in stepped)
+    def _note_stored(self, parameters: Iterable[tuple[int, nn.Parameter]]) -> None:
+        """Let the next forwards read these weights, stored rounded just now, as they are."""
+        recipes = self._parameters.recipes
+        fingerprints.note((parameter, recipes[index].weight.format) for index, parameter in parameters)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
