@@ -166,26 +166,26 @@ def test_in_every_format_it_is_the_step_by_hooks(name, spec, rounding, passes, b
     assert passes == [False, True, True, True]  # the first step makes the momenta
 
 
-ROLES = ["W=bfp8[0] G=bfp8[0] M=bfp8[0]", "W=bfp8[0]", "G=bfp8[0] M=bfp8[0]", "M=bfp8[0]"]
-# Of which some are rounded in the pass, and the others after it.
-FORMATS_THAT_DIFFER = [
-    "W=bfp8[0] G=fixed8.9 M=bfp10[0] V=e8m7",
-    "W=bfp8[0] G=bfp8[0] M=bfp10[0] V=bfp8[0]~nearest",
-    "W=bfp8[0] M=bfp8[0] V=e8m7",
-    "V=e8m7",
-    "bfp8[0] V=e8m7 rounding=nearest",
-]
+RECIPES = ["bfp8[0]", "W=bfp8[0]", "bfp8[0] W=float", "E=bfp8[0] M=bfp8[0]", "bfp8[0] G=fixed8.9", "bfp8[0] W=e4m3"]
+OF_DIVISORS = ["V=e8m7", "bfp8[0] V=e8m7 rounding=nearest", "W=bfp8[0] G=bfp8[0] M=bfp10[0] V=bfp8[0]~nearest"]
 
 
 @pytest.mark.parametrize("master", ["", " master=float"])
-@pytest.mark.parametrize("roles", ROLES + FORMATS_THAT_DIFFER)
+@pytest.mark.parametrize("roles", RECIPES)
 @pytest.mark.parametrize("name", GROUPS)
 def test_of_every_group_it_is_the_step_by_hooks(name, roles, master, passes, by_hooks):
     make = group(name)
     assert_same(run(make, roles + master), by_hooks(make, roles + master))
-    of_states = roles == "M=bfp8[0]" or (roles == "V=e8m7" and GROUPS[name][0] is not SGD)
-    rounds = roles not in ("M=bfp8[0]", "V=e8m7") or (has_states(name) and of_states)
+    rounds = has_states(name) or roles != "E=bfp8[0] M=bfp8[0]"
     assert passes == [rounds and not has_states(name), rounds, rounds, rounds]
+
+
+@pytest.mark.parametrize("master", ["", " master=float"])
+@pytest.mark.parametrize("roles", OF_DIVISORS)
+@pytest.mark.parametrize("name", ["adam, decay", "adamw", "adamw, for each"])
+def test_a_divisor_is_rounded_in_a_format_of_its_own(name, roles, master, passes, by_hooks):
+    assert_same(run(group(name), roles + master), by_hooks(group(name), roles + master))
+    assert passes == [False, True, True, True]
 
 
 def test_a_state_is_rounded_by_its_own_name(passes, by_hooks):

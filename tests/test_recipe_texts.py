@@ -34,7 +34,7 @@ _rules = st.builds(
     _patterns.filter(_is_pattern),
     st.none() | _patterns,
     st.builds(dict.fromkeys, st.sampled_from([*([role] for role in ROLES), list(ROLES)]), _quantizers),
-    st.just({}) | st.fixed_dictionaries({}, optional=dict.fromkeys(ROLES, _quantizers)),
+    st.just({}) | st.fixed_dictionaries({}, optional=dict.fromkeys([*ROLES, "master", "average"], _quantizers)),
     _states,
 )
 _globs = st.lists(_patterns, max_size=3).map(tuple)

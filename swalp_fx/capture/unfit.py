@@ -70,14 +70,13 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
     """Raises ConvertError for a parameter with fewer axes than the block of one of its formats."""
     for name, parameter in model.named_parameters():
         here = of_parameter(recipe, subjects[name], parameter.dim())
-        for role in (*OF_PARAMETERS, "master", "average"):
+        for role in OF_PARAMETERS:
             quantizer = getattr(here, role)
             if quantizer is None or not parameter.is_floating_point():
                 continue
             format = quantizer.format
             if format.block.rank > parameter.dim() > 1:
-                rule = f"give it another format by a rule, such as Rule({name!r}, {LETTERS.get(role)}='float')"
-                remedy = rule if role in LETTERS else f"give {role} another format"
+                remedy = f"give it another format by a rule, such as Rule({name!r}, {LETTERS.get(role, role)}='float')"
                 raise ConvertError(
                     f"parameter {name} has {parameter.dim()} dimensions, and {format} needs {format.block.rank}; "
                     f"{remedy}"

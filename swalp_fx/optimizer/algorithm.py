@@ -34,11 +34,12 @@ from torch.utils.hooks import RemovableHandle
 from ..codes import packed_state, unpacked_state
 from ..formats import FLOAT, Format
 from ..ops import quantize_foreach_
-from ..random import fold_in, is_captured, stream_of
+from ..random import ROLES, fold_in, is_captured, parameter_stream, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
 from ..whole import SHARDED, class_of_torch, unwhole
 from .averaging import Average, mean_dtype
+from .interrupts import uninterrupted
 from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
@@ -47,8 +48,7 @@ from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
 from .scaling import scale_of, scaler_of, skip
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
-from .streams import MOMENTUM, STREAMS, stream
-from .twin import Loading, Twin, idle, is_half, narrow_states
+from .twin import Loading, Twin, idle, is_half, kept_elsewhere, narrow_states
 
 __all__ = ["SWALP"]
 
@@ -60,7 +60,11 @@ _AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graph
 
 @dataclass
 class _Step:
-    """One step in progress, from its outermost pre-hook to the matching post-hook."""
+    """One step in progress, from its outermost pre-hook to the matching post-hook.
+
+    An exception in between leaves no step: weights and masters are as before, and states as the optimizer left them. Or
+    it leaves a whole one, in one pass.
+    """
 
     calls: list[FrameType]  # calls between pre-hook and post-hook, the outermost first
     key: Tensor  # int64, shape []
@@ -69,14 +73,10 @@ class _Step:
     # Parameters that one pass has already stepped, with their gradients, by id. The gradients are hidden from the
     # optimizer until its own step is over.
     done: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
-    twin: Twin | None = None  # of the optimizer, if a parameter has a master of another dtype
+    twin: Twin | None = None  # of the optimizer, which steps copies of the masters
     scaler: GradScaler | None = None  # the caller of the step
     scale: float = 1.0  # of the loss; the gradients are divided by it already
     overflows: bool = False  # a GradScaler found the gradients finite, and rounding made infinities: no step
-
-    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The tensor that the optimizer steps for ``parameter``: its stand-in in the twin, or itself."""
-        return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
 
     def is_running(self) -> bool:
         """Whether its outermost call goes on. Drops calls that raised and so never reached their post-hook."""
@@ -247,6 +247,12 @@ class SWALP:
             (self._names[index], parameter, self._recipes[index]) for index, parameter in self._trained(optimizer)
         ]
         refuse_misnamed(optimizer, trained)
+        mastered = {parameter for _, parameter, recipe in trained if recipe.master is not None}
+        if (elsewhere := kept_elsewhere(optimizer, mastered)) is not None:
+            raise ValueError(
+                f"{name} keeps parameters in its attribute {elsewhere!r} too, where no master can stand in for "
+                "them; leave master out"
+            )
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer, self._has_agreed = optimizer, False
@@ -254,8 +260,11 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self.recipe.master is not None:
-            loading = Loading()
+        if any(recipe.master is not None for recipe in self._recipes):
+            # The optimizer steps masters, so others see the weights of the step only after this hook.
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            hooks.move_to_end(self._handles[-1].id, last=False)
+            loading = Loading(self._has_master)
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(loading.before),
                 optimizer.register_load_state_dict_post_hook(loading.after),
@@ -284,13 +293,13 @@ class SWALP:
             )
 
     def _warn_of_lost_updates(self, optimizer: Optimizer) -> None:
-        if self.recipe.master is not None:
-            return
         lost = [
             (parameter, length)
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and loses_updates(parameter, length := length_of(group))
+            if parameter.requires_grad
+            and not self._has_master(parameter)
+            and loses_updates(parameter, length := length_of(group))
         ]
         if lost:
             parameter, length = lost[0]
@@ -311,7 +320,7 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if self.recipe.master is not None and any(map(is_half, self._parameters.values())):
+        if any(is_half(parameter) and self._has_master(parameter) for parameter in self._index):
             narrow_states(self._optimizer)
         self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
@@ -356,7 +365,8 @@ class SWALP:
             each.refuse_unfit(self._parameters, f"swalp.averages[{name!r}]")
             if each.n_averaged:
                 each.refuse(self._parameters)
-        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged))
+        quantizers = {name: recipe.average for name, recipe in zip(self._names, self._recipes, strict=True)}
+        self._average.update(self._parameters, key=fold_in(self._seed, self.n_averaged), quantizers=quantizers)
         for name, each in self.averages.items():
             seed = fold_in(self._seed, stream_of("average", name))
             each.update(self._parameters, key=fold_in(seed, each.n_averaged))
@@ -471,8 +481,6 @@ class SWALP:
         a load needs is there, also before the first step and the first average.
         """
         self._follow_model()
-        floating = [name for name, p in self._parameters.items() if mean_dtype(p) is not None]
-        mastered = floating if self.recipe.master is not None else []
         return {
             "version": VERSION,
             "recipe": str(self.recipe),
@@ -490,7 +498,7 @@ class SWALP:
                 }
                 for name, each in self.averages.items()
             },
-            "masters": {name: self._master_of(name) for name in mastered},
+            "masters": {name: self._master_of(name) for name in self._mastered()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -502,12 +510,11 @@ class SWALP:
         self._refuse_averaged("load_state_dict()")
         self._refuse_misnamed_averages()
         self._follow_model()
-        found = read(state, self.recipe, self._parameters, {SWA: self._average, **self.averages})
+        averages = {SWA: self._average, **self.averages}
+        found = read(state, self.recipe, self._parameters, self._mastered(), averages)
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
         self._has_agreed = False
-        for average, (n_seen, n_averaged, means) in zip(
-            (self._average, *self.averages.values()), found.averages, strict=True
-        ):
+        for average, (n_seen, n_averaged, means) in zip(averages.values(), found.averages, strict=True):
             average.n_seen, average.n_averaged, average.means = n_seen, n_averaged, means
 
     # Packed checkpoints
@@ -546,20 +553,27 @@ class SWALP:
         step = _Step([call], key, trained)
         step.scaler = scaler_of(call)
         step.scale = scale_of(self.grad_scale, step.scaler)
-        if self.recipe.master is not None and any(is_half(parameter) for _, parameter in step.parameters):
-            step.twin = self._twin = self._twin or Twin(type(optimizer))
-            args = (step.twin.follow(optimizer), *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
             self._step = step
             if step.scaler is not None and step.overflows:
                 skip(step.scaler, optimizer)
-                args = (idle(optimizer), *args[1:])
-            return None if args[0] is optimizer else (args, kwargs)
+                return (idle(optimizer), *args[1:]), kwargs
+            return None if step.twin is None else ((step.twin.optimizer, *args[1:]), kwargs)
         self._step = step
         closure = self._rounding(closure, step)
-        return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
+        if any(self._recipes[index].master is not None for index, _ in trained):
+            step.twin = self._twin_of(optimizer)
+        stepper = optimizer if step.twin is None else step.twin.optimizer
+        if "closure" in kwargs:
+            return (stepper, *args[1:]), kwargs | {"closure": closure}
+        return (stepper, closure, *args[2:]), kwargs
+
+    def _twin_of(self, optimizer: Optimizer) -> Twin:
+        self._twin = self._twin or Twin(type(optimizer))
+        self._twin.follow(optimizer)
+        return self._twin
 
     def _agree(self, trained: list[tuple[int, nn.Parameter]]) -> None:
         """Give the ranks of a process group one seed, before the first step and the first of a loaded state."""
@@ -580,7 +594,7 @@ class SWALP:
         return rounding_closure
 
     def _prepare(self, step: _Step) -> None:
-        """Round the gradients, and put the masters in the place of the weights.
+        """Round the gradients, and let copies of the masters stand in for the weights.
 
         A parameter without a gradient is left alone, as the optimizer leaves it.
         """
@@ -591,7 +605,7 @@ class SWALP:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
             step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
-            if self.recipe.master is not None and not step.overflows:
+            if not step.overflows:
                 self._put_masters(step)
         step.ready = True
 
@@ -614,14 +628,12 @@ class SWALP:
         return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
 
     def _put_masters(self, step: _Step) -> None:
-        wide = {}
-        for index, parameter in step.parameters:
-            master = self._master(index)
-            if master.dtype == parameter.dtype:
-                parameter.copy_(master)
-            else:
-                wide[parameter] = master
-        narrow = step.twin.put(wide) if step.twin is not None else []
+        masters = {p: self._master(index) for index, p in step.parameters if self._recipes[index].master is not None}
+        if not masters:
+            return
+        assert self._optimizer is not None
+        step.twin = self._twin_of(self._optimizer)
+        narrow = step.twin.put(masters)
         if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
             parameter, state = narrow[0]
             name = self._names[self._index[parameter]]
@@ -634,12 +646,11 @@ class SWALP:
         """Step and round parameters in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
-        has_masters = self.recipe.master is not None
-        parameters = (
-            (parameter, self._recipes[i], i, self._master(i) if has_masters else None)
-            for i, parameter in step.parameters
-        )
-        step.done = in_one_pass(self._optimizer, parameters, step.key)
+        masters = {i: self._master(i) for i, _ in step.parameters if self._recipes[i].master is not None}
+        parameters = ((parameter, self._recipes[i], i, masters.get(i)) for i, parameter in step.parameters)
+        with uninterrupted():
+            step.done = in_one_pass(self._optimizer, parameters, step.key)
+            self._steps += bool(step.done)  # whatever happens from here on
         for parameter, _ in step.done.values():
             parameter.grad = None  # an optimizer skips a parameter without a gradient
         step.parameters = [each for each in step.parameters if id(each[1]) not in step.done]
@@ -672,29 +683,36 @@ class SWALP:
             raise ValueError(
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
-        for parameter, gradient in step.done.values():
-            parameter.grad = gradient
-        with torch.no_grad():
+        with uninterrupted(), torch.no_grad():
+            for parameter, gradient in step.done.values():
+                parameter.grad = gradient
             self._round_weights(step)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
                 step.twin.rest()
             unknown = self._round_states(step, optimizer)
-        self._step = None
-        self._steps += 1
+            self._step = None
+            self._steps += not step.done
         for name, recipe in unknown.items():  # the step is whole, if a warning is an error
             self._warn_of_unknown(name, recipe, optimizer)
 
     def _round_weights(self, step: _Step) -> None:
-        stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
-        if self.recipe.master is not None:
-            self._round(self._in_role("master", stepped), step)
-            for index, tensor in stepped:
-                self._masters[self._names[index]].copy_(tensor)
-        self._round(self._in_role("weight", stepped), step)
-        for (_, parameter), (_, tensor) in zip(step.parameters, stepped, strict=True):
-            if tensor is not parameter:
-                parameter.copy_(tensor)
+        stand_ins = {} if step.twin is None else step.twin.stand_ins
+        mastered = [(index, p) for index, p in step.parameters if p in stand_ins]
+        self._round(self._in_role("master", [(index, stand_ins[p]) for index, p in mastered]), step)
+        weights = [(index, p.detach()) for index, p in step.parameters if p not in stand_ins]
+        narrow = []
+        for index, parameter in mastered:
+            before, master = self._masters[self._names[index]], stand_ins[parameter].detach()
+            self._masters[self._names[index]] = master
+            # Round in the master's dtype, where nothing else is needed any more.
+            weight = (parameter.detach() if parameter.dtype == master.dtype else before).copy_(master)
+            weights.append((index, weight))
+            if parameter.dtype != master.dtype:
+                narrow.append((parameter, weight))
+        self._round(self._in_role("weight", weights), step)
+        for parameter, weight in narrow:
+            parameter.copy_(weight)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
@@ -704,7 +722,7 @@ class SWALP:
             for slot, (name, tensor, quantizer) in enumerate(states_of(optimizer, parameter, recipe)):
                 if not is_known(recipe, name) and tensor.shape == parameter.shape:
                     unknown[name] = recipe
-                states.append((quantizer, MOMENTUM + slot, index, tensor))
+                states.append((quantizer, ROLES["momentum"] + slot, index, tensor))
         self._round(states, step)
         return unknown
 
@@ -725,23 +743,36 @@ class SWALP:
     ) -> Iterator[tuple[Quantizer, int, int, Tensor]]:
         """The arguments of ``_round`` for ``tensors``, each given as (index of its parameter, tensor)."""
         for index, tensor in tensors:
-            yield getattr(self._recipes[index], role), STREAMS[role], index, tensor
+            yield getattr(self._recipes[index], role), ROLES[role], index, tensor
 
     def _round(self, tensors: Iterable[tuple[Quantizer, int, int, Tensor]], step: _Step) -> None:
-        """Round ``tensors``, each (how, upper half of its stream, index of its parameter, tensor).
+        """Round ``tensors``, each (how, number of its role, index of its parameter, tensor).
 
         One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
         calls: dict[int, tuple[Quantizer, list[Tensor], list[int]]] = {}  # by identity, which is quick to compare
-        for quantizer, half, index, tensor in tensors:
+        for quantizer, role, index, tensor in tensors:
             if id(quantizer) not in calls:
                 calls[id(quantizer)] = quantizer, [], []
             _, xs, streams = calls[id(quantizer)]
             xs.append(tensor)
-            streams.append(stream(half, index))
+            streams.append(parameter_stream(role, index))
         for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        """Whether a parameter has a master; False for one that is not the model's."""
+        index = self._index.get(parameter)  # type: ignore[call-overload]
+        return index is not None and self._recipes[index].master is not None
+
+    def _mastered(self) -> list[str]:
+        """The names of the parameters with masters: floating, of a recipe with a master."""
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if mean_dtype(parameter) is not None and self._has_master(parameter)
+        ]
 
     def _master(self, index: int) -> Tensor:
         """The master of a parameter, by its index; it is kept. See ``_master_of``."""

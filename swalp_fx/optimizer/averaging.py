@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..formats import FLOAT, Format, parse
 from ..ops import quantize, quantize_foreach_
-from ..recipe import parse_rounding
+from ..random import ROLES, parameter_stream
+from ..recipe import Quantizer, parse_rounding
 
 __all__ = ["Average", "mean_dtype"]
 
@@ -106,13 +107,20 @@ class Average:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], *, key: Tensor | int | None = None) -> None:
+    def update(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        key: Tensor | int | None = None,
+        quantizers: Mapping[str, Quantizer] | None = None,
+    ) -> None:
         """mean <- Q(mean + share * (parameter - mean)). The share is 1 / n in the n-th update that counts.
 
         With a decay the share is (1 - decay) / (1 - decay^n).
 
         key: of stochastic rounding; the stream of a mean is its place among ``parameters``. None: a key is drawn from
             torch's default generator.
+        quantizers: of parameters by name, in place of the average's own format and rounding.
         Raises ValueError, before anything is changed, if earlier updates were of other parameters.
         """
         since = self.n_seen - self.start
@@ -123,8 +131,9 @@ class Average:
         if n > 1:
             self.refuse(parameters)
         share = 1 / n if self.decay is None else (1 - self.decay) / (1 - self.decay**n)
-        means, streams = [], []
-        for stream, (name, parameter) in enumerate(parameters.items()):
+        own = Quantizer(self.format) if self.format == FLOAT else Quantizer(self.format, self.rounding)
+        rounded: dict[Quantizer, tuple[list[Tensor], list[int]]] = {}
+        for index, (name, parameter) in enumerate(parameters.items()):
             if (dtype := self.mean_dtype(parameter)) is None:
                 continue
             device = parameter.device if self.device is None else self.device
@@ -134,11 +143,13 @@ class Average:
                 # The model may have moved to another device, or dtype, since.
                 mean = self.means[name].to(device, dtype).lerp_(parameter.detach().to(device, dtype), share)
             self.means[name] = mean
-            if mean.is_floating_point():  # no format holds a complex one
+            quantizer = own if quantizers is None else quantizers[name]
+            if mean.is_floating_point() and quantizer.rounds:  # no format holds a complex one
+                means, streams = rounded.setdefault(quantizer, ([], []))
                 means.append(mean)
-                streams.append(stream)
-        if self.format != FLOAT:
-            quantize_foreach_(means, self.format, self.rounding, key=key, streams=streams)
+                streams.append(parameter_stream(ROLES["average"], index))
+        for quantizer, (means, streams) in rounded.items():
+            quantize_foreach_(means, *quantizer.how(), key=key, streams=streams)
         self.n_averaged = n
         self.n_seen += 1
 

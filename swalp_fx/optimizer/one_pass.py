@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from ..ops import is_plain, quantize_foreach_, update_
+from ..random import ROLES, parameter_stream
 from ..recipe import Quantizer, Recipe
 from .kernels import KERNELS, kernel_of
 from .states import quantizer_of
-from .streams import MOMENTUM, STREAMS, stream
 
 __all__ = ["in_one_pass"]
 
@@ -32,7 +32,7 @@ class _Call:
     def __init__(self, recipe: Recipe, names: Sequence[str], numbers: Sequence[float]) -> None:
         self.numbers = numbers
         quantizers = [recipe.gradient, recipe.weight, *(quantizer_of(recipe, name) for name in names)]
-        upper = [STREAMS["gradient"], STREAMS["weight"], *(MOMENTUM + slot for slot in range(len(names)))]
+        upper = [ROLES["gradient"], ROLES["weight"], *(ROLES["momentum"] + slot for slot in range(len(names)))]
         self.roles = list(zip(quantizers, upper, strict=True))
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
@@ -53,7 +53,7 @@ class _Call:
         """Steps the parameters; whether it could. If it could not, or if it is dry, nothing has changed."""
         first = self.first
         gradient, weight, *states = (
-            stream(upper, 0) if each.rounds and each == first else None for each, upper in self.roles
+            parameter_stream(upper, 0) if each.rounds and each == first else None for each, upper in self.roles
         )
         could = update_(
             kernel,
@@ -81,7 +81,7 @@ class _Call:
         tensors: list[Sequence[Tensor]] = [self.gradients, self.parameters, *states]
         for (quantizer, upper), xs in zip(self.roles, tensors, strict=True):
             if quantizer.rounds and quantizer != self.first:
-                streams = [stream(upper, index) for index in self.indices]
+                streams = [parameter_stream(upper, index) for index in self.indices]
                 quantize_foreach_(xs, *quantizer.how(), key=key, streams=streams)
 
 
@@ -90,7 +90,7 @@ def in_one_pass(
 ) -> dict[int, tuple[nn.Parameter, Tensor]]:
     """Steps ``optimizer`` with its roundings; returns the parameters stepped and their gradients, by id: all or none.
 
-    parameters: (parameter, its recipe, its index in the model, its master); all or none have a master. Recipes are
+    parameters: (parameter, its recipe, its index in the model, its master, if its recipe has one). Recipes are
         resolved. Equal recipes must be one object: one call serves all parameters of a recipe.
 
     Steps none if anything about the step is not as a row of KERNELS or ``ops.update_`` has it:

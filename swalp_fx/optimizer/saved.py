@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +31,16 @@ class Saved:
     masters: dict[str, Tensor]
 
 
-def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Average]) -> Saved:
+def read(
+    state: Any,
+    recipe: Recipe,
+    parameters: Mapping[str, nn.Parameter],
+    mastered: Collection[str],
+    averages: Mapping[str, Average],
+) -> Saved:
     """``state``, read for a SWALP of this recipe and these parameters.
 
+    mastered: the parameters with masters.
     averages: by name, the paper's own included.
     Raises ValueError if it is of another version, recipe or model, or is no state at all.
     """
@@ -58,7 +65,7 @@ def read(state: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], ave
         (*of_state[name][:2], _means(name, average, *of_state[name][1:], parameters, is_whole))
         for name, average in averages.items()
     ]
-    masters = _masters(state["masters"], recipe, parameters, is_whole)
+    masters = _masters(state["masters"], parameters, mastered, is_whole)
     # Before the first step the masters are the weights, and a load may still change those.
     return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {})
 
@@ -73,7 +80,9 @@ def _differing(names: Any, due: list[str]) -> str:
     return f"without {missing[0]!r}" if missing else f"with {more[0]!r} too"
 
 
-def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter], is_whole: bool) -> dict[str, Tensor]:
+def _masters(
+    masters: Any, parameters: Mapping[str, nn.Parameter], mastered: Collection[str], is_whole: bool
+) -> dict[str, Tensor]:
     dtypes = {name: dtype for name, p in parameters.items() if (dtype := mean_dtype(p)) is not None}
     if isinstance(masters, Mapping):  # older states have masters in half precision
         masters = {
@@ -82,7 +91,7 @@ def _masters(masters: Any, recipe: Recipe, parameters: Mapping[str, nn.Parameter
             else master
             for name, master in masters.items()
         }
-    due = {} if recipe.master is None else dtypes
+    due = {name: dtypes[name] for name in mastered}
     copied = _copied("masters", masters, due, parameters)
     if is_whole:
         _refuse_missing("masters", copied, due)

@@ -30,9 +30,12 @@ def warn_of_short_axes(model: nn.Module, recipe: Recipe) -> None:
     for name, parameter in parameters.items():
         here, axis = recipe.at(*subjects[name]), axis_of_parameter(subjects[name])
         for role in OF_PARAMETERS:
-            format = getattr(here, role).format
-            if parameter.is_floating_point() and (remedy := _remedy(format, parameter.shape, axis)) is not None:
-                found.setdefault((format, remedy), {}).setdefault(name, []).append(LETTERS[role])
+            quantizer = getattr(here, role)
+            if quantizer is None or not parameter.is_floating_point():
+                continue
+            if (remedy := _remedy(quantizer.format, parameter.shape, axis)) is not None:
+                of_remedy = found.setdefault((quantizer.format, remedy), {})
+                of_remedy.setdefault(name, []).append(LETTERS.get(role, role))
     for (format, remedy), roles in found.items():
         bits = sum(_bits(format, parameters[name].shape, axis_of_parameter(subjects[name])) for name in roles)
         values = sum(parameters[name].numel() for name in roles)
@@ -61,7 +64,7 @@ def _bits(format: Format, shape: Sequence[int], axis: int) -> int:
     return format.of_tensor(len(shape), axis).stored_bits(shape)
 
 
-def _advice(better: Format, name: str, letters: list[str]) -> str:
+def _advice(better: Format, name: str, roles: list[str]) -> str:
     if isinstance(better.block, Channel):
         return f"use {better}"
-    return f"give a rule, such as Rule({name!r}, {', '.join(f'{letter}={str(better)!r}' for letter in letters)})"
+    return f"give a rule, such as Rule({name!r}, {', '.join(f'{role}={str(better)!r}' for role in roles)})"

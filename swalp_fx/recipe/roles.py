@@ -8,7 +8,7 @@ from typing import Any
 from ..nearest import did_you_mean
 from .errors import RecipeError
 
-__all__ = ["ALL_ROLES", "AVERAGE_ROUNDING", "LETTERS", "OF_PARAMETERS", "ROLES", "STATE", "once"]
+__all__ = ["ALL_ROLES", "AVERAGE_ROUNDING", "LETTERS", "OF_PARAMETERS", "OF_WEIGHTS", "ROLES", "STATE", "once"]
 
 # Letter in tables -> role; Q_W, Q_A, Q_E, Q_G, Q_M in the paper's Algorithm 2.
 ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "momentum"}
@@ -16,7 +16,8 @@ ROLES = {"W": "weight", "A": "activation", "E": "error", "G": "gradient", "M": "
 # rounded to zero, and the step would be as long as 1 / epsilon.
 ALL_ROLES = {**ROLES, "V": "second_moment"}
 LETTERS = {role: letter for letter, role in ALL_ROLES.items()}
-OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment")  # all calls of a layer share these
+OF_WEIGHTS = ("master", "average")  # copies of the weights that the optimizer pass keeps; they have no letter
+OF_PARAMETERS = ("weight", "gradient", "momentum", "second_moment", *OF_WEIGHTS)  # all calls of a layer share these
 STATE = "state."  # before the name of an optimizer's state
 AVERAGE_ROUNDING = "average_rounding"  # the old spelling of average=FORMAT~ROUNDING
 _FIELDS = {**ALL_ROLES, "accumulator": "master"}  # letters, and an old name; hardware's accumulator sums a product

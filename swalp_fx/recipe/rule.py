@@ -10,11 +10,12 @@ from typing import Any
 from .errors import RecipeError
 from .patterns import Subject, is_numbered, matches
 from .quantizer import Quantizer, States, as_states
-from .roles import ALL_ROLES, LETTERS, OF_PARAMETERS, once
+from .roles import ALL_ROLES, LETTERS, OF_PARAMETERS, OF_WEIGHTS, once
 
 __all__ = ["FIELDS_OF_RULE", "Rule"]
 
-FIELDS_OF_RULE = (*ALL_ROLES.values(), "states")  # that it may set
+QUANTIZERS = (*ALL_ROLES.values(), *OF_WEIGHTS)
+FIELDS_OF_RULE = (*QUANTIZERS, "states")  # that it may set
 
 
 @dataclass(frozen=True, init=False)
@@ -23,6 +24,7 @@ class Rule:
 
     A role that is left at None is as in the recipe. Roles go by letter too:
     ``Rule("fc", W="float", G="e5m2~stochastic")``. ``states`` maps names of an optimizer's states to formats.
+    ``master`` gives the matched parameters masters, whether or not the recipe has them for others.
 
     ``match`` is a glob, or a regular expression after ``re:``. It must match the whole qualified name of a layer, an
     output, a parameter, or a module around it. ``"fc"`` is the layer, its output, ``fc.weight`` and ``fc.bias``. The
@@ -44,6 +46,8 @@ class Rule:
     gradient: Quantizer | None = None
     momentum: Quantizer | None = None
     second_moment: Quantizer | None = None
+    master: Quantizer | None = None
+    average: Quantizer | None = None
     states: States = ()  # of the optimizer, by name, sorted
 
     def __init__(self, match: str, kind: str | None = None, **roles: Any) -> None:
@@ -61,13 +65,13 @@ class Rule:
         values = {role: Quantizer.parse(spec) for role, spec in given.items() if spec is not None}
         if not (values or states):
             raise RecipeError(f"rule {match!r} sets no format; name a role, such as weight='float'")
-        unset = dict.fromkeys(ALL_ROLES.values())
+        unset = dict.fromkeys(QUANTIZERS)
         for name, value in {"match": match, "kind": kind, **unset, **values, "states": states}.items():
             object.__setattr__(self, name, value)
 
     def roles(self) -> dict[str, Quantizer]:
         """Role -> quantizer, of the roles that the rule sets."""
-        return {role: value for role in ALL_ROLES.values() if (value := getattr(self, role)) is not None}
+        return {role: value for role in QUANTIZERS if (value := getattr(self, role)) is not None}
 
     def matches(self, subjects: Iterable[Subject]) -> bool:
         return any((self.kind is None or self.kind in kinds) and matches(self.match, name) for name, kinds in subjects)
@@ -84,7 +88,7 @@ class Rule:
 
     def __repr__(self) -> str:
         kind = [f"kind={self.kind!r}"] if self.kind is not None else []
-        roles = [f"{LETTERS[role]}={str(value)!r}" for role, value in self.roles().items()]
+        roles = [f"{LETTERS.get(role, role)}={str(value)!r}" for role, value in self.roles().items()]
         if self.states:
             roles.append(f"states={ {name: str(quantizer) for name, quantizer in self.states} }")
         return f"Rule({', '.join([repr(self.match), *kind, *roles])})"

@@ -58,7 +58,8 @@ def rule_text(rule: Rule) -> str:
     given = rule.roles()
     everywhere = [str(given[role]) for role in ROLES.values() if role in given]
     alike = len(everywhere) == len(ROLES) and len(set(everywhere)) == 1
-    named = (f"{LETTERS[role]}={value}" for role, value in given.items() if not (alike and role in ROLES.values()))
+    others = {role: value for role, value in given.items() if not (alike and role in ROLES.values())}
+    named = (f"{LETTERS.get(role, role)}={value}" for role, value in others.items())
     return " ".join([_quoted(rule.match), *everywhere[: 1 if alike else 0], *kind, *named, *_states(rule.states)])
 
 

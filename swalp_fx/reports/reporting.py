@@ -14,8 +14,8 @@ from torch import nn
 from ..capture import Conversion
 from ..capture.methods import set_on
 from ..formats import FLOAT
-from ..nodes import quantize_output
 from ..passes.names import PART, place
+from ..passes.rounding import ACTIVATION, Rounding
 from ..recipe import ROLES, Recipe
 from ..recipe.quantizer import MARK
 from .audit import Audit, audited
@@ -107,14 +107,23 @@ def _totals(
         )
     yield "outputs", _outputs(found) if conversion.graphs else UNSEEN
     yield "rounding", f"{recipe.rounding}{_own_roundings(found)}"
-    if recipe.master is not None:
-        yield "master", f"{recipe.master}, which the optimizer steps on"
-    if recipe.average.rounds:
-        yield "average", f"{recipe.average}"
+    if masters := _with_rules(recipe, "master"):
+        yield "master", f"{masters}, which the optimizer steps on"
+    if averages := _with_rules(recipe, "average"):
+        yield "average", averages
     if states := list(_states(recipe)):
         yield "states", f"{', '.join(states)}, of the optimizer"
     if audit is not None:
         yield "inside", _inside(found, audit)
+
+
+def _with_rules(recipe: Recipe, role: str) -> str:
+    """The formats that a recipe and its rules give to ``role``; "" if nothing has one."""
+    default, own = getattr(type(recipe), role), getattr(recipe, role)
+    here = [str(own)] if own != default else []
+    return ", ".join(
+        [*here, *(f"{quantizer} in {rule.match}" for rule in recipe.rules if (quantizer := getattr(rule, role)))]
+    )
 
 
 def _states(recipe: Recipe) -> Iterator[str]:
@@ -218,7 +227,7 @@ def _meant(conversion: Conversion, meaning: str) -> list[str]:
     """The places with this meaning that no graph rounds."""
     graphs = (inlined(made.graph_module).graph for made in conversion.graphs)
     found = [node for graph in graphs for node in graph.nodes if node.meta.get(PART) == meaning]
-    rounded = {place(node) for node in found if any(user.target is quantize_output for user in node.users)}
+    rounded = {place(node) for node in found if any(Rounding.of(user, ACTIVATION) for user in node.users)}
     return [name for name in dict.fromkeys(map(place, found)) if name not in rounded]
 
 
