@@ -5,6 +5,7 @@
 #include <exception>
 #include <string>
 
+#include "fingerprint.h"
 #include "plan.h"
 
 // man to beyond: the element's grid, see Grid in csrc/elements.h. table: a codebook, in place of a grid. scale: a code of
@@ -35,7 +36,7 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
         "Tensor(b!) scales, Tensor(c!) second) -> bool");
 }
 
-// ---- plans, for Python ------------------------------------------------------------------------------------------------
+// ---- plans and fingerprints, for Python -------------------------------------------------------------------------------
 
 namespace {
 
@@ -90,6 +91,17 @@ PyObject* keeps(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return PyBool_FromLong(kept);
 }
 
+// fingerprint(address, bytes) -> int, of 64 bits
+PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "fingerprint takes 2 arguments");
+  const void* memory = PyLong_AsVoidPtr(arguments[0]);
+  const int64_t bytes = PyLong_AsLongLong(arguments[1]);
+  if (PyErr_Occurred()) return nullptr;
+  uint64_t found = 0;
+  if (!without_gil([&] { found = swalp_fx::fingerprint(memory, bytes); })) return nullptr;
+  return PyLong_FromUnsignedLongLong(found);
+}
+
 template <class F>
 PyCFunction function(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -99,6 +111,7 @@ PyMethodDef methods[] = {
     {"own", function(&own), METH_O, nullptr},
     {"round", function(&round), METH_FASTCALL, nullptr},
     {"keeps", function(&keeps), METH_FASTCALL, nullptr},
+    {"fingerprint", function(&fingerprint), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

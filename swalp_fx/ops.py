@@ -307,7 +307,7 @@ def is_plain(x: Tensor) -> bool:
     return not (x.is_neg() or x._is_zerotensor() or x.is_nested)
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether a trace or a transform is active: the call may run again on other numbers, or on hidden tensors."""
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
@@ -319,7 +319,7 @@ def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> A
 
     None if the result would differ: for a tensor that is not plain, and while calls are recorded.
     """
-    if _is_recorded() or not is_plain(x):
+    if is_recorded() or not is_plain(x):
         return None
     if key is None and rounding.startswith("stochastic"):
         return None
@@ -447,7 +447,7 @@ def write_codes(
     """
     how = _find(format, rounding)
     assert how is not None
-    if _is_recorded() or not is_plain(x):
+    if is_recorded() or not is_plain(x):
         return False
     with torch._C._AutoDispatchBelowAutograd():
         return _CODES(x, *how, key, stream, coding, packed, scales, second)
@@ -463,9 +463,14 @@ def keeps(x: Tensor, spec: str) -> bool:
     - for a tensor with gaps, and for a large tensor with blocks in several pieces of memory.
     """
     if _find(spec, "nearest") is None:
-        return not _is_recorded()
+        return not is_recorded()
     plan = _plan(x, spec, "nearest", None)
     return plan is not None and _C.keeps(plan, x.data_ptr())
+
+
+def fingerprint(x: Tensor) -> int:
+    """A hash of 64 bits of the memory of ``x``, contiguous and on the CPU: csrc/fingerprint.h."""
+    return _C.fingerprint(x.data_ptr(), x.nbytes)
 
 
 def update_(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .. import fingerprints
 from ..codes import packed_state, unpacked_state
 from ..formats import FLOAT, Format
 from ..ops import quantize_foreach_
@@ -423,14 +425,13 @@ class SWALP:
         ]
         tensors = [*self._parameters.values(), *(buffer for _, _, buffer in places if buffer is not None)]
         before = [tensor.detach().clone() for tensor in tensors]
+        stored = [(parameter, fingerprints.number_of(parameter)) for parameter in self._parameters.values()]
         self._is_averaged = True
         # Its loads too: at the end they would be lost.
         refusal = _RefusedLoad(is_on=True)
         handles = [module.register_load_state_dict_pre_hook(refusal) for module in self.model.modules()]
         try:
-            with torch.no_grad():
-                for name, mean in of_name.mean(format).items():
-                    self._parameters[name].copy_(mean)
+            of_name.write(self._parameters, format)
             if loader is not None:
                 recalibrate(self.model, loader, forward=forward)
             yield self.model
@@ -441,6 +442,7 @@ class SWALP:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+            fingerprints.put(stored)
             for buffers, name, buffer in places:
                 buffers[name] = buffer
 
@@ -474,7 +476,7 @@ class SWALP:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, seed, averages and masters, to resume a run.
+        """Counters, seed, averages, masters and fingerprints of stored weights, to resume a run.
 
         With the model's and the optimizer's own states, the resumed run gives the bits of a run that was not stopped.
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step. Every tensor that
@@ -499,6 +501,12 @@ class SWALP:
                 for name, each in self.averages.items()
             },
             "masters": {name: self._master_of(name) for name in self._mastered()},
+            "fingerprints": {
+                name: fingerprints.number_of(parameter)
+                for (name, parameter), recipe in zip(self._parameters.items(), self._recipes, strict=True)
+                if mean_dtype(parameter) is not None
+                and not fingerprints.keeps_rounded(recipe.weight.format, parameter.dtype)
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -514,6 +522,7 @@ class SWALP:
         found = read(state, self.recipe, self._parameters, self._mastered(), averages)
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
         self._has_agreed = False
+        fingerprints.put((self._parameters[name], number) for name, number in found.fingerprints.items())
         for average, (n_seen, n_averaged, means) in zip(averages.values(), found.averages, strict=True):
             average.n_seen, average.n_averaged, average.means = n_seen, n_averaged, means
 
@@ -687,6 +696,7 @@ class SWALP:
             for parameter, gradient in step.done.values():
                 parameter.grad = gradient
             self._round_weights(step)
+            self._note_stored(step)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
                 step.twin.rest()
@@ -713,6 +723,11 @@ class SWALP:
         self._round(self._in_role("weight", weights), step)
         for parameter, weight in narrow:
             parameter.copy_(weight)
+
+    def _note_stored(self, step: _Step) -> None:
+        """Let the next forwards read the weights of this step as they are."""
+        stepped = itertools.chain(step.parameters, ((self._index[p], p) for p, _ in step.done.values()))
+        fingerprints.note((parameter, self._recipes[index].weight.format) for index, parameter in stepped)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""

@@ -32,8 +32,8 @@ class _Call:
     def __init__(self, recipe: Recipe, names: Sequence[str], numbers: Sequence[float]) -> None:
         self.numbers = numbers
         quantizers = [recipe.gradient, recipe.weight, *(quantizer_of(recipe, name) for name in names)]
-        upper = [ROLES["gradient"], ROLES["weight"], *(ROLES["momentum"] + slot for slot in range(len(names)))]
-        self.roles = list(zip(quantizers, upper, strict=True))
+        numbers_of = [ROLES["gradient"], ROLES["weight"], *(ROLES["momentum"] + slot for slot in range(len(names)))]
+        self.roles = list(zip(quantizers, numbers_of, strict=True))
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
         self.states: list[Tensor] = []  # those of the first parameter, then those of the next
@@ -53,7 +53,7 @@ class _Call:
         """Steps the parameters; whether it could. If it could not, or if it is dry, nothing has changed."""
         first = self.first
         gradient, weight, *states = (
-            parameter_stream(upper, 0) if each.rounds and each == first else None for each, upper in self.roles
+            parameter_stream(role, 0) if each.rounds and each == first else None for each, role in self.roles
         )
         could = update_(
             kernel,
@@ -79,9 +79,9 @@ class _Call:
         of_each = len(self.roles) - 2
         states = (self.states[slot::of_each] for slot in range(of_each))
         tensors: list[Sequence[Tensor]] = [self.gradients, self.parameters, *states]
-        for (quantizer, upper), xs in zip(self.roles, tensors, strict=True):
+        for (quantizer, role), xs in zip(self.roles, tensors, strict=True):
             if quantizer.rounds and quantizer != self.first:
-                streams = [parameter_stream(upper, index) for index in self.indices]
+                streams = [parameter_stream(role, index) for index in self.indices]
                 quantize_foreach_(xs, *quantizer.how(), key=key, streams=streams)
 
 
