@@ -243,7 +243,7 @@ def test_a_parameter_without_gradient_is_left_alone(name, master):
         model[3](torch.ones(2, 8)).sum().backward()
         optimizer.step()
     assert torch.equal(model[0].weight, before) and model[0].weight not in optimizer.state
-    assert set(swalp._masters) == (set() if master == "none" else {"3.weight", "3.bias"})
+    assert set(swalp._parameters.masters) == (set() if master == "none" else {"3.weight", "3.bias"})
     assert torch.equal(model[3].weight, quantize(model[3].weight, "bfp4"))
 
 
@@ -1058,7 +1058,7 @@ def test_a_state_of_version_3_is_read_though_it_has_only_what_was_made_so_far(st
     old["masters"] = {} if steps == 0 else {name: state["masters"][name] for name in list(state["masters"])[1:]}
     again = setup(master="float")[2]
     again.load_state_dict(old)
-    assert again.state_dict()["step"] == steps and list(again._masters) == list(old["masters"])
+    assert again.state_dict()["step"] == steps and list(again._parameters.masters) == list(old["masters"])
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -1125,7 +1125,7 @@ def test_rounding_on_cuda_draws_what_the_cpu_draws():
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.123)
         optimizer.step()
-        return [dict(model.to("cpu").named_parameters()), {k: v.cpu() for k, v in swalp._masters.items()}]
+        return [dict(model.to("cpu").named_parameters()), {k: v.cpu() for k, v in swalp._parameters.masters.items()}]
 
     assert same(rounded("cuda"), rounded("cpu"))
 
