@@ -223,18 +223,20 @@ class SWALP:
 
     def refuse(self, optimizer: Optimizer) -> None:
         """Raises the errors of ``attach``, and changes nothing."""
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
         name = type(optimizer).__name__
         if (kind := class_of_torch(type(optimizer), SHARDED)) is not None:
             raise ValueError(f"cannot attach to {kind}; {SHARDED[kind]}")
         if (shard := unwhole(self.model)) is not None:
             raise ValueError(f"{name} cannot train {shard}")
-        inner = next((key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
-        if inner is not None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        held = vars(optimizer) if hasattr(optimizer, "__dict__") else {}
+        inner = next((key for key, value in held.items() if isinstance(value, Optimizer)), None)
+        is_bare = isinstance(optimizer, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks")
+        if inner is not None or is_bare:
             raise ValueError(
                 f"{name} wraps another optimizer, which has the states; attach to its .{inner or 'optimizer'}"
             )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"attach takes a torch.optim.Optimizer, not {name}")
         if self._optimizer is not None:
             raise ValueError(f"this SWALP is already attached to {type(self._optimizer).__name__}; call detach() first")
         if isinstance(optimizer, LBFGS):
@@ -478,6 +480,8 @@ class SWALP:
     def state_dict(self) -> dict[str, Any]:
         """Counters, seed, averages, masters and fingerprints of stored weights, to resume a run.
 
+        A master of a parameter that never had a gradient is waiting: it is the weight, also if that is written.
+
         With the model's and the optimizer's own states, the resumed run gives the bits of a run that was not stopped.
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step. Every tensor that
         a load needs is there, also before the first step and the first average.
@@ -501,6 +505,7 @@ class SWALP:
                 for name, each in self.averages.items()
             },
             "masters": {name: self._master_of(name) for name in self._mastered()},
+            "waiting": [name for name in self._mastered() if name not in self._masters],
             "fingerprints": {
                 name: fingerprints.number_of(parameter)
                 for (name, parameter), recipe in zip(self._parameters.items(), self._recipes, strict=True)
