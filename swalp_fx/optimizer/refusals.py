@@ -18,16 +18,18 @@ __all__ = ["refuse_optimizer", "refuse_sparse", "refuse_step"]
 
 def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
     """Raises TypeError for what is no optimizer, and ValueError for one whose steps have no low-precision order."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"attach takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     name = type(optimizer).__name__
     if (kind := class_of_torch(type(optimizer), SHARDED)) is not None:
         raise ValueError(f"cannot attach to {kind}; {SHARDED[kind]}")
     if (shard := unwhole(model)) is not None:
         raise ValueError(f"{name} cannot train {shard}")
-    inner = next((key for key, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
-    if inner is not None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    held = vars(optimizer) if hasattr(optimizer, "__dict__") else {}
+    inner = next((key for key, value in held.items() if isinstance(value, Optimizer)), None)
+    is_bare = isinstance(optimizer, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks")
+    if inner is not None or is_bare:
         raise ValueError(f"{name} wraps another optimizer, which has the states; attach to its .{inner or 'optimizer'}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"attach takes a torch.optim.Optimizer, not {name}")
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS evaluates its closure several times a step, which has no low-precision order; use SGD or Adam"

@@ -199,6 +199,8 @@ class SWALP(LowPrecision):
     def state_dict(self) -> dict[str, Any]:
         """Counters, seed, averages, masters and fingerprints of stored weights, to resume a run.
 
+        A master of a parameter that never had a gradient is waiting: it is the weight, also if that is written.
+
         With the model's and the optimizer's own states, the resumed run gives the bits of a run that was not stopped.
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step. Every tensor that
         a load needs is there, also before the first step and the first average.
@@ -222,6 +224,7 @@ class SWALP(LowPrecision):
                 for name, each in self.averages.items()
             },
             "masters": {name: self._parameters.master_of(name) for name in self._parameters.mastered()},
+            "waiting": [name for name in self._parameters.mastered() if name not in self._parameters.masters],
             "fingerprints": {
                 name: fingerprints.number_of(parameter)
                 for (name, parameter), recipe in zip(
