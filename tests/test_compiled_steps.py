@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_optimizer import MASTERS, OPTIMIZERS, RECIPE, Decayed, algorithm_2, fitted, loss_of, net, same, train, values
+from stepping import MASTERS, OPTIMIZERS, RECIPE, Decayed, algorithm_2, fitted, loss_of, net, same, train, values
 from torch import nn
 
 from swalp_fx import SWALP, Recipe, convert, quantize

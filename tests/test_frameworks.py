@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optimizer import net, same, values
+from stepping import net, same, values
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import MEANS, OPTIMIZERS, RECIPE, Breaks, fitted, same, values
+from stepping import MEANS, OPTIMIZERS, RECIPE, Breaks, fitted, same, values
 from torch import nn
 
 from swalp_fx.ops import quantize

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import OPTIMIZERS, net, same, setup, train, values
+from stepping import OPTIMIZERS, net, same, setup, train, values
 from torch import nn
 
 from swalp_fx import SWALP, Average

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_optimizer import OPTIMIZERS, same, values
+from stepping import OPTIMIZERS, same, values
 from torch import nn
 
 from swalp_fx import Recipe, convert, quantize, report

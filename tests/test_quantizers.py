@@ -8,7 +8,7 @@ import pytest
 import shapes
 import torch
 from marks import rewritten_by
-from test_optimizer import OPTIMIZERS, algorithm_2, net, same, setup, train, values
+from stepping import OPTIMIZERS, algorithm_2, net, same, setup, train, values
 from torch import nn
 
 from swalp_fx import Quantizer, Recipe, RecipeError, Rule, convert, draw, measure, nodes, parse, quantize, report

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optimizer import MASTERS, OPTIMIZERS, same, setup, values
+from stepping import MASTERS, OPTIMIZERS, same, setup, values
 from torch import nn
 
 import swalp_fx

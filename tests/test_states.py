@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import loss_of, net, same, setup, train, values
+from stepping import loss_of, net, same, setup, train, values
 from torch import nn
 
 from swalp_fx import Recipe, RecipeError, Rule, convert, quantize
