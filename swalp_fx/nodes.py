@@ -23,13 +23,6 @@ from .recipe import MARK, split
 
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight", "recurrent"]
 
-# The 64 bits of a stream id: the site in the graph (32 bits), its error signal (1 bit), the imaginary part of a complex
-# tensor (1 bit), and the tensor's number in an output of several (from bit 40). So distinct sites, signals, parts and
-# tensors never share a random word.
-ERROR_STREAM = 1 << 32
-TENSOR_STREAM = 1 << 40
-PART_STREAM = 1 << 33  # of a complex tensor: its imaginary part
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -83,7 +76,7 @@ class _QuantizeOutput(Function):
         kept: str,
     ) -> Tensor:
         ctx.materialize_grads = False
-        ctx.how = ("float" if "E" in kept else error, error_rounding, key, stream | ERROR_STREAM)
+        ctx.how = ("float" if "E" in kept else error, error_rounding, key, random.error_stream(stream))
         ctx.in_place = "E" in in_place
         if "A" in kept:
             return x.detach()
@@ -130,7 +123,7 @@ class _QuantizeOutputApart(Function):
     def backward(ctx: Any, error: Tensor | None) -> tuple[Tensor | None, ...]:
         if error is not None:
             (key,) = ctx.saved_tensors
-            error = quantize(error, ctx.error, ctx.rounding, key=key, stream=ctx.stream | ERROR_STREAM)
+            error = quantize(error, ctx.error, ctx.rounding, key=key, stream=random.error_stream(ctx.stream))
         return error, None, None, None, None, None, None
 
     @staticmethod
@@ -153,8 +146,8 @@ def draw_key(training: bool) -> Tensor | None:
     if not training:
         return None
     key = random.draw_key()
-    # Distinct ranks give distinct keys; philox asks for no more.
-    return key ^ distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else key
+    is_in_group = distributed.is_available() and distributed.is_initialized()
+    return random.rank_key(key, distributed.get_rank()) if is_in_group else key
 
 
 @_public
@@ -220,7 +213,7 @@ def quantize_output(
     leaves, structure = pytree.tree_flatten(x)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            leaves[i] = _quantized(leaf, key, stream + i * TENSOR_STREAM, *roles, "", "")
+            leaves[i] = _quantized(leaf, key, random.tensor_stream(stream, i), *roles, "", "")
     return pytree.tree_unflatten(leaves, structure)
 
 
@@ -236,11 +229,9 @@ def _quantized(
     kept: str,
 ) -> Tensor:
     if x.is_complex():
-        parts = (
-            _quantized(each, key, stream + i * PART_STREAM, activation, rounding, error, error_rounding, "", "")
-            for i, each in enumerate((x.real, x.imag))
-        )
-        return torch.complex(*parts)
+        roles = activation, rounding, error, error_rounding, "", ""
+        imaginary = random.imaginary_stream(stream)
+        return torch.complex(_quantized(x.real, key, stream, *roles), _quantized(x.imag, key, imaginary, *roles))
     if not x.is_floating_point():
         return x
     if is_transformed():
@@ -269,9 +260,6 @@ def checkpointed(body: Callable[..., Any], key: Tensor | None, /, *operands: Any
     return checkpoint(run, *(operands[i] for i in tracked), **{"use_reentrant": False, **how})
 
 
-STEP = 32  # the lowest bit of a key that takes the number of a time step; ranks take the bits below
-
-
 @_public
 def recurrent(
     step: Callable[..., Any],
@@ -294,7 +282,7 @@ def recurrent(
     if not steps:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # PyTorch's own words
     for time, now in reversed(steps) if reverse else steps:
-        own = None if key is None else key ^ (time << STEP)
+        own = None if key is None else random.step_key(key, time)
         states, (output, *last) = step(own, now, *states, *weights)
         given.append(output)
     return torch.stack(given[::-1] if reverse else given, axis), *last

@@ -11,7 +11,24 @@ import hashlib
 
 import torch
 
-__all__ = ["draw", "draw_key", "draws_per_word", "fold_in", "is_captured", "philox", "stream_of"]
+__all__ = [
+    "ROLES",
+    "SITES",
+    "draw",
+    "draw_key",
+    "draws_per_word",
+    "error_stream",
+    "fold_in",
+    "free_stream",
+    "imaginary_stream",
+    "is_captured",
+    "parameter_stream",
+    "philox",
+    "rank_key",
+    "step_key",
+    "stream_of",
+    "tensor_stream",
+]
 
 MASK = 0xFFFFFFFF
 # SC'11, section 3.3: the two multipliers, and the Weyl increments of the key (the golden
@@ -23,6 +40,20 @@ ROUNDS = 10
 # 16 counters run side by side, and each row of 16 neighbouring elements draws the same part of the same
 # word of each. So 16 SIMD lanes, or 4 GPU threads with 16-byte accesses, store their draws without a shuffle.
 COUNTERS = 16
+
+# The 64 bits of a stream id in a graph: the site (32 bits), its error signal (1 bit), the imaginary part of a complex
+# tensor (1 bit), and the tensor's number in an output of several (from bit 40). So distinct sites, signals, parts and
+# tensors never share a random word.
+SITES = 1 << 32
+ERROR = 1 << 32
+IMAGINARY = 1 << 33
+TENSOR = 1 << 40
+# In an optimizer step and in an average, which have keys of their own: the index of the parameter (32 bits), and above
+# it the number of the role. Momentum is last: an optimizer's second state tensor of a parameter takes the next number.
+ROLES = {"average": 0, "gradient": 1, "master": 2, "weight": 3, "momentum": 4}
+ROLE = 32
+# The lowest bit of a key that takes the number of a time step; ranks take the bits below.
+STEP = 32
 
 
 @torch.compiler.disable(reason="the products of Philox take 64 bits, one more than a compiled integer has")
@@ -65,6 +96,44 @@ def fold_in(key: int, data: int) -> int:
 def stream_of(*place: str) -> int:
     """The 32 bits of a site's stream: a hash of the words that name the place."""
     return int.from_bytes(hashlib.blake2b("|".join(place).encode(), digest_size=4).digest(), "little")
+
+
+def free_stream(taken: set[int], *place: str) -> int:
+    """``stream_of(*place)``, added to ``taken``; another hash if it is taken, as may happen among 100,000 places."""
+    while (stream := stream_of(*place)) in taken:
+        place = (*place, "again")
+    taken.add(stream)
+    return stream
+
+
+def error_stream(stream: int) -> int:
+    """The stream of the error signal of a site's output."""
+    return stream | ERROR
+
+
+def imaginary_stream(stream: int) -> int:
+    """The stream of the imaginary part of a complex tensor; the real part has the tensor's own."""
+    return stream | IMAGINARY
+
+
+def tensor_stream(stream: int, number: int) -> int:
+    """The stream of one of several tensors of an output, by its number."""
+    return stream + number * TENSOR
+
+
+def parameter_stream(role: int, index: int) -> int:
+    """The stream of a parameter in an optimizer step or an average, by the number of its role in ROLES."""
+    return role << ROLE | index
+
+
+def step_key(key: torch.Tensor, time: int) -> torch.Tensor:
+    """The key of one time step of a loop; that of step 0 is ``key``."""
+    return key ^ (time << STEP)
+
+
+def rank_key(key: torch.Tensor, rank: int) -> torch.Tensor:
+    """The key of one process of a group; that of rank 0 is ``key``. Distinct keys are all that Philox asks for."""
+    return key ^ rank
 
 
 def draw_key(generator: torch.Generator | None = None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_optimizer import MASTERS, OPTIMIZERS, RECIPE, Decayed, algorithm_2, loss_of, net, same, train, values
+from test_optimizer import MASTERS, OPTIMIZERS, RECIPE, Decayed, algorithm_2, fitted, loss_of, net, same, train, values
 from torch import nn
 
 from swalp_fx import SWALP, Recipe, convert, quantize
@@ -30,7 +30,7 @@ def test_a_compiled_step_is_algorithm_2_around_torchs_own_compiled_step(name, ba
     optimizer, plain = MAKES[name](found.parameters()), net()
     reference = MAKES[name](plain.parameters())
     torch.manual_seed(7)
-    swalp = SWALP(found, Recipe.parse(RECIPE, **MASTERS[master]))
+    swalp = SWALP(found, Recipe.parse(fitted(RECIPE, optimizer), **MASTERS[master]))
     swalp.attach(optimizer)
     for each in (optimizer, reference):
         each.step = torch.compile(each.step, backend=backend)
@@ -94,7 +94,7 @@ def test_a_graph_break_around_a_call_of_the_model_leaves_what_it_returns_as_it_i
 def test_a_step_without_graph_breaks_is_refused_in_one_sentence():
     model = net()
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    swalp = SWALP(model, RECIPE)
+    swalp = SWALP(model, fitted(RECIPE, optimizer))
     swalp.attach(optimizer)
     loss_of(model, 0).backward()
     before = [p.clone() for p in model.parameters()]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from swalp_fx import NotRewritten, convert, nodes, quantize
+from swalp_fx import NotRewritten, convert, nodes, quantize, random
 
 KEY = torch.tensor(1234)
 SPEC = "bfp4[0]"
@@ -98,7 +98,7 @@ SIGNALS = {
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_an_error_signal_is_rounded_whatever_its_memory_is(kind, in_place):
     signal = SIGNALS[kind]()
-    due = quantize(signal.clone(), SPEC, "stochastic", key=KEY, stream=7 | nodes.ERROR_STREAM)
+    due = quantize(signal.clone(), SPEC, "stochastic", key=KEY, stream=random.error_stream(7))
     x = torch.randn(3, 4, requires_grad=True)
     y = nodes.quantize_output(x * 1, KEY, 7, SPEC, SPEC, "stochastic", in_place=in_place)
     y.backward(signal)

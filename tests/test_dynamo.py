@@ -458,3 +458,24 @@ def test_a_trace_goes_into_what_was_one_node_or_into_another_function() -> None:
         run, seen = traced(layer.forward, names)
         run(torch.ones(1, 3, 4))
         assert "_transformer_encoder_layer_fwd" in seen[0]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_number_of_a_tensor_is_an_argument_in_the_graph(
+    named: bool, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = torch.nn.functional.huber_loss
+    monkeypatch.setitem(dynamo.TorchInGraphFunctionVariable._get_handlers(), function, None)  # which is taken out again
+    dynamo.trace_number(function, "delta", 1.0, lambda: holds)
+
+    def call(x: Tensor, y: Tensor, threshold: Tensor) -> Tensor:
+        delta = 1 / float(threshold)
+        return function(x, y, delta=delta) if named else function(x, y, "mean", delta)
+
+    run, seen = traced(call, lambda frame, graph_module, inputs: graph_module.code)
+    with dynamo.knobs():
+        for threshold in (2.0, 4.0, 5.0):
+            given = X, torch.zeros(2, 3), torch.tensor(threshold)
+            assert torch.equal(run(*given), call(*given))
+    assert any("huber_loss" in code for code in seen) == holds and len(seen) == 1

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import MEANS, OPTIMIZERS, RECIPE, Breaks, same, values
+from test_optimizer import MEANS, OPTIMIZERS, RECIPE, Breaks, fitted, same, values
 from torch import nn
 
 from swalp_fx.ops import quantize
@@ -43,7 +43,7 @@ def train(model, optimizer, steps):
 def attached(model, make=OPTIMIZERS["momentum"], recipe=RECIPE, **changes):
     torch.manual_seed(7)
     optimizer = make(model.parameters())
-    swalp = SWALP(model, Recipe.parse(recipe, **{"master": "float", **changes}))
+    swalp = SWALP(model, Recipe.parse(fitted(recipe, optimizer), **{"master": "float", **changes}))
     swalp.attach(optimizer)
     return model, optimizer, swalp
 
@@ -279,4 +279,4 @@ def test_a_step_holds_no_memory_that_its_parameters_do_not_need():
     model, optimizer, swalp = attached(net(torch.bfloat16), OPTIMIZERS["adam"])
     train(model, optimizer, range(2))
     stand_ins = swalp._twin.stand_ins
-    assert len(stand_ins) == 2 and not any(p.numel() or p.grad is not None for p in stand_ins.values())
+    assert len(stand_ins) == 4 and not any(p.numel() or p.grad is not None for p in stand_ins.values())

@@ -6,7 +6,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import swalp_fx
-from swalp_fx import nodes, quantize
+from swalp_fx import nodes, quantize, random
 
 KEY = torch.tensor(1234)
 
@@ -62,7 +62,7 @@ def test_an_output_is_quantized_both_ways(activation, error):
     assert torch.equal(y, quantize(x, activation, "stochastic", key=KEY, stream=7))
     signal = torch.randn(4, 6)
     y.backward(signal)
-    error_stream = 7 | nodes.ERROR_STREAM
+    error_stream = random.error_stream(7)
     assert torch.equal(x.grad, quantize(signal, error, "stochastic", key=KEY, stream=error_stream))
 
 
@@ -92,7 +92,7 @@ def test_tensors_of_a_nest_have_streams_of_their_own_and_the_rest_passes():
     )
     assert third is indices and size == 5 and nothing is None
     assert torch.equal(first, quantize(x, "bfp4", "stochastic", key=KEY, stream=0))
-    assert torch.equal(second, quantize(x, "bfp4", "stochastic", key=KEY, stream=nodes.TENSOR_STREAM))
+    assert torch.equal(second, quantize(x, "bfp4", "stochastic", key=KEY, stream=random.tensor_stream(0, 1)))
 
 
 @pytest.mark.parametrize("how", [{}, {"use_reentrant": True}, {"preserve_rng_state": False}])

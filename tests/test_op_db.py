@@ -29,7 +29,6 @@ LEFT = {
     **dict.fromkeys(("nn.functional.ctc_loss", "nn.functional.gaussian_nll_loss"), PYTHON),
     **dict.fromkeys((f"nn.functional.linear_cross_entropy.{how}" for how in ("chunked", "chunked_none")), PYTHON),
     **dict.fromkeys(("nn.CTCLoss", "nn.GaussianNLLLoss"), PYTHON),
-    "nn.BatchNorm1d": f"with momentum=None it reads a count as a number; {PYTHON}",
 }
 SELECTS = "it selects, where others of its name make sums"
 ALIKE = "its samples happen to give zeros, or numbers alone"

@@ -14,7 +14,8 @@ from swalp_fx.passes import insert
 from swalp_fx.passes.assign import SITE
 from swalp_fx.passes.names import PART, place
 from swalp_fx.passes.proof import VerifyError
-from swalp_fx.random import stream_of
+from swalp_fx.passes.rounding import Rounding
+from swalp_fx.random import SITES, stream_of
 
 RECIPE = Recipe.parse("bfp8[0]")
 
@@ -194,6 +195,20 @@ def test_every_parameter_and_every_output_but_the_logits(name, weights, outputs)
         graph = rewritten(getattr(torchvision.models, name)(), RECIPE, torch.randn(2, 3, 64, 64)).graph
     assert _count(graph, nodes.quantize_weight) == weights
     assert _count(graph, nodes.quantize_output) == outputs
+
+
+def test_a_rounding_has_the_arguments_of_its_node_by_name():
+    made = traced(shapes.Convnet, RECIPE)[1]
+    found = list(Rounding.all(made.graph))
+    assert {each.node for each in found} == {*_nodes(made.graph, nodes.quantize_weight)} | {
+        *_nodes(made.graph, nodes.quantize_output)
+    }
+    weight, output = (next(each for each in found if role in each.quantizers) for role in "WA")
+    assert (place(weight.source), weight.stream, weight.rounding) == ("0.weight", stream_of("0.weight"), "stochastic")
+    assert (weight.quantizers, output.quantizers) == ({"W": "bfp8[0]"}, {"A": "bfp8[0]", "E": "bfp8[0]"})
+    assert weight.forward == "bfp8[0]" and Rounding.of(weight.node, "W") == weight
+    assert Rounding.of(weight.node, "A") is Rounding.of(weight.source) is Rounding.of(3) is None
+    assert output.in_place and output.key is weight.key is next(iter(made.graph.nodes))
 
 
 def test_a_line_of_the_code_reads_as_it_runs():
@@ -388,7 +403,7 @@ def _shared_stream(graph):
 
 
 def _stream_of_an_error(graph):
-    _of(graph, "relu_q").update_arg(2, nodes.ERROR_STREAM)
+    _of(graph, "relu_q").update_arg(2, SITES)
 
 
 def _other_format(graph):

@@ -101,7 +101,7 @@ def test_its_own_recipe_has_a_rounding_a_role():
 
 def test_the_loss_is_unscaled_before_the_gradients_are_rounded():
     weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
     optimizer.register_step_pre_hook(train_qtorch._unscale)
     swalp_fx.SWALP(nn.ParameterList([weight]), qpytorch.OWN).attach(optimizer)
     weight.grad = torch.tensor([1000.0, 1300.0, -2000.0])

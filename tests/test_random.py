@@ -102,3 +102,18 @@ def test_a_generator_leaves_the_default_one_alone():
     one, other = (random.draw_key(torch.Generator().manual_seed(5)) for _ in range(2))
     assert one == other
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_of_a_site_and_of_a_parameter_are_distinct_and_do_not_change():
+    found = [random.error_stream(7), random.imaginary_stream(7), random.tensor_stream(7, 3)]
+    assert found == [7 + 2**32, 7 + 2**33, 7 + 3 * 2**40] and 7 < random.SITES == 2**32
+    assert [random.parameter_stream(role, 7) for role in random.ROLES.values()] == [7 + n * 2**32 for n in range(5)]
+    key = torch.tensor(5)
+    assert [int(random.step_key(key, 2)), int(random.rank_key(key, 3))] == [5 + 2 * 2**32, 6]
+
+
+def test_a_stream_that_is_taken_gives_another_one():
+    taken = set()
+    found = [random.free_stream(taken, *place) for place in (("layer",), ("layer",), ("layer", "again"))]
+    assert found[:2] == [random.stream_of("layer"), random.stream_of("layer", "again")]
+    assert found[2] == random.stream_of("layer", "again", "again") and taken == set(found)

@@ -181,3 +181,35 @@ def test_rules_are_frozen_and_printed():
     assert str(_recipe(rule)) == "bfp8[0] rules=[fc kind=Linear W=float A=bfp4]"
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.match = "conv"
+
+
+class Broken(nn.Module):
+    """Its own code is in two graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        torch._dynamo.graph_break()
+        return self.last(x.relu() + x)
+
+
+@pytest.mark.parametrize("match", ["*", "relu", "add"])
+def test_a_kind_that_is_the_type_of_the_model_is_of_the_outputs_of_its_own_code(match):
+    low = converted(Broken(), _recipe(Rule(match, kind="Broken", activation="bfp4")))
+    low(torch.randn(2, 4))
+    found = {place(node.args[0]): node.args[3] for made in low.graphs for node in made.graph.nodes if _rounds(node)}
+    own = ("tanh", "relu", "add") if match == "*" else (match,)
+    assert found == {name: "bfp4" if name in own else "bfp8[0]" for name in ("first", "tanh", "relu", "add", "last")}
+
+
+def _rounds(node):
+    return node.target is nodes.quantize_output
+
+
+@pytest.mark.parametrize("rule", [Rule("nix", kind="Broken", activation="bfp4"), Rule("*", kind="Brokn", error="bfp4")])
+def test_with_the_type_of_the_model_a_name_or_kind_that_is_not_there_is_still_refused(rule):
+    with pytest.raises(RecipeError, match="matches nothing in the model"):
+        converted(Broken(), _recipe(rule))

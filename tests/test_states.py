@@ -250,15 +250,89 @@ def test_a_role_rounds_its_states_of_an_optimizer_and_no_others(name, role):
         "Muon": lambda p: optim.Muon([each for each in p if each.dim() == 2]),
         "centered with momentum": lambda p: optim.RMSprop(p, centered=True, momentum=0.9),
     }.get(name) or STATES[name][0]
+    recipe = f"{QUIET.replace('M=float', '')} {role}=bfp3~up"
+    of_role = OF_ROLE[role] & states_made(make)
+    if not of_role:
+        words = {"M": "means of gradients", "V": "second moments"}[role]
+        with pytest.raises(RecipeError, match=f"has no {words} for {role} to round .*; leave {role} out$"):
+            SWALP(model := net(), recipe).attach(make(model.parameters()))
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of divisors in a format that reaches less far
-        model, optimizer, _ = setup(make, f"{QUIET.replace('M=float', '')} {role}=bfp3~up")
+        model, optimizer, _ = setup(make, recipe)
     train(model, optimizer, range(1))
     weight = next(p for p in model.parameters() if p in optimizer.state and p.dim() == 2)
     for state, tensor in optimizer.state[weight].items():
         if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.unique().numel() > 2:
             is_rounded = torch.equal(quantize(tensor, "bfp3"), tensor)
-            assert is_rounded == (state in OF_ROLE[role]), state
+            assert is_rounded == (state in of_role), state
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "message"),
+    [
+        (
+            lambda p: optim.SGD(p, lr=0.1, momentum=0.9),
+            "bfp8[0] V=bf16",
+            "SGD has no second moments for V to round (it has momentum_buffer); leave V out",
+        ),
+        (
+            lambda p: optim.SGD(p, lr=0.1),
+            "bfp8[0] M=bf16",
+            "SGD has no means of gradients for M to round (it has none that could be rounded); leave M out",
+        ),
+        (
+            lambda p: optim.SGD(p, lr=0.1),
+            "bfp8[0] rules=[3 M=bf16]",
+            "SGD has no means of gradients for M to round (it has none that could be rounded); leave M out",
+        ),
+        (
+            lambda p: optim.RMSprop(p),
+            "bfp8[0] rules=[3 bfp4[0] M=bf16]",
+            "RMSprop has no means of gradients for M to round (it has square_avg); leave M out",
+        ),
+        (
+            lambda p: Mine(p),
+            "bfp8[0] M=bf16",
+            "Mine has no means of gradients for M to round (it has trace); leave M out, or name a state of the "
+            "optimizer's own: state.trace=FORMAT",
+        ),
+    ],
+)
+def test_a_role_that_a_recipe_names_and_the_optimizer_lacks_is_refused(make, recipe, message):
+    model = net()
+    optimizer = make(model.parameters())
+    with pytest.raises(RecipeError) as caught:
+        convert(model, optimizer, recipe=recipe)
+    assert str(caught.value) == message
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer.state
+    convert(model, optimizer, recipe="bfp8[0]")  # the model is not converted yet
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "bfp8[0]",
+        "bfp8[0] V=float",
+        "bfp8[0] E=e5m2 G=e5m2~stochastic8",
+        "bfp8[0] rules=[3 bfp4[0]]",
+        "bfp8[0] rules=[3 W=e4m3 A=e4m3 E=e4m3 G=e4m3; 0 float]",
+        "float W=bfp8[0] rounding=nearest",
+    ],
+)
+def test_a_format_for_all_roles_names_no_state(recipe):
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, optim.SGD(model.parameters(), lr=0.1), recipe=recipe)
+
+
+def states_made(make):
+    """The names of all states that a step makes."""
+    model = net()
+    optimizer = make(model.parameters())
+    train(model, optimizer, range(1))
+    return {name for state in optimizer.state.values() for name in state}
 
 
 class AggMo(optim.Optimizer):
@@ -317,9 +391,8 @@ def test_states_of_optimizers_of_packages_have_roles(state, role):
     assert str(quantizer_of(recipe, state)) == {"M": "bfp4", "V": "bfp5", None: "float"}[role]
 
 
-@pytest.mark.parametrize("role", ["M", "V"])
-def test_a_state_that_no_table_knows_stays_in_float_and_the_first_step_says_so(role):
-    model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', '')} {role}=bfp4~up")
+def test_a_state_that_no_table_knows_stays_in_float_and_the_first_step_says_so():
+    model, optimizer, _ = setup(AggMo, f"{QUIET.replace('M=float', '')} M=bfp4~up")
     with pytest.warns(UserWarning) as found:
         train(model, optimizer, range(2))
     assert [str(each.message) for each in found] == [

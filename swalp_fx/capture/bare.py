@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.fx import Graph, Node
 
-from .. import nodes
 from ..passes.captured import HOLDS
 from ..passes.names import PART
 from ..passes.operations import is_view, name_of, writes
+from ..passes.rounding import ACTIVATION, Rounding
 from ..passes.tables import part_of
 from .walk import replaced
 
@@ -46,9 +46,9 @@ def give_bare(graph: Graph) -> Twins:
     bare: dict[Node, Node] = {}
     twins: list[Node] = []  # inputs that have a twin
     for node in _moved_to(output):
-        if node.target is nodes.quantize_output:
-            bare[node] = node.args[0]  # type: ignore[assignment]
-            _drop_in_place(node)
+        if (rounding := Rounding.of(node, ACTIVATION)) is not None:
+            bare[node] = rounding.source
+            rounding.mark(in_place=rounding.in_place.replace(ACTIVATION, ""))
         elif node.op == "placeholder":
             with graph.inserting_after(bare[twins[-1]] if twins else inputs[-1]):
                 bare[node] = graph.placeholder(f"{node.name}_bare")
@@ -68,7 +68,7 @@ def _moved_to(output: Node) -> Iterator[Node]:
     for node in reversed(output.graph.nodes):
         if node not in sources or node in written:
             continue
-        if node.target is nodes.quantize_output or node.meta.get(HOLDS) == "input":
+        if Rounding.of(node, ACTIVATION) is not None or node.meta.get(HOLDS) == "input":
             moved.append(node)
         elif _is_moved(node):
             moved.append(node)
@@ -92,12 +92,6 @@ def _written(graph: Graph) -> Iterator[Node]:
         while isinstance(written, Node):
             yield written
             written = written.args[0] if is_view(written) and written.args else None
-
-
-def _drop_in_place(node: Node) -> None:
-    letters = str(node.kwargs.get("in_place", "")).replace("A", "")
-    kwargs = {name: value for name, value in node.kwargs.items() if name != "in_place"}
-    node.kwargs = {**kwargs, "in_place": letters} if letters else kwargs
 
 
 class Bare:

@@ -38,6 +38,7 @@ from .dynamo import (
     switched_off,
     trace_instead,
     trace_into,
+    trace_number,
 )
 from .running import local
 
@@ -206,6 +207,13 @@ def _is_given_packed(inner: Inner) -> bool:
     return isinstance(inner.module, nn.RNNBase) and inner.is_given(PackedSequence)
 
 
+def _runs_eagerly() -> bool:
+    """Whether the graph of this trace runs as it is, with no other compiler behind our backend."""
+    return getattr(innermost_backend(Frame().backend), "func", None) is backend
+
+
+# A BatchNorm with momentum=None reads its count of batches: the momentum is one over that.
+trace_number(nn.functional.batch_norm, "momentum", 0.0, _runs_eagerly)
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
 
 
@@ -220,6 +228,19 @@ def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) ->
     """The same check as PyTorch's, which would break the graph."""
     if key_padding_mask.size(0) != bsz or key_padding_mask.size(1) != src_len:
         raise AssertionError("key_padding_mask has another shape")  # the model then runs by itself, and says which
+
+
+@trace_instead(nn.modules.transformer._detect_is_causal_mask)
+def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """PyTorch's answer; but if outputs are rounded, no mask is compared with a causal one.
+
+    That would only be a hint for the fused product, and a branch on it ends a graph in each layer.
+    """
+    if is_causal is not None or mask is None or _rounds_outputs():
+        return is_causal is True
+    side = mask.size(-2) if size is None else size
+    causal = nn.Transformer.generate_square_subsequent_mask(side, mask.device, mask.dtype)
+    return mask.size() == causal.size() and bool((mask == causal).all())
 
 
 @assume_constant_result

@@ -25,7 +25,12 @@ from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.trace_rules import get_torch_obj_rule_map, torch_name_rule_map
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
-from torch._dynamo.variables import UserFunctionVariable
+from torch._dynamo.variables import (
+    ConstantVariable,
+    SymNodeVariable,
+    TorchInGraphFunctionVariable,
+    UserFunctionVariable,
+)
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
@@ -55,6 +60,7 @@ __all__ = [
     "switched_off",
     "trace_instead",
     "trace_into",
+    "trace_number",
     "tracer_around",
 ]
 
@@ -112,6 +118,31 @@ def trace_instead(function: Callable[..., Any]) -> Callable[[Callable[..., Any]]
     """Decorates the function that traces go into, from now on, in place of ``function``."""
     _set_rule(function, None)
     return torch.compiler.substitute_in_graph(function)
+
+
+def trace_number(function: Callable[..., Any], name: str, stand_in: float, holds: Callable[[], bool]) -> None:
+    """From now on, traces keep a call of ``function`` in their graph if its argument ``name`` comes from a tensor.
+
+    The front end needs a number to work out the shape of the result. It would break the graph here, as it does not know
+    this one. It is given ``stand_in``, so the shape must not depend on the number. ``holds`` says whether a trace does
+    so: some compilers would keep the stand-in.
+    """
+    index = list(inspect.signature(function).parameters).index(name)
+
+    def call_function(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(enumerate(args)) | kwargs
+        key: Any = index if index in given else name
+        number = given[key].realize() if key in given else None
+        graph = tx.output.current_tracer.graph
+        if not isinstance(number, SymNodeVariable) or number.as_proxy().node.graph is not graph or not holds():
+            return None
+        given[key] = ConstantVariable.create(stand_in)
+        result = self.call_function(tx, [given.pop(i) for i in range(len(args))], given)
+        update = Node.update_arg if key == index else Node.update_kwarg
+        update(result.as_proxy().node, key, number.as_proxy().node)
+        return result
+
+    TorchInGraphFunctionVariable._get_handlers()[function] = call_function
 
 
 def _set_rule(function: Callable[..., Any], rule: Any) -> None:

@@ -37,6 +37,7 @@ class Places:
 
     def __init__(self, root: nn.Module, foreigners: dict[str, Subject]) -> None:
         self.foreigners = foreigners
+        self.type = type(root)
         self._modules = _Names(root.named_modules())
         self._parameters = _Names(root.named_parameters())
         self._buffers = _Names(root.named_buffers())

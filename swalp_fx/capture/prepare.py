@@ -24,6 +24,7 @@ from ..passes.captured import (
     MODULE,
     PARAMETER,
     STEPS,
+    TYPE,
     UPDATE,
     Layer,
     calls_around,
@@ -62,6 +63,7 @@ class Owner:
                 if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
         self.is_entry = is_entry and self.name == "module"
+        self.type = places.type if self.module is None else type(self.module)
         # After a graph break, a local that is not read any more is gone from the frame, even self.
         self.is_known = self.module is not None or any(_is_method(code, each) for each in places.modules())
 
@@ -98,7 +100,7 @@ def prepare(
     *,
     foreign: bool,
 ) -> Graph:
-    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE, LAYER and CALLS on its nodes.
+    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE, TYPE, LAYER and CALLS on its nodes.
 
     foreign: another torch.compile compiles it, together with the code around the model.
     """
@@ -185,10 +187,18 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
         elif node.op.startswith("call"):
             around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
             node.meta[MODULE] = around[-1][1] if around else None if foreign and not owner.is_known else owner.path
+            if node.meta[MODULE] is not None:
+                node.meta[TYPE] = _type_around(node, owner)
             if owner.module is not None:
                 around = [("", owner.path, owner.module), *around]
             _prepare_calls(node, around, recipe)
     read_after_writes(graph_module.graph)
+
+
+def _type_around(node: Node, owner: Owner) -> type:
+    """The type of the innermost module that ran ``node``'s code; of the frame's owner behind a graph break."""
+    types = [each for _, each in (node.meta.get("nn_module_stack") or {}).values() if isinstance(each, type)]
+    return types[-1] if types else owner.type
 
 
 def _refuse_bodies(graph_module: GraphModule) -> None:

@@ -34,11 +34,12 @@ from torch.utils.hooks import RemovableHandle
 from ..codes import packed_state, unpacked_state
 from ..formats import FLOAT, Format
 from ..ops import quantize_foreach_
-from ..random import fold_in, is_captured, stream_of
+from ..random import ROLES, fold_in, is_captured, parameter_stream, stream_of
 from ..recipe import Quantizer, Recipe
 from ..warn import warn
 from ..whole import SHARDED, class_of_torch, unwhole
 from .averaging import Average, mean_dtype
+from .interrupts import uninterrupted
 from .lost import length_of, loses_updates
 from .moments import ends_in
 from .one_pass import in_one_pass
@@ -47,14 +48,10 @@ from .recalibration import recalibrate
 from .saved import SWA, VERSION, read
 from .scaling import scale_of, scaler_of, skip
 from .states import is_known, quantizer_of, refuse_misnamed, states_of
-from .twin import Loading, Twin, idle, is_half, narrow_states
+from .twin import Loading, Twin, idle, is_half, kept_elsewhere, narrow_states
 
 __all__ = ["SWALP"]
 
-# The upper half of a stream id, by role. Momentum is last: an optimizer's second state tensor
-# of a parameter takes the next number up, and so on. The average's is 0.
-STREAMS = {"gradient": 1, "master": 2, "weight": 3, "momentum": 4}
-MOMENTUM = STREAMS["momentum"]
 IN_AVERAGED = "inside `with swalp.averaged()` would use the averaged weights; do it outside"
 
 # Compiled, the number of a step would be a symbol, and its key be computed in 64 bits that are too few.
@@ -63,7 +60,11 @@ _AS_PYTHON = torch.compiler.disable(reason="swalp_fx rounds a step between graph
 
 @dataclass
 class _Step:
-    """One step in progress, from its outermost pre-hook to the matching post-hook."""
+    """One step in progress, from its outermost pre-hook to the matching post-hook.
+
+    An exception in between leaves no step: weights and masters are as before, and states as the optimizer left them. Or
+    it leaves a whole one, in one pass.
+    """
 
     calls: list[FrameType]  # calls between pre-hook and post-hook, the outermost first
     key: Tensor  # int64, shape []
@@ -71,14 +72,10 @@ class _Step:
     ready: bool = False  # gradients rounded, masters in the place of the weights
     # Gradients of parameters that one pass has already stepped: hidden from the optimizer until its own step is over.
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    twin: Twin | None = None  # of the optimizer, if a parameter has a master of another dtype
+    twin: Twin | None = None  # of the optimizer, which steps copies of the masters
     scaler: GradScaler | None = None  # the caller of the step
     scale: float = 1.0  # of the loss; the gradients are divided by it already
     overflows: bool = False  # a GradScaler found the gradients finite, and rounding made infinities: no step
-
-    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The tensor that the optimizer steps for ``parameter``: its stand-in in the twin, or itself."""
-        return parameter if self.twin is None else self.twin.stand_ins.get(parameter, parameter)
 
     def is_running(self) -> bool:
         """Whether its outermost call goes on. Drops calls that raised and so never reached their post-hook."""
@@ -165,6 +162,7 @@ class SWALP:
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
         # Equal recipes become one object, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
+        self._has_masters = any(recipe.master is not None for recipe in self._recipes)
         self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
 
@@ -250,6 +248,12 @@ class SWALP:
             (self._names[index], parameter, self._recipes[index]) for index, parameter in self._trained(optimizer)
         ]
         refuse_misnamed(optimizer, trained)
+        mastered = {parameter for _, parameter, recipe in trained if recipe.master is not None}
+        if (elsewhere := kept_elsewhere(optimizer, mastered)) is not None:
+            raise ValueError(
+                f"{name} keeps parameters in its attribute {elsewhere!r} too, where no master can stand in for "
+                "them; leave master out"
+            )
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._optimizer, self._has_agreed = optimizer, False
@@ -257,8 +261,11 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if any(recipe.master is not None for recipe in self._recipes):
-            loading = Loading(self._has_master)
+        if self._has_masters:
+            # The optimizer steps masters, so others see the weights of the step only after this hook.
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            hooks.move_to_end(self._handles[-1].id, last=False)
+            loading = Loading(self._is_mastered)
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(loading.before),
                 optimizer.register_load_state_dict_post_hook(loading.after),
@@ -292,7 +299,7 @@ class SWALP:
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.requires_grad
-            and not self._has_master(parameter)
+            and not self._is_mastered(parameter)
             and loses_updates(parameter, length := length_of(group))
         ]
         if lost:
@@ -314,7 +321,7 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if any(is_half(parameter) and self._has_master(parameter) for parameter in self._index):
+        if any(is_half(parameter) and self._is_mastered(parameter) for parameter in self._index):
             narrow_states(self._optimizer)
         self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
@@ -547,20 +554,27 @@ class SWALP:
         step = _Step([call], key, trained)
         step.scaler = scaler_of(call)
         step.scale = scale_of(self.grad_scale, step.scaler)
-        if any(is_half(parameter) and self._has_master(parameter) for _, parameter in step.parameters):
-            step.twin = self._twin = self._twin or Twin(type(optimizer))
-            args = (step.twin.follow(optimizer), *args[1:])
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._prepare(step)
             self._step = step
             if step.scaler is not None and step.overflows:
                 skip(step.scaler, optimizer)
-                args = (idle(optimizer), *args[1:])
-            return None if args[0] is optimizer else (args, kwargs)
+                return (idle(optimizer), *args[1:]), kwargs
+            return None if step.twin is None else ((step.twin.optimizer, *args[1:]), kwargs)
         self._step = step
         closure = self._rounding(closure, step)
-        return (args, kwargs | {"closure": closure}) if "closure" in kwargs else ((args[0], closure, *args[2:]), kwargs)
+        if self._has_masters:
+            step.twin = self._twin_of(optimizer)
+        stepper = optimizer if step.twin is None else step.twin.optimizer
+        if "closure" in kwargs:
+            return (stepper, *args[1:]), kwargs | {"closure": closure}
+        return (stepper, closure, *args[2:]), kwargs
+
+    def _twin_of(self, optimizer: Optimizer) -> Twin:
+        self._twin = self._twin or Twin(type(optimizer))
+        self._twin.follow(optimizer)
+        return self._twin
 
     def _agree(self, trained: list[tuple[int, nn.Parameter]]) -> None:
         """Give the ranks of a process group one seed, before the first step and the first of a loaded state."""
@@ -581,7 +595,7 @@ class SWALP:
         return rounding_closure
 
     def _prepare(self, step: _Step) -> None:
-        """Round the gradients, and put the masters in the place of the weights.
+        """Round the gradients, and let copies of the masters stand in for the weights.
 
         A parameter without a gradient is left alone, as the optimizer leaves it.
         """
@@ -592,7 +606,7 @@ class SWALP:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
             step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
-            if not step.overflows:
+            if self._has_masters and step.parameters and not step.overflows:
                 self._put_masters(step)
         step.ready = True
 
@@ -615,16 +629,9 @@ class SWALP:
         return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
 
     def _put_masters(self, step: _Step) -> None:
-        wide = {}
-        for index, parameter in step.parameters:
-            if self._recipes[index].master is None:
-                continue
-            master = self._master(index)
-            if master.dtype == parameter.dtype:
-                parameter.copy_(master)
-            else:
-                wide[parameter] = master
-        narrow = step.twin.put(wide) if step.twin is not None else []
+        assert self._optimizer is not None
+        step.twin = self._twin_of(self._optimizer)
+        narrow = step.twin.put({parameter: self._master(index) for index, parameter in self._mastered_in(step)})
         if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
             parameter, state = narrow[0]
             name = self._names[self._index[parameter]]
@@ -641,7 +648,9 @@ class SWALP:
         parameters = (
             (parameter, self._recipes[i], self._streams[i], masters.get(i)) for i, parameter in step.parameters
         )
-        step.gradients = in_one_pass(self._optimizer, parameters, step.key)
+        with uninterrupted():
+            step.gradients = in_one_pass(self._optimizer, parameters, step.key)
+            self._steps += bool(step.gradients)  # whatever happens from here on
         for parameter in step.gradients:
             parameter.grad = None  # an optimizer skips a parameter without a gradient
         step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
@@ -674,29 +683,33 @@ class SWALP:
             raise ValueError(
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
-        for parameter, gradient in step.gradients.items():
-            parameter.grad = gradient
-        with torch.no_grad():
+        with uninterrupted(), torch.no_grad():
+            for parameter, gradient in step.gradients.items():
+                parameter.grad = gradient
             self._round_weights(step)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
                 step.twin.rest()
             unknown = self._round_states(step, optimizer)
-        self._step = None
-        self._steps += 1
+            self._step = None
+            self._steps += not step.gradients
         for name, recipe in unknown.items():  # the step is whole, if a warning is an error
             self._warn_of_unknown(name, recipe, optimizer)
 
     def _round_weights(self, step: _Step) -> None:
-        stepped = [(index, step.stepped(parameter)) for index, parameter in step.parameters]
-        mastered = [(index, tensor) for index, tensor in stepped if self._recipes[index].master is not None]
-        self._round(self._in_role("master", mastered), step)
-        for index, tensor in mastered:
-            self._masters[self._names[index]].copy_(tensor)
-        self._round(self._in_role("weight", stepped), step)
-        for (_, parameter), (_, tensor) in zip(step.parameters, stepped, strict=True):
-            if tensor is not parameter:
-                parameter.copy_(tensor)
+        stand_ins = {} if step.twin is None else step.twin.stand_ins
+        mastered = self._mastered_in(step)
+        self._round(self._in_role("master", [(index, stand_ins[p]) for index, p in mastered]), step)
+        weights: dict[int, Tensor] = dict(step.parameters)
+        for index, parameter in mastered:
+            before, master = self._masters[self._names[index]], stand_ins[parameter].detach()
+            self._masters[self._names[index]] = master
+            # Round in the master's dtype, where nothing else is needed any more.
+            weights[index] = (parameter if parameter.dtype == master.dtype else before).copy_(master)
+        self._round(self._in_role("weight", weights.items()), step)
+        for index, parameter in step.parameters:
+            if weights[index] is not parameter:
+                parameter.copy_(weights[index])
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
@@ -706,7 +719,7 @@ class SWALP:
             for slot, (name, tensor, quantizer) in enumerate(states_of(optimizer, parameter, recipe)):
                 if not is_known(recipe, name) and tensor.shape == parameter.shape:
                     unknown[name] = recipe
-                states.append((quantizer, MOMENTUM + slot, index, tensor))
+                states.append((quantizer, ROLES["momentum"] + slot, index, tensor))
         self._round(states, step)
         return unknown
 
@@ -727,35 +740,38 @@ class SWALP:
     ) -> Iterator[tuple[Quantizer, int, int, Tensor]]:
         """The arguments of ``_round`` for ``tensors``, each given as (index of its parameter, tensor)."""
         for index, tensor in tensors:
-            yield getattr(self._recipes[index], role), STREAMS[role], index, tensor
+            yield getattr(self._recipes[index], role), ROLES[role], index, tensor
 
     def _round(self, tensors: Iterable[tuple[Quantizer, int, int, Tensor]], step: _Step) -> None:
-        """Round ``tensors``, each (how, upper half of its stream, index of its parameter, tensor).
+        """Round ``tensors``, each (how, number of its role, index of its parameter, tensor).
 
         One call for each quantizer, because a small tensor's rounding takes less time than the call.
         """
         calls: dict[int, tuple[Quantizer, list[Tensor], list[int]]] = {}  # by identity, which is quick to compare
-        for quantizer, half, index, tensor in tensors:
+        for quantizer, role, index, tensor in tensors:
             if id(quantizer) not in calls:
                 calls[id(quantizer)] = quantizer, [], []
             _, xs, streams = calls[id(quantizer)]
             xs.append(tensor)
-            streams.append(half << 32 | index)
+            streams.append(parameter_stream(role, index))
         for quantizer, xs, streams in calls.values():
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
-    def _has_master(self, parameter: Tensor) -> bool:
+    def _is_mastered(self, parameter: Tensor) -> bool:
         """Whether a parameter has a master; False for one that is not the model's."""
         index = self._index.get(parameter)  # type: ignore[call-overload]
         return index is not None and self._recipes[index].master is not None
+
+    def _mastered_in(self, step: _Step) -> list[tuple[int, nn.Parameter]]:
+        return [(index, parameter) for index, parameter in step.parameters if self._recipes[index].master is not None]
 
     def _mastered(self) -> list[str]:
         """The names of the parameters with masters: floating, of a recipe with a master."""
         return [
             name
             for name, parameter in self._parameters.items()
-            if mean_dtype(parameter) is not None and self._has_master(parameter)
+            if mean_dtype(parameter) is not None and self._is_mastered(parameter)
         ]
 
     def _master(self, index: int) -> Tensor:
@@ -819,7 +835,7 @@ class _RefusedLoad:
 
 
 def _streams(index: int) -> dict[str, int]:
-    return {role: half << 32 | index for role, half in STREAMS.items()}
+    return {role: parameter_stream(number, index) for role, number in ROLES.items()}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:

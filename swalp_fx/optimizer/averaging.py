@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..formats import FLOAT, Format, parse
 from ..ops import quantize, quantize_foreach_
+from ..random import ROLES, parameter_stream
 from ..recipe import Quantizer, parse_rounding
 
 __all__ = ["Average", "mean_dtype"]
@@ -132,7 +133,7 @@ class Average:
         share = 1 / n if self.decay is None else (1 - self.decay) / (1 - self.decay**n)
         own = Quantizer(self.format) if self.format == FLOAT else Quantizer(self.format, self.rounding)
         rounded: dict[Quantizer, tuple[list[Tensor], list[int]]] = {}
-        for stream, (name, parameter) in enumerate(parameters.items()):
+        for index, (name, parameter) in enumerate(parameters.items()):
             if (dtype := self.mean_dtype(parameter)) is None:
                 continue
             device = parameter.device if self.device is None else self.device
@@ -146,7 +147,7 @@ class Average:
             if mean.is_floating_point() and quantizer.rounds:  # no format holds a complex one
                 means, streams = rounded.setdefault(quantizer, ([], []))
                 means.append(mean)
-                streams.append(stream)
+                streams.append(parameter_stream(ROLES["average"], index))
         for quantizer, (means, streams) in rounded.items():
             quantize_foreach_(means, *quantizer.how(), key=key, streams=streams)
         self.n_averaged = n

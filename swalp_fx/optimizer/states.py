@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..formats import FLOAT
 from ..nearest import did_you_mean
 from ..ops import quantize_
-from ..recipe import Quantizer, Recipe, RecipeError
+from ..recipe import LETTERS, Quantizer, Recipe, RecipeError
 
 __all__ = ["is_known", "quantizer_of", "refuse_misnamed", "states_of"]
 
@@ -33,6 +33,8 @@ ROLES: Mapping[str, str | None] = {
     **dict.fromkeys(("ax", "z", "slow_buffer", "slow_param", "p0", "x0", "s"), None),
     **dict.fromkeys(("step_size", "prev", "previous_grad", "pre_grad", "neg_pre_grad", "last_grad"), None),
 }
+# What the states of a role are, for an error.
+_WORDS = {"momentum": "means of gradients", "second_moment": "second moments"}
 # Counters of torch.optim in tensors without dimensions: Adam's step, ASGD's eta and mu, NAdam's mu_product. For a
 # parameter without dimensions, their shape does not tell them from moments.
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
@@ -90,28 +92,53 @@ def _key(entry: Any) -> Any:
 
 
 def refuse_misnamed(optimizer: Optimizer, trained: Sequence[tuple[str, nn.Parameter, Recipe]]) -> None:
-    """Raises RecipeError for a state that a recipe names and ``optimizer`` lacks, or that its format does not fit.
+    """Raises RecipeError for states that a recipe names and ``optimizer`` lacks, or that their format does not fit.
 
-    trained: (name, parameter, recipe) of each trained parameter.
+    A recipe names states one by one, or by a role of their own. trained: (name, parameter, recipe) of each trained
+    parameter.
 
     Optimizers make their states in their first step. Before that, a copy takes a step on small stand-ins for the
     parameters. The optimizer is not changed, and no random number is drawn.
     """
-    wanted = {name for _, _, recipe in trained for name, _ in recipe.states}
-    if not wanted:
+    recipes = {id(recipe): recipe for _, _, recipe in trained}.values()
+    wanted = {name for recipe in recipes for name, _ in recipe.states}
+    roles = _named_roles(recipes)
+    if not wanted and not roles:
         return
     states = {parameter: optimizer.state.get(parameter, {}) for _, parameter, _ in trained}
     if not all(states.values()):
-        states = _tried(optimizer, list(states), min(wanted))
+        what = f"state.{min(wanted)}" if wanted else LETTERS[roles[0]]
+        states = _tried(optimizer, list(states), what)
     known = {_first(path) for state in states.values() for path, _ in _rounded(state)}
+    has = f"it has {', '.join(sorted(known))}" if known else "it has none that could be rounded"
     for name in sorted(wanted - known):
-        has = f"it has {', '.join(sorted(known))}" if known else "it has none that could be rounded"
         raise RecipeError(f"{_kind(optimizer)} has no state {name!r} to round; {did_you_mean(name, known, has)}")
+    for role in roles:
+        if not any(ROLES.get(name) == role for name in known):
+            letter, others = LETTERS[role], sorted(known - set(ROLES))
+            remedy = f", or name a state of the optimizer's own: state.{others[0]}=FORMAT" if others else ""
+            raise RecipeError(
+                f"{_kind(optimizer)} has no {_WORDS[role]} for {letter} to round ({has}); leave {letter} out{remedy}"
+            )
     for path, parameter, recipe in trained:
         named = dict(recipe.states)
         for name, tensor in _rounded(states[parameter]):
             if (quantizer := named.get(_first(name), _IN_FLOAT)).rounds:
                 _try(quantizer, tensor, f"state {name!r} of parameter {path}")
+
+
+def _named_roles(recipes: Collection[Recipe]) -> list[str]:
+    """The roles of states that the recipes name.
+
+    A format for all roles is M's too, and names nothing. V is in no format for all roles.
+    """
+    of_all = {getattr(recipe, role) for recipe in recipes for role in ("weight", "activation", "error", "gradient")}
+    named = []
+    for role in _WORDS:
+        given = {each for recipe in recipes if (each := getattr(recipe, role)).rounds}
+        if given - (of_all if role == "momentum" else set()):
+            named.append(role)
+    return named
 
 
 def _kind(optimizer: Optimizer) -> str:
@@ -128,7 +155,7 @@ def _tried(optimizer: Optimizer, parameters: Sequence[nn.Parameter], wanted: str
         first_line = (str(error).splitlines() or [""])[0]
         raise RecipeError(
             f"which states {_kind(optimizer)} has cannot be told before its first step, since a copy does not step "
-            f"({type(error).__name__}: {first_line}); attach it after that, or leave state.{wanted} out"
+            f"({type(error).__name__}: {first_line}); attach it after that, or leave {wanted} out"
         ) from error
     return {parameter: states[stand_ins[parameter]] for parameter in parameters}
 

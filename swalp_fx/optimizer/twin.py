@@ -1,16 +1,19 @@
-"""Steps of an optimizer on float32 masters of half-precision parameters.
+"""Steps of an optimizer on masters.
 
-An optimizer steps the parameters of its groups in their own dtype. So its step runs on a twin: an optimizer of the same
-class, attributes and states, with a float32 parameter in its groups for each half-precision one. States are float32
-too: a second moment that moves by a thousandth a step would stand still in the 8 bits of bfloat16. The optimizer itself
-holds the model's parameters all the while. Closures, zero_grad and GradScaler find them there, and an exception inside
-the step leaves the optimizer unchanged.
+An optimizer steps the parameters of its groups. So its step runs on a twin: an optimizer of the same class, attributes
+and states, with a copy of the master in its groups for each parameter. The optimizer itself holds the model's
+parameters all the while. Closures, zero_grad and GradScaler find them there, and an exception inside the step leaves
+weights and masters unchanged.
+
+Masters of half-precision parameters are float32, and so are their gradients and states in the twin: a second moment
+that moves by a thousandth a step would stand still in the 8 bits of bfloat16.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-__all__ = ["Loading", "Twin", "idle", "is_half", "narrow_states"]
+__all__ = ["Loading", "Twin", "idle", "is_half", "kept_elsewhere", "narrow_states"]
 
 OWN = ("param_groups", "state")  # the attributes that a twin does not share
 
@@ -65,7 +68,7 @@ class Twin:
             stand_in.data = master.clone()
             stand_in.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
             self.stand_ins[parameter] = stand_in
-            if parameter in twin.state:
+            if parameter in twin.state and parameter.dtype != master.dtype:
                 state = twin.state[parameter]
                 names = [name for name, value in state.items() if _has(value, parameter.dtype)]
                 narrow += [(parameter, str(name)) for name in names]
@@ -98,6 +101,19 @@ def idle(optimizer: Optimizer) -> Optimizer:
     for group in twin.param_groups:
         group["params"].clear()
     return twin
+
+
+def kept_elsewhere(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> str | None:
+    """An attribute of ``optimizer`` besides its groups and states that holds one of ``parameters``; None if none does.
+
+    A twin shares it: the optimizer would find the model's parameters there, and not those that it steps.
+    """
+    for name, value in vars(optimizer).items():
+        leaves = pytree.tree_leaves(value) if name not in OWN else []
+        each = itertools.chain.from_iterable(leaf if isinstance(leaf, set | frozenset) else [leaf] for leaf in leaves)
+        if any(isinstance(leaf, nn.Parameter) and leaf in parameters for leaf in each):
+            return name
+    return None
 
 
 class Loading:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..random import stream_of
+from ..random import free_stream
 from ..recipe import Recipe, Subject
 from ..warn import warn
 from .captured import CARRIED, LAYER, PARAMETER, UPDATE, Scope
@@ -133,7 +133,9 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         convolution, axis = found
         if (along := recipe.at(*subjects).of_tensor(rank, axis).weight) != weight:
             warn(OTHER_AXIS.format(name, convolution, axis, weight, along))
-    return Weight(name, _free(scope, name), str(weight), recipe.rounding) if identity or weight.rounds else None
+    if not (identity or weight.rounds):
+        return None
+    return Weight(name, free_stream(scope.streams, name), str(weight), recipe.rounding)
 
 
 def _output_stream(node: Node, scope: Scope) -> int:
@@ -141,22 +143,12 @@ def _output_stream(node: Node, scope: Scope) -> int:
     name, operation = (place(node), "input") if node.op == "placeholder" else (base_name(node), _operation_of(node))
     number = scope.uses[name, operation]
     scope.uses[name, operation] += 1
-    return _free(scope, name, operation, str(number), scope.place)
+    return free_stream(scope.streams, name, operation, str(number), scope.place)
 
 
 def _operation_of(node: Node) -> str:
     layer = node.meta.get(LAYER)
     return layer.kind.__name__ if layer is not None and issubclass(layer.kind, Attention) else name_of(node)
-
-
-def _free(scope: Scope, *place: str) -> int:
-    """The stream of a place. If its hash is taken, as may happen among 100,000 places, it hashes again."""
-    stream = stream_of(*place)
-    while stream in scope.streams:
-        place = (*place, "again")
-        stream = stream_of(*place)
-    scope.streams.add(stream)
-    return stream
 
 
 def subjects(graph: Graph) -> Iterator[Subject]:

@@ -24,6 +24,7 @@ __all__ = [
     "MODULE",
     "PARAMETER",
     "STEPS",
+    "TYPE",
     "UPDATE",
     "Layer",
     "Scope",
@@ -36,6 +37,7 @@ HOLDS = "swalp_fx.holds"
 ARGUMENT = "swalp_fx.argument"  # of an input of a graph: its name
 PARAMETER = "swalp_fx.parameter"  # of a placeholder for a parameter: its first name in the model
 MODULE = "swalp_fx.module"  # the qualified name of the module that ran this code; None: outside of the model
+TYPE = "swalp_fx.type"  # the type of that module
 UPDATE = "swalp_fx.update"  # true of the new value of a buffer
 KEPT = "swalp_fx.kept"  # true of an output that an attribute or a hook keeps, though the frame does not return it
 CARRIED = "swalp_fx.carried"  # true of a state that a loop's step hands to the next one, a reader like any layer
@@ -91,8 +93,7 @@ def calls_around(node: Node) -> list[tuple[str, str]]:
 
 def kinds_around(node: Node) -> list[str]:
     """The names of the type, and of its bases, of the module that ran ``node``'s code."""
-    kinds = [kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
-    return [base.__name__ for base in kinds[-1].__mro__] if kinds and isinstance(kinds[-1], type) else []
+    return [base.__name__ for base in node.meta[TYPE].__mro__] if TYPE in node.meta else []
 
 
 def around(node: Node) -> str:

@@ -6,18 +6,16 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .. import nodes
 from ..formats import FLOAT, ROWS, WHOLE, Format
 from ..recipe import Quantizer
 from .facts import MEANINGS, facts
 from .names import PART
 from .operations import SWITCHES, operation_of, writes
 from .reuse import sole_reader
+from .rounding import ACTIVATION, ERROR, Rounding
 from .tables import LAYER_PARTS, part_of
 
 __all__ = ["elide"]
-
-ACTIVATION, ERROR = 3, 4  # places of quantize_output's arguments
 
 
 def elide(graph: Graph) -> Graph:
@@ -47,35 +45,35 @@ def elide(graph: Graph) -> Graph:
     for node in graph.nodes:
         switches += node.target in SWITCHES
         mode[node] = switches
-    for node in graph.find_nodes(op="call_function", target=nodes.quantize_output):
-        letters = "A" if _keeps_activation(node) else ""
-        behind = _rounds_its_error(node)
-        letters += "E" if behind is not None and mode[behind] == mode[node] else ""
-        if letters:
-            node.kwargs = {**node.kwargs, "kept": letters}
+    for each in Rounding.all(graph, ACTIVATION):
+        letters = "A" if _keeps_activation(each) else ""
+        behind = _rounds_its_error(each)
+        letters += "E" if behind is not None and mode[behind] == mode[each.node] else ""
+        each.mark(kept=letters)
     return graph
 
 
-def _keeps_activation(node: Node) -> bool:
-    made: Any = node.args[0]
-    activation = _format(node, ACTIVATION)
-    inputs = made.args
+def _keeps_activation(rounding: Rounding) -> bool:
+    made = rounding.source
+    activation = _format(rounding, ACTIVATION)
+    inputs: Any = made.args
     if len(made.users) != 1 or not inputs or not _rounds(inputs[0], ACTIVATION, activation):
         return False
     does = facts(made).does
     # max_pool3d does not select: autocast on the CPU casts its output.
     is_pool = "selects" in does and _is_within_rows(activation) and not _is_dilated(made)
     fits = "masks" in does or is_pool
-    return fits and _is_only_read(node) and _is_only_read(inputs[0], but=made)
+    return fits and _is_only_read(rounding.node) and _is_only_read(inputs[0], but=made)
 
 
-def _format(node: Node, role: int) -> Format:
-    return Quantizer.parse(str(node.args[role])).format
+def _format(rounding: Rounding, role: str) -> Format:
+    return Quantizer.parse(rounding.quantizers[role]).format
 
 
-def _rounds(node: Any, role: int, format: Format) -> bool:
+def _rounds(node: Any, role: str, format: Format) -> bool:
     """Whether ``node`` rounds to this format in that role, and the format keeps subsets."""
-    is_rounded = isinstance(node, Node) and node.target is nodes.quantize_output and _format(node, role) == format
+    found = Rounding.of(node, role)
+    is_rounded = found is not None and _format(found, role) == format
     return is_rounded and format != FLOAT and format.keeps_subsets
 
 
@@ -111,15 +109,15 @@ def _is_another(written: tuple[Any, ...], node: Node) -> bool:
     return len(written) == 1 and isinstance(written[0], Node) and written[0] is not node
 
 
-def _rounds_its_error(node: Node) -> Node | None:
+def _rounds_its_error(rounding: Rounding) -> Node | None:
     """The quantize node behind the sole reader, if it rounds this error signal to the same format; else None.
 
     The reader must be a mask or an in-place add: this error signal is then a subset of that one.
     """
-    reader = sole_reader(node)
+    node, reader = rounding.node, sole_reader(rounding.node)
     if reader is None or len(reader.users) != 1 or not facts(reader).does.intersection(("masks", "adds")):
         return None
     if [*reader.args, *reader.kwargs.values()].count(node) != 1:  # its gradient is a sum
         return None
     (behind,) = reader.users
-    return behind if _rounds(behind, ERROR, _format(node, ERROR)) else None
+    return behind if _rounds(behind, ERROR, _format(rounding, ERROR)) else None

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from torch.fx import Graph, Node
 
 from .. import nodes
-from .assign import SITE, Output, Site, Weight
-from .captured import CARRIED, KEPT, LAYER, MODULE
+from .assign import SITE, Output, Site
+from .captured import CARRIED, KEPT, LAYER, MODULE, TYPE
 from .classify import OUT
 from .facts import MEANINGS
 from .names import PART, place
 from .operations import CHECKPOINT
+from .rounding import ACTIVATION, ERROR, WEIGHT, Rounding
 from .tables import LAYER_PARTS
 
 __all__ = ["KEY", "insert"]
 
 KEY = "key"  # the first placeholder of a rewritten graph: the random key
 # Copied to an inserted node from the node that it rounds: its place, for reports, drawings and error messages.
-INHERITED = ("nn_module_stack", "stack_trace", MODULE, LAYER)
+INHERITED = ("nn_module_stack", "stack_trace", MODULE, TYPE, LAYER)
 
 
 def insert(graph: Graph, *, keyed: bool) -> Graph:
@@ -88,8 +88,8 @@ class _Insertion:
         output: Output | None = node.meta.get(SITE, Site()).output
         if output is not None:
             new = self.raw[node]
-            arguments = (new, self.key, output.stream, output.activation, output.error, output.rounding)
-            self.read[node] = self._call(nodes.quantize_output, arguments, f"{new.name}_q", node)
+            roles = {ACTIVATION: output.activation, ERROR: output.error}
+            self.read[node] = self._rounded(node, new, output.stream, roles, output.rounding)
 
     def _source(self, reader: Node, source: Node) -> Node:
         site: Site = source.meta.get(SITE, Site())
@@ -98,21 +98,20 @@ class _Insertion:
             if part in ("number", *OUT):
                 return self.raw[source]
             if self.read[source] is self.raw[source]:
-                self.read[source] = self._quantize_weight(self.raw[source], site.weight, source)
+                weight, roles = site.weight, {WEIGHT: site.weight.quantizer}
+                new = self.raw[source]
+                self.read[source] = self._rounded(source, new, weight.stream, roles, weight.rounding)
             return self.read[source]
         if reader.op == "output" and (source.meta.get(KEPT) or source.meta.get(CARRIED)):
             return self.read[source]
         returned = site.output is not None and site.output.returned
         return self.raw[source] if part in OUT and not returned else self.read[source]
 
-    def _quantize_weight(self, source: Node, weight: Weight, node: Node) -> Node:
-        arguments = (source, self.key, weight.stream, weight.quantizer, weight.rounding)
-        return self._call(nodes.quantize_weight, arguments, f"{source.name}_q", node)
-
-    def _call(self, function: Any, arguments: tuple, name: str, node: Node) -> Node:
-        new = self.new.create_node("call_function", function, arguments, name=name)
-        new.meta = {key: node.meta[key] for key in INHERITED if key in node.meta}
-        return new
+    def _rounded(self, old: Node, new: Node, stream: int, quantizers: dict[str, str], rounding: str) -> Node:
+        """The quantize node of ``new``, which is the copy of ``old``."""
+        made = Rounding.insert(new, self.key, stream, quantizers, rounding)
+        made.meta = {key: old.meta[key] for key in INHERITED if key in old.meta}
+        return made
 
 
 def _placeholder(graph: Graph, name: str) -> Node:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from .. import nodes
 from ..formats import FLOAT
 from .facts import facts
 from .operations import writes_in_place
+from .rounding import ACTIVATION, ERROR, Rounding
 
 __all__ = ["reuse", "sole_reader"]
 
@@ -33,12 +33,11 @@ def reuse(graph: Graph) -> Graph:
         relu_q = quantize_output(relu, key, 3041826051, "bfp8", "bfp8", "nearest", in_place="E")    autograd keeps relu
         fc = linear(relu_q, fc_weight_q, fc_bias_q)
     """
-    for node in graph.find_nodes(op="call_function", target=nodes.quantize_output):
-        _, _, _, _, error, _ = node.args
-        letters = "A" if not _keeps(node, "A") and _owns_output(node.args[0]) else ""
-        letters += "E" if not _keeps(node, "E") and error != str(FLOAT) and _owns_error(node) else ""
-        if letters:
-            node.kwargs = {**node.kwargs, "in_place": letters}
+    for each in Rounding.all(graph, ACTIVATION):
+        letters = "A" if ACTIVATION not in each.kept and _owns_output(each.source) else ""
+        is_rounded = ERROR not in each.kept and each.quantizers[ERROR] != str(FLOAT)
+        letters += "E" if is_rounded and _owns_error(each.node) else ""
+        each.mark(in_place=letters)
     return graph
 
 
@@ -54,11 +53,8 @@ def _owns_output(node: Node) -> bool:
 
 
 def _is_rounded(node: Node) -> bool:
-    return node.target is nodes.quantize_output and len(node.users) == 1 and not _keeps(node, "A")
-
-
-def _keeps(node: Node, letter: str) -> bool:
-    return letter in str(node.kwargs.get("kept", ""))
+    found = Rounding.of(node, ACTIVATION)
+    return found is not None and len(node.users) == 1 and ACTIVATION not in found.kept
 
 
 def _owns_error(node: Node) -> bool:

@@ -10,13 +10,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .captured import CALLS, LAYER, MODULE, STEPS, Layer
+from .captured import CALLS, LAYER, MODULE, STEPS, TYPE, Layer
 
 __all__ = ["VALUE", "Writer", "value_of"]
 
 VALUE = "example_value"
 # Copied to a new node from the node that it stands for.
-INHERITED = ("nn_module_stack", "stack_trace", MODULE, CALLS, STEPS)
+INHERITED = ("nn_module_stack", "stack_trace", MODULE, TYPE, CALLS, STEPS)
 
 
 class Writer:

@@ -178,9 +178,12 @@ class Recipe:
             if not any(is_all_of(pattern.removeprefix("!"), path) for path in paths):
                 yield unmatched(f"whole {pattern!r}", pattern.removeprefix("!"), filter(None, paths))
 
-    def unmatched(self, subjects: Collection[Subject]) -> Iterator[tuple[str, RecipeError]]:
+    def unmatched(
+        self, subjects: Collection[Subject], unseen: Collection[str] = ()
+    ) -> Iterator[tuple[str, RecipeError]]:
         """(pattern, error) of each rule, include and exclude that matches none of ``subjects``.
 
+        unseen: kinds of outputs that graphs have yet to name. A rule of such a kind needs only a name that is known.
         Raises RecipeError for a rule that names single calls of a layer, and sets a role that all its calls share.
         """
         names = {each: None for name, _ in subjects for each in around(name)}
@@ -188,6 +191,8 @@ class Recipe:
             if not rule.matches(subjects):
                 kinds = sorted({kind for _, each in subjects for kind in each})
                 by_name = any(matches(rule.match, name) for name, _ in subjects)
+                if by_name and rule.kind in unseen:
+                    continue
                 what = f"kind={rule.kind!r} of rule {rule.match!r}" if by_name else f"rule {rule.match!r}"
                 error = unmatched(what, rule.kind or "" if by_name else rule.match, kinds if by_name else names)
                 yield rule.kind or "" if by_name else rule.match, error

@@ -25,13 +25,14 @@ from ..capture.trial import untouched
 from ..passes.captured import LAYER
 from ..passes.names import NAME
 from ..passes.operations import operands_of, operation_of
+from ..passes.rounding import Rounding
 from ..passes.tables import part_of
 from ..recipe import Quantizer
-from .graphs import inlined, is_quantizer
+from .graphs import inlined
 
 __all__ = ["Audit", "audited"]
 
-HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+HERE, TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
@@ -128,8 +129,8 @@ def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
     """
     found = set(given)
     for node in module.graph.nodes:
-        if is_quantizer(node):
-            is_rounded = Quantizer.parse(str(node.args[3])).rounds
+        if (rounding := Rounding.of(node)) is not None:
+            is_rounded = Quantizer.parse(rounding.forward).rounds
         elif node.target is nodes.recurrent:
             body: Any = module.get_submodule(str(node.args[0].target))
             first, _ = _rounded_of_steps(body, node, found)
@@ -168,7 +169,7 @@ def _floating_inputs(node: Node) -> list[Node]:
 
 def _is_floating(node: Node) -> bool:
     values = pytree.tree_leaves(node.meta.get("example_value"))
-    return is_quantizer(node) or any(
+    return Rounding.of(node) is not None or any(
         isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex()) for each in values
     )
 

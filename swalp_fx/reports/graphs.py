@@ -14,7 +14,7 @@ from ..capture import Conversion, conversion_of
 from ..errors import UNPACK, ConvertError
 from ..passes.operations import name_of, operands_of
 
-__all__ = ["conversion_in", "inlined", "is_quantizer"]
+__all__ = ["conversion_in", "inlined"]
 
 
 def conversion_in(module: object, who: str) -> Conversion:
@@ -40,10 +40,6 @@ def _outermost(module: nn.Module) -> Iterator[Conversion]:
     else:
         for child in module.children():
             yield from _outermost(child)
-
-
-def is_quantizer(node: Node) -> bool:
-    return node.target in (nodes.quantize_weight, nodes.quantize_output)
 
 
 def inlined(module: GraphModule, *, steps: bool = True) -> GraphModule:

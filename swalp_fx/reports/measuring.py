@@ -25,9 +25,11 @@ from ..capture.trial import untouched
 from ..formats import FLOAT
 from ..ops import quantize
 from ..passes.names import place
+from ..passes.rounding import ACTIVATION, ERROR, WEIGHT, Rounding
+from ..random import error_stream, tensor_stream
 from ..recipe import LETTERS, Quantizer
 from .files import written
-from .graphs import conversion_in, inlined, is_quantizer
+from .graphs import conversion_in, inlined
 from .table import table
 
 __all__ = ["Measures", "Rounded", "measure"]
@@ -237,15 +239,14 @@ class _Watch:
 
     def _begin(self, graph: Graph) -> None:
         """Lists the sites of a graph, in its order."""
-        for node in filter(is_quantizer, graph.nodes):
-            roles = "W" if node.target is nodes.quantize_weight else "AE"
-            for role, spec in zip(roles, node.args[3:], strict=False):  # the rounding follows the formats
+        for rounding in Rounding.all(graph):
+            for role, spec in rounding.quantizers.items():
                 if spec != str(FLOAT):
                     format = str(Quantizer.parse(spec).format)
-                    self.measures.setdefault((place(node.args[0]), role), Rounded(format))
+                    self.measures.setdefault((place(rounding.source), role), Rounded(format))
 
-    def count(self, node: Node, role: str, x: Tensor, q: Tensor) -> None:
-        rounded = self.measures.get((place(node.args[0]), role))  # type: ignore[arg-type]
+    def count(self, rounding: Rounding, role: str, x: Tensor, q: Tensor) -> None:
+        rounded = self.measures.get((place(rounding.source), role))
         if rounded is not None and (role == "E" or not self.is_backward):
             rounded.add(x.detach(), q.detach())
 
@@ -261,27 +262,28 @@ class _Run(Interpreter):
         if n.target is nodes.recurrent:
             (body, *args), how = self.fetch_args_kwargs_from_env(n)
             return nodes.recurrent(_Run(self.watch, body).run, *args, **how)
-        if not is_quantizer(n):
+        if (rounding := Rounding.of(n)) is None:
             return super().run_node(n)
-        x, key, stream, *specs = self.fetch_args_kwargs_from_env(n)[0]
+        given: Any = self.map_nodes_to_values((rounding.source, rounding.key), n)
+        x, key = given
         before = pytree.tree_map_only(Tensor, torch.clone, x)  # rounding may be in place
         result = super().run_node(n)
-        role = "W" if n.target is nodes.quantize_weight else "A"
+        role = WEIGHT if WEIGHT in rounding.quantizers else ACTIVATION
         pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(result), strict=True)
         for i, (exact, rounded) in enumerate(pairs):
             if isinstance(exact, Tensor) and exact.is_floating_point():
-                self.watch.count(n, role, exact, rounded)
-                if role == "A" and rounded.requires_grad:
-                    where = (stream + i * nodes.TENSOR_STREAM) | nodes.ERROR_STREAM
-                    rounded.register_hook(self._count_error(n, key, where, specs[1], specs[2]))
+                self.watch.count(rounding, role, exact, rounded)
+                if role == ACTIVATION and rounded.requires_grad:
+                    stream = error_stream(tensor_stream(rounding.stream, i))
+                    rounded.register_hook(self._count_error(rounding, key, stream))
         return result
 
-    def _count_error(self, n: Node, key: Tensor | None, stream: int, spec: str, rounding: str) -> Callable[..., None]:
-        format, rounding = nodes.how(spec, rounding, key)
+    def _count_error(self, rounding: Rounding, key: Tensor | None, stream: int) -> Callable[..., None]:
+        format, how = nodes.how(rounding.quantizers[ERROR], rounding.rounding, key)
 
         def hook(error: Tensor) -> None:
             # The node's backward is about to round the same, with the same random bits.
-            self.watch.count(n, "E", error, quantize(error, format, rounding, key=key, stream=stream))
+            self.watch.count(rounding, ERROR, error, quantize(error, format, how, key=key, stream=stream))
 
         return hook
 

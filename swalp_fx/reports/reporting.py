@@ -14,8 +14,8 @@ from torch import nn
 from ..capture import Conversion
 from ..capture.methods import set_on
 from ..formats import FLOAT
-from ..nodes import quantize_output
 from ..passes.names import PART, place
+from ..passes.rounding import ACTIVATION, Rounding
 from ..recipe import ROLES, Recipe
 from ..recipe.quantizer import MARK
 from .audit import Audit, audited
@@ -227,7 +227,7 @@ def _meant(conversion: Conversion, meaning: str) -> list[str]:
     """The places with this meaning that no graph rounds."""
     graphs = (inlined(made.graph_module).graph for made in conversion.graphs)
     found = [node for graph in graphs for node in graph.nodes if node.meta.get(PART) == meaning]
-    rounded = {place(node) for node in found if any(user.target is quantize_output for user in node.users)}
+    rounded = {place(node) for node in found if any(Rounding.of(user, ACTIVATION) for user in node.users)}
     return [name for name in dict.fromkeys(map(place, found)) if name not in rounded]
 
 

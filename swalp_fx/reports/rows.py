@@ -9,7 +9,6 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
-from .. import nodes
 from ..capture import Conversion, Rewritten
 from ..formats import FLOAT
 from ..passes import recipes_of_parameters
@@ -18,6 +17,7 @@ from ..passes.classify import OUT
 from ..passes.names import PART, is_derived, parameter_subjects, place
 from ..passes.operations import is_torch, name_of
 from ..passes.purpose import Attention
+from ..passes.rounding import ACTIVATION, WEIGHT, Rounding
 from ..passes.tables import LAYER_PARTS, layer_part
 from ..recipe import Quantizer, Recipe
 from .graphs import inlined
@@ -142,7 +142,7 @@ def _rows_of(made: Rewritten, recipe: Recipe, parameters: _Parameters) -> Iterat
         if LAYER in node.meta and not is_derived(node):
             in_layer.setdefault(node.meta[LAYER].call, []).append(node)
     for node in graph.nodes:
-        if LAYER not in node.meta and node.op.startswith("call") and node.target is not nodes.quantize_weight:
+        if LAYER not in node.meta and node.op.startswith("call") and Rounding.of(node, WEIGHT) is None:
             yield from _bare(node, parameters)
         elif not is_derived(node):
             yield from (row for row in _bare(node, parameters) if row.operation == DERIVED)
@@ -150,8 +150,8 @@ def _rows_of(made: Rewritten, recipe: Recipe, parameters: _Parameters) -> Iterat
             continue
         together = in_layer[node.meta[LAYER].call] if LAYER in node.meta else []
         weights = dict(each for one in together for each in _read(one))
-        output = next((user for user in node.users if user.target is nodes.quantize_output), None)
-        activation, error = map(str, output.args[3:5]) if output is not None else ("", "")
+        output = next((found for user in node.users if (found := Rounding.of(user, ACTIVATION)) is not None), None)
+        activation, error = output.quantizers.values() if output is not None else ("", "")
         yield Row(
             place(node),
             operation_of(node),
@@ -166,11 +166,9 @@ def _rows_of(made: Rewritten, recipe: Recipe, parameters: _Parameters) -> Iterat
 def _bare(reader: Node, parameters: _Parameters) -> Iterator[Row]:
     """A row for each parameter, or derived weight, that ``reader`` reads."""
     for source in reader.all_input_nodes:
-        read = source.args[0] if source.target is nodes.quantize_weight else source
-        assert isinstance(read, Node)
+        read, spec = _weight(source)
         if read.meta.get(PART) != "parameter" or reader.meta.get(PART) == "number":
             continue
-        spec = str(source.args[3]) if source is not read else str(FLOAT)
         if not is_derived(read):
             yield parameters.row(place(read), {place(read): spec})
         else:
@@ -181,17 +179,22 @@ def _bare(reader: Node, parameters: _Parameters) -> Iterator[Row]:
 
 def parameter_of(node: Node) -> str:
     """The qualified name of the parameter, or derived weight, that ``node`` is or rounds; "" if there is none."""
-    source = node.args[0] if node.target is nodes.quantize_weight else node
-    return place(source) if isinstance(source, Node) and source.meta.get(PART) == "parameter" else ""
+    read, _ = _weight(node)
+    return place(read) if read.meta.get(PART) == "parameter" else ""
 
 
 def _read(node: Node) -> Iterator[tuple[str, str]]:
     """(name, spec) of each parameter that ``node`` reads."""
     for source in node.all_input_nodes:
-        read = source.args[0] if source.target is nodes.quantize_weight else source
-        assert isinstance(read, Node)
+        read, spec = _weight(source)
         if PARAMETER in read.meta:
-            yield read.meta[PARAMETER], str(source.args[3]) if source is not read else str(FLOAT)
+            yield read.meta[PARAMETER], spec
+
+
+def _weight(node: Node) -> tuple[Node, str]:
+    """(the weight that ``node`` rounds, its quantizer); ``node`` itself, in float, if it rounds none."""
+    rounding = Rounding.of(node, WEIGHT)
+    return (node, str(FLOAT)) if rounding is None else (rounding.source, rounding.forward)
 
 
 def operation_of(node: Node) -> str:
@@ -204,8 +207,8 @@ def operation_of(node: Node) -> str:
 def _called(node: Node) -> Node:
     """``node``; or, if it is one output of a function with a backward of its own, the call of that function."""
     source = node.args[0] if name_of(node) == "getitem" and node.args else None
-    if isinstance(source, Node) and source.target is nodes.quantize_output:
-        source = source.args[0]
+    if (rounding := Rounding.of(source, ACTIVATION)) is not None:
+        source = rounding.source
     return source if isinstance(source, Node) and isinstance(source.target, HigherOrderOperator) else node
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
+from ..captured import TYPE
 from ..facts import FACTS
 
-__all__ = ["called", "does", "is_own_code", "types_around", "written_by"]
+__all__ = ["argument", "called", "does", "is_own_code", "types_around", "written_by"]
 
 WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
 
@@ -24,6 +25,14 @@ def called(node: Node) -> str:
     if isinstance(node.target, OpOverload):
         return node.target._schema.name.rpartition("::")[2].lstrip("_")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def argument(node: Node, name: str) -> Any:
+    """The argument of that name, as the signature of the function that ``node`` calls has it."""
+    call: Any = node.target
+    bound = inspect.signature(call).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments[name]
 
 
 def does(node: Node, what: str) -> bool:
@@ -64,5 +73,4 @@ def _is_torch(thing: Any) -> bool:
 
 def types_around(node: Node) -> list[str]:
     """The names of the type, and of its bases, of the innermost module that ran ``node``'s code."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return [base.__name__ for base in getattr(stack[-1][1], "__mro__", ())] if stack else []
+    return [base.__name__ for base in getattr(node.meta.get(TYPE), "__mro__", ())]

@@ -12,12 +12,13 @@ from torch.fx.node import map_arg
 
 from ... import nodes
 from ...formats import FLOAT, Format, Slices, parse
+from ...random import SITES
 from ...recipe import Recipe
 from ..captured import CARRIED, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE, Scope
 from ..facts import FACTS, MEANINGS
 from ..fit import contraction_axes, fitted, of_parameter
 from .model import LAYERS, Model
-from .reading import called, does, is_own_code, types_around, written_by
+from .reading import argument, called, does, is_own_code, types_around, written_by
 from .rules import require
 
 __all__ = ["verify"]
@@ -184,7 +185,7 @@ class _Proof:
             rule = 2 if weight else 3
             formats = weight or self._output_formats(old, ends)
             function = nodes.quantize_weight if weight else nodes.quantize_output
-            quantizers = [user for user in new.users if user.target in OURS and user.args[0] is new]
+            quantizers = [user for user in new.users if user.target in OURS and argument(user, "x") is new]
             bare = [user for user in new.users if user not in quantizers]
             rounded = [user for each in quantizers for user in each.users]
             if formats is None or all(self._reads_bare(user, old) for user in old.users):
@@ -197,7 +198,9 @@ class _Proof:
             require(rule, not wrong, new, f"is read rounded by {wrong}")
             (node,) = quantizers
             require(rule, node.target is function, node, f"is no {function.__name__}")
-            require(5, node.args[3:] == formats, node, f"rounds by {node.args[3:]} where the recipe says {formats}")
+            names = ("weight", "rounding") if weight else ("activation", "error", "rounding")
+            by = tuple(argument(node, name) for name in names)
+            require(5, by == formats, node, f"rounds by {by} where the recipe says {formats}")
 
     def _reads_bare(self, reader: Node, node: Node) -> bool:
         """Whether ``reader`` reads ``node`` unrounded, though others read it rounded."""
@@ -263,14 +266,16 @@ class _Proof:
         seen: dict[int, Node] = {}
         for node in self._all_nodes(self.graph, self.scope.bodies):
             if node.target in OURS:
-                stream: Any = node.args[2]
+                stream: int = argument(node, "stream")
                 require(6, seen.setdefault(stream, node) is node, node, f"shares stream {stream} with {seen[stream]}")
-                require(6, 0 <= stream < nodes.ERROR_STREAM, node, f"has stream {stream}, which is no site's")
+                require(6, 0 <= stream < SITES, node, f"has stream {stream}, which is no site's")
         for node in self.graph.nodes:
             if node.target in (*OURS, *nodes.RUNS):
-                require(6, node.args[1] is self.key, node, f"draws from {node.args[1]}, not from the key of this run")
+                key = argument(node, "key")
+                require(6, key is self.key, node, f"draws from {key}, not from the key of this run")
             if node.target in OURS:
-                require(4, node.args[0] in self.old, node, f"quantizes {node.args[0]}, which is quantized")
+                source = argument(node, "x")
+                require(4, source in self.old, node, f"quantizes {source}, which is quantized")
 
     def _all_nodes(self, graph: Graph, bodies: Any) -> Iterator[Node]:
         """The nodes of ``graph`` and of the graphs that it runs."""
@@ -282,10 +287,10 @@ class _Proof:
 
     def _memory(self) -> None:
         for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
-            letters = node.kwargs.get("in_place", "")
+            letters, source = argument(node, "in_place"), argument(node, "x")
             require(7, not letters or self.recipe.in_place, node, "rounds in place where the recipe says not to")
             if "A" in letters:
-                require(7, self._is_owned(node.args[0]), node, f"overwrites {node.args[0]}, which may be read again")
+                require(7, self._is_owned(source), node, f"overwrites {source}, which may be read again")
             if "E" in letters:
                 readers = list(node.users)
                 owned = len(readers) == 1 and _takes_first(readers[0], node) and does(readers[0], "regrad")
@@ -297,18 +302,18 @@ class _Proof:
             node = node.args[0]
         if len(node.users) != 1 or written_by(node):
             return False
-        is_copied = node.target is nodes.quantize_output and "A" not in node.kwargs.get("kept", "")
+        is_copied = node.target is nodes.quantize_output and "A" not in argument(node, "kept")
         return is_copied or does(node, "own")
 
     def _kept(self) -> None:
         made_after = self._made_after()
         for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
-            letters, source = node.kwargs.get("kept", ""), node.args[0]
+            letters, source = argument(node, "kept"), argument(node, "x")
             require(9, not letters or self.recipe.in_place, node, "leaves out a rounding where the recipe says not to")
-            both = set(letters) & set(node.kwargs.get("in_place", ""))
+            both = set(letters) & set(argument(node, "in_place"))
             require(9, not both, node, f"is both to round in place and not to round ({letters})")
             if "A" in letters:
-                format = _to(node, 3)
+                format = _to(node, "activation")
                 passes = does(source, "masks") or (_is_of_rows(format) and _selects(source))
                 known = passes and format.keeps_subsets and self._first_is_rounded(source, format)
                 require(9, known, node, f"does not round {source}, which may not be rounded")
@@ -318,8 +323,8 @@ class _Proof:
             if "E" in letters:
                 readers = list(node.users)
                 passes = len(readers) == 1 and (does(readers[0], "masks") or does(readers[0], "adds"))
-                known = passes and _to(node, 4).keeps_subsets and _takes_first(readers[0], node)
-                known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], _to(node, 4))
+                known = passes and _to(node, "error").keeps_subsets and _takes_first(readers[0], node)
+                known = known and _reads_once(readers[0], node) and self._all_rounded(readers[0], _to(node, "error"))
                 known = known and made_after[node] == made_after[next(iter(readers[0].users))]
                 require(9, known, node, f"does not round the gradient of {readers}, which may not be rounded")
 
@@ -327,11 +332,11 @@ class _Proof:
         """Whether the first input of ``reader`` is an activation rounded to this format."""
         source: Any = (*reader.args, None)[0]
         is_rounded = isinstance(source, Node) and source.target is nodes.quantize_output
-        return is_rounded and _to(source, 3) == format != FLOAT
+        return is_rounded and _to(source, "activation") == format != FLOAT
 
     def _all_rounded(self, node: Node, format: Format) -> bool:
         """Whether the gradient of ``node``'s output is one error signal, rounded to this format."""
-        behind = [user for user in node.users if user.target is nodes.quantize_output and _to(user, 4) == format]
+        behind = [user for user in node.users if user.target is nodes.quantize_output and _to(user, "error") == format]
         return behind == list(node.users) and len(behind) == 1 and format != FLOAT
 
     def _writer(self, node: Node, but: Node | None = None) -> Node | None:
@@ -355,7 +360,7 @@ class _Proof:
     def _modes(self) -> None:
         made_after = self._made_after()
         for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
-            source, here = node.args[0], made_after[node]
+            source, here = argument(node, "x"), made_after[node]
             require(8, made_after[source] == here, node, f"is in another mode than {source}, which it quantizes")
 
     def _made_after(self) -> dict[Node, int]:
@@ -393,9 +398,9 @@ def _selects(node: Node) -> bool:
     return does(node, "selects") and gaps in (1, (1,), (1, 1))
 
 
-def _to(node: Node, place: int) -> Format:
-    """The format that ``node`` rounds to by its argument number ``place``. The text after ~ is the rounding."""
-    return parse(str(node.args[place]).split("~")[0])
+def _to(node: Node, role: str) -> Format:
+    """The format that ``node`` rounds to by its argument ``role``. The text after ~ is the rounding."""
+    return parse(argument(node, role).split("~")[0])
 
 
 def _is_of_rows(format: Format) -> bool:
@@ -409,7 +414,7 @@ def _listing(graph: Graph, key: Node | None) -> Iterator[tuple[Node, str]]:
     number = 0
     for node in graph.nodes:
         if node.target in OURS:
-            names[node] = names[node.args[0]]
+            names[node] = names[argument(node, "x")]
         elif node is not key:
             names[node] = f"%{number}"
             number += 1

@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import nn
 from torch.fx import Node
 
-from ... import nodes
 from ...capture import Conversion, Rewritten
 from ...errors import ConvertError
 from ...formats import FLOAT
@@ -19,9 +18,10 @@ from ...passes.captured import LAYER, MODULE, Layer, calls_around
 from ...passes.facts import MEANINGS
 from ...passes.names import PART, is_derived, place
 from ...passes.operations import name_of
+from ...passes.rounding import ACTIVATION, ERROR, WEIGHT, Rounding
 from ...passes.tables import LAYER_PARTS
 from ...recipe.patterns import around
-from ..graphs import conversion_in, inlined, is_quantizer
+from ..graphs import conversion_in, inlined
 from ..rows import operation_of, parameter_of
 from .dot import picture
 from .kinds import signature
@@ -98,7 +98,7 @@ class _Marks:
         self._graph = inlined(made.graph_module).graph
         self._inside: dict[Layer, list[Node]] = {}  # the nodes of a layer's call, without derived weights
         for node in self._graph.nodes:
-            if LAYER in node.meta and not is_derived(node) and not is_quantizer(node):
+            if LAYER in node.meta and not is_derived(node) and Rounding.of(node) is None:
                 self._inside.setdefault(node.meta[LAYER], []).append(node)
         self._drawn: dict[Node, Mark] = {}
 
@@ -121,7 +121,8 @@ class _Marks:
         label = self._label(node, together)
         if label is None or (moves and not (sources and node.users)):
             return None
-        rounds = is_quantizer(node) and str(node.args[3]) != str(FLOAT)
+        rounding = Rounding.of(node)
+        rounds = rounding is not None and rounding.forward != str(FLOAT)
         return Mark(
             f"{self._prefix}{node.name}",
             label,
@@ -131,7 +132,7 @@ class _Marks:
             name=", ".join(dict.fromkeys(map(place, together))) if is_layer else "",
             operation=operation_of(node) if is_layer else "",
             parameter=parameter_of(node),
-            rounds=node.target is nodes.quantize_output,
+            rounds=Rounding.of(node, ACTIVATION) is not None,
             gathers=moves and name_of(node) in GATHERS,
         )
 
@@ -159,7 +160,7 @@ class _Marks:
         """Whether ``node`` is a parameter or derived weight with a mark. A float parameter of a layer gets none."""
         if not parameter_of(node) or not node.users or all(map(is_derived, node.users)):
             return False
-        is_rounded = any(user.target is nodes.quantize_weight for user in node.users)
+        is_rounded = any(Rounding.of(user, WEIGHT) for user in node.users)
         is_own = node.op == "placeholder" and all(map(_is_in_layer, node.users))
         return not is_rounded and not is_own
 
@@ -169,9 +170,10 @@ class _Marks:
         if parameter_of(node):
             weights = [self._weight(each) for each in together]
             return _same(chips(weights)) if self._is_drawn_parameter(node) else None
-        if node.target is nodes.quantize_output:
-            activation, error = map(str, node.args[3:5])
-            return _same(chips([("A", f"A ↓ {activation}", activation), ("E", f"E ↑ {error}", error)]))
+        if (rounding := Rounding.of(node, ACTIVATION)) is not None:
+            arrows = {ACTIVATION: "↓", ERROR: "↑"}
+            roles = rounding.quantizers.items()
+            return _same(chips([(role, f"{role} {arrows[role]} {spec}", spec) for role, spec in roles]))
         if part in ("input", "output"):
             return _same(port(node.name))
         if part in LAYER_PARTS:
@@ -182,7 +184,8 @@ class _Marks:
 
     def _weight(self, node: Node) -> tuple[str, str, str]:
         """(role, text, spec) of a parameter, named as its first reader names it."""
-        spec = str(node.args[3] if node.target is nodes.quantize_weight else FLOAT)
+        rounding = Rounding.of(node, WEIGHT)
+        spec = str(FLOAT) if rounding is None else rounding.forward
         reader = self._readers(node)[0]
         path, name = reader.path if isinstance(reader, Layer) else reader.meta.get(MODULE) or "", parameter_of(node)
         holder = next((each for each in around(path) if name.startswith(f"{each}.")), "")
@@ -191,8 +194,8 @@ class _Marks:
     def _around(self, node: Node) -> tuple[tuple[str, str, str], ...]:
         """(call, qualified name, type) of the calls around ``node``, outermost first."""
         shown = node
-        if node.target is nodes.quantize_output:
-            shown = node.args[0]  # type: ignore[assignment]
+        if (rounding := Rounding.of(node, ACTIVATION)) is not None:
+            shown = rounding.source
         elif parameter_of(node):
             shown = next(iter(node.users), node)
         if shown.op == "placeholder":
