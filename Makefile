@@ -45,7 +45,7 @@ SANITIZED := build/sanitized
 sanitize: $(INSTALLED)
 	SWALP_FX_SANITIZE=1 SWALP_FX_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZED)-objects --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so) \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ops.py tests/test_laws.py tests/test_sgd.py
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ops.py tests/test_laws.py tests/test_one_pass.py
 
 # What a GPU shows, in ten minutes at most, stage by stage. It uses the compiled modules that are there, or builds them
 # with the python and torch that are there, and installs nothing.

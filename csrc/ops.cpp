@@ -5,6 +5,7 @@
 #include <exception>
 #include <string>
 
+#include "fingerprint.h"
 #include "plan.h"
 
 // man to beyond: the element's grid, see Grid in csrc/elements.h. table: a codebook, in place of a grid. scale: a code of
@@ -14,12 +15,14 @@
   "float[] of_scale, int[] dims, int[] sizes, "
 // rounding: a code of csrc/round.h. key: one int64, read only by stochastic rounding.
 #define SWALP_ROUNDING "int rounding, int random_bits, Tensor? key, "
-#define SWALP_SGD "float lr, float momentum, float undamped, float weight_decay, bool nesterov, bool maximize, "
 
 // The forms ending in _ work in place and return nothing. _plan rounds nothing: it returns the address of a plan (plan.h) for
 // such calls. Two forms are for the CPU alone:
-// _sgd_ is a step of torch.optim.SGD with its roundings. A role without streams is not rounded; undamped is 1 - dampening.
-// If there are masters, the step is theirs, and the weights become rounded copies of them.
+// _update_ is an optimizer's step with its roundings. kernel, numbers: see cpu/updates.h. states: those of the first weight, then
+// those of the next. roles: of the weight, the gradient and each state, what it adds to a weight's stream; -1 if it is not
+// rounded. If there are masters, the step is theirs, and the weights become rounded copies of them. It returns whether it
+// could: it takes dense float32 tensors, alike in strides, that share no memory. If not, or if the call is dry, nothing has
+// changed.
 // _codes writes codes (codes.h) of 8 bits or fewer side by side, and scales as in swalp_fx/codes/stored.py. It returns whether
 // it could. coding: the fields of Coding, then the bias of a scale's exponent.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
@@ -27,14 +30,13 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
   m.def("quantize_foreach_(Tensor(a!)[] xs, " SWALP_FORMAT SWALP_ROUNDING "int[] streams) -> ()");
   m.def("quantize_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> int");
-  m.def("quantize_sgd_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] momenta, Tensor(d!)[] masters, "
-        SWALP_SGD SWALP_FORMAT SWALP_ROUNDING "int[] weight_streams, int[] gradient_streams, int[] momentum_streams"
-        ") -> ()");
+  m.def("quantize_update_(int kernel, float[] numbers, Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] states, "
+        "Tensor(d!)[] masters, " SWALP_FORMAT SWALP_ROUNDING "int[] streams, int[] roles, bool dry) -> bool");
   m.def("quantize_codes(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream, int[] coding, Tensor(a!) packed, "
         "Tensor(b!) scales, Tensor(c!) second) -> bool");
 }
 
-// ---- plans, for Python ------------------------------------------------------------------------------------------------
+// ---- plans and fingerprints, for Python -------------------------------------------------------------------------------
 
 namespace {
 
@@ -89,6 +91,17 @@ PyObject* keeps(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return PyBool_FromLong(kept);
 }
 
+// fingerprint(address, bytes) -> int, of 64 bits
+PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "fingerprint takes 2 arguments");
+  const void* memory = PyLong_AsVoidPtr(arguments[0]);
+  const int64_t bytes = PyLong_AsLongLong(arguments[1]);
+  if (PyErr_Occurred()) return nullptr;
+  uint64_t found = 0;
+  if (!without_gil([&] { found = swalp_fx::fingerprint(memory, bytes); })) return nullptr;
+  return PyLong_FromUnsignedLongLong(found);
+}
+
 template <class F>
 PyCFunction function(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -98,6 +111,7 @@ PyMethodDef methods[] = {
     {"own", function(&own), METH_O, nullptr},
     {"round", function(&round), METH_FASTCALL, nullptr},
     {"keeps", function(&keeps), METH_FASTCALL, nullptr},
+    {"fingerprint", function(&fingerprint), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

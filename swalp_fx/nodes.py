@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from . import random
-from .ops import has_tangents, is_transformed, keeps, quantize, round_, rounded
+from .fingerprints import is_rounded, rounded_once
+from .ops import has_tangents, is_transformed, quantize, round_, rounded
 from .recipe import MARK, split
 
 __all__ = ["checkpointed", "draw_key", "quantize_output", "quantize_weight", "recurrent"]
@@ -48,7 +49,7 @@ class _QuantizeWeight(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
         ctx.materialize_grads = False
-        return rounded(x, *how)
+        return rounded_once(x, *how)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -154,15 +155,16 @@ def draw_key(training: bool) -> Tensor | None:
 def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rounding: str) -> Tensor:
     """Q_W(x) for the text of a quantizer; ``rounding`` is for a text without one.
 
-    It is x itself if x is known to be on the grid, as after a step; else, and always under a tracer, a new tensor. The
-    gradient passes unrounded: the optimizer pass rounds it once, when it is whole. The result requires its gradient in
-    every mode, like the parameter itself: it may be read first in a no_grad block, and again outside of it.
+    It is x itself if x is known to be rounded, as after a step; else, and always under a tracer, a new tensor. What a
+    step stored is never rounded again. The gradient passes unrounded: the optimizer pass rounds it once, when it is
+    whole. The result requires its gradient in every mode, like the parameter itself: it may be read first in a no_grad
+    block, and again outside of it.
     """
     if has_torch_function((x, key)):
         return handle_torch_function(quantize_weight, (x, key), x, key, stream, weight, rounding)
     format, rounding = how(weight, rounding, key)
     # A copy's memory, page faults and random words cost a forward more than reading the weight.
-    if keeps(x, format):
+    if is_rounded(x, format):
         return x
     if torch.is_grad_enabled():
         return _straight_through(x, format, rounding, key, stream)
@@ -172,7 +174,7 @@ def quantize_weight(x: Tensor, key: Tensor | None, stream: int, weight: str, rou
 
 def _straight_through(x: Tensor, format: str, rounding: str, key: Tensor | None, stream: int) -> Tensor:
     if is_transformed():
-        return quantize(x, format, rounding, key=key, stream=stream)
+        return rounded_once(x, format, rounding, key, stream)
     return _QuantizeWeight.apply(x, format, rounding, key, stream)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -92,7 +92,7 @@ def _blocks(block: Block) -> tuple[list[int], list[int]]:
 _OP = torch.ops.swalp_fx.quantize.default
 _OP_ = torch.ops.swalp_fx.quantize_.default
 _FOREACH = torch.ops.swalp_fx.quantize_foreach_.default
-_SGD = torch.ops.swalp_fx.quantize_sgd_.default
+_UPDATE = torch.ops.swalp_fx.quantize_update_.default
 _CODES = torch.ops.swalp_fx.quantize_codes.default
 
 
@@ -115,7 +115,7 @@ def _register() -> None:
     torch.library.register_vmap("swalp_fx::quantize", vmap)
     torch.library.register_fake("swalp_fx::quantize_", lambda x, *rest: None)
     torch.library.register_fake("swalp_fx::quantize_foreach_", lambda xs, *rest: None)
-    torch.library.register_fake("swalp_fx::quantize_sgd_", lambda weights, *rest: None)
+    torch.library.register_fake("swalp_fx::quantize_update_", lambda kernel, *rest: False)
     torch.library.register_autograd("swalp_fx::quantize", backward, setup_context=setup_context)
 
 
@@ -148,8 +148,15 @@ def _register_for_unusual_memory() -> None:
         _LIBRARY.impl("quantize_foreach_", foreach_, dispatch_key)
 
 
+def _register_refusals() -> None:
+    """``quantize_update_`` takes no tensors but plain ones on the CPU, which have a kernel of their own."""
+    for dispatch_key in ("CompositeExplicitAutograd", "ZeroTensor", "Negative"):
+        _LIBRARY.impl("quantize_update_", lambda *rest: False, dispatch_key)
+
+
 _register()
 _register_for_unusual_memory()
+_register_refusals()
 
 
 @cache
@@ -290,14 +297,17 @@ _PLANS: dict[tuple, Any] = {}
 MOST_PLANS = 4096
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether the memory of ``x`` holds its numbers unchanged. A tensor subclass may store anything else."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided or not (x.is_cpu or x.is_cuda):
+    if type(x) not in _PLAIN or x.layout is not torch.strided or not (x.is_cpu or x.is_cuda):
         return False
     return not (x.is_neg() or x._is_zerotensor() or x.is_nested)
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether a trace or a transform is active: the call may run again on other numbers, or on hidden tensors."""
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
@@ -309,7 +319,7 @@ def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> A
 
     None if the result would differ: for a tensor that is not plain, and while calls are recorded.
     """
-    if _is_recorded() or not is_plain(x):
+    if is_recorded() or not is_plain(x):
         return None
     if key is None and rounding.startswith("stochastic"):
         return None
@@ -437,7 +447,7 @@ def write_codes(
     """
     how = _find(format, rounding)
     assert how is not None
-    if _is_recorded() or not is_plain(x):
+    if is_recorded() or not is_plain(x):
         return False
     with torch._C._AutoDispatchBelowAutograd():
         return _CODES(x, *how, key, stream, coding, packed, scales, second)
@@ -453,35 +463,54 @@ def keeps(x: Tensor, spec: str) -> bool:
     - for a tensor with gaps, and for a large tensor with blocks in several pieces of memory.
     """
     if _find(spec, "nearest") is None:
-        return not _is_recorded()
+        return not is_recorded()
     plan = _plan(x, spec, "nearest", None)
     return plan is not None and _C.keeps(plan, x.data_ptr())
 
 
-def sgd_(
+def fingerprint(x: Tensor) -> int:
+    """A hash of 64 bits of the memory of ``x``, contiguous and on the CPU: csrc/fingerprint.h."""
+    return _C.fingerprint(x.data_ptr(), x.nbytes)
+
+
+def update_(
+    kernel: int,
+    numbers: Sequence[float],
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    states: Sequence[Tensor],
     masters: Sequence[Tensor],
-    group: Mapping[str, Any],
     format: str | Format,
     rounding: str,
     *,
-    key: Tensor,
-    streams: Sequence[Sequence[int]],
-) -> None:
-    """A step of torch.optim.SGD with the numbers of ``group``, rounded to ``format`` in the same pass over memory.
+    key: Tensor | None,
+    streams: Sequence[int],
+    roles: Sequence[int | None],
+    dry: bool = False,
+) -> bool:
+    """A step of an optimizer, rounded to ``format`` in the same pass over memory; whether it could.
 
-    Gradients are rounded before the update, weights and momenta after it. On processors with AVX2 this gives the
-    bits of ``quantize_foreach_`` before and after torch's own step. All tensors are dense float32 on the CPU, and the
-    tensors of a weight have the same strides. Without momentum there are no momenta.
+    Gradients are rounded before the update, weights and states after it: the bits of ``quantize_foreach_`` before and
+    after torch's own step, see optimizer/kernels.py. It takes dense float32 tensors on the CPU that share no memory,
+    those of a weight in the same strides. Otherwise nothing has changed.
 
+    kernel, numbers: see csrc/cpu/updates.h.
+    states: those of the first weight, then those of the next.
     masters: none, or those that the step updates, unrounded; the weights become rounded copies of them.
-    streams: (of weights, of gradients, of momenta): one a tensor, or none for a role that is not rounded.
+    streams, roles: the stream of a number is that of its weight, plus that of its role: the weight, the gradient, each
+        state. None: the role is not rounded.
+    dry: only says whether it could.
     """
     how = _find(format, rounding)
     assert how is not None
-    of_group = [group["lr"], group["momentum"], 1 - group["dampening"], group["weight_decay"]]
-    switches = [group["nesterov"], group["maximize"]]
-    _SGD(weights, gradients, momenta, masters, *of_group, *switches, *how, key_of(rounding, key), *streams)
-    torch.autograd.graph.increment_version([*weights, *gradients, *momenta, *masters])
+    every = [*weights, *gradients, *states, *masters]
+    if not _PLAIN.issuperset(map(type, every)):
+        return False
+    of_roles = [-1 if each is None else each for each in roles]
+    key = None if key is None else key_of(rounding, key)
+    if not _UPDATE(kernel, numbers, weights, gradients, states, masters, *how, key, streams, of_roles, dry):
+        return False
+    if dry:
+        return True
+    torch.autograd.graph.increment_version(every)
+    return True

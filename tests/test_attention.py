@@ -134,12 +134,43 @@ CAUSAL = {
         .softmax(-1)
         @ v
     ),
+    "indexed": lambda q, k, v: ((q @ k.mT * SIZE**-0.5)[None] + _added(FUTURE))[0].softmax(-1) @ v,
+    "indexed, filled in": lambda q, k, v: (
+        (q @ k.mT * SIZE**-0.5)[:, None, ..., :TOKENS].masked_fill(FUTURE, -1e9).squeeze(1).softmax(-1) @ v
+    ),
+    "expanded": lambda q, k, v: (
+        (
+            (q @ k.mT * SIZE**-0.5)
+            .unsqueeze(0)
+            .expand(1, -1, -1, -1, -1)
+            .narrow(-1, 0, TOKENS)
+            .add(_added(FUTURE))
+            .select(0, 0)
+        ).softmax(-1)
+        @ v
+    ),
+    "in another order": lambda q, k, v: (
+        ((q @ k.mT * SIZE**-0.5).permute(1, 0, 3, 2) + _added(FUTURE.T)).transpose(0, 1).mT.softmax(-1) @ v
+    ),
+    "of one triangle": lambda q, k, v: ((q @ k.mT * SIZE**-0.5).tril() + _added(FUTURE)).softmax(-1) @ v,
+    "bounded": lambda q, k, v: (
+        torch.max(q @ k.mT * SIZE**-0.5 + _added(FUTURE), torch.tensor(torch.finfo(torch.float32).min))
+        .clamp(min=-1e30)
+        .softmax(-1)
+        @ v
+    ),
+    "in float32 and back": lambda q, k, v: _in_float32(q @ k.mT * SIZE**-0.5).type_as(q) @ v,
+    "as an exp of a log_softmax": lambda q, k, v: F.log_softmax(q @ k.mT * SIZE**-0.5 + _added(FUTURE), -1).exp() @ v,
     "of its own size": lambda q, k, v: _of_its_own_size(q @ k.mT * SIZE**-0.5).softmax(-1) @ v,
     "in two masks": lambda q, k, v: (
         ((q @ k.mT * SIZE**-0.5).masked_fill(FUTURE & (FUTURE.cumsum(-1) > 3), -math.inf) + _added(FUTURE)).softmax(-1)
         @ v
     ),
 }
+
+
+def _in_float32(scores):
+    return F.softmax((scores.float() + _added(FUTURE).type_as(scores)), dim=-1, dtype=torch.float32).type_as(scores)
 
 
 def _of_its_own_size(scores):
@@ -262,6 +293,10 @@ LOW = _added(FUTURE, -1e4)
     "scores",
     [
         lambda s: s.transpose(-2, -1) + _added(FUTURE),
+        lambda s: (s.transpose(0, 1) + _added(FUTURE))[:, :, None].squeeze(2).mT.swapaxes(0, 1),
+        lambda s: F.pad(s[..., 1:] + _added(FUTURE)[:, 1:], (1, 0)),
+        lambda s: s[:, :1].expand(-1, HEADS, -1, -1) + _added(FUTURE),
+        lambda s: torch.clamp(s + _added(FUTURE, -1e4), -2e4, 2.0),
         lambda s: s.flip(-1).masked_fill(FUTURE, -1e9),
         lambda s: torch.where(FUTURE, -math.inf, s.roll(1, -1)),
         lambda s: s[..., FULL] + _added(FUTURE),
@@ -341,6 +376,44 @@ def test_a_row_that_is_masked_by_more_has_no_part_in_a_block(low):
         return (q @ k.mT * SIZE**-0.5).masked_fill(mask, low).softmax(-1) @ v
 
     _assert_same_bits(Attention(added), Attention(filled_in), "bfp8[0]", X)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_the_rows_of_an_added_mask_lie_along_the_axis_of_the_softmax(axis):
+    def by_hand(q, k, v):
+        scores = (q @ k.mT).permute(0, 3, 1, 2)[:, :, None] + _added(ROWS[:, 0], -1e4)  # keys first, queries last
+        scores = scores.squeeze(2)
+        if axis == -1:
+            return scores.permute(0, 2, 3, 1).softmax(-1) @ v
+        return scores.softmax(axis).permute(0, 2, 3, 1) @ v
+
+    model = Attention(by_hand)
+    low = converted(model, "A=e8m22 E=e8m22 rounding=nearest")
+    torch.testing.assert_close(low(X), model(X), rtol=1e-4, atol=2e-5)
+
+
+NORMALISED = {
+    "its sum": lambda s: (each := (s - s.amax(-1, keepdim=True)).exp()) / each.sum(-1, keepdim=True),
+    "its logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+    "its logsumexp, indexed": lambda s: torch.exp(s - torch.logsumexp(s, -1)[..., None]),
+}
+
+
+@pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8", "bfp8[-1:16]"])
+@pytest.mark.parametrize("softmax", NORMALISED)
+def test_before_a_softmax_by_hand_an_added_mask_has_the_bits_of_one_that_is_filled_in(softmax, recipe):
+    def added(q, k, v):
+        return NORMALISED[softmax](q @ k.mT * SIZE**-0.5 + _added(FUTURE)) @ v
+
+    def filled_in(q, k, v):
+        return NORMALISED[softmax]((q @ k.mT * SIZE**-0.5).masked_fill(FUTURE, -math.inf)) @ v
+
+    _assert_same_bits(Attention(added), Attention(filled_in), recipe, X)
+    if recipe != "bfp8[0]" and "indexed" not in softmax:  # the logsumexp of many tokens is one block
+        later = X.clone()
+        later[:, 21:] *= 100
+        low = converted(Attention(added), f"{recipe} rounding=nearest")
+        assert torch.equal(low(X)[:, :21], low(later)[:, :21])
 
 
 def _without_gradient(function, *given):

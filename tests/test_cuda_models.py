@@ -134,3 +134,46 @@ def test_training_compiled_for_cuda_graphs_has_the_bits_of_training_alone(device
         found.append(steps)
     assert all(torch.equal(*pair) for steps in zip(*found, strict=True) for pair in zip(*steps, strict=True))
     assert all(not torch.equal(one[0], other[0]) for one, other in itertools.pairwise(found[1]))
+
+
+def weights_read(lp):
+    """The weights that a forward of layers without biases in float sees: its outputs for an identity matrix."""
+    x = torch.eye(lp[0].in_features, device=lp[0].weight.device)
+    return lp(x).T
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forwards_see_the_weights_that_a_step_stored(device):
+    """Outside of compiled code, in it, and in replays of a CUDA graph that was captured before the step."""
+    model = nn.Sequential(nn.Linear(64, 128, bias=False)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2**-6)
+    lp, _ = convert(model, optimizer, recipe="W=nvfp4")
+    calls = [lambda: weights_read(lp), torch.compile(lambda: weights_read(lp), backend="aot_eager")]
+    if device == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            weights_read(lp)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            read = weights_read(lp)
+        calls.append(lambda: (graph.replay(), read)[1])
+    for _ in range(3):
+        optimizer.zero_grad()
+        weights_read(lp).square().sum().backward()
+        optimizer.step()
+        for call in calls:
+            assert torch.equal(call(), model[0].weight)
+    model[0].weight.data += 2.0**-20
+    for call in calls:
+        assert not torch.equal(call(), model[0].weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_that_is_moved_is_read_as_stored(device):
+    model = nn.Sequential(nn.Linear(64, 128, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=2**-6)
+    lp, _ = convert(model, optimizer, recipe="W=nvfp4")
+    weights_read(lp).square().sum().backward()
+    optimizer.step()
+    lp.to(device)
+    assert torch.equal(weights_read(lp), model[0].weight)

@@ -27,7 +27,7 @@ from strategies import (
 )
 from tables import ALL_ROUNDINGS, assert_same_bits
 
-from swalp_fx import FLOAT, parse, quantize, reference
+from swalp_fx import FLOAT, fingerprints, parse, quantize, reference
 from swalp_fx.formats import Integer, Runs, Slices
 from swalp_fx.recipe import ROUNDINGS
 
@@ -114,6 +114,18 @@ def test_idempotent(x, format, rounding, key):
 
 
 @law
+@hypothesis.given(tensors, EVERY_FORMAT, st.sampled_from(ALL_ROUNDINGS), keys, dtypes)
+def test_rounded_numbers_are_kept_where_a_format_says_so(x, format, rounding, key, dtype):
+    """In the dtype that they were rounded in, and in a narrower one, as a parameter beside a master has."""
+    hypothesis.assume(fingerprints.keeps_rounded(format, dtype))
+    format = fitting(format, x.shape)
+    for wide in (dtype, torch.promote_types(dtype, torch.float32)):
+        once = quantize(x.to(wide), format, rounding, key=key).to(dtype)
+        for again in ROUNDINGS if once.isfinite().all() else ():
+            assert_same_bits(quantize(once, format, again, key=key + 1), once, once)
+
+
+@law
 @hypothesis.given(
     tensors, POWER_OF_TWO_SCALE | GRIDS_ON_POWERS_OF_TWO, roundings, keys, dtypes, st.integers(0, 2**40 - 1)
 )
@@ -179,6 +191,7 @@ def test_which_roundings_change_what_they_gave(format):
         if not all(torch.equal(quantize(each, format, rounding, key=2), each) for each in once):
             changed.add(rounding)
     assert changed == CHANGED_TWICE[format]
+    assert not (changed and parse(format).keeps_rounded())
 
 
 @law

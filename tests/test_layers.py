@@ -20,6 +20,7 @@ LAYERS = [
     ["random"],
     ["reference"],
     ["ops"],
+    ["fingerprints"],
     ["nodes"],
     ["passes"],
     ["capture"],
@@ -36,9 +37,9 @@ NEVER = [
     ("optimizer", "capture"),
     ("passes", "optimizer"),
 ]
-# The proof reads the notes of the capture and the analysis, and the contraction axes of products. It does not read the
-# results of the passes.
-PROOF = {"formats", "nodes", "recipe", "passes.captured", "passes.facts", "passes.fit"}
+# The proof reads the notes of the capture and the analysis, and the contraction axes of products, and knows how wide a
+# place's streams are. It does not read the results of the passes.
+PROOF = {"formats", "nodes", "random", "recipe", "passes.captured", "passes.facts", "passes.fit"}
 OUTSIDE = {"torch", "tabulate", *sys.stdlib_module_names}
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -50,7 +50,7 @@ def test_a_trace_rounds_weights_that_may_be_others_when_it_runs(trace):
 
 
 @pytest.mark.parametrize("format", ["int8[0]", "nvfp4"])
-def test_a_weight_on_a_real_scale_is_always_rounded(format):
+def test_a_weight_on_a_real_scale_is_rounded_if_no_step_has_stored_it(format):
     x = nn.Parameter(quantize(torch.randn(4, 32), format))
     assert nodes.quantize_weight(x, KEY, 7, format, "stochastic") is not x
 

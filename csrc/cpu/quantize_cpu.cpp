@@ -14,11 +14,35 @@
 namespace swalp_fx {
 namespace {
 
-// The settings of a group of torch.optim.SGD.
-struct Sgd {
-  float lr, momentum, undamped, weight_decay;  // undamped: 1 - dampening
-  bool nesterov, maximize;
+// An update, see updates.h: which one, and its numbers.
+struct Update {
+  int64_t kernel;
+  std::vector<float> numbers;
 };
+
+// Memory that an update steps: a weight or its master, the gradient, the states, and room for as many numbers.
+struct Stepped {
+  static constexpr size_t kMostStates = 2;
+  float* w;
+  float* g;
+  float* states[kMostStates];  // null from the last one on
+  float* room;
+
+  Stepped from(int64_t first, float* for_room) const {
+    Stepped at{w + first, g + first, {}, for_room};
+    for (size_t k = 0; k < kMostStates && states[k] != nullptr; ++k) at.states[k] = states[k] + first;
+    return at;
+  }
+};
+
+// torch's own, in place: its library does not round every root correctly, and its bits depend on the processor.
+void square_root(float* x, int64_t n) {
+  namespace stable = torch::stable;
+  const Tensor roots = stable::from_blob(x, {n}, {1}, {torch::headeronly::DeviceType::CPU}, ScalarType::Float);
+  StableIValue stack[] = {stable::detail::from(roots)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sqrt_", "", stack, TORCH_ABI_VERSION));
+  stable::detail::to<Tensor>(stack[0]);  // frees it
+}
 
 // In place of a rounding: writes nothing, and tells whether rounding to nearest would change anything.
 struct Look : RoundNearest {
@@ -48,8 +72,8 @@ struct Lanes : OneLane, OneByOne {
 #include "copy.h"
 #include "draws.h"
 #include "kernels.h"
-#include "sgd.h"
 #include "store.h"
+#include "updates.h"
 }  // namespace portable
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
@@ -75,8 +99,8 @@ struct Lanes : OneByOne {
 #include "copy.h"
 #include "draws.h"
 #include "kernels.h"
-#include "sgd.h"
 #include "store.h"
+#include "updates.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -105,8 +129,8 @@ struct Lanes {
 #include "copy.h"
 #include "draws.h"
 #include "kernels.h"
-#include "sgd.h"
 #include "store.h"
+#include "updates.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -137,12 +161,12 @@ struct Cpu {
   // A list of tensors, in one loop.
   static void in_place(std::vector<Call<Cpu>>& calls) {
     const auto in_place = [&](size_t i, const Cover& piece) { calls[i].dense ? calls[i].in_place(piece) : calls[i].in_place(); };
-    for_each_piece(calls.data(), calls.size(), in_place);
+    for_each_piece(calls.size(), [&](size_t i) -> const Call<Cpu>& { return calls[i]; }, in_place);
   }
 
   template <class Forms>
   static void register_more(torch::stable::detail::StableLibrary& m) {
-    m.impl("quantize_sgd_", TORCH_BOX(&CpuForms<Forms>::sgd));
+    m.impl("quantize_update_", TORCH_BOX(&CpuForms<Forms>::update));
     m.impl("quantize_codes", TORCH_BOX(&CpuForms<Forms>::codes));
   }
 
@@ -172,7 +196,7 @@ struct Cpu {
       check_memory(from);
       std::atomic<bool> kept = steps_in_piece(*this) > 0 || cover.layouts.empty();
       if (!kept) return false;
-      for_each_piece(this, 1, [&](size_t, const Cover& piece) {
+      for_each_piece(1, [&](size_t) -> const PlanOf& { return *this; }, [&](size_t, const Cover& piece) {
         if (kept && !keeps_piece(piece, from)) kept = false;
       });
       return kept;
@@ -201,11 +225,11 @@ struct Cpu {
 
  private:
   // Calls f(index of a call, cover of a piece), on every thread, for pieces of about kGrain elements and of whole blocks. A
-  // tensor that cannot be cut into such pieces comes first, whole, and f has all threads for it.
-  template <class OneCall, class F>
-  static void for_each_piece(const OneCall* calls, size_t count, const F& f) {
-    if (count == 1 && calls[0].cover.numel() <= Boxes::kGrain) {
-      if (calls[0].cover.numel() > 0) f(0, calls[0].cover);
+  // tensor that cannot be cut into such pieces comes first, whole, and f has all threads for it. call(index): the call.
+  template <class CallOf, class F>
+  static void for_each_piece(size_t count, const CallOf& call, const F& f) {
+    if (count == 1 && call(0).cover.numel() <= Boxes::kGrain) {
+      if (call(0).cover.numel() > 0) f(0, call(0).cover);
       return;
     }
     struct Piece {
@@ -216,8 +240,8 @@ struct Cpu {
     std::vector<int64_t> begins;
     int64_t numel = 0;
     for (size_t i = 0; i < count; ++i) {
-      const Cover& cover = calls[i].cover;
-      const int64_t steps = steps_in_piece(calls[i]);
+      const Cover& cover = call(i).cover;
+      const int64_t steps = steps_in_piece(call(i));
       if (steps == 0 && cover.numel() > 0) f(i, cover);
       if (steps == 0) continue;
       const int64_t size = outermost(cover);
@@ -232,7 +256,7 @@ struct Cpu {
       const auto last = std::lower_bound(first, begins.end(), end);
       for (auto at = first; at != last; ++at) {
         const Piece& piece = pieces[at - begins.begin()];
-        f(piece.call, part_of(calls[piece.call].cover, piece.begin, piece.end));
+        f(piece.call, part_of(call(piece.call).cover, piece.begin, piece.end));
       }
     });
   }
@@ -282,42 +306,62 @@ struct Cpu {
   template <class Forms>
   struct CpuForms;
 
+  static constexpr int64_t kNotRounded = -1;  // in the place of what a role adds to a stream
+
   template <class Device, class... N>
   struct CpuForms<Forms<Device, N...>> {
-    using Of = Forms<Device, N...>;
-
-    // A step of torch.optim.SGD in one pass. A thread rounds a piece of the gradients, updates the weights, and rounds them
-    // while they are in its cache. A role without streams is not rounded. If there are masters, they are updated, and the
-    // weights are rounded copies of them.
-    static void sgd(std::vector<Tensor> weights, std::vector<Tensor> gradients, std::vector<Tensor> momenta,
-                    std::vector<Tensor> masters, double lr, double momentum, double undamped, double weight_decay,
-                    bool nesterov, bool maximize, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits,
-                    Key key, std::vector<int64_t> weight_streams, std::vector<int64_t> gradient_streams,
-                    std::vector<int64_t> momentum_streams) {
-      const Numbers n = numbers(format...);
-      const Sgd step{static_cast<float>(lr),           static_cast<float>(momentum), static_cast<float>(undamped),
-                     static_cast<float>(weight_decay), nesterov,                     maximize};
-      const auto calls = [&](const std::vector<Tensor>& xs, const std::vector<int64_t>& streams) {
-        check_alike(weights, xs);
-        const std::vector<int64_t> none(xs.size());
-        check_list(kOp, xs, streams.empty() ? none : streams);
-        return Of::calls(xs, n, dims, sizes, rounding, bits, key, streams.empty() ? none : streams);
-      };
-      auto of_weights = calls(weights, weight_streams), of_gradients = calls(gradients, gradient_streams);
+    // An optimizer's step in one pass. A thread rounds a piece of the gradients, updates the weights, and rounds them while they
+    // are in its cache. If there are masters, they are updated, and the weights are rounded copies of them. False if the
+    // tensors are not as it needs them; then none has changed, nor if the call is dry.
+    static bool update(int64_t kernel, std::vector<double> given, std::vector<Tensor> weights, std::vector<Tensor> gradients,
+                       std::vector<Tensor> states, std::vector<Tensor> masters, N... format, Dims dims, Dims sizes,
+                       int64_t rounding, int64_t bits, Key key, std::vector<int64_t> streams, std::vector<int64_t> roles,
+                       bool dry) {
+      const Update step{kernel, std::vector<float>(given.begin(), given.end())};
+      const size_t count = weights.size(), of_each = count == 0 ? 0 : states.size() / count;
+      check_update(step, count, of_each, gradients.size(), states.size(), masters.size(), streams.size(), roles.size());
       std::vector<Tensor> all = weights;
-      all.insert(all.end(), gradients.begin(), gradients.end());
-      all.insert(all.end(), momenta.begin(), momenta.end());
-      all.insert(all.end(), masters.begin(), masters.end());
-      require(!share_memory(all), kOp, "weights, gradients, momenta or masters share memory; use the optimizer's own step");
-      auto of_momenta = calls(momenta.empty() ? gradients : momenta, momentum_streams);
-      if (!masters.empty()) check_alike(weights, masters);
-      for_each_piece(of_weights.data(), of_weights.size(), [&](size_t i, const Cover& piece) {
-        if (!gradient_streams.empty()) of_gradients[i].in_place(piece);
-        update(step, piece, weights[i], gradients[i], momenta.empty() ? nullptr : &momenta[i],
-               masters.empty() ? nullptr : &masters[i]);
-        if (!momentum_streams.empty()) of_momenta[i].in_place(piece);
-        if (!weight_streams.empty()) of_weights[i].in_place(piece);
+      for (const auto* more : {&gradients, &states, &masters}) all.insert(all.end(), more->begin(), more->end());
+      if (share_memory(all)) return false;
+      const Numbers n = numbers(format...);
+      std::vector<Call<Cpu>> layouts;  // neighbours in the list that are alike have one
+      std::vector<Item> items;
+      for (size_t i = 0; i < count; ++i) {
+        const Tensor& weight = weights[i];
+        if (i == 0 || !are_alike(weight, weights[i - 1])) {
+          if (!is_stepped(weight)) return false;
+          layouts.emplace_back(weight, n, dims, sizes, rounding, bits, key, 0);
+          if (!layouts.back().dense) return false;
+          layouts.back().drawing.key.reset();
+        }
+        bool fits = true;
+        const auto memory = [&](Tensor& x) {
+          fits = fits && are_alike(x, weight) && (x.numel() == 0 || x.const_data_ptr() != nullptr);
+          return fits ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
+        };
+        Item item{layouts.size() - 1, memory(weights[i]), {}, static_cast<uint64_t>(streams[i])};
+        item.at.w = masters.empty() ? item.weight : memory(masters[i]);
+        item.at.g = memory(gradients[i]);
+        for (size_t k = 0; k < of_each; ++k) item.at.states[k] = memory(states[i * of_each + k]);
+        if (!fits) return false;
+        items.push_back(item);
+      }
+      if (dry) return true;
+      const auto layout_of = [&](size_t i) -> const Call<Cpu>& { return layouts[items[i].layout]; };
+      for_each_piece(count, layout_of, [&](size_t i, const Cover& piece) {
+        const Item& item = items[i];
+        const auto round = [&](size_t role, float* x) {
+          if (roles[role] == kNotRounded) return;
+          Drawing drawn = layout_of(i).drawing;
+          drawn.random.stream = static_cast<uint64_t>(roles[role]) + item.stream;
+          run_at(n, piece, ScalarType::Float, x, x, drawn);
+        };
+        round(1, item.at.g);
+        step_piece(step, piece, item);
+        for (size_t k = 0; k < of_each; ++k) round(2 + k, item.at.states[k]);
+        round(0, item.weight);
       });
+      return true;
     }
 
     // Writes codes of 8 bits or fewer side by side, and stored scales. False if it makes none for this format, or if x is not
@@ -378,17 +422,29 @@ struct Cpu {
               " bytes, one a block");
     }
 
-    static void check_alike(const std::vector<Tensor>& weights, const std::vector<Tensor>& xs) {
-      require(weights.size() == xs.size(), kOp, weights.size(), " weights but ", xs.size(),
-              " gradients, momenta or masters; give each weight one");
-      for (size_t i = 0; i < xs.size(); ++i) {
-        bool alike = xs[i].scalar_type() == ScalarType::Float && is_dense(xs[i]) && xs[i].dim() == weights[i].dim();
-        for (int64_t d = 0; alike && d < xs[i].dim(); ++d) {
-          alike = xs[i].size(d) == weights[i].size(d) && xs[i].stride(d) == weights[i].stride(d);
-        }
-        require(alike, kOp, "weight, gradient, momentum and master ", i,
-                " must be dense float32 of one shape and strides; use the optimizer's own step");
-      }
+    static void check_update(const Update& step, size_t weights, size_t of_each, size_t gradients, size_t states,
+                             size_t masters, size_t streams, size_t roles) {
+      const bool known = portable::with_update(step.kernel, [&](auto kind) {
+        using Kind = typename decltype(kind)::type;
+        require(step.numbers.size() == Kind::kNumbers, kOp, "the update has ", step.numbers.size(), " numbers; give it ",
+                Kind::kNumbers);
+        require(weights == 0 || (of_each >= Kind::kFewestStates && of_each <= Kind::kMostStates), kOp, "a weight has ",
+                of_each, " states; give it ", Kind::kFewestStates, " to ", Kind::kMostStates);
+      });
+      require(known, kOp, "there is no kernel ", step.kernel);
+      const bool one_each = gradients == weights && states == of_each * weights && streams == weights;
+      require(one_each && (masters == 0 || masters == weights), kOp, weights, " weights but ", gradients, " gradients, ",
+              states, " states, ", masters, " masters and ", streams, " streams; give each weight one");
+      require(roles == 2 + of_each, kOp, roles, " roles; give the weight, the gradient and each state one");
+    }
+
+    // Whether an update takes x, as far as it alone says.
+    static bool is_stepped(const Tensor& x) { return x.scalar_type() == ScalarType::Float && (x.numel() == 0 || is_dense(x)); }
+
+    static bool are_alike(const Tensor& x, const Tensor& y) {
+      bool alike = x.scalar_type() == y.scalar_type() && x.dim() == y.dim();
+      for (int64_t d = 0; alike && d < x.dim(); ++d) alike = x.size(d) == y.size(d) && x.stride(d) == y.stride(d);
+      return alike;
     }
   };
 
@@ -411,33 +467,37 @@ struct Cpu {
     }
   }
 
+  // A weight in an update. `at.w` is its master, or its own memory.
+  struct Item {
+    size_t layout;
+    float* weight;
+    Stepped at;
+    uint64_t stream;
+  };
+
   // The update of the elements that `piece`, which has no gaps, covers.
-  static void update(const Sgd& step, const Cover& piece, Tensor& weight, const Tensor& gradient, Tensor* momentum,
-                     Tensor* master) {
+  static void step_piece(const Update& step, const Cover& piece, const Item& item) {
     const int64_t first = piece.layouts.front().first.memory;
-    const auto memory = [&](Tensor* x) {
-      return x == nullptr ? nullptr : static_cast<float*>(x->mutable_data_ptr()) + first;
-    };
-    float* const weights = memory(&weight);
-    float* const w = master == nullptr ? weights : memory(master);
-    const float* g = static_cast<const float*>(gradient.const_data_ptr()) + first;
-    float* m = memory(momentum);
     torch::stable::parallel_for(0, piece.numel(), Boxes::kGrain, [&](int64_t begin, int64_t end) {
-      sgd_update(step, w + begin, g + begin, m == nullptr ? nullptr : m + begin, end - begin);
-      if (w != weights) std::copy(w + begin, w + end, weights + begin);
+      for (int64_t at = first + begin, n; at < first + end; at += n) {
+        n = std::min(first + end - at, Boxes::kMost);
+        const Stepped here = item.at.from(at, Room::of_thread().of<float>());
+        update(step, here, n);
+        if (item.weight != item.at.w) std::copy(here.w, here.w + n, item.weight + at);
+      }
     });
   }
 
-  static void sgd_update(const Sgd& step, float* w, const float* g, float* m, int64_t n) {
+  static void update(const Update& step, const Stepped& at, int64_t n) {
     switch (kIsa) {
 #ifdef SWALP_X86
       case Isa::Avx512:
-        return avx512::sgd_update(step, w, g, m, n);
+        return avx512::update(step, at, n);
       case Isa::Avx2:
-        return avx2::sgd_update(step, w, g, m, n);
+        return avx2::update(step, at, n);
 #endif
       default:
-        return portable::sgd_update(step, w, g, m, n);
+        return portable::update(step, at, n);
     }
   }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
+from .. import fingerprints
 from ..errors import NotRewritten
 from ..warn import warn
 from .compiler import compile_entry, explain
@@ -214,11 +215,13 @@ class Entry:
             "recipe": conversion.recipe.within(self.path) if self.path else conversion.recipe,
             "identity": conversion.identity,
             "graphs": None if self.path else conversion.graphs,
+            "stored": [(each, fingerprints.number_of(each)) for each in self.module.parameters(recurse=False)],
             "children": {name: vars(each)[ENTRY] for name, each in children if conversion_of(each) is conversion},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module, self.taken_out = state["module"], {}
+        fingerprints.put(state["stored"])
         self.children = weakref.WeakValueDictionary(state["children"])  # some may be taken out of the model later
         made = Conversion(self.module, state["recipe"], identity=state["identity"], graphs=state["graphs"])
         self._join_with_children(made, "")

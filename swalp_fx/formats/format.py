@@ -119,6 +119,22 @@ class Format:
         """Whether an infinity stays one."""
         return self.overflow == "infinity" or (self.overflow == "saturate" and self.element.has_infinity)
 
+    def keeps_rounded(self, digits: int = 24) -> bool:
+        """Whether every rounding is known to leave the finite numbers that any rounding gave as they are.
+
+        digits: of a significand in the tensor's dtype, which stores them; a narrow one may store a neighbour.
+        Other formats may find another scale in a rounded block: one that is no power of two, or whose largest number
+        became smaller, or larger, than its scale stands for.
+        """
+        own = 24 if isinstance(self.element, Codebook) else self.element.grid.man + 1
+        if digits < own:
+            return False
+        if self.scale is None or self.keeps_subsets:
+            return True
+        if self.overflow != "saturate" or isinstance(self.element, Codebook) or not isinstance(self.scale, PowerOfTwo):
+            return False
+        return self.scale.rule in ("floor", "rceil") and self.min == -self.max
+
     @property
     def keeps_subsets(self) -> bool:
         """Whether any rounding leaves rounded numbers as they are, even after others of their block became zero.

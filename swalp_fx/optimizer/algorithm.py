@@ -10,7 +10,7 @@ Algorithm 2 of the SWALP paper, in the order of its authors' code:
                                          that the recipe names by its own quantizer
 
 The pass runs in the optimizer's step hooks, so the optimizer keeps its type, its schedulers and its
-state_dict. For torch.optim.SGD on the CPU the whole step is one pass over memory.
+state_dict. For the optimizers of kernels.py, on the CPU, the whole step is one pass over memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .. import fingerprints
 from ..codes import packed_state, unpacked_state
 from ..formats import FLOAT, Format
 from ..ops import quantize_foreach_
@@ -70,8 +72,9 @@ class _Step:
     key: Tensor  # int64, shape []
     parameters: list[tuple[int, nn.Parameter]]  # (index in the model, parameter) that it updates
     ready: bool = False  # gradients rounded, masters in the place of the weights
-    # Gradients of parameters that one pass has already stepped: hidden from the optimizer until its own step is over.
-    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    # Parameters that one pass has already stepped, with their gradients, by id. The gradients are hidden from the
+    # optimizer until its own step is over.
+    done: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     twin: Twin | None = None  # of the optimizer, which steps copies of the masters
     scaler: GradScaler | None = None  # the caller of the step
     scale: float = 1.0  # of the loss; the gradients are divided by it already
@@ -162,8 +165,6 @@ class SWALP:
         recipes = [local.get(name, self.recipe).resolved() for name in self._names]
         # Equal recipes become one object, as in_one_pass needs.
         self._recipes = [recipes[recipes.index(each)] for each in recipes]
-        self._has_masters = any(recipe.master is not None for recipe in self._recipes)
-        self._streams = [_streams(index) for index in range(len(self._names))]
         self._index = {parameter: index for index, parameter in enumerate(self._parameters.values())}
 
     def _follow_model(self) -> None:
@@ -261,11 +262,11 @@ class SWALP:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self._has_masters:
+        if any(recipe.master is not None for recipe in self._recipes):
             # The optimizer steps masters, so others see the weights of the step only after this hook.
             hooks: Any = optimizer._optimizer_step_post_hooks
             hooks.move_to_end(self._handles[-1].id, last=False)
-            loading = Loading(self._is_mastered)
+            loading = Loading(self._has_master)
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(loading.before),
                 optimizer.register_load_state_dict_post_hook(loading.after),
@@ -299,7 +300,7 @@ class SWALP:
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.requires_grad
-            and not self._is_mastered(parameter)
+            and not self._has_master(parameter)
             and loses_updates(parameter, length := length_of(group))
         ]
         if lost:
@@ -321,7 +322,7 @@ class SWALP:
             return
         for handle in self._handles:
             handle.remove()
-        if any(is_half(parameter) and self._is_mastered(parameter) for parameter in self._index):
+        if any(is_half(parameter) and self._has_master(parameter) for parameter in self._index):
             narrow_states(self._optimizer)
         self._optimizer, self._handles, self._twin = None, [], None
         self._masters.clear()
@@ -424,14 +425,13 @@ class SWALP:
         ]
         tensors = [*self._parameters.values(), *(buffer for _, _, buffer in places if buffer is not None)]
         before = [tensor.detach().clone() for tensor in tensors]
+        stored = [(parameter, fingerprints.number_of(parameter)) for parameter in self._parameters.values()]
         self._is_averaged = True
         # Its loads too: at the end they would be lost.
         refusal = _RefusedLoad(is_on=True)
         handles = [module.register_load_state_dict_pre_hook(refusal) for module in self.model.modules()]
         try:
-            with torch.no_grad():
-                for name, mean in of_name.mean(format).items():
-                    self._parameters[name].copy_(mean)
+            of_name.write(self._parameters, format)
             if loader is not None:
                 recalibrate(self.model, loader, forward=forward)
             yield self.model
@@ -442,6 +442,7 @@ class SWALP:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+            fingerprints.put(stored)
             for buffers, name, buffer in places:
                 buffers[name] = buffer
 
@@ -475,7 +476,7 @@ class SWALP:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, seed, averages and masters, to resume a run.
+        """Counters, seed, averages, masters and fingerprints of stored weights, to resume a run.
 
         With the model's and the optimizer's own states, the resumed run gives the bits of a run that was not stopped.
         Tensors are references, as in the optimizer's state_dict: copy or save before the next step. Every tensor that
@@ -500,6 +501,12 @@ class SWALP:
                 for name, each in self.averages.items()
             },
             "masters": {name: self._master_of(name) for name in self._mastered()},
+            "fingerprints": {
+                name: fingerprints.number_of(parameter)
+                for (name, parameter), recipe in zip(self._parameters.items(), self._recipes, strict=True)
+                if mean_dtype(parameter) is not None
+                and not fingerprints.keeps_rounded(recipe.weight.format, parameter.dtype)
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -515,6 +522,7 @@ class SWALP:
         found = read(state, self.recipe, self._parameters, self._mastered(), averages)
         self._seed, self._steps, self._masters = found.seed, found.step, found.masters
         self._has_agreed = False
+        fingerprints.put((self._parameters[name], number) for name, number in found.fingerprints.items())
         for average, (n_seen, n_averaged, means) in zip(averages.values(), found.averages, strict=True):
             average.n_seen, average.n_averaged, average.means = n_seen, n_averaged, means
 
@@ -564,7 +572,7 @@ class SWALP:
             return None if step.twin is None else ((step.twin.optimizer, *args[1:]), kwargs)
         self._step = step
         closure = self._rounding(closure, step)
-        if self._has_masters:
+        if any(self._recipes[index].master is not None for index, _ in trained):
             step.twin = self._twin_of(optimizer)
         stepper = optimizer if step.twin is None else step.twin.optimizer
         if "closure" in kwargs:
@@ -606,7 +614,7 @@ class SWALP:
                 self._step_in_one_pass(step)
             gradients = self._round_gradients(step)
             step.overflows = step.scaler is not None and not all(bool(each.isfinite().all()) for each in gradients)
-            if self._has_masters and step.parameters and not step.overflows:
+            if not step.overflows:
                 self._put_masters(step)
         step.ready = True
 
@@ -629,9 +637,12 @@ class SWALP:
         return [each for index, each in gradients if self._recipes[index].gradient.format.overflow != "saturate"]
 
     def _put_masters(self, step: _Step) -> None:
+        masters = {p: self._master(index) for index, p in step.parameters if self._recipes[index].master is not None}
+        if not masters:
+            return
         assert self._optimizer is not None
         step.twin = self._twin_of(self._optimizer)
-        narrow = step.twin.put({parameter: self._master(index) for index, parameter in self._mastered_in(step)})
+        narrow = step.twin.put(masters)
         if narrow and self._steps:  # an optimizer that trained before the pass has such states, and nothing was lost
             parameter, state = narrow[0]
             name = self._names[self._index[parameter]]
@@ -641,19 +652,17 @@ class SWALP:
             )
 
     def _step_in_one_pass(self, step: _Step) -> None:
-        """Step and round all parameters with a gradient in one pass, if there is one for this optimizer's step."""
+        """Step and round parameters in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
         masters = {i: self._master(i) for i, _ in step.parameters if self._recipes[i].master is not None}
-        parameters = (
-            (parameter, self._recipes[i], self._streams[i], masters.get(i)) for i, parameter in step.parameters
-        )
+        parameters = ((parameter, self._recipes[i], i, masters.get(i)) for i, parameter in step.parameters)
         with uninterrupted():
-            step.gradients = in_one_pass(self._optimizer, parameters, step.key)
-            self._steps += bool(step.gradients)  # whatever happens from here on
-        for parameter in step.gradients:
+            step.done = in_one_pass(self._optimizer, parameters, step.key)
+            self._steps += bool(step.done)  # whatever happens from here on
+        for parameter, _ in step.done.values():
             parameter.grad = None  # an optimizer skips a parameter without a gradient
-        step.parameters = [each for each in step.parameters if each[1] not in step.gradients]
+        step.parameters = [each for each in step.parameters if id(each[1]) not in step.done]
 
     def _refuse_sparse(self, step: _Step) -> None:
         for index, parameter in step.parameters:
@@ -684,32 +693,41 @@ class SWALP:
                 f"{type(optimizer).__name__} never evaluated the closure it was given; call step() without it"
             )
         with uninterrupted(), torch.no_grad():
-            for parameter, gradient in step.gradients.items():
+            for parameter, gradient in step.done.values():
                 parameter.grad = gradient
             self._round_weights(step)
+            self._note_stored(step)
             if step.twin is not None:
                 step.twin.give_back(optimizer)
                 step.twin.rest()
             unknown = self._round_states(step, optimizer)
             self._step = None
-            self._steps += not step.gradients
+            self._steps += not step.done
         for name, recipe in unknown.items():  # the step is whole, if a warning is an error
             self._warn_of_unknown(name, recipe, optimizer)
 
     def _round_weights(self, step: _Step) -> None:
         stand_ins = {} if step.twin is None else step.twin.stand_ins
-        mastered = self._mastered_in(step)
+        mastered = [(index, p) for index, p in step.parameters if p in stand_ins]
         self._round(self._in_role("master", [(index, stand_ins[p]) for index, p in mastered]), step)
-        weights: dict[int, Tensor] = dict(step.parameters)
+        weights = [(index, p.detach()) for index, p in step.parameters if p not in stand_ins]
+        narrow = []
         for index, parameter in mastered:
             before, master = self._masters[self._names[index]], stand_ins[parameter].detach()
             self._masters[self._names[index]] = master
             # Round in the master's dtype, where nothing else is needed any more.
-            weights[index] = (parameter if parameter.dtype == master.dtype else before).copy_(master)
-        self._round(self._in_role("weight", weights.items()), step)
-        for index, parameter in step.parameters:
-            if weights[index] is not parameter:
-                parameter.copy_(weights[index])
+            weight = (parameter.detach() if parameter.dtype == master.dtype else before).copy_(master)
+            weights.append((index, weight))
+            if parameter.dtype != master.dtype:
+                narrow.append((parameter, weight))
+        self._round(self._in_role("weight", weights), step)
+        for parameter, weight in narrow:
+            parameter.copy_(weight)
+
+    def _note_stored(self, step: _Step) -> None:
+        """Let the next forwards read the weights of this step as they are."""
+        stepped = itertools.chain(step.parameters, ((self._index[p], p) for p, _ in step.done.values()))
+        fingerprints.note((parameter, self._recipes[index].weight.format) for index, parameter in stepped)
 
     def _round_states(self, step: _Step, optimizer: Optimizer) -> dict[str, Recipe]:
         """Round the states; returns name -> recipe of a parameter, for each state without a known role."""
@@ -758,20 +776,17 @@ class SWALP:
             if quantizer.rounds:
                 quantize_foreach_(xs, *quantizer.how(), key=step.key, streams=streams)
 
-    def _is_mastered(self, parameter: Tensor) -> bool:
+    def _has_master(self, parameter: Tensor) -> bool:
         """Whether a parameter has a master; False for one that is not the model's."""
         index = self._index.get(parameter)  # type: ignore[call-overload]
         return index is not None and self._recipes[index].master is not None
-
-    def _mastered_in(self, step: _Step) -> list[tuple[int, nn.Parameter]]:
-        return [(index, parameter) for index, parameter in step.parameters if self._recipes[index].master is not None]
 
     def _mastered(self) -> list[str]:
         """The names of the parameters with masters: floating, of a recipe with a master."""
         return [
             name
             for name, parameter in self._parameters.items()
-            if mean_dtype(parameter) is not None and self._is_mastered(parameter)
+            if mean_dtype(parameter) is not None and self._has_master(parameter)
         ]
 
     def _master(self, index: int) -> Tensor:
@@ -832,10 +847,6 @@ class _RefusedLoad:
 
     def __reduce__(self) -> Any:
         return _RefusedLoad, ()
-
-
-def _streams(index: int) -> dict[str, int]:
-    return {role: parameter_stream(number, index) for role, number in ROLES.items()}
 
 
 def _refuse_unserved(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> None:

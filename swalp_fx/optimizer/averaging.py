@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .. import fingerprints
 from ..formats import FLOAT, Format, parse
 from ..ops import quantize, quantize_foreach_
 from ..random import ROLES, parameter_stream
@@ -191,7 +192,14 @@ class Average:
         """
         self.refuse(dict(model.named_parameters()))
         averaged = copied(model)
-        parameters = dict(averaged.named_parameters())
-        for name, mean in self.mean(format).items():
-            parameters[name].copy_(mean)
+        self.write(dict(averaged.named_parameters()), format)
         return averaged
+
+    @torch.no_grad()
+    def write(self, parameters: Mapping[str, Tensor], format: str | Format = FLOAT) -> None:
+        """Write ``mean(format)`` into ``parameters``. A forward in that very format reads them as they are."""
+        means = self.mean(format)
+        for name, mean in means.items():
+            parameters[name].copy_(mean)
+        of_means = parse(format) if parse(format) != FLOAT else self.format
+        fingerprints.note((parameters[name], of_means) for name, mean in means.items() if mean.is_floating_point())

@@ -1,110 +1,158 @@
-"""Steps of torch.optim.SGD in one pass over memory, with the roundings of the optimizer pass: the same bits, faster.
+"""Steps of an optimizer in one pass over memory, with the roundings of the optimizer pass: the same bits, faster.
 
-A step by hooks reads and writes every weight, gradient and momentum several times: for each rounding, and for each
+A step by hooks reads and writes every weight, gradient and state several times: for each rounding, and for each
 operation of torch's own step. They are larger than a cache, so most of a step's time is memory traffic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from ..ops import is_plain, sgd_
+from ..ops import is_plain, quantize_foreach_, update_
+from ..random import ROLES, parameter_stream
 from ..recipe import Quantizer, Recipe
+from .kernels import KERNELS, kernel_of
 from .states import quantizer_of
 
 __all__ = ["in_one_pass"]
 
-# The rounded roles, in the order of their streams in ops.sgd_.
-ROLES = ("weight", "gradient", "momentum")
-MOMENTUM = "momentum_buffer"  # the state
 ANY = Quantizer.parse("bfp8~nearest")  # for a call that rounds no role
-FLOAT32 = torch.finfo(torch.float32)
-
-Streams = Mapping[str, int]  # role -> the parameter's stream in it
 
 
 class _Call:
-    """The tensors of one call of ``ops.sgd_``: one group of the optimizer, and one recipe."""
+    """The tensors of one call of ``ops.update_``: of one group, one recipe, and one count of steps."""
 
-    def __init__(self, group: dict[str, Any], recipe: Recipe) -> None:
-        self.group = group
-        self.roles = ROLES if group["momentum"] != 0 else ROLES[:2]
-        of_roles = {**{role: getattr(recipe, role) for role in ROLES}, "momentum": quantizer_of(recipe, MOMENTUM)}
-        self.rounded = [role for role in self.roles if of_roles[role].rounds]
-        self.quantizers = {of_roles[role] for role in self.rounded}
-        self.tensors: list[list[Tensor]] = []  # a parameter's, of each role
+    def __init__(self, recipe: Recipe, names: Sequence[str], numbers: Sequence[float]) -> None:
+        self.numbers = numbers
+        quantizers = [recipe.gradient, recipe.weight, *(quantizer_of(recipe, name) for name in names)]
+        numbers_of = [ROLES["gradient"], ROLES["weight"], *(ROLES["momentum"] + slot for slot in range(len(names)))]
+        self.roles = list(zip(quantizers, numbers_of, strict=True))
+        self.parameters: list[nn.Parameter] = []
+        self.gradients: list[Tensor] = []
+        self.states: list[Tensor] = []  # those of the first parameter, then those of the next
         self.masters: list[Tensor] = []  # of every parameter, or of none
-        self.streams: list[Streams] = []
+        self.counters: list[Tensor] = []
+        self.indices: list[int] = []
 
-    def run(self, key: Tensor) -> None:
-        quantizer = next(iter(self.quantizers), ANY)
-        of_roles = [[tensors[i] for tensors in self.tensors] for i in range(len(self.roles))]
-        weights, gradients, momenta = of_roles if len(of_roles) == 3 else [*of_roles, []]
-        streams = [[each[role] for each in self.streams] if role in self.rounded else [] for role in ROLES]
-        sgd_(weights, gradients, momenta, self.masters, self.group, *quantizer.how(), key=key, streams=streams)
+    def tensors(self) -> Iterable[Tensor]:
+        return (*self.parameters, *self.gradients, *self.states, *self.masters, *self.counters)
+
+    @property
+    def first(self) -> Quantizer | None:
+        """The quantizer of the roles that are rounded in the pass: the gradient's, if it is rounded."""
+        return next((quantizer for quantizer, _ in self.roles if quantizer.rounds), None)
+
+    def run(self, kernel: int, key: Tensor, dry: bool = False) -> bool:
+        """Steps the parameters; whether it could. If it could not, or if it is dry, nothing has changed."""
+        first = self.first
+        gradient, weight, *states = (
+            parameter_stream(role, 0) if each.rounds and each == first else None for each, role in self.roles
+        )
+        could = update_(
+            kernel,
+            self.numbers,
+            self.parameters,
+            self.gradients,
+            self.states,
+            self.masters,
+            *(first or ANY).how(),
+            key=key,
+            streams=self.indices,
+            roles=[weight, gradient, *states],
+            dry=dry,
+        )
+        if could and not dry:
+            if self.counters:
+                torch._foreach_add_(self.counters, torch.tensor(1.0, device="cpu"), alpha=1.0)
+            self._round_others(key)
+        return could
+
+    def _round_others(self, key: Tensor) -> None:
+        """Round weights and states in another format than ``first``."""
+        of_each = len(self.roles) - 2
+        states = (self.states[slot::of_each] for slot in range(of_each))
+        tensors: list[Sequence[Tensor]] = [self.gradients, self.parameters, *states]
+        for (quantizer, role), xs in zip(self.roles, tensors, strict=True):
+            if quantizer.rounds and quantizer != self.first:
+                streams = [parameter_stream(role, index) for index in self.indices]
+                quantize_foreach_(xs, *quantizer.how(), key=key, streams=streams)
 
 
 def in_one_pass(
-    optimizer: Optimizer, parameters: Iterable[tuple[nn.Parameter, Recipe, Streams, Tensor | None]], key: Tensor
-) -> dict[nn.Parameter, Tensor]:
-    """Steps ``optimizer`` with its roundings; returns the parameters stepped, with their gradients: all or none.
+    optimizer: Optimizer, parameters: Iterable[tuple[nn.Parameter, Recipe, int, Tensor | None]], key: Tensor
+) -> dict[int, tuple[nn.Parameter, Tensor]]:
+    """Steps ``optimizer`` with its roundings; returns the parameters stepped and their gradients, by id: all or none.
 
-    parameters: (parameter, its recipe, its streams, its master, if its recipe has one). Recipes are resolved. Equal
-        recipes must be one object: one call serves all parameters of a recipe.
+    parameters: (parameter, its recipe, its index in the model, its master, if its recipe has one). Recipes are
+        resolved. Equal recipes must be one object: one call serves all parameters of a recipe.
 
-    Steps none if anything about the step is not as in ``ops.sgd_``:
+    Steps none if anything about the step is not as a row of KERNELS or ``ops.update_`` has it:
 
     - another class, a fused step, options in tensors or beyond float32
     - hooks of others, which might read in between
-    - a tensor off the CPU, in another dtype, or with other strides
-    - a state without momentum yet, or with more than momentum
-    - roles of one parameter in different formats or roundings
+    - other states than the row names, as before the first step of an optimizer that has states
+    - a tensor off the CPU, in another dtype, with gaps, or in memory that another tensor shares
     - masters in another format than float
-    - two tensors that share memory
     - nothing to round
     """
-    if type(optimizer) is not SGD or not _is_alone(optimizer) or not _multiplies_and_adds_at_once():
+    kernel = kernel_of(optimizer) if _is_alone(optimizer) else None
+    if kernel is None:
         return {}
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    if not all(map(_is_plain, optimizer.param_groups)):
-        return {}
-    calls: dict[tuple[int, int], _Call] = {}
-    gradients: dict[nn.Parameter, Tensor] = {}
-    memory: list[tuple[int, int]] = []  # (begin, end) of each tensor
-    for parameter, recipe, streams, master in parameters:
-        gradient = parameter.grad
-        if gradient is None or gradient.numel() == 0:  # nothing to step: left to the optimizer
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    names_of = {id(group): kernel.states(group) for group in optimizer.param_groups}
+    states = {id(parameter): state for parameter, state in optimizer.state.items()}
+    counter = kernel.counter
+    calls: dict[tuple[int, int, float], _Call] = {}
+    for parameter, recipe, index, master in parameters:
+        if (gradient := parameter.grad) is None:
             continue
-        group = groups[parameter]
-        state = optimizer.state.get(parameter, {})
-        tensors = [parameter, gradient, *state.values()]
-        masters = [] if master is None else [master]
-        if list(state) != ([MOMENTUM] if group["momentum"] != 0 else []) or not _are_alike([*tensors, *masters]):
+        group, state = groups[id(parameter)], states.get(id(parameter), {})
+        names = names_of[id(group)]
+        if len(state) != len(names) + (counter is not None) or not all(name in state for name in names):
             return {}
-        if recipe.master is not None and recipe.master.rounds:
-            return {}
-        which = id(group), id(recipe)
-        if which not in calls:
-            calls[which] = _Call(group, recipe)
-        calls[which].tensors.append(tensors)
-        calls[which].masters += masters
-        calls[which].streams.append(streams)
-        gradients[parameter] = gradient
-        memory += [(begin := tensor.data_ptr(), begin + tensor.nbytes) for tensor in (*tensors, *masters)]
-    fits = all(len(call.quantizers) <= 1 for call in calls.values()) and any(call.quantizers for call in calls.values())
-    memory.sort()
-    if not fits or any(end > begin for (_, end), (begin, _) in pairwise(memory)):
+        count = 0.0
+        if counter is not None:
+            if (found := _count(state.get(counter))) is None:
+                return {}
+            count = found
+        which = id(group), id(recipe), count
+        call = calls.get(which)
+        if call is None:
+            numbers = kernel.numbers_of(group, count)
+            if numbers is None or (recipe.master is not None and recipe.master.rounds):
+                return {}
+            call = calls[which] = _Call(recipe, names, numbers)
+        call.parameters.append(parameter)
+        call.gradients.append(gradient)
+        call.states += [state[name] for name in names]
+        call.indices.append(index)
+        if master is not None:
+            call.masters.append(master)
+        if counter is not None:
+            call.counters.append(state[counter])
+    number, of_all = KERNELS.index(kernel), list(calls.values())
+    counters = [counter.data_ptr() for call in of_all for counter in call.counters]
+    if len(set(counters)) < len(counters) or not any(call.first for call in of_all):
         return {}
-    for call in calls.values():
-        call.run(key)
-    return gradients
+    if len(of_all) > 1:
+        if _share_memory([tensor for call in of_all for tensor in call.tensors()]):
+            return {}
+        if not all(call.run(number, key, dry=True) for call in of_all):
+            return {}
+    if not all(call.run(number, key) for call in of_all):
+        return {}
+    return {
+        id(parameter): (parameter, gradient)
+        for call in of_all
+        for parameter, gradient in zip(call.parameters, call.gradients, strict=True)
+    }
 
 
 def _is_alone(optimizer: Optimizer) -> bool:
@@ -114,27 +162,20 @@ def _is_alone(optimizer: Optimizer) -> bool:
     return not of_all and all(len(each) == 1 for each in hooks)
 
 
-def _multiplies_and_adds_at_once() -> bool:
-    """Whether torch's own kernels use fused multiply-add, with one rounding, as ``ops.sgd_`` does."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+def _count(counter: Any) -> float | None:
+    """The steps that a tensor counts; None if it is no counter as torch makes them."""
+    is_one = type(counter) is Tensor and counter.is_cpu and counter.numel() == 1
+    return counter.item() if is_one and counter.dtype in (torch.float32, torch.float64) else None
 
 
-def _is_plain(group: dict[str, Any]) -> bool:
-    if group["fused"] or (group["foreach"] and group["nesterov"]):  # the latter may write into the gradients
-        return False
-    return all(_is_float32(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay"))
-
-
-def _is_float32(number: Any) -> bool:
-    """Whether ``number`` is in the range of float32, up to rounding."""
-    return isinstance(number, (int, float)) and (number == 0 or FLOAT32.tiny <= abs(number) <= FLOAT32.max)
-
-
-def _are_alike(tensors: list[Tensor]) -> bool:
-    """Whether all are float32 on the CPU, without gaps in memory, and have the same strides."""
-    first = tensors[0]
-    strides = first.stride()
+def _share_memory(tensors: Iterable[Tensor]) -> bool:
+    """Whether the memory of any two overlaps, or may do so."""
+    memory = []
     for tensor in tensors:
-        if not is_plain(tensor) or not tensor.is_cpu or tensor.dtype is not torch.float32 or tensor.stride() != strides:
-            return False
-    return first.is_contiguous() or (len(strides) == 4 and first.is_contiguous(memory_format=torch.channels_last))
+        if not is_plain(tensor):
+            return True
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            memory.append((begin := tensor.data_ptr(), begin + (last + 1) * tensor.element_size()))
+    memory.sort()
+    return any(end > begin for (_, end), (begin, _) in pairwise(memory))

@@ -15,8 +15,9 @@ from .averaging import Average, mean_dtype
 
 __all__ = ["SWA", "VERSION", "Saved", "read"]
 
-VERSION = 4
-KEYS = ("version", "recipe", "parameters", "seed", "step", "n_averaged", "average", "averages", "masters")
+VERSION = 5
+COUNTED = ("seed", "step", "n_averaged")
+KEYS = ("version", "recipe", "parameters", *COUNTED, "average", "averages", "masters", "fingerprints")
 COUNTS = ("n_seen", "n_averaged")  # of an average
 SWA = ""  # the name of the paper's own average
 
@@ -29,6 +30,7 @@ class Saved:
     step: int
     averages: list[tuple[int, int, dict[str, Tensor]]]  # (n_seen, n_averaged, means), in the order of ``averages``
     masters: dict[str, Tensor]
+    fingerprints: dict[str, int]  # 0: no step has stored this parameter
 
 
 def read(
@@ -57,7 +59,7 @@ def read(
     is_whole = state["parameters"] is not None
     if is_whole and (differs := _differing(state["parameters"], list(parameters))):
         raise ValueError(f"the state is of a model {differs}; load a state of this model")
-    for key in ("seed", "step", "n_averaged"):
+    for key in COUNTED:
         if not isinstance(state[key], int) or state[key] < 0:
             raise ValueError(f"the state's {key} must be a whole number, not {state[key]!r}")
     of_state = _averages(state, {name: average for name, average in averages.items() if name != SWA})
@@ -66,8 +68,9 @@ def read(
         for name, average in averages.items()
     ]
     masters = _masters(state["masters"], parameters, mastered, is_whole)
+    fingerprints = _fingerprints(state["fingerprints"], parameters)
     # Before the first step the masters are the weights, and a load may still change those.
-    return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {})
+    return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {}, fingerprints)
 
 
 def _differing(names: Any, due: list[str]) -> str:
@@ -96,6 +99,16 @@ def _masters(
     if is_whole:
         _refuse_missing("masters", copied, due)
     return copied
+
+
+def _fingerprints(found: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    if not isinstance(found, Mapping) or not all(isinstance(number, int) for number in found.values()):
+        raise ValueError("the state's fingerprints must map names to whole numbers; pass what state_dict() returned")
+    if more := [name for name in found if name not in parameters]:
+        raise ValueError(
+            f"the state's fingerprints have {more[0]!r}, which this model does not; load a state of this model"
+        )
+    return dict(found)
 
 
 def _refuse_missing(what: str, found: Mapping[str, Tensor], due: Iterable[str]) -> None:
@@ -183,14 +196,16 @@ def _of_this_version(state: Any) -> Any:
     """``state`` as one of this version.
 
     Version 1 had another word for masters. Version 2 had one average. Version 3 had no names of parameters, and only
-    the tensors that were made so far.
+    the tensors that were made so far. Version 4 had no fingerprints.
     """
     if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
         state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
     if isinstance(state, Mapping) and state.get("version") == 2 and "average" in state:
         state = {**state, "averages": {}, "version": 3}
     if isinstance(state, Mapping) and state.get("version") == 3 and "parameters" not in state:
-        state = {**state, "parameters": None, "version": VERSION}
+        state = {**state, "parameters": None, "version": 4}
+    if isinstance(state, Mapping) and state.get("version") == 4 and "fingerprints" not in state:
+        state = {**state, "fingerprints": {}, "version": VERSION}
     return state
 
 

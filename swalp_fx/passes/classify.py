@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from .captured import HOLDS, KEPT, LAYER, MODULE, UPDATE, Layer
 from .facts import Origin, facts, is_floating
 from .names import PART, name_places
-from .operations import NESTED, writes, written
+from .operations import NESTED, takes_size, writes, written
 from .tables import LAYER_PARTS
 
 __all__ = ["OUT", "classify"]
@@ -85,7 +85,7 @@ def _part_in_layer(node: Node, layer: Layer) -> str:
     inner = [user for user in node.users if user.meta.get(LAYER) == layer]
     outer = [user for user in node.users if user not in inner and (user.op != "output" or not inner)]
     if inner:  # a reader of sizes alone reads none of the layer's numbers
-        outer = [user for user in outer if facts(user).category != "number" or "reads" in facts(user).does]
+        outer = [user for user in outer if not takes_size(user, node)]
     if not outer or not _is_tensor(node):
         return "number" if facts(node).category == "number" else "inside"
     return layer.part or "arithmetic"

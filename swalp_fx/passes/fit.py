@@ -6,7 +6,7 @@ One table has the contraction axes: CONTRACTED. An operation without products ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .captured import LAYER
 from .operations import name_of
 from .tables import PARTS
 
-__all__ = ["axis_by_reader", "axis_of_parameter", "contraction_axes", "fitted", "of_parameter"]
+__all__ = ["axis_by_reader", "axis_of_parameter", "contraction_axes", "fitted", "of_parameter", "shape_behind"]
 
 LAST = -1
 # The start of a convolution's name -> the contraction axis of its weight. Its input and output have channels there.
@@ -87,11 +87,16 @@ def _moved(node: Node, source: Node, axis: int) -> int:
         return axis
     sizes = [1] * rank
     sizes[axis] = 2
-    probe = torch.empty(sizes, device="meta")
+    moved = shape_behind(node, sizes).index(2) - rank
+    return moved if moved == LAST else moved + rank
+
+
+def shape_behind(node: Node, sizes: Sequence[int]) -> torch.Size:
+    """The shape that ``node``, which has one input, makes of a tensor of these ``sizes``."""
+    probe = torch.empty(tuple(sizes), device="meta")
     args, kwargs = map_arg((node.args, node.kwargs), lambda _: probe)
     call: Any = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
-    moved = call(*args, **kwargs).shape.index(2) - rank
-    return moved if moved == LAST else moved + rank
+    return call(*args, **kwargs).shape
 
 
 def _has_first_axes(node: Node, source: Node, number: int) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "place_of_inplace",
     "read_after_writes",
     "stem_of",
+    "takes_size",
     "writes",
     "writes_in_place",
     "written",
@@ -96,6 +97,13 @@ def category(node: Node) -> str:
     if node.op == "call_function" and not is_torch(node.target):
         return "movement" if isinstance(node.target, type) else "arithmetic"  # a tuple or a record with names
     return part_of(name_of(node)) or "arithmetic"
+
+
+def takes_size(user: Node, node: Node) -> bool:
+    """Whether ``user`` reads only the size or the type of ``node``, as ``x.type_as(node)`` does."""
+    if stem_of(user).endswith("_as"):
+        return bool(user.args) and user.args[0] is not node
+    return category(user) == "number" and "reads" not in does(operation_of(user))
 
 
 def operands_of(call: Node) -> list[Argument]:

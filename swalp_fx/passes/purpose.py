@@ -16,23 +16,28 @@ from torch.fx import Graph, Node
 
 from .captured import LAYER
 from .facts import Origin, is_floating
-from .operations import CASTS, category, stem_of
+from .operations import CASTS, category, stem_of, takes_size
 from .tables import LAYER_PARTS
 
 __all__ = [
     "ATTENTION",
+    "BOUNDS",
+    "NONE_LEFT",
     "PRODUCTS",
     "QUOTIENTS",
     "SUMS",
     "Attention",
     "Purposes",
     "constant_of",
+    "is_bound",
     "is_softmax",
     "readers_of",
 ]
 
 SOFTMAX = ("softmax", "_safe_softmax", "log_softmax", "logsumexp", "cross_entropy")
 MAXIMA = ("max", "amax", "argmax", "topk")  # these drop the fill of masked numbers too
+BOUNDS = ("clamp", "clamp_min", "clip", "max", "maximum")  # these keep masked scores above a type's lowest number
+NONE_LEFT = -1e4  # a number this far below the rest of its row has a softmax of zero
 SUMS = ("add", "iadd", "sub", "isub")
 PRODUCTS = ("mul", "imul", "multiply")
 QUOTIENTS = ("div", "truediv", "itruediv", "true_divide")
@@ -83,7 +88,7 @@ class Purposes:
 
     def _leads(self, node: Node) -> bool:
         """Whether ``node`` leads to a softmax alone. A maximum may read it too: a softmax by hand subtracts it."""
-        readers = [user for user in readers_of(node) if stem_of(user) not in MAXIMA]
+        readers = [user for user in readers_of(node) if stem_of(user) not in MAXIMA or is_bound(user)]
         return bool(readers) and all(user in self.leads or is_softmax(user, node) for user in readers)
 
     def _passes_on(self, node: Node) -> bool:
@@ -92,7 +97,8 @@ class Purposes:
         name = stem_of(node)
         if name in (*PRODUCTS, *QUOTIENTS):  # with one number a row
             return any(not self._is_of_model(each) or _is_a_number_a_row(each, node) for each in _beside(node))
-        return name in SUMS or category(node) == "movement"
+        is_log = name == "log_softmax" and all(stem_of(user) == "exp" for user in readers_of(node))
+        return name in SUMS or category(node) == "movement" or is_bound(node) or is_log
 
     def _is_of_model(self, value: Any) -> bool:
         return isinstance(value, Node) and self.origins[value] is Origin.MODEL
@@ -113,6 +119,8 @@ class Purposes:
             if moves or carries:
                 self.moved.add(node)
             carries = carries or (name in SUMS and moves and len(sources) > 1)
+        elif is_bound(node) or name == "log_softmax":
+            self.moved.add(node)
         elif name in FILLS and any(constant_of(each) != 0 for each in self._fills(node)):
             carries = True
         if carries:
@@ -156,8 +164,18 @@ class Purposes:
 
 
 def readers_of(node: Node) -> list[Node]:
-    """The readers of ``node``'s numbers, without the output node and readers of sizes."""
-    return [user for user in node.users if user.op != "output" and category(user) != "number"]
+    """The readers of ``node``'s numbers, without the output node and readers of sizes and types."""
+    readers = (user for user in node.users if user.op != "output" and category(user) != "number")
+    return [user for user in readers if not takes_size(user, node)]
+
+
+def is_bound(node: Node) -> bool:
+    """Whether ``node`` keeps scores above a number so low that it masks them, as ``max(scores, finfo.min)`` does."""
+    name, given = stem_of(node), [*node.args[1:], *node.kwargs.values()]
+    if name not in BOUNDS or len(node.kwargs.keys() - {"min", "other"}) or len(given) != 1:
+        return False
+    value = constant_of(given[0])
+    return value is not None and value <= NONE_LEFT
 
 
 def _is_empty(fill: Any) -> bool:
@@ -169,12 +187,23 @@ def _is_empty(fill: Any) -> bool:
 def is_softmax(user: Node, node: Node) -> bool:
     """Whether ``user`` is a softmax of ``node``, or fused attention with ``node`` as its mask.
 
-    A softmax by hand is an exp with a sum behind it.
+    A softmax by hand is an exp with a sum behind it, or an exp of a log_softmax.
     """
     if stem_of(user) == ATTENTION:
         return _is_attention_mask(node, user)
-    by_hand = stem_of(user) == "exp" and any(stem_of(each) == "sum" for each in user.users)
+    is_summed = any(stem_of(each) == "sum" for each in user.users)
+    by_hand = stem_of(user) == "exp" and (is_summed or _is_log_softmax(node))
     return (stem_of(user) in SOFTMAX or by_hand) and user.args[:1] == (node,)
+
+
+def _is_log_softmax(node: Node) -> bool:
+    """Whether ``node`` is a log_softmax, perhaps by hand: scores without their logsumexp."""
+    if stem_of(node) == "sub" and len(node.args) == 2:
+        total = node.args[1]
+        while isinstance(total, Node) and category(total) == "movement" and total.all_input_nodes:
+            total = total.all_input_nodes[0]
+        return isinstance(total, Node) and stem_of(total) == "logsumexp"
+    return stem_of(node) == "log_softmax"
 
 
 def _beside(node: Node) -> tuple[Any, ...]:

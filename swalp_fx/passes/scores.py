@@ -5,29 +5,43 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
+from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 from .captured import KEPT, LAYER, UPDATE, Layer
 from .facts import Origin
+from .fit import REORDERS, shape_behind
 from .names import base_name
-from .operations import CASTS, SWITCHES, category, is_view, name_of, operation_of, stem_of, writes
+from .operations import CASTS, SWITCHES, is_view, name_of, stem_of, takes_size, writes
+from .purpose import (
+    NONE_LEFT,
+    QUOTIENTS,
+    SUMS,
+    Attention,
+    Purposes,
+    constant_of,
+    is_bound,
+    is_softmax,
+    readers_of,
+)
 from .purpose import PRODUCTS as SCALES
-from .purpose import QUOTIENTS, SUMS, Attention, Purposes, constant_of, is_softmax, readers_of
-from .tables import SCORES, does
+from .tables import SCORES
 from .write import Writer, value_of
 
 __all__ = ["Scores", "gives_scores", "kind_of", "replace"]
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-NONE_LEFT = -1e4  # a number this far below the rest of its row has a softmax of zero
 LOWEST = torch.finfo(torch.float32).min
-# Operations that keep each number's place; and those that keep the order of numbers, in another shape.
-KEEPS = {*SUMS, *SCALES, *QUOTIENTS, *CASTS, "masked_fill", "where", "contiguous", "clone", "dropout"}
-RESHAPES = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
+# Operations that keep each number's place; and those that keep the order of numbers, if they keep all of them.
+KEEPS = {*SUMS, *SCALES, *QUOTIENTS, *CASTS, "masked_fill", "where", "contiguous", "clone", "dropout", "tril", "triu"}
+RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "unsqueeze", "squeeze"}
+RESHAPES |= {"getitem", "narrow", "select", "expand", "expand_as", "broadcast_to"}
 
 
 @cache
@@ -131,11 +145,11 @@ class Scores:
         while (reader := _only_reader(chain[-1])) is not None and reader in self.purposes.leads:
             chain.append(reader)
         steps = list(itertools.pairwise(chain))  # (node, its reader)
-        ordered = len(list(itertools.takewhile(lambda step: self._keeps_order(*step), steps)))
+        followed = len(list(itertools.takewhile(lambda step: self._follows(*step), steps)))
         masks: dict[Node, _Laid] = {}
         factor = 1.0  # of the scales behind
         for i, (scores, node) in reversed(list(enumerate(steps))):
-            if i < ordered and (found := self._laid_on(node, scores, factor)) is not None:
+            if i < followed and (found := self._laid_on(node, scores, factor)) is not None:
                 masks[node] = found
             factor *= _factor_of_reader(node, scores)
         if not masks or 0 in value_of(self.product).shape:
@@ -143,12 +157,20 @@ class Scores:
         last = next(iter(masks))
         alike = self._in_each_shape(steps[: chain.index(last)])
         for node in chain[1 : chain.index(last)]:  # go behind the nodes that make masks, perhaps of their size
-            for user in [user for user in node.users if _reads_sizes(user)]:
+            for user in [user for user in node.users if takes_size(user, node)]:
                 user.replace_input_with(node, alike[node])
             last.prepend(node)
         layer, first = self._layer(), chain[1]
         write = Writer(self.product, first, layer)
-        taken = self._taken([(alike[scores], masks[node]) for scores, node in steps if node in masks], chain[-1], write)
+        laid = []
+        for i, (scores, node) in enumerate(steps):
+            if node in masks:
+                mask: Any = masks[node].value if masks[node].where is None else masks[node].where
+                if alike[scores] is not self.product:
+                    mask = _laid_back(write("expand_as", mask, alike[scores]), steps[:i], alike, write)
+                laid.append((mask, masks[node]))
+        axis = _axis_of_softmax(chain[-1], steps[:followed])
+        taken = self._taken(laid, axis, value_of(chain[-1]).dtype, write)
         first.replace_input_with(self.product, write(torch.masked_fill, self.product, taken, 0.0))
 
     def _layer(self) -> Layer:
@@ -159,14 +181,17 @@ class Scores:
             self.product.meta[LAYER] = layer
         return layer
 
-    def _keeps_order(self, scores: Node, node: Node) -> bool:
-        """Whether ``node`` has the numbers of ``scores`` in their order, in the same mode.
+    def _follows(self, scores: Node, node: Node) -> bool:
+        """Whether ``node`` has all numbers of ``scores`` in known places, in the same mode.
 
         If a reader takes ``node``'s size and type, as to make a mask, its dtype must be the product's.
         """
         given, made = value_of(scores), value_of(node)
-        is_of_type = made.dtype == value_of(self.product).dtype or not any(map(_reads_sizes, node.users))
-        is_placed = stem_of(node) in RESHAPES or (stem_of(node) in KEEPS and made.shape == given.shape)
+        is_of_type = made.dtype == value_of(self.product).dtype or not any(
+            takes_size(each, node) for each in node.users
+        )
+        is_placed = made.shape == given.shape and (stem_of(node) in KEEPS or is_bound(node))
+        is_placed = is_placed or _is_reordered(node) or (_is_reshaped(node) and made.dtype == given.dtype)
         return is_placed and is_of_type and _in_one_mode(self.product, node)
 
     def _in_each_shape(self, steps: list[tuple[Node, Node]]) -> dict[Node, Node]:
@@ -174,7 +199,7 @@ class Scores:
         alike, layer = {self.product: self.product}, self._layer()
         for scores, node in steps:
             alike[node] = alike[scores]
-            if stem_of(node) in RESHAPES:
+            if _is_reshaped(node) or _is_reordered(node):
                 call, kwargs = cast(Any, (node.target, node.kwargs))
                 alike[node] = Writer(self.product, node, layer)(call, alike[scores], *node.args[1:], **kwargs)
         return alike
@@ -203,11 +228,11 @@ class Scores:
             return None
         return found if _expands(value, value_of(scores)) else None
 
-    def _taken(self, masks: list[tuple[Node, _Laid]], last: Node, write: Writer) -> Node:
+    def _taken(self, masks: list[tuple[Node, _Laid]], axis: int | None, dtype: torch.dtype, write: Writer) -> Node:
         """True where ``masks`` remove a score before the softmax.
 
-        masks: each with the product, in the shape of the scores that it is laid on.
-        last: the input of the softmax.
+        masks: each with its tensor, as it is laid on the product.
+        axis: of the softmax, in the product; negative, or None if it is not known. dtype: of the softmax's input.
 
         A mask removes a score where it fills. An added mask removes it where the addend is far below the largest of its
         row, and so low that the sum loses the score's digits. So a row that is all masked by -10,000 still has the
@@ -216,11 +241,9 @@ class Scores:
         taken: Node | None = None
         total: Node | None = None  # the sum of addends
         is_added = any(each.where is None for _, each in masks)
-        for alike, (where, value, factor, inverted) in masks:
-            mask = value if where is None else write(torch.logical_not, where) if inverted else where
-            if alike is not self.product:
-                mask = write("reshape_as", write("expand_as", mask, alike), self.product)
+        for mask, (where, value, factor, inverted) in masks:
             if where is not None:
+                mask = write(torch.logical_not, mask) if inverted else mask
                 taken = mask if taken is None else write(torch.logical_or, taken, mask)
                 factor = max(constant_of(value) * factor, LOWEST) if factor > 0 else LOWEST
             if is_added:
@@ -228,18 +251,69 @@ class Scores:
                 total = mask if total is None else write(torch.add, total, mask)
         if total is None:
             return taken  # type: ignore[return-value]
-        lost = min(NONE_LEFT, -16 / torch.finfo(value_of(last).dtype).eps)
-        rows = write(torch.amax, total, _axis_of_softmax(last, value_of(total).dim()), True)
+        lost = min(NONE_LEFT, -16 / torch.finfo(dtype).eps)
+        has_rows = axis is not None and -axis <= value_of(total).dim()  # else the mask is the same for a whole row
+        rows = write(torch.amax, total, axis, True) if has_rows else total
         low = write(torch.le, total, write(torch.clamp, write(torch.add, rows, NONE_LEFT), lost))
         return low if taken is None else write(torch.logical_or, taken, low)
 
 
-def _axis_of_softmax(last: Node, rank: int) -> int:
-    """The axis of the softmax that reads ``last``, as a negative number; -1 if a mask of ``rank`` lacks that axis."""
+def _is_reordered(node: Node) -> bool:
+    """Whether ``node`` permutes the axes of its input."""
+    return stem_of(node) in REORDERS and len(node.all_input_nodes) == 1
+
+
+def _is_reshaped(node: Node) -> bool:
+    """Whether ``node`` has all numbers of its input, in their order."""
+    if stem_of(node) not in RESHAPES or not isinstance(node.args[0], Node):
+        return False
+    index = node.args[1] if stem_of(node) == "getitem" else ()
+    is_basic = all(each is None or isinstance(each, (int, slice, EllipsisType)) for each in pytree.tree_leaves(index))
+    return is_basic and statically_known_true(value_of(node).numel() == value_of(node.args[0]).numel())
+
+
+def _order(node: Node, scores: Node) -> list[int]:
+    """For each axis of ``node``, which permutes the axes of ``scores``, the axis there."""
+    rank = value_of(scores).dim()
+    return [size - 2 for size in shape_behind(node, range(2, 2 + rank))]
+
+
+def _laid_back(mask: Node, steps: list[tuple[Node, Node]], alike: dict[Node, Node], write: Writer) -> Node:
+    """``mask``, laid on the last node of ``steps``, as it is laid on the first."""
+    for scores, node in reversed(steps):
+        if _is_reordered(node):
+            order = _order(node, scores)
+            mask = write("permute", mask, [order.index(axis) for axis in range(len(order))])
+        elif alike[node] is not alike[scores]:
+            mask = write("reshape_as", mask, alike[scores])
+    return mask
+
+
+def _axis_of_softmax(last: Node, steps: list[tuple[Node, Node]]) -> int | None:
+    """The axis of the softmax that reads ``last``, in the node that ``steps`` begin with, as a negative number."""
     reader = next((user for user in last.users if is_softmax(user, last)), None)
     axis: Any = reader.kwargs.get("dim", (*reader.args, -1)[1]) if reader is not None else -1
-    axis = axis - value_of(last).dim() if isinstance(axis, int) and axis >= 0 else axis
-    return axis if isinstance(axis, int) and -rank <= axis else -1
+    if not isinstance(axis, int):
+        return None
+    axis -= value_of(last).dim() if axis >= 0 else 0
+    for scores, node in reversed(steps):
+        if _is_reordered(node):
+            axis = _order(node, scores)[axis] - value_of(node).dim()
+        elif _is_reshaped(node) and (axis := _same_axis(axis, value_of(node), value_of(scores))) is None:
+            return None
+    return axis
+
+
+def _same_axis(axis: int, made: Tensor, given: Tensor) -> int | None:
+    """The axis of ``given`` that is the ``axis`` of ``made``, of the same numbers in the same order; both negative."""
+    behind = made.shape[axis:]
+    for each in range(-given.dim(), 0):
+        other = given.shape[each:]
+        if statically_known_true(behind[0] == other[0]) and statically_known_true(
+            math.prod(behind) == math.prod(other)
+        ):
+            return each
+    return None
 
 
 def _expands(mask: Tensor, scores: Tensor) -> bool:
@@ -255,13 +329,8 @@ def _is_low(fill: Any) -> bool:
 
 def _only_reader(node: Node) -> Node | None:
     """The only reader of ``node``'s numbers; None if there are several or none."""
-    readers = [user for user in node.users if not _reads_sizes(user)]
+    readers = [user for user in node.users if not takes_size(user, node)]
     return readers[0] if len(readers) == 1 else None
-
-
-def _reads_sizes(user: Node) -> bool:
-    """Whether ``user`` reads only the sizes and the types of its inputs."""
-    return category(user) == "number" and "reads" not in does(operation_of(user))
 
 
 def _power_of_two(scale: float) -> float:

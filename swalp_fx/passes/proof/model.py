@@ -119,13 +119,15 @@ def _kind_in_layer(node: Node, layer: Any) -> str:
     """The layer's kind for its output; "inside" for its other nodes, kept by a hook or not."""
     value = node.meta.get("example_value")
     inner = {user for user in node.users if user.meta.get(LAYER) == layer}
-    outer = {user for user in node.users if not inner or (user.op != "output" and not _reads_sizes(user))} - inner
+    outer = {user for user in node.users if not inner or (user.op != "output" and not _reads_sizes(user, node))} - inner
     if not outer or not (value is None or isinstance(value, torch.Tensor)):
         return "number" if node.meta[FACTS].category == "number" else "inside"
     return layer.part
 
 
-def _reads_sizes(user: Node) -> bool:
+def _reads_sizes(user: Node, node: Node) -> bool:
+    if called(user).rstrip("_").endswith("_as"):
+        return node not in user.args[:1]
     return user.meta[FACTS].category == "number" and not does(user, "reads")
 
 
