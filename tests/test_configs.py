@@ -15,6 +15,7 @@ from refusal import refusal
 import data
 import folders
 import models
+import ranks
 import settings
 import swalp_fx
 import train
@@ -158,6 +159,34 @@ def test_workers_give_the_same_images(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "WORKERS", 2)
     several, alone = loaded.train(1, seed=3), loaded.train(6, seed=3)
     assert torch.equal(torch.cat([x for x, _ in several]), torch.cat([x for x, _ in alone]))
+
+
+def test_a_rank_reads_no_image_but_its_own(tmp_path, monkeypatch):
+    images(tmp_path, many=5)
+    loaded = data.load("imagenet", tmp_path)
+    whole = list(loaded.train(4, seed=3))
+    read = []
+    loader = loaded.train_images.loader
+    loaded.train_images.loader = lambda path: (read.append(path), loader(path))[1]
+    monkeypatch.setattr(ranks, "COUNT", 2)
+    parts, shares, paths = [], [], []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        read.clear()
+        parts.append(list(ranks.parts(loaded.train(4, seed=3))))
+        paths += read
+        assert len(read) == sum(len(labels) for _, labels, _ in parts[-1]) == 5
+        read.clear()
+        of_rank = ranks.share(loaded.train(4, seed=3))
+        shares.append(list(of_rank))
+        assert len(of_rank) == len(shares[-1]) and len(read) == sum(len(labels) for _, labels in shares[-1])
+    assert len(set(paths)) == 10
+    for number, (inputs, labels) in enumerate(whole):
+        for rank in range(2):
+            part, its_labels, weight = parts[rank][number]
+            assert torch.equal(part, inputs[rank::2]) and torch.equal(its_labels, labels[rank::2])
+            assert weight == len(part) * 2 / len(inputs)
+        assert torch.equal(shares[number % 2][number // 2][0], inputs)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -40,7 +41,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Batches:
-    """Minibatches (inputs [n, ...], targets [n, ...]) of one epoch; equal seeds give equal epochs.
+    """Minibatches (inputs [n, ...], targets [n, ...]) of one epoch, or a rank's; equal seeds give equal epochs.
 
     ``seed=None`` keeps the samples' order. A generator of its own, on the CPU, draws the order and the augmentation:
     neither the device nor the model's draws change them.
@@ -53,11 +54,22 @@ class Batches:
     augment: bool = False  # of images: a random crop after padding, and a random horizontal flip
     black: Tensor | None = None  # [C], the value of the padding; None: 0
     samples: int | None = None  # in the epoch, drawn anew from all; None: each sample once
+    part: slice = field(default_factory=lambda: slice(None))  # of each batch
+    share: slice = field(default_factory=lambda: slice(None))  # of the batches
+
+    @property
+    def starts(self) -> range:
+        """The number of each batch's first sample in the epoch."""
+        return range(0, self.samples or len(self.targets), self.batch_size)
 
     def __len__(self) -> int:
-        return math.ceil((self.samples or len(self.targets)) / self.batch_size)
+        return len(self.starts[self.share])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in islice(self._whole(), self.share.start, self.share.stop, self.share.step):
+            yield inputs[self.part], targets[self.part]
+
+    def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seed is None:
             chosen = slice(self.samples)
             batches = (each[chosen].split(self.batch_size) for each in (self.inputs, self.targets))

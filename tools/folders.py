@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -65,22 +64,33 @@ class ImageFolders:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Minibatches (images, labels) on the device; equal seeds give equal epochs, with any number of workers."""
+    """Minibatches (images, labels) on the device, or a rank's. No image is read that is not yielded.
+
+    Equal seeds give equal epochs, with any number of workers.
+    """
 
     images: ImageFolder
     batch_size: int
     device: torch.device
     seed: int | None
     samples: int
+    part: slice = field(default_factory=lambda: slice(None))  # of each batch
+    share: slice = field(default_factory=lambda: slice(None))  # of the batches
+
+    @property
+    def starts(self) -> range:
+        """The number of each batch's first sample in the epoch."""
+        return range(0, self.samples, self.batch_size)
 
     def __len__(self) -> int:
-        return math.ceil(self.samples / self.batch_size)
+        return len(self.starts[self.share])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = range(self.samples)
+        order = list(range(self.samples))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(len(self.images), generator=generator)[: self.samples].tolist()
+        batches = [order[start : start + self.batch_size][self.part] for start in self.starts[self.share]]
         many = self.samples > 8 * self.batch_size  # or starting the workers takes longer than reading
         workers = min(WORKERS, os.cpu_count() or 1) if many else 0
         cuda = self.device.type == "cuda"
@@ -88,7 +98,7 @@ class Loaded:
         # A generator of its own: else a loader draws from the one that the model draws from.
         own = torch.Generator().manual_seed(0)
         for images, labels in DataLoader(
-            seeded, self.batch_size, sampler=order, num_workers=workers, pin_memory=cuda, generator=own
+            seeded, batch_sampler=batches, num_workers=workers, pin_memory=cuda, generator=own
         ):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 

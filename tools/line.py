@@ -58,8 +58,7 @@ class Line:
         losses = []
         self.model.train()
         start = time.perf_counter()
-        for step, batch in enumerate(batches):
-            inputs, targets, weight = ranks.part(batch)
+        for step, (inputs, targets, weight) in enumerate(ranks.parts(batches)):
             at = epoch + step / len(batches) if settings.lr_changes == "step" else epoch
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(at, settings)

@@ -1,7 +1,8 @@
 """The processes that train one network together, started by torchrun, or this one alone.
 
-Every rank makes the same batches. A training batch is cut into a part for each rank. So the batch of a step, and the
-learning rate for it, do not depend on the number of ranks. Elsewhere, each rank has whole batches.
+Every rank has the same order of samples. A training batch is cut into a part for each rank. So the batch of a step, and
+the learning rate for it, do not depend on the number of ranks. Elsewhere, each rank has whole batches. A rank reads no
+image that it has no use for.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,9 +20,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from swalp_fx.random import fold_in
 
-__all__ = ["COUNT", "RANK", "group", "joined", "local_device", "own", "part", "replica", "share", "total"]
+if TYPE_CHECKING:
+    import data
+    import folders
+
+__all__ = [
+    "COUNT",
+    "RANK",
+    "group",
+    "joined",
+    "local_device",
+    "own",
+    "parts",
+    "refuse_orphan",
+    "replica",
+    "share",
+    "total",
+]
+
+Batches = Union["data.Batches", "folders.Loaded"]
 
 IS_ONE_OF_MANY = distributed.is_available() and distributed.is_torchelastic_launched()
+LAUNCHER = os.getppid()
 RANK, COUNT = (int(os.environ[name]) if IS_ONE_OF_MANY else n for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -48,6 +69,12 @@ def joined(device: torch.device) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def refuse_orphan() -> None:
+    """Ends this rank if torchrun was killed: else it would train on, and write where the resumed run writes."""
+    if COUNT > 1 and os.getppid() != LAUNCHER:
+        raise SystemExit("the process that started this rank has gone")
+
+
 def own(seed: int) -> int:
     """A seed of this rank alone: parts of a batch have dropout of their own."""
     return fold_in(seed, RANK) if RANK else seed
@@ -63,17 +90,20 @@ def replica(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if COUNT > 1 else model
 
 
-def part(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """This rank's samples of a batch, and their weight: the mean over ranks of weighted losses is the batch's loss."""
-    if COUNT == 1:
-        return *batch, 1.0
-    inputs, targets = (each[RANK::COUNT] for each in batch)
-    return inputs, targets, len(targets) * COUNT / len(batch[1])
+def parts(batches: Batches) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """This rank's samples of each batch, and their weight.
+
+    The mean over ranks of weighted losses is the batch's loss.
+    """
+    of_rank = replace(batches, part=slice(RANK, None, COUNT))
+    for start, (inputs, targets) in zip(batches.starts, of_rank, strict=True):
+        whole = min(batches.batch_size, batches.starts.stop - start)
+        yield inputs, targets, len(targets) * COUNT / whole
 
 
-def share(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
+def share(batches: Batches) -> Batches:
     """Each COUNT-th of the batches: together the ranks have all."""
-    return islice(batches, RANK, None, COUNT)
+    return replace(batches, share=slice(RANK, None, COUNT))
 
 
 def total(numbers: Tensor) -> Tensor:

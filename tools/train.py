@@ -56,6 +56,7 @@ def train(name: str, line: Line, folder: Path | None, score_last: bool) -> dict[
         def on_step() -> None:
             progress.step()
             raise_interrupt()
+            ranks.refuse_orphan()
 
         for epoch in range(done, epochs):
             line.train_epoch(on_step, score=not score_last or epoch + 1 == epochs)
