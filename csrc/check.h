@@ -64,6 +64,20 @@ void with_scalar(ScalarType type, const F& f) {
   }
 }
 
+// See Numbers: a number above the dtype's largest by less than half of a last place is stored as that.
+inline float most_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return std::numeric_limits<float>::infinity();
+    case ScalarType::Half:
+      return 0x1.FFDFFEp+15f;  // below 65,520
+    case ScalarType::BFloat16:
+      return 0x1.FEFFFEp+127f;
+    default:
+      return std::numeric_limits<float>::max();
+  }
+}
+
 inline int64_t dimension(const char* op, const char* name, const Tensor& x, int64_t d) {
   const int64_t rank = x.dim();
   require(d >= -rank && d < rank, op, name, " ", d, " does not exist in a tensor of ", rank, " dimensions; use ", -rank,
@@ -200,6 +214,7 @@ struct Call {
         blocks(f.shared() == Shared::Nothing ? Blocks(x.dim(), Blocks::kSpanned) : blocks_of(kOp, x, dims, sizes)),
         cover(make_cover(x, blocks, most_gaps<Device>())),
         dense(cover.dense) {
+    format.most = most_of(x.scalar_type());
     if (dense || !cover.layouts.empty()) return;
     cover = make_cover(copied = torch::stable::contiguous(x), blocks);
     require(cover.dense, kOp, "x needs more than ", Layout::kMaxDims, " nested loops; give its blocks fewer dimensions");

@@ -1,4 +1,4 @@
-// Codes of 8 bits or fewer in place of rounded numbers, as in swalp_fx/codes/codecs.py.
+// Codes of 16 bits or fewer in place of rounded numbers, as in swalp_fx/codes/codecs.py.
 #pragma once
 
 #include <vector>
@@ -12,7 +12,8 @@ struct Coding {
   int bits = 8;
   bool is_twos = false;         // two's complement, or no sign at all; else a sign bit above the magnitude
   bool has_signed_zero = true;  // else zero is 0, without the sign bit
-  int first = 0;                // the code of the lowest number, in two's complement or of a table
+  int first = 0;                // the code of the lowest number, of a table or of integers that are moved
+  int infinity = 0, nan = 0;    // the codes of what overflows
 };
 
 // Facts of a tensor, found on the way to its codes.
@@ -23,11 +24,12 @@ struct Found {
   bool finite = true;  // whether every number is
 };
 
-// A rounding that gives codes.
-template <class R>
+// A rounding that gives codes, each in a C. It looks whether numbers are finite, unless their maximum has told.
+template <class R, class C, bool kLooks = true>
 struct Coded {
   using Round = R;
-  static constexpr bool draws = R::draws;
+  using Code = C;
+  static constexpr bool draws = R::draws, looks = kLooks;
   R round;
   Coding coding;
   Found* found;
@@ -35,29 +37,57 @@ struct Coded {
   void tell(bool finite) const {
     if (!finite) __atomic_store_n(&found->finite, false, __ATOMIC_RELAXED);
   }
+  Coded<R, C, false> without_look() const { return {round, coding, found}; }
 };
 
 template <class Round>
 constexpr bool kCodes = false;
-template <class Round>
-constexpr bool kCodes<Coded<Round>> = true;
+template <class R, class C, bool kLooks>
+constexpr bool kCodes<Coded<R, C, kLooks>> = true;
 
 // The type that is written for an element stored as S.
 template <class S, class Round>
-using Result = std::conditional_t<kCodes<Round>, uint8_t, S>;
+struct Written {
+  using Type = S;
+};
+template <class S, class R, class C, bool kLooks>
+struct Written<S, Coded<R, C, kLooks>> {
+  using Type = C;
+};
+template <class S, class Round>
+using Result = typename Written<S, Round>::Type;
 
-// The number of steps in a rounded number, in at least the low 8 bits: the last places of the rounding sum in round.h. A
-// negative number is in two's complement.
-SWALP_HD uint32_t steps_of(const RoundNearest&, float v, Step<float> step, uint32_t) {
-  const Step<float> shifter = step + (Step<float>(23) << 23) + (Step<float>(1) << 22);
-  return bit_cast<uint32_t>(v + bit_cast<float>(shifter));
+// The number of steps in a rounded magnitude, in at least the low 16 bits. For the two common roundings it is in the last
+// places of the rounding sum in round.h. x: see round.h.
+SWALP_HD uint32_t steps_of(const RoundNearest&, float magnitude, Step<float> step, float, uint32_t) {
+  return bit_cast<uint32_t>(magnitude + bit_cast<float>(step + (Step<float>(23) << 23)));
 }
 
-SWALP_HD uint32_t steps_of(const RoundStochastic& round, float v, Step<float> step, uint32_t draw) {
+SWALP_HD uint32_t steps_of(const RoundStochastic& round, float magnitude, Step<float> step, float, uint32_t draw) {
   const Step<float> shifter = step + (static_cast<Step<float>>(23 - round.bits) << 23);
-  const uint32_t magnitude = (bit_cast<uint32_t>(std::fabs(v) + bit_cast<float>(shifter)) + draw - shifter) >> round.bits;
+  return (bit_cast<uint32_t>(magnitude + bit_cast<float>(shifter)) + draw - shifter) >> round.bits;
+}
+
+template <class Round>
+SWALP_HD uint32_t steps_of(const Round& round, float magnitude, Step<float> step, float x, uint32_t draw) {
+  return static_cast<uint32_t>(round(magnitude, step, x, draw) * inverse_of<float>(step));
+}
+
+// The same of v, which may be negative: then in two's complement.
+SWALP_HD uint32_t signed_steps_of(const RoundNearest&, float v, Step<float> step, float, uint32_t) {
+  return bit_cast<uint32_t>(v + bit_cast<float>(step + (Step<float>(23) << 23) + (Step<float>(1) << 22)));
+}
+
+template <class Round>
+SWALP_HD uint32_t signed_steps_of(const Round& round, float v, Step<float> step, float x, uint32_t draw) {
   const auto negative = static_cast<uint32_t>(bit_cast<int32_t>(v) >> 31);
-  return (magnitude ^ negative) - negative;
+  return (steps_of(round, std::fabs(v), step, x, draw) ^ negative) - negative;
+}
+
+// |v|, at most `most`. As integers: GCC would make a comparison of floats twice.
+SWALP_HD float smaller_magnitude(float v, float most) {
+  const uint32_t magnitude = magnitude_bits(v), bound = magnitude_bits(most);
+  return bit_cast<float>(magnitude < bound ? magnitude : bound);
 }
 
 SWALP_HD uint32_t sign_bit(float x, const Coding& coding) {
@@ -68,41 +98,72 @@ SWALP_HD uint32_t sign_bit(float x, const Coding& coding) {
 // sign of a zero that has none. kTwos: Coding.is_twos; only integers have loops for true.
 
 template <bool kTwos, class Round>
-SWALP_HD uint32_t code_of(const IntegerElement<float>& element, float v, float x, uint32_t draw, const Coded<Round>& how) {
-  const float within = clamp(v, element.lo, element.hi);
+SWALP_HD uint32_t code_of(const IntegerElement<float>& element, float v, float x, uint32_t draw, const Coding& coding,
+                          const Round& round) {
   if constexpr (kTwos) {
-    const auto lowest = static_cast<int>(element.lo * inverse_of<float>(element.step));
-    return steps_of(how.round, within, element.step, draw) + static_cast<uint32_t>(how.coding.first - lowest);
+    const float within = clamp(v, element.lo, element.hi);
+    return signed_steps_of(round, within, element.step, seen<Round>(v, std::fabs(within), x), draw);
   }
-  return steps_of(how.round, std::fabs(within), element.step, draw) | sign_bit(x, how.coding);
+  const float magnitude = smaller_magnitude(v, element.hi);
+  return steps_of(round, magnitude, element.step, seen<Round>(v, magnitude, x), draw) | sign_bit(x, coding);
+}
+
+template <bool kTwos, class Round>
+SWALP_HD uint32_t code_of(const MovedElement<float>& element, float v, float x, uint32_t draw, const Coding& coding,
+                          const Round& round) {
+  const IntegerElement<float>& integers = element;
+  const int lowest = coding.first + static_cast<int>(element.moved);
+  return code_of<true>(integers, v, x, draw, coding, round) + static_cast<uint32_t>(lowest);
 }
 
 // Exponent and mantissa. From 2^least on, the steps of a number include the hidden bit.
 template <bool kTwos, template <class> class Tail, class Round>
-SWALP_HD uint32_t code_of(const FloatElement<float, Tail>& element, float v, float x, uint32_t draw,
-                          const Coded<Round>& how) {
-  float magnitude = std::fabs(v);
-  magnitude = magnitude > element.tail.max ? element.tail.max : magnitude;
+SWALP_HD uint32_t code_of(const FloatElement<float, Tail>& element, float v, float x, uint32_t draw, const Coding& coding,
+                          const Round& round) {
+  const float magnitude = smaller_magnitude(v, element.tail.max);
   const Step<float> above = larger(element.binade_of(magnitude), element.lowest) - element.lowest;
   const Step<float> step = above + (element.lowest - element.per_binade);
   const int man = static_cast<int>(element.per_binade >> 23);
-  return (steps_of(how.round, magnitude, step, draw) + (above >> (23 - man))) | sign_bit(x, how.coding);
+  const uint32_t steps = steps_of(round, magnitude, step, seen<Round>(v, magnitude, x), draw);
+  return (steps + (above >> (23 - man))) | sign_bit(x, coding);
 }
 
-// No element with so many exponents fits in 8 bits.
-template <bool kTwos, template <class> class Tail, class Round>
-SWALP_HD uint32_t code_of(const WideFloatElement<float, Tail>&, float, float, uint32_t, const Coded<Round>&) {
-  return 0;
+// The code of a rounded float on a scale of 1, of any overflow. lowest: the bits of 2^least.
+SWALP_HD uint32_t code_of_number(float number, Step<float> lowest, int man, const Coding& coding) {
+  const uint32_t bits = magnitude_bits(number), infinity = magnitude_bits(std::numeric_limits<float>::infinity());
+  if (bits > infinity) return static_cast<uint32_t>(coding.nan);
+  if (bits == infinity) return static_cast<uint32_t>(coding.infinity) | sign_bit(number, coding);
+  if (bits == 0 && !coding.has_signed_zero) return 0;
+  uint32_t code = 0;
+  if (bits >= lowest) {
+    code = ((bits - lowest) >> (23 - man)) + (1u << man);
+  } else {  // a whole number of steps below 2^least; in float32 itself these may be subnormal
+    code = static_cast<uint32_t>(std::fabs(static_cast<double>(number)) / bit_cast<float>(lowest) * (1 << man));
+  }
+  return code | sign_bit(number, coding);
 }
 
 template <bool kTwos, class Round>
-SWALP_HD uint32_t code_of(const TableElement<float>& element, float v, float x, uint32_t draw, const Coded<Round>& how) {
-  return static_cast<uint32_t>(element.index_of(v, x, draw, how.round) + how.coding.first);
+SWALP_HD uint32_t code_of(const FloatElement<float, AnyTail>& element, float v, float x, uint32_t draw, const Coding& coding,
+                          const Round& round) {
+  return code_of_number(element.round(v, x, draw, round), element.lowest, static_cast<int>(element.per_binade >> 23), coding);
 }
 
-template <bool kTwos, class Element, class Scale, class Round>
-SWALP_HD uint32_t code(const Quantizer<float, Element, Scale>& quantizer, float x, uint32_t draw, const Coded<Round>& how) {
-  return code_of<kTwos>(quantizer.element, quantizer.scale.divide(x), x, draw, how);
+template <bool kTwos, template <class> class Tail, class Round>
+SWALP_HD uint32_t code_of(const WideFloatElement<float, Tail>& element, float v, float x, uint32_t draw, const Coding& coding,
+                          const Round& round) {
+  return code_of_number(element.round(v, x, draw, round), element.lowest, Ieee<float>::mantissa - element.dropped, coding);
+}
+
+template <bool kTwos, class Round>
+SWALP_HD uint32_t code_of(const TableElement<float>& element, float v, float x, uint32_t draw, const Coding& coding,
+                          const Round& round) {
+  return static_cast<uint32_t>(element.index_of(v, x, draw, round) + coding.first);
+}
+
+template <bool kTwos, class Element, class Scale, class How>
+SWALP_HD uint32_t code(const Quantizer<float, Element, Scale>& quantizer, float x, uint32_t draw, const How& how) {
+  return code_of<kTwos>(quantizer.element, quantizer.scale.divide(x), x, draw, how.coding, how.round);
 }
 
 }  // namespace swalp_fx

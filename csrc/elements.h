@@ -18,7 +18,29 @@ struct Grid {
   float lowest = 0, highest = 0;
   bool subnormals = true;  // false: below 2^least there is zero alone
   Beyond beyond = Beyond::Saturate;
+
+  // The largest number that is at most `bound`, which is no negative number and not beyond the largest.
+  SWALP_HD float below(double bound) const {
+    if (!subnormals && bound < std::ldexp(1.0, least)) return 0.0f;
+    const int exponent = exponent_of<double>(magnitude_bits(bound));
+    const double step = std::ldexp(1.0, (exponent > least ? exponent : least) - man);
+    return static_cast<float>(std::floor(bound / step) * step);
+  }
 };
+
+// The grid without the numbers that, times their scale, are beyond `most`: the tensor's dtype would hold an infinity instead.
+template <class T, class Scale>
+SWALP_HD Grid held(Grid grid, const Scale& scale, T most) {
+  const auto is_held = [&](float number) { return scale.multiply(static_cast<T>(number)) <= most; };
+  const auto last = [&] {
+    const float number = grid.below(scale.divide(most));
+    if (is_held(number)) return number;
+    return grid.below(scale.divide(most * (1 - std::numeric_limits<T>::epsilon())));  // that quotient was rounded up
+  };
+  if (!is_held(grid.highest)) grid.highest = last();
+  if (!is_held(-grid.lowest)) grid.lowest = -last();
+  return grid;
+}
 
 // A clamp that lets NaN through.
 template <class T>
@@ -38,6 +60,14 @@ SWALP_HD bool takes_in(int smallest_step, int largest_step) {
 template <class T>
 SWALP_HD Step<T> scaled_step(T power, int e) {
   return bit_cast<Step<T>>(power) + (static_cast<Step<T>>(e) << Ieee<T>::mantissa);
+}
+
+// What a rounding sees of x, beside a magnitude that v was clamped to: a zero that comes from clamping is no quotient that
+// underflowed.
+template <class Round, class T>
+SWALP_HD T seen(T v, T magnitude, T x) {
+  if constexpr (std::is_same_v<Round, RoundOther>) return (magnitude == T(0)) & (v != T(0)) ? magnitude : x;
+  return x;
 }
 
 // Each element gives v clamped to its range and rounded, with the sign of x. An element may keep NaN even if its rounding
@@ -62,10 +92,16 @@ struct IntegerElement {
     if constexpr (std::is_base_of_v<RoundNearest, Round>) {
       return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
     }
-    // A zero that comes from clamping is no quotient that underflowed.
-    const T within = (v < lo) | (v > hi) ? clamped : x;
-    return with_sign(round_to_step(std::fabs(clamped), step, within, draw), x);
+    const T magnitude = std::fabs(clamped);
+    return with_sign(round_to_step(magnitude, step, seen<Round>(v, magnitude, x), draw), x);
   }
+};
+
+// Integers that begin at -moved instead of their lowest one.
+template <class T>
+struct MovedElement : IntegerElement<T> {
+  T moved;
+  SWALP_HD MovedElement(const Grid& grid, T m) : IntegerElement<T>(grid), moved(m) {}
 };
 
 // ---- tails: floats beyond their largest number --------------------------------------------------------
@@ -148,7 +184,7 @@ struct FloatElement {
         per_binade(static_cast<Step<T>>(grid.man) << Ieee<T>::mantissa),
         below(grid.subnormals ? lowest - per_binade : lowest) {
     const T max = static_cast<T>(grid.highest) * power;
-    tail = Tail<T>(grid.beyond, max, bit_cast<T>(binade_of(max) - per_binade));
+    tail = Tail<T>(grid.beyond, max, bit_cast<T>(larger(binade_of(max), lowest) - per_binade));
   }
 
   template <class Round>
@@ -159,12 +195,13 @@ struct FloatElement {
     const Step<T> binade = binade_of(magnitude);
     Step<T> step = larger(binade, lowest) - per_binade;
     if constexpr (Tail<T>::flushes) step = binade < lowest ? below : step;
-    return tail.result(round_to_step(magnitude, step, x, draw), x);
+    return tail.result(round_to_step(magnitude, step, seen<Round>(v, magnitude, x), draw), x);
   }
 
   SWALP_HD static Step<T> binade_of(T magnitude) {
     return bit_cast<Step<T>>(magnitude) & (~Step<T>(0) << Ieee<T>::mantissa);
   }
+  SWALP_HD static T binade(T magnitude) { return bit_cast<T>(binade_of(magnitude)); }
 };
 
 // Floats with as many exponents as T = float: v is scaled to its own binade, since steps leave T's range at both ends.
@@ -176,13 +213,14 @@ struct WideFloatElement {
   bool subnormals;
   Tail<T> tail;
 
-  // The largest number plus the last step, 2^(127 - man), is 2^128: infinity in float.
+  // The largest number plus the last step may be 2^128: infinity in float.
   SWALP_HD explicit WideFloatElement(const Grid& grid)
       : lowest(bit_cast<Step<T>>(power_of_two<T>(grid.least))),
         step(bit_cast<Step<T>>(power_of_two<T>(-grid.man))),
         dropped(Ieee<T>::mantissa - grid.man),
         subnormals(grid.subnormals),
-        tail(grid.beyond, static_cast<T>(grid.highest), power_of_two<T>(127) * bit_cast<T>(step)) {}
+        tail(grid.beyond, static_cast<T>(grid.highest),
+             FloatElement<T, Tail>::binade(std::fmax(static_cast<T>(grid.highest), bit_cast<T>(lowest))) * bit_cast<T>(step)) {}
 
   template <class Round>
   SWALP_HD T round(T v, T x, uint32_t draw, const Round& round_to_step) const {
@@ -194,7 +232,8 @@ struct WideFloatElement {
     if constexpr (Tail<T>::flushes) {
       if (!subnormals && magnitude < bit_cast<T>(lowest)) {
         // The only step is from zero to the least number. It is made 2^m times as large, away from the least number of T.
-        const T q = round_to_step(magnitude * power_of_two<T>(m), lowest + (Step<T>(m) << m), x, draw);
+        const T of_x = seen<Round>(v, magnitude, x);
+        const T q = round_to_step(magnitude * power_of_two<T>(m), lowest + (Step<T>(m) << m), of_x, draw);
         return with_sign(q * power_of_two<T>(-m), x);
       }
     }
@@ -209,7 +248,8 @@ struct WideFloatElement {
     // Below 2^-e = 2^-(bias - 1) comes 2^-bias, the largest subnormal power of two.
     const auto rest = static_cast<Integer>((Step<T>(2 * Ieee<T>::bias) << m) - bounded);
     const T inverse = bit_cast<T>(rest > (Integer(1) << (m - 1)) ? rest : Integer(1) << (m - 1));
-    return tail.result(round_to_step(magnitude * inverse, step, x, draw) * bit_cast<T>(bounded), x);
+    const T of_x = seen<Round>(v, magnitude, x);
+    return tail.result(round_to_step(magnitude * inverse, step, of_x, draw) * bit_cast<T>(bounded), x);
   }
 };
 
@@ -229,6 +269,13 @@ template <class T>
 struct TableElement {
   static constexpr bool keeps_nan = true;
   const Table& table;
+  int first, last;  // the numbers that the tensor's dtype holds
+
+  template <class Scale>
+  SWALP_HD TableElement(const Table& t, const Scale& scale, T most) : table(t), first(0), last(t.size - 1) {
+    while (scale.multiply(static_cast<T>(table.at[last])) > most && last > 0) --last;
+    while (scale.multiply(static_cast<T>(table.at[first])) < -most && first < last) ++first;
+  }
 
   template <class Round>
   SWALP_HD T round(T v, T x, uint32_t draw, const Round& round) const {
@@ -241,7 +288,7 @@ struct TableElement {
   template <class Round>
   SWALP_HD int index_of(T v, T x, uint32_t draw, const Round& round) const {
     if (v == T(0) && x != T(0)) v = with_sign(std::numeric_limits<T>::min(), x);  // a quotient that has underflowed
-    const T clamped = clamp(v, static_cast<T>(table.at[0]), static_cast<T>(table.at[table.size - 1]));
+    const T clamped = clamp(v, static_cast<T>(table.at[first]), static_cast<T>(table.at[last]));
     int below = 0;
     for (int half = table.half; half > 0; half /= 2) {
       const int at = below + half;

@@ -43,7 +43,8 @@ enum class Shared { Nothing, Block, BlockAndTensor };
 struct Product {
   static constexpr bool rare = false;  // compiled once, and served one element at a time
   Grid grid;
-  int bits;  // of a rounded magnitude, in steps
+  int bits;    // of a rounded magnitude, in steps
+  float most;  // the largest number that the tensor's dtype holds, see Numbers
   int magnitude_bits() const { return bits; }
 };
 
@@ -84,13 +85,14 @@ struct OnPowerOfTwo : Product {
   static constexpr auto shared = Shared::Block;
   SharedExponent exponent;
   int smallest_step, largest_step;  // exponents of the element's; the smallest is 0 at most
+  int largest_held;                 // of the exponents under which the tensor's dtype holds every number
 
   template <class T>
   using Element = typename Kind::template Element<T>;
 
   template <class T>
   SWALP_HD bool takes_scale_in(int e) const {
-    return takes_in<T>(smallest_step + e, largest_step + e);
+    return takes_in<T>(smallest_step + e, largest_step + e) & (e <= largest_held);
   }
   template <class T>
   SWALP_HD bool is_usual(typename Ieee<T>::Bits maximum) const {
@@ -106,7 +108,9 @@ struct OnPowerOfTwo : Product {
     if (takes_scale_in<T>(e)) {
       f(Quantizer<T, Element<T>, UnitScale>{Element<T>(grid, power_of_two<T>(e)), {}});
     } else {
-      f(Quantizer<T, Element<T>, FarScale<T>>{Element<T>(grid), FarScale<T>(e)});
+      const FarScale<T> far(e);
+      const Grid of_block = maximum == 0 ? grid : held<T>(grid, far, most);
+      f(Quantizer<T, Element<T>, FarScale<T>>{Element<T>(of_block), far});
     }
   }
 };
@@ -154,7 +158,7 @@ SWALP_HD T two_level_scale(const Grid& inner, typename Ieee<T>::Bits maximum, T 
   // The product may underflow if the tensor's maximum is tiny, and 0 / 0 is no zero.
   const T scale = inner_scale<T>(inner, maximum, outer, element_max) * outer;
   constexpr T least = std::numeric_limits<T>::denorm_min();
-  return scale > T(0) ? scale : least;
+  return scale > T(0) ? finite_scale(scale, element_max) : least;
 }
 
 struct FloatsOnTwoLevels : Product {
@@ -211,27 +215,34 @@ struct Rare : Product {
     using Float = FloatElement<T, AnyTail>;
     using Wide = WideFloatElement<T, AnyTail>;
     if (scale == ScaleKind::Affine) return affine<T>(bit_cast<T>(maximum), second, f);
+    // The largest scale, of zeros and infinities, takes all of these beyond what a dtype holds.
+    const bool is_empty = maximum == 0 && shares_scale() && (scale != ScaleKind::TwoLevel || second == T(0));
+    const T bound = is_empty ? std::numeric_limits<T>::infinity() : static_cast<T>(most);
     const int e = scale == ScaleKind::PowerOfTwo ? exponent.of<T>(maximum) : 0;
-    if (scale == ScaleKind::PowerOfTwo && element == ElementKind::Floats) {
-      return f(Quantizer<T, Float, FarScale<T>>{Float(grid), FarScale<T>(e)});
-    }
-    if (scale == ScaleKind::PowerOfTwo && element == ElementKind::WideFloats) {
-      return f(Quantizer<T, Wide, FarScale<T>>{Wide(grid), FarScale<T>(e)});
+    if (scale == ScaleKind::PowerOfTwo && (element == ElementKind::Floats || element == ElementKind::WideFloats)) {
+      const FarScale<T> far(e);
+      const Grid of_block = held<T>(grid, far, bound);
+      if (element == ElementKind::Floats) return f(Quantizer<T, Float, FarScale<T>>{Float(of_block), far});
+      return f(Quantizer<T, Wide, FarScale<T>>{Wide(of_block), far});
     }
     const RealScale<T> real{real_of<T>(maximum, second, e)};
+    if (element == ElementKind::Table) {
+      return f(Quantizer<T, TableElement<T>, RealScale<T>>{TableElement<T>(table, real, bound), real});
+    }
+    const Grid of_block = held<T>(grid, real, bound);
     switch (element) {
       case ElementKind::Integers:
-        return f(Quantizer<T, IntegerElement<T>, RealScale<T>>{IntegerElement<T>(grid), real});
+        return f(Quantizer<T, IntegerElement<T>, RealScale<T>>{IntegerElement<T>(of_block), real});
       case ElementKind::Floats:
-        return f(Quantizer<T, Float, RealScale<T>>{Float(grid), real});
-      case ElementKind::WideFloats:
-        return f(Quantizer<T, Wide, RealScale<T>>{Wide(grid), real});
-      case ElementKind::Table:
-        return f(Quantizer<T, TableElement<T>, RealScale<T>>{TableElement<T>{table}, real});
+        return f(Quantizer<T, Float, RealScale<T>>{Float(of_block), real});
+      default:
+        return f(Quantizer<T, Wide, RealScale<T>>{Wide(of_block), real});
     }
   }
 
  private:
+  SWALP_HD bool shares_scale() const { return scale != ScaleKind::None && scale != ScaleKind::Static; }
+
   template <class T>
   SWALP_HD T real_of(typename Ieee<T>::Bits maximum, T tensor_maximum, int e) const {
     const T reach = element == ElementKind::Table ? table.reach : grid.highest;
@@ -252,10 +263,13 @@ struct Rare : Product {
   template <class T, class F>
   SWALP_HD void affine(T positive, T negative, F&& f) const {
     const Moved<T> moved(grid, positive, negative);
-    IntegerElement<T> integers(Grid{});
-    integers.lo = -moved.below;
-    integers.hi = integers.lo + moved.count;
-    f(Quantizer<T, IntegerElement<T>, RealScale<T>>{integers, {moved.scale}});
+    const RealScale<T> real{moved.scale};
+    Grid integers;
+    integers.man = integers.least = 24;  // one step of 1
+    integers.lowest = static_cast<float>(-moved.below);
+    integers.highest = static_cast<float>(moved.count - moved.below);
+    if (positive > T(0) || negative > T(0)) integers = held<T>(integers, real, most);
+    f(Quantizer<T, MovedElement<T>, RealScale<T>>{MovedElement<T>(integers, moved.below), real});
   }
 };
 

@@ -18,6 +18,9 @@ struct Numbers {
   // twice as much. A static scale has its value. A two-level scale has the mantissa bits, the least exponent and the largest
   // number of the blocks' floats.
   std::array<double, 3> of_scale{};
+  // The largest number of the compute type that the tensor's dtype does not store as infinity. float64 holds every product of
+  // an element and a scale.
+  float most = std::numeric_limits<float>::infinity();
 
   ElementKind element() const {
     if (!table.empty()) return ElementKind::Table;
@@ -62,7 +65,15 @@ struct Numbers {
     return static_cast<int>(std::ceil(std::log2(steps)));
   }
 
-  Product product() const { return {grid, magnitude_bits()}; }
+  Product product() const { return {grid, magnitude_bits(), most}; }
+
+  // The largest exponent of a power of two under which every number is held.
+  int largest_held() const {
+    if (std::isinf(most)) return 1 << 20;
+    const double most_of_grid = std::max(largest(), -grid.lowest);
+    const int e = std::ilogb(most) - std::ilogb(most_of_grid);
+    return std::ldexp(most_of_grid, e) <= most ? e : e - 1;
+  }
 
   SharedExponent exponent() const {
     SharedExponent e;
@@ -104,16 +115,20 @@ void with_format(const Numbers& n, F&& f) {
   const int largest = std::max(n.exponent_of_largest(), n.grid.least) - n.grid.man;
   switch (n.scale) {
     case ScaleKind::PowerOfTwo:
-      if (integers) return f(OnPowerOfTwo<Integers>{product, n.exponent(), smallest, largest});
-      if (n.tail() == TailKind::Saturates) return f(OnPowerOfTwo<Floats<Saturates>>{product, n.exponent(), smallest, largest});
-      return f(OnPowerOfTwo<Floats<KeepsInfinity>>{product, n.exponent(), smallest, largest});
+      if (integers) return f(OnPowerOfTwo<Integers>{product, n.exponent(), smallest, largest, n.largest_held()});
+      if (n.tail() == TailKind::Saturates) {
+        return f(OnPowerOfTwo<Floats<Saturates>>{product, n.exponent(), smallest, largest, n.largest_held()});
+      }
+      return f(OnPowerOfTwo<Floats<KeepsInfinity>>{product, n.exponent(), smallest, largest, n.largest_held()});
     case ScaleKind::Absmax:
       return integers ? f(OnAbsmax<Integers>{product}) : f(OnAbsmax<Floats<KeepsInfinity>>{product});
     case ScaleKind::TwoLevel:
       return f(FloatsOnTwoLevels{product, n.inner()});
-    default:
-      if (integers) return f(IntegersUnscaled{product});
-      return f(FloatsUnscaled{product, n.element() == ElementKind::WideFloats, n.tail()});
+    default: {
+      const Product of_held{held<float>(n.grid, UnitScale(), n.most), n.magnitude_bits(), n.most};
+      if (integers) return f(IntegersUnscaled{of_held});
+      return f(FloatsUnscaled{of_held, n.element() == ElementKind::WideFloats, n.tail()});
+    }
   }
 }
 

@@ -23,8 +23,8 @@
 // rounded. If there are masters, the step is theirs, and the weights become rounded copies of them. It returns whether it
 // could: it takes dense float32 tensors, alike in strides, that share no memory. If not, or if the call is dry, nothing has
 // changed.
-// _codes writes codes (codes.h) of 8 bits or fewer side by side, and scales as in swalp_fx/codes/stored.py. It returns whether
-// it could. coding: the fields of Coding, then the bias of a scale's exponent.
+// _code_plan is of codes, of a row-major float32 x. coding: the fields of Coding, the bias of a scale's exponent, and the dtype
+// that holds the numbers: 0 to 2 for float32, float16 and bfloat16.
 STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> Tensor");
   m.def("quantize_(Tensor(a!) x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> ()");
@@ -32,19 +32,20 @@ STABLE_TORCH_LIBRARY(swalp_fx, m) {
   m.def("quantize_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream) -> int");
   m.def("quantize_update_(int kernel, float[] numbers, Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] states, "
         "Tensor(d!)[] masters, " SWALP_FORMAT SWALP_ROUNDING "int[] streams, int[] roles, bool dry) -> bool");
-  m.def("quantize_codes(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int stream, int[] coding, Tensor(a!) packed, "
-        "Tensor(b!) scales, Tensor(c!) second) -> bool");
+  m.def("quantize_code_plan(Tensor x, " SWALP_FORMAT SWALP_ROUNDING "int[] coding) -> int");
 }
 
 // ---- plans and fingerprints, for Python -------------------------------------------------------------------------------
 
 namespace {
 
+using swalp_fx::AnyPlan;
+using swalp_fx::CodePlan;
 using swalp_fx::Plan;
 
 constexpr auto kPlan = "swalp_fx.plan";
 
-Plan* plan_of(PyObject* capsule) { return static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlan)); }
+AnyPlan* plan_of(PyObject* capsule) { return static_cast<AnyPlan*>(PyCapsule_GetPointer(capsule, kPlan)); }
 
 // own(address) -> a capsule that deletes the plan with itself.
 PyObject* own(PyObject*, PyObject* address) {
@@ -70,7 +71,7 @@ bool without_gil(const F& f) {
 // round(plan, from, to, key, stream): from, to and key are addresses of memory; key points to an int64, or is 0.
 PyObject* round(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 5) return PyErr_Format(PyExc_TypeError, "round takes 5 arguments");
-  const Plan* plan = plan_of(arguments[0]);
+  const Plan* plan = static_cast<Plan*>(plan_of(arguments[0]));
   void* memory[3];
   for (int i = 0; i < 3; ++i) memory[i] = PyLong_AsVoidPtr(arguments[1 + i]);
   const auto stream = static_cast<uint64_t>(PyLong_AsUnsignedLongLongMask(arguments[4]));
@@ -83,7 +84,7 @@ PyObject* round(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // keeps(plan, from) -> bool
 PyObject* keeps(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 2) return PyErr_Format(PyExc_TypeError, "keeps takes 2 arguments");
-  const Plan* plan = plan_of(arguments[0]);
+  const Plan* plan = static_cast<Plan*>(plan_of(arguments[0]));
   const void* from = PyLong_AsVoidPtr(arguments[1]);
   if (PyErr_Occurred()) return nullptr;
   bool kept = false;
@@ -102,6 +103,21 @@ PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return PyLong_FromUnsignedLongLong(found);
 }
 
+// codes(plan, x, packed, scales, second, key, stream) -> bool: addresses of memory, as for round.
+PyObject* codes(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "codes takes 7 arguments");
+  const CodePlan* plan = static_cast<CodePlan*>(plan_of(arguments[0]));
+  void* memory[5];
+  for (int i = 0; i < 5; ++i) memory[i] = PyLong_AsVoidPtr(arguments[1 + i]);
+  const auto stream = static_cast<uint64_t>(PyLong_AsUnsignedLongLongMask(arguments[6]));
+  if (PyErr_Occurred()) return nullptr;
+  const uint64_t key = memory[4] == nullptr ? 0 : *static_cast<const uint64_t*>(memory[4]);
+  bool made = false;
+  const auto write = [&] { made = plan->write(memory[0], memory[1], memory[2], memory[3], key, stream); };
+  if (!without_gil(write)) return nullptr;
+  return PyBool_FromLong(made);
+}
+
 template <class F>
 PyCFunction function(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -112,6 +128,7 @@ PyMethodDef methods[] = {
     {"round", function(&round), METH_FASTCALL, nullptr},
     {"keeps", function(&keeps), METH_FASTCALL, nullptr},
     {"fingerprint", function(&fingerprint), METH_FASTCALL, nullptr},
+    {"codes", function(&codes), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

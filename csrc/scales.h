@@ -76,6 +76,12 @@ struct SharedExponent {
   }
 };
 
+// A scale, or the number below it, on which the largest element is finite: scales are rounded, maybe up.
+template <class T>
+SWALP_HD T finite_scale(T scale, T element_max) {
+  return scale * element_max <= std::numeric_limits<T>::max() ? scale : bit_cast<T>(magnitude_bits(scale) - 1);
+}
+
 // A float32 scale, kept finite and above zero.
 template <class T>
 SWALP_HD T real_scale(float scale, T element_max) {
@@ -87,7 +93,7 @@ SWALP_HD T real_scale(float scale, T element_max) {
 // The scale that brings `maximum` to the largest number of an element.
 template <class T>
 SWALP_HD T absmax_scale(typename Ieee<T>::Bits maximum, T element_max) {
-  return real_scale<T>(static_cast<float>(bit_cast<T>(maximum) / element_max), element_max);
+  return finite_scale(real_scale<T>(static_cast<float>(bit_cast<T>(maximum) / element_max), element_max), element_max);
 }
 
 }  // namespace swalp_fx

@@ -93,7 +93,6 @@ _OP = torch.ops.swalp_fx.quantize.default
 _OP_ = torch.ops.swalp_fx.quantize_.default
 _FOREACH = torch.ops.swalp_fx.quantize_foreach_.default
 _UPDATE = torch.ops.swalp_fx.quantize_update_.default
-_CODES = torch.ops.swalp_fx.quantize_codes.default
 
 
 def _register() -> None:
@@ -292,7 +291,7 @@ def quantize(
     return rounded(x, format, rounding, key, stream)
 
 
-# (format, rounding, shape, strides, dtype, device) -> a plan, or None if there can be none.
+# (format, rounding, shape, strides, dtype, device, coding) -> a plan, or None if there can be none.
 _PLANS: dict[tuple, Any] = {}
 MOST_PLANS = 4096
 
@@ -314,10 +313,13 @@ def is_recorded() -> bool:
     return is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
 
-def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
+def _plan(
+    x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, coding: tuple[int, ...] | None = None
+) -> Any:
     """A plan that rounds tensors like ``x`` without torch's dispatcher: for a small tensor, dispatch takes longer.
 
     None if the result would differ: for a tensor that is not plain, and while calls are recorded.
+    coding: for a plan of codes, see csrc/codes.h.
     """
     if is_recorded() or not is_plain(x):
         return None
@@ -325,20 +327,23 @@ def _plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> A
         return None
     if key is not None and not (type(key) is Tensor and key.is_cpu and key.dtype is torch.int64 and key.numel() == 1):
         return None
-    alike = spec, rounding, x.shape, x.stride(), x.dtype, x.get_device()
+    alike = spec, rounding, x.shape, x.stride(), x.dtype, x.get_device(), coding
     try:
         return _PLANS[alike]
     except KeyError:
         if len(_PLANS) >= MOST_PLANS:
             _PLANS.clear()
-        return _PLANS.setdefault(alike, _new_plan(x, spec, rounding, key))
+        return _PLANS.setdefault(alike, _new_plan(x, spec, rounding, key, coding))
 
 
-def _new_plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None) -> Any:
+def _new_plan(x: Tensor, spec: str | Format, rounding: str, key: Tensor | None, coding: tuple[int, ...] | None) -> Any:
     how = _find(spec, rounding)
     assert how is not None
     with torch._C._AutoDispatchBelowAutograd():
-        address = torch.ops.swalp_fx.quantize_plan.default(x, *how, key, 0)
+        if coding is None:
+            address = torch.ops.swalp_fx.quantize_plan.default(x, *how, key, 0)
+        else:
+            address = torch.ops.swalp_fx.quantize_code_plan.default(x, *how, key, coding)
     return _C.own(address) if address else None
 
 
@@ -432,25 +437,24 @@ def quantize_foreach_(
 
 def write_codes(
     x: Tensor,
-    format: Format,
+    spec: str | Format,
     rounding: str,
     key: Tensor | None,
     stream: int,
-    coding: Sequence[int],
+    coding: tuple[int, ...],
     packed: Tensor,
     scales: Tensor,
     second: Tensor,
 ) -> bool:
     """Writes the codes and the stored scales of a contiguous float32 ``x``. False if it cannot, or x is not finite.
 
-    coding: see csrc/codes.h. packed, scales, second: the tensors of codes.Codes, which it fills.
+    coding: see csrc/ops.cpp. packed, scales, second: the tensors of codes.Codes, which it fills; they have the room.
     """
-    how = _find(format, rounding)
-    assert how is not None
-    if is_recorded() or not is_plain(x):
+    plan = _plan(x, spec, rounding, key, coding)
+    if plan is None:
         return False
-    with torch._C._AutoDispatchBelowAutograd():
-        return _CODES(x, *how, key, stream, coding, packed, scales, second)
+    of_key = 0 if key is None else key.data_ptr()
+    return _C.codes(plan, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), second.data_ptr(), of_key, stream)
 
 
 def keeps(x: Tensor, spec: str) -> bool:

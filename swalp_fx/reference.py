@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .formats import (
     FLOAT,
+    WHOLE,
     Absmax,
     Affine,
     Block,
@@ -40,7 +41,9 @@ from .random import COUNTERS, MASK, MULTIPLIERS, ROUNDS, WEYL, draws_per_word
 from .recipe import RANDOM_BITS, parse_rounding
 
 __all__ = [
+    "bounds_of",
     "lowest_beside",
+    "lowest_of_blocks",
     "power_of_two",
     "product_of_levels",
     "quantize",
@@ -170,6 +173,8 @@ def quantize(
 ) -> Tensor:
     """``x`` rounded to ``format``: computed exactly, then stored in x's dtype by rounding to nearest even.
 
+    The format ends where x's dtype does: a number that would be stored as an infinity counts as beyond the largest.
+
     x: any floating dtype, shape and layout.
 
     key, stream: they determine the draws of stochastic rounding.
@@ -188,18 +193,71 @@ def quantize(
     how = _How(name, bits, None if draws is None else draws.reshape(x.shape))
     computed = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     scale = scale_of(computed, format)
-    if isinstance(format.element, Codebook):
-        q = _on_table(quotient(computed, scale), computed, format.element, how) * scale
-    elif format.scale is None or isinstance(format.scale, PowerOfTwo):
-        q = _on_grid(computed.double(), scale.double(), format, how)
-    elif isinstance(format.scale, Affine):
-        q = _beside_zero_point(quotient(computed, scale), computed, scale, format, how) * scale
-    else:
-        y = quotient(computed, scale)
-        q = _on_grid(y.double(), torch.ones((), dtype=torch.float64), format, how).to(computed.dtype) * scale
+    lowest = lowest_of_blocks(computed, scale, format)
+    q = _rounded(computed, scale, lowest, format, how)
+    exact = scale.to(q.dtype)
+    for sign, last, beyond in bounds_of(scale, lowest, format, x.dtype):
+        q = torch.where((sign * q > sign * last * exact) & ~_is_empty(computed, format), beyond * exact, q)
     if format.keeps_infinity or format.overflow == "nan":
         q = torch.where(computed.isinf(), computed * (1.0 if format.keeps_infinity else math.nan), q)
     return torch.where(computed.isnan(), computed, q).to(x.dtype)
+
+
+def _rounded(x: Tensor, scale: Tensor, lowest: Tensor | None, format: Format, how: _How) -> Tensor:
+    """``x`` rounded on ``scale``. lowest: the lowest integer of each block, if the scale has a zero point."""
+    if (format.scale is None or isinstance(format.scale, PowerOfTwo)) and not isinstance(format.element, Codebook):
+        return _on_grid(x.double(), scale.double(), format, how)
+    return _on_element(quotient(x, scale), x, lowest, format, how) * scale
+
+
+def _on_element(y: Tensor, x: Tensor, lowest: Tensor | None, format: Format, how: _How) -> Tensor:
+    """The quotients ``y`` of ``x`` rounded to numbers of the element, in the compute type."""
+    if isinstance(format.element, Codebook):
+        return _on_table(y, x, format.element, how)
+    if lowest is not None:
+        return _beside_zero_point(y, lowest, format, how)
+    return _on_grid(y.double(), torch.ones((), dtype=torch.float64), format, how).to(y.dtype)
+
+
+def bounds_of(
+    scale: Tensor, lowest: Tensor | None, format: Format, dtype: torch.dtype
+) -> tuple[tuple[int, Tensor, Tensor | float], ...]:
+    """Where the element's numbers on ``scale`` end in a tensor of ``dtype``, which would hold others as infinities.
+
+    For each side: (its sign, the last number, the result for those beyond). The result is the last number, or the
+    infinity or NaN of the format's overflow. None for float64: it holds every product of an element and a scale.
+    """
+    if dtype == torch.float64:
+        return ()
+    most = _most(dtype).to(scale.device).expand_as(scale)
+    toward_zero = _How("toward_zero", 0, None)
+    saturating = Format(format.element, format.scale, format.block)
+    bounds = []
+    for sign in (1, -1):
+        # A quotient may be rounded up, to a number that is beyond after all.
+        last, before = (
+            _on_element(quotient(sign * each, scale), sign * each, lowest, saturating, toward_zero)
+            for each in (most, most * (1 - 2**-23))
+        )
+        last = torch.where(sign * last * scale > most, before, last)
+        bounds.append((sign, last, last if format.overflow == "saturate" else sign * BEYOND[format.overflow]))
+    return tuple(bounds)
+
+
+def _is_empty(x: Tensor, format: Format) -> Tensor:
+    """Whether a block is of zeros, infinities and NaNs alone: its scale is the largest, and has no bounds."""
+    if format.scale is None or isinstance(format.scale, Static):
+        return torch.tensor(False)
+    return _block_maximum(x.abs(), WHOLE if isinstance(format.scale, TwoLevel) else format.block) == 0
+
+
+def _most(dtype: torch.dtype) -> Tensor:
+    """The largest float32 that ``dtype`` does not store as an infinity: within half a last place of its largest."""
+    largest = torch.tensor(torch.finfo(dtype).max)
+    if dtype == torch.float32:
+        return largest
+    half_a_place = torch.exp2(torch.log2(largest).floor()) * torch.finfo(dtype).eps / 2
+    return torch.nextafter(largest + half_a_place, torch.zeros(()))
 
 
 def divided(x: Tensor, by: Tensor | float) -> Tensor:
@@ -236,7 +294,7 @@ def _power_of_two_scale(x: Tensor, format: Format) -> Tensor:
 
 
 def _absmax_scale(x: Tensor, format: Format) -> Tensor:
-    return _real_scale(_block_maximum(x.abs(), format.block), format.element.reach)
+    return _finite(_real_scale(_block_maximum(x.abs(), format.block), format.element.reach), format.element.reach)
 
 
 def _static_scale(x: Tensor, format: Format) -> Tensor:
@@ -259,15 +317,15 @@ def two_levels(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return quantize(wanted, Format(inner)).clamp(min=inner.min_subnormal), outer
 
 
-def product_of_levels(of_block: Tensor, outer: Tensor) -> Tensor:
+def product_of_levels(of_block: Tensor, outer: Tensor, format: Format) -> Tensor:
     scale = of_block * outer
     # The product may underflow if the tensor's maximum is tiny, and 0 / 0 is no zero.
     info = torch.finfo(scale.dtype)
-    return torch.where(scale > 0, scale, info.smallest_normal * info.eps)
+    return torch.where(scale > 0, _finite(scale, format.element.reach), info.smallest_normal * info.eps)
 
 
 def _two_level_scale(x: Tensor, format: Format) -> Tensor:
-    return product_of_levels(*two_levels(x, format))
+    return product_of_levels(*two_levels(x, format), format)
 
 
 _SCALES: dict[type[Scale] | type[None], Callable[[Tensor, Format], Tensor]] = {
@@ -290,6 +348,11 @@ def _real_scale(maximum: Tensor, largest: float) -> Tensor:
     scale = divided(maximum, largest).float().clamp(max=FLOAT32_MAX).to(maximum.dtype)
     most = torch.tensor(FLOAT32_MAX, dtype=torch.float32) / max(largest, 1.0)
     return torch.where(scale > 0, scale, most.to(maximum.dtype))
+
+
+def _finite(scale: Tensor, largest: float) -> Tensor:
+    """The scale, or the number below it, on which the ``largest`` element is finite: scales are rounded, maybe up."""
+    return torch.where((scale * largest).isfinite(), scale, torch.nextafter(scale, torch.zeros_like(scale)))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -386,11 +449,18 @@ def lowest_beside(minimum: Tensor, scale: Tensor, format: Format) -> Tensor:
     return divided(minimum, scale).round().clamp(min=first - last)
 
 
-def _beside_zero_point(y: Tensor, x: Tensor, scale: Tensor, format: Format, how: _How) -> Tensor:
-    """``y`` rounded to integers. Their range begins at the integer of the block's lowest number."""
+def lowest_of_blocks(x: Tensor, scale: Tensor, format: Format) -> Tensor | None:
+    """``lowest_beside`` of each block of ``x``; None without a zero point."""
+    if not isinstance(format.scale, Affine):
+        return None
+    return lowest_beside(-_block_maximum(-x, format.block), scale, format)
+
+
+def _beside_zero_point(y: Tensor, lowest: Tensor, format: Format, how: _How) -> Tensor:
+    """``y`` rounded to integers, of which ``lowest`` is the first."""
     assert isinstance(format.element, Integer)
     first, last = format.element.bounds
-    lowest = lowest_beside(-_block_maximum(-x, format.block), scale, format).double()
+    lowest = lowest.double()
     v = y.double()
     clamped = torch.minimum(torch.maximum(v, lowest), lowest + (last - first))
     return _round(clamped, v, torch.ones((), dtype=torch.float64), how).to(y.dtype)
@@ -402,7 +472,7 @@ def _on_table(y: Tensor, x: Tensor, element: Codebook, how: _How) -> Tensor:
     The nearest number is found exactly. A tie goes to the number that is an even count away from zero. Stochastic
     rounding divides two differences, each rounded to the compute type.
     """
-    table = torch.tensor(element.values, dtype=y.dtype)
+    table = torch.tensor(element.values, dtype=y.dtype, device=y.device)
     clamped = y.clamp(element.min, element.max).nan_to_num()
     index = torch.searchsorted(table, clamped.contiguous(), right=True).clamp(1, len(table) - 1) - 1
     low, high = table[index], table[index + 1]

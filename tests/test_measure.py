@@ -38,11 +38,13 @@ def test_a_parameter_by_hand():
     assert row.sqnr == pytest.approx(10 * math.log10(row.signal / row.noise))
 
 
-def test_a_finite_float16_that_rounding_makes_infinite_is_counted():
-    row = Rounded("bf16")
+@pytest.mark.parametrize("spec, infinite, clipped", [("bf16", 1, 2), ("bf16+inf", 3, 0)])
+def test_a_finite_float16_that_the_format_takes_beyond_is_clipped_or_infinite(spec, infinite, clipped):
+    row = Rounded(spec)
     x = torch.tensor([1.0, 65504.0, -65504.0, torch.inf], dtype=torch.float16)
-    row.add(x, quantize(x, "bf16"))
-    assert (row.infinite, row.clipped, row.noise, row.sqnr) == (3, 0, 0.0, math.inf)
+    row.add(x, quantize(x, spec))
+    assert (row.infinite, row.clipped) == (infinite, clipped)
+    assert row.noise == clipped * (65504.0 - 65280.0) ** 2
 
 
 def test_an_output_and_its_error_signal_by_hand():

@@ -24,30 +24,33 @@ __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quanti
   }
 }
 
-// Writes the lowest bytes of word_at(i) for n neighbours. It goes through words, because compilers would narrow each part of
-// a code by itself. It is inlined, because else they see no loop to vectorise.
-template <int64_t kMost, class F>
-inline __attribute__((always_inline)) void write_words(uint8_t* y, int64_t n, const F& word_at) {
-  alignas(64) uint32_t words[kMost];
-  for (int64_t done = 0; done < n; done += kMost) {
-    const int64_t size = kMost < n - done ? kMost : n - done;
+constexpr int64_t kWords = 16;  // words that are made and written at once: what a register holds, or several
+
+// Writes the lowest bits of word_at(i, lane) for n neighbours; `lane` of a register. It goes through words, because compilers
+// would narrow each part of a code by itself; GCC keeps them in registers. It is inlined, because else they see no loop.
+template <class Code, class F>
+inline __attribute__((always_inline)) void write_words(Code* y, int64_t n, const F& word_at) {
+  alignas(64) uint32_t words[kWords];
+  int64_t i = 0;
+  for (; i + kWords <= n; i += kWords) {
 #pragma GCC ivdep
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < size; ++i) words[i] = word_at(done + i);
-    int64_t i = 0;
-    for (; i + 16 <= size; i += 16) Lanes::narrow(words + i, y + done + i);
-    for (; i < size; ++i) y[done + i] = static_cast<uint8_t>(words[i]);
+    for (int64_t lane = 0; lane < kWords; ++lane) words[lane] = word_at(i + lane, lane);
+    Lanes::narrow(words, y + i);
   }
+  for (; i < n; ++i) y[i] = static_cast<Code>(word_at(i, 0));
 }
 
-// The same of code_at(i, kTwos).
-template <int64_t kMost, class Element, class Round, class F>
-inline __attribute__((always_inline)) void write_codes(const Element&, const Round& round, uint8_t* y, int64_t n,
+// The same of code_at(i, lane, kTwos).
+template <class Element, class Round, class F>
+inline __attribute__((always_inline)) void write_codes(const Element&, const Round& round, typename Round::Code* y, int64_t n,
                                                        const F& code_at) {
   if constexpr (std::is_same_v<Element, IntegerElement<float>>) {
-    if (round.coding.is_twos) return write_words<kMost>(y, n, [&](int64_t i) { return code_at(i, std::true_type()); });
+    if (round.coding.is_twos) {
+      return write_words(y, n, [&](int64_t i, int64_t lane) { return code_at(i, lane, std::true_type()); });
+    }
   }
-  write_words<kMost>(y, n, [&](int64_t i) { return code_at(i, std::false_type()); });
+  write_words(y, n, [&](int64_t i, int64_t lane) { return code_at(i, lane, std::false_type()); });
 }
 
 // n neighbours with one quantizer. Not inlined: formats share quantizers, and each copy costs seconds of compiling.
@@ -58,12 +61,12 @@ __attribute__((noinline)) void quantize_run(const S* x, Result<S, Round>* y, int
   if constexpr (std::is_same_v<Round, Look>) {
     look_at_run(x, n, quantizer, round);
   } else if constexpr (kCodes<Round>) {
-    uint32_t largest = 0;
-    write_codes<2048>(quantizer.element, round, y, n, [&](int64_t i, auto twos) {
-      largest = larger(largest, magnitude_bits(x[i]));
+    uint32_t largest[kWords] = {};  // of each lane
+    write_codes(quantizer.element, round, y, n, [&](int64_t i, int64_t lane, auto twos) {
+      if constexpr (Round::looks) largest[lane] = larger(largest[lane], magnitude_bits(x[i]));
       return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
     });
-    round.tell(is_finite_magnitude<T>(largest));
+    if constexpr (Round::looks) round.tell(is_finite_magnitude<T>(*std::max_element(largest, largest + kWords)));
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -214,7 +217,7 @@ inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, c
   if constexpr (std::is_same_v<Round, Look>) {
     round.tell(differences(x, kSize, quantizer, round) != 0);
   } else if constexpr (kCodes<Round>) {
-    write_codes<kSize>(quantizer.element, round, y, kSize, [&](int64_t i, auto twos) {
+    write_codes(quantizer.element, round, y, kSize, [&](int64_t i, int64_t, auto twos) {
       return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
     });
   } else {
@@ -229,9 +232,9 @@ inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, c
 constexpr int64_t kBatch = 32;  // tiles: GCC unrolls a shorter loop completely, and then does not vectorise it
 
 // The largest finite magnitude in each of kBatch tiles. Each round halves the candidates: this vectorises without a
-// horizontal maximum for each tile.
+// horizontal maximum for each tile. Returns whether all elements are finite.
 template <int kSize, class S>
-inline void maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima)[kBatch]) {
+inline bool maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima)[kBatch]) {
   using T = Compute<S>;
   using Bits = typename Ieee<T>::Bits;
   constexpr int kWidth = 16;
@@ -255,8 +258,9 @@ inline void maxima_of_tiles(const S* x, typename Ieee<Compute<S>>::Bits (&maxima
     maxima[t] = halves[t];
     maximum = larger(maximum, maxima[t]);
   }
-  if (is_finite_magnitude<T>(maximum)) return;
+  if (is_finite_magnitude<T>(maximum)) return true;
   for (int64_t t = 0; t < kBatch; ++t) maxima[t] = maximum_of_run(x + t * kSize, kSize);
+  return false;
 }
 
 // Tiles of kSize neighbours, one after another, in batches: first the maxima, then the quantizers, then the rounding. So no
@@ -270,13 +274,14 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, R
   for (int64_t batch; tiles > 0; tiles -= batch, x += batch * kSize, y += batch * kSize, index += batch * kSize) {
     batch = std::min(kBatch, tiles);
     Bits maxima[kBatch] = {};
+    bool finite = false;
     if (batch == kBatch) {
-      maxima_of_tiles<kSize>(x, maxima);
+      finite = maxima_of_tiles<kSize>(x, maxima);
     } else {
       for (int64_t t = 0; t < batch; ++t) maxima[t] = maximum_of_run(x + t * kSize, kSize);
     }
     if constexpr (kCodes<Round>) {
-      round.tell(is_finite_magnitude<T>(largest_of_run(x, batch * kSize)));
+      round.tell(finite || is_finite_magnitude<T>(largest_of_run(x, batch * kSize)));
       found = std::copy(maxima, maxima + batch, found);
     }
     Bits unusual = 0;
@@ -355,14 +360,14 @@ __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, R
                                               int64_t lanes, int64_t period, Compute<S> tensor_maximum,
                                               const Round round) {
   using T = Compute<S>;
-  typename Ieee<T>::Bits differs = 0, largest = 0;
+  typename Ieee<T>::Bits differs = 0;
+  if constexpr (kCodes<Round>) round.tell(is_finite_magnitude<T>(largest_of_run(x, count)));
   for (int64_t done = 0; done < count; done += period) {
     const int64_t size = std::min(period, count - done);
     if constexpr (kCodes<Round>) {
       const auto first = format.template usual<T>(maxima[0], tensor_maximum);
-      write_codes<kMostLanes>(first.element, round, y + done, size, [&](int64_t i, auto twos) {
+      write_codes(first.element, round, y + done, size, [&](int64_t i, int64_t, auto twos) {
         const auto quantizer = format.template usual<T>(maxima[i], tensor_maximum);
-        largest = larger(largest, magnitude_bits(x[done + i]));
         return code<twos()>(quantizer, x[done + i], Round::draws ? draw[done + i] : 0u, round);
       });
     } else {
@@ -382,7 +387,6 @@ __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, R
     }
   }
   if constexpr (std::is_same_v<Round, Look>) round.tell(differs != 0);
-  if constexpr (kCodes<Round>) round.tell(is_finite_magnitude<T>(largest));
   for (int64_t lane = 0; lane < lanes; ++lane) {
     if (format.template is_usual<T>(maxima[lane])) continue;
     format.template with_quantizer<T>(maxima[lane], tensor_maximum, [&](const auto& quantizer) {
@@ -435,31 +439,43 @@ struct Rounder {
     for_each_run(box, [&](const Place& p) {
       Bits maximum = 0;
       if (Format::shared != Shared::Nothing) {
+        if constexpr (kCodes<Round>) {
+          if (maxima == nullptr) return code_row(x + p.memory, y + p.memory, inner.size, p, draws);
+        }
         maximum = maxima == nullptr ? maximum_of_run(x + p.memory, inner.size) : maxima[p.block];
-        if (kCodes<Round> && maxima == nullptr) found[p.block] = maximum;
       }
       format.template with_quantizer<T>(maximum, beside(p.block), [&](const auto& quantizer) {
-        run(x + p.memory, y + p.memory, inner.size, p.index, quantizer, draws);
+        run(x + p.memory, y + p.memory, inner.size, p.index, quantizer, draws, round);
       });
     });
   }
 
  private:
+  // The codes of a whole block. Its maximum tells whether all of it is finite; else its codes mean nothing.
+  template <class Source>
+  void code_row(const S* x, Y* y, int64_t n, const Place& p, Source& draws) const {
+    const Bits maximum = found[p.block] = largest_of_run(x, n);
+    round.tell(is_finite_magnitude<T>(maximum));
+    format.template with_quantizer<T>(maximum, beside(p.block), [&](const auto& quantizer) {
+      run(x, y, n, p.index, quantizer, draws, round.without_look());
+    });
+  }
+
   // The second number that a quantizer is made from, beside the maximum of its block.
   T beside(int64_t block) const {
     if constexpr (Format::rare) return negative == nullptr ? tensor_maximum : bit_cast<T>(negative[block]);
     return tensor_maximum;
   }
 
-  template <class Q, class Source>
-  void run(const S* x, Y* y, int64_t n, int64_t index, const Q& quantizer, Source& draws) const {
+  template <class Q, class Source, class How>
+  void run(const S* x, Y* y, int64_t n, int64_t index, const Q& quantizer, Source& draws, const How& how) const {
     if constexpr (Round::draws) {
       for (int64_t done = 0, count; done < n; done += count) {
         const uint32_t* draw = draws.from(index + done, n - done, count, x + done);
-        quantize_run(x + done, y + done, count, draw, quantizer, round);
+        quantize_run(x + done, y + done, count, draw, quantizer, how);
       }
     } else {
-      quantize_run(x, y, n, nullptr, quantizer, round);
+      quantize_run(x, y, n, nullptr, quantizer, how);
     }
   }
 

@@ -52,10 +52,11 @@ struct Look : RoundNearest {
   }
 };
 
-// 16 values of 32 bits: writes their lowest bytes, or writes the values to every second place and leaves the rest alone.
+// 16 values of 32 bits: writes their lowest bits, or writes the values to every second place and leaves the rest alone.
 struct OneByOne {
-  static void narrow(const uint32_t* from, uint8_t* to) {
-    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(from[i]);
+  template <class Code>
+  static void narrow(const uint32_t* from, Code* to) {
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<Code>(from[i]);
   }
   static void spread(const void* from, void* to) {
     for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * 8, static_cast<const char*>(from) + i * 4, 4);
@@ -167,7 +168,7 @@ struct Cpu {
   template <class Forms>
   static void register_more(torch::stable::detail::StableLibrary& m) {
     m.impl("quantize_update_", TORCH_BOX(&CpuForms<Forms>::update));
-    m.impl("quantize_codes", TORCH_BOX(&CpuForms<Forms>::codes));
+    m.impl("quantize_code_plan", TORCH_BOX(&CpuForms<Forms>::code_plan));
   }
 
   struct PlanOf final : Plan {
@@ -220,6 +221,79 @@ struct Cpu {
         });
       });
       return !changed;
+    }
+  };
+
+  struct CodesOf final : CodePlan {
+    Numbers format;
+    Cover cover;
+    Drawing drawing;
+    Coding coding;
+    int bias;  // of a scale's exponent
+
+    CodesOf(const Call<Cpu>& call, const std::vector<int64_t>& given)
+        : format(call.format), cover(call.cover), drawing(call.drawing) {
+      const auto at = [&](size_t i) { return static_cast<int>(given[i]); };
+      coding = {at(0), at(1) != 0, at(2) != 0, at(3), at(4), at(5)};
+      bias = at(6);
+      constexpr ScalarType types[] = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
+      format.most = most_of(types[at(7)]);
+      drawing.key.reset();
+    }
+
+    bool write(const void* x, void* packed, void* scales, void* second, uint64_t key, uint64_t stream) const override {
+      Random random = drawing.random;
+      random.key = key;
+      random.stream = stream;
+      require(x != nullptr, kOp, kNoMemory);
+      const auto* from = static_cast<const float*>(x);
+      bool is_common = false;
+      with_functor([&](const auto& round) { is_common = coding.bits <= 8 && kCommon<std::decay_t<decltype(round)>>; });
+      return is_common ? write_as<uint8_t>(from, packed, scales, second, random)
+                       : write_as<uint16_t>(from, packed, scales, second, random);
+    }
+
+   private:
+    template <class Round>
+    static constexpr bool kCommon = std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>;
+
+    template <class F>
+    void with_functor(const F& f) const {
+      with_rounding<float>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), f);
+    }
+
+    // A code fills the low bits of a Code.
+    template <class Code>
+    bool write_as(const float* x, void* packed, void* scales, void* second, const Random& random) const {
+      const int64_t n = cover.numel();
+      const bool is_packed = coding.bits == 8 * sizeof(Code);
+      const std::unique_ptr<Code[]> room(is_packed ? nullptr : new Code[n]);
+      Code* const codes = is_packed ? static_cast<Code*>(packed) : room.get();
+      Found found;
+      with_functor([&](const auto& round) {
+        using Round = std::decay_t<decltype(round)>;
+        const auto run = [&](const auto& product) {
+          run_on(kIsa, product, cover, x, codes, Coded<Round, Code>{round, coding, &found}, random);
+        };
+        if constexpr (sizeof(Code) > 1) {
+          run(format.rare());  // it serves every format, and so is all that has to be compiled
+        } else if constexpr (kCommon<Round>) {
+          with_format(format, run);
+        }
+      });
+      if (!found.finite) return false;
+      // A NaN of what overflows may have the code of -0, and then comes without zeros of that code.
+      const auto minus_zero = static_cast<Code>(1 << (coding.bits - 1));
+      if (!coding.has_signed_zero && format.grid.beyond != Beyond::Nan) std::replace(codes, codes + n, minus_zero, Code{0});
+      with_isa([&](const auto& isa) {
+        isa.store_scales(format, coding, found, bias, scales, second);
+        if (is_packed) return;
+        torch::stable::parallel_for(0, (n + 7) / 8, Boxes::kGrain / 8, [&](int64_t begin, int64_t end) {
+          const int64_t first = 8 * begin, count = std::min(8 * end, n) - first;
+          isa.pack_codes(codes + first, count, coding.bits, static_cast<uint8_t*>(packed) + begin * coding.bits);
+        });
+      });
+      return true;
     }
   };
 
@@ -354,7 +428,7 @@ struct Cpu {
           if (roles[role] == kNotRounded) return;
           Drawing drawn = layout_of(i).drawing;
           drawn.random.stream = static_cast<uint64_t>(roles[role]) + item.stream;
-          run_at(n, piece, ScalarType::Float, x, x, drawn);
+          run_at(layout_of(i).format, piece, ScalarType::Float, x, x, drawn);
         };
         round(1, item.at.g);
         step_piece(step, piece, item);
@@ -364,62 +438,16 @@ struct Cpu {
       return true;
     }
 
-    // Writes codes of 8 bits or fewer side by side, and stored scales. False if it makes none for this format, or if x is not
-    // finite; then the outputs mean nothing.
-    static bool codes(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key, int64_t stream,
-                      std::vector<int64_t> coding, Tensor packed, Tensor scales, Tensor second) {
-      const Numbers n = numbers(format...);
-      const Call<Cpu> call(x, n, dims, sizes, rounding, bits, key, stream);
-      check_codes(call, coding, packed, scales, second);
-      const auto at = [&](size_t i) { return static_cast<int>(coding[i]); };
-      const Coding of_elements{at(0), at(1) != 0, at(2) != 0, at(3)};
-      const bool is_packed = of_elements.bits == 8;  // one code a byte
-      const std::unique_ptr<uint8_t[]> room(is_packed ? nullptr : new uint8_t[x.numel()]);
-      auto* const to = static_cast<uint8_t*>(packed.mutable_data_ptr());
-      uint8_t* const bytes = is_packed ? to : room.get();
-      Found found;
-      bool made = false;
-      with_format(n, [&](const auto& product) {
-        with_rounding<float>(call.drawing.rounding, call.drawing.random.bits, n.magnitude_bits(), [&](const auto& round) {
-          using Round = std::decay_t<decltype(round)>;
-          if constexpr (std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>) {
-            if (n.element() == ElementKind::WideFloats) return;
-            const auto* from = static_cast<const float*>(x.const_data_ptr());
-            run_on(kIsa, product, call.cover, from, bytes, Coded<Round>{round, of_elements, &found}, call.drawing.random);
-            made = true;
-          }
-        });
-      });
-      if (!made || !found.finite) return false;
-      const auto minus_zero = static_cast<uint8_t>(1 << (of_elements.bits - 1));
-      if (!of_elements.has_signed_zero) std::replace(bytes, bytes + x.numel(), minus_zero, uint8_t{0});
-      with_isa([&](auto store_scales, auto pack_codes) {
-        store_scales(n, of_elements, found, at(4), scales.mutable_data_ptr(), second.mutable_data_ptr());
-        if (is_packed) return;
-        torch::stable::parallel_for(0, (x.numel() + 7) / 8, Boxes::kGrain / 8, [&](int64_t begin, int64_t end) {
-          const int64_t first = 8 * begin, count = std::min(8 * end, x.numel()) - first;
-          pack_codes(bytes + first, count, of_elements.bits, to + begin * of_elements.bits);
-        });
-      });
-      return true;
-    }
-
-    static void check_codes(const Call<Cpu>& call, const std::vector<int64_t>& coding, const Tensor& packed,
-                            const Tensor& scales, const Tensor& second) {
+    // The address of a plan of codes, for the caller to delete.
+    static int64_t code_plan(Tensor x, N... format, Dims dims, Dims sizes, int64_t rounding, int64_t bits, Key key,
+                             std::vector<int64_t> coding) {
+      const Call<Cpu> call(std::move(x), numbers(format...), dims, sizes, rounding, bits, key, 0);
       const bool is_row_major = call.x.scalar_type() == ScalarType::Float && call.x.is_contiguous();
       require(is_row_major, kOp, "x must be contiguous float32, to have codes; convert it first");
-      require(coding.size() == 5, kOp, "coding has ", coding.size(), " numbers; give it 5");
-      check_range(kOp, "bits of a code", coding[0], 1, 8);
-      const int64_t bytes = (call.x.numel() * coding[0] + 7) / 8, blocks = call.cover.blocks;
-      require(is_of(packed, ScalarType::Byte, bytes), kOp, "packed must be ", bytes, " bytes, which the codes fill");
-      const ScaleKind kind = call.format.scale;
-      const bool is_float = kind == ScaleKind::Absmax || kind == ScaleKind::Affine;
-      const bool is_byte = kind == ScaleKind::PowerOfTwo || kind == ScaleKind::TwoLevel;
-      require(!is_float || is_of(scales, ScalarType::Float, blocks), kOp, "scales must be ", blocks, " float32, one a block");
-      require(!is_byte || is_of(scales, ScalarType::Byte, blocks), kOp, "scales must be ", blocks, " bytes, one a block");
-      require(kind != ScaleKind::TwoLevel || is_of(second, ScalarType::Float, 1), kOp, "second must be one float32");
-      require(kind != ScaleKind::Affine || is_of(second, ScalarType::Byte, blocks), kOp, "second must be ", blocks,
-              " bytes, one a block");
+      require(coding.size() == 8, kOp, "coding has ", coding.size(), " numbers; give it 8");
+      check_range(kOp, "bits of a code", coding[0], 1, 16);
+      check_range(kOp, "dtype of a code", coding[7], 0, 2);
+      return reinterpret_cast<int64_t>(new CodesOf(call, coding));
     }
 
     static void check_update(const Update& step, size_t weights, size_t of_each, size_t gradients, size_t states,
@@ -448,22 +476,18 @@ struct Cpu {
     }
   };
 
-  static bool is_of(const Tensor& x, ScalarType type, int64_t numel) {
-    return x.scalar_type() == type && x.numel() == numel && x.is_contiguous();
-  }
-
-  // Calls f with store_scales and pack_codes.
+  // Calls f with the functions of store.h.
   template <class F>
   static void with_isa(const F& f) {
     switch (kIsa) {
 #ifdef SWALP_X86
       case Isa::Avx512:
-        return f(avx512::store_scales, avx512::pack_codes);
+        return f(avx512::Storing());
       case Isa::Avx2:
-        return f(avx2::store_scales, avx2::pack_codes);
+        return f(avx2::Storing());
 #endif
       default:
-        return f(portable::store_scales, portable::pack_codes);
+        return f(portable::Storing());
     }
   }
 

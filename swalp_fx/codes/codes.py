@@ -66,7 +66,6 @@ def _format(spec: str | Format) -> Format:
 
 
 @torch.compiler.disable  # torch.compile's division on a GPU is not correctly rounded
-@torch.no_grad()
 def encode(
     x: Tensor, format: str | Format, rounding: str = "nearest", *, key: Tensor | int | None = None, stream: int = 0
 ) -> Codes:
@@ -78,15 +77,15 @@ def encode(
     Raises the errors of ``quantize``, FormatError for ``float``, and ValueError for an infinity or a NaN without a code
     in the format.
     """
-    format = _format(format)
+    spec, format = format, _format(format)
     require_floating(x, "encode")
     computed = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    sizes = format.block.sizes(x.shape)
     if not x.numel():
+        format.block.sizes(x.shape)  # raises if there is no such block
         return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, x.shape, x.dtype)
     drawing = rounding, key_of(rounding, key), stream
-    made = compiled.codes_of(computed, format, *drawing) or _by_quotients(computed, format, sizes, *drawing)
-    return Codes(*made, format, x.shape, x.dtype)
+    made = compiled.codes_of(computed, x.dtype, spec, *drawing)
+    return Codes(*(made or _by_quotients(computed, x.dtype, format, *drawing)), format, x.shape, x.dtype)
 
 
 @torch.no_grad()
@@ -109,22 +108,28 @@ def _of_elements(of_blocks: Tensor, shape: torch.Size, sizes: list[int]) -> Tens
 
 
 def _by_quotients(
-    x: Tensor, format: Format, sizes: list[int], rounding: str, key: Tensor | None, stream: int
+    x: Tensor, dtype: torch.dtype, format: Format, rounding: str, key: Tensor | None, stream: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The packed codes and the scales, for any ``x``: x divided by its scale is rounded to the bare element."""
+    """The packed codes and the scales, for any ``x``: x divided by its scale is rounded to the bare element.
+
+    dtype: of the tensor whose codes these are; x may be wider.
+    """
+    sizes = format.block.sizes(x.shape)
     scales = stored.store(tiles.extremes(x, sizes), format)
     scale = stored.load(scales, format, x.dtype)
     y = x if format.scale is None else reference.quotient(x, _of_elements(scale, x.shape, sizes))
+    y = torch.where(x.isfinite(), y.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max), y)
     grid = WHOLE_NUMBERS if isinstance(format.scale, Affine) else Format(format.element, overflow=format.overflow)
     q = quantize(y, grid, rounding, key=key, stream=stream)
-    _refuse_uncoded(x, q, format)
-    if isinstance(format.scale, Affine):
+    is_affine = isinstance(format.scale, Affine)
+    lowest = _of_elements(stored.lowest_of(scales, format, x.dtype), x.shape, sizes) if is_affine else None
+    if lowest is not None:
         first, last = whole(format).bounds
-        lowest = _of_elements(stored.lowest_of(scales, format, x.dtype), x.shape, sizes)
-        moved = torch.minimum(torch.maximum(q, lowest), lowest + (last - first)) - lowest + first
-        codes = code_of(moved, whole(format))
-    else:
-        codes = code_of(q, format.element)
+        q = torch.minimum(torch.maximum(q, lowest), lowest + (last - first))
+    for sign, bound, beyond in reference.bounds_of(_of_elements(scale, x.shape, sizes), lowest, format, dtype):
+        q = torch.where((sign * q > sign * bound) & q.isfinite(), beyond, q)
+    _refuse_uncoded(x, q, format)
+    codes = code_of(q, format.element) if lowest is None else code_of(q - lowest + first, whole(format))
     return pack(codes, format.element_bits), scales
 
 

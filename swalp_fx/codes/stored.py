@@ -97,7 +97,7 @@ def _store_levels(rows: Tensor, f: Format) -> Stored:
 def _load_levels(stored: Stored, f: Format, dtype: torch.dtype) -> Tensor:
     assert isinstance(f.scale, TwoLevel)
     inner = number_of(_wide(stored[0], f.scale.inner.bits), f.scale.inner, dtype)
-    return reference.product_of_levels(inner, stored[1].to(dtype))
+    return reference.product_of_levels(inner, stored[1].to(dtype), f)
 
 
 _ROWS: dict[type[Scale] | type[None], tuple[Callable[..., Stored], Callable[..., Tensor]]] = {

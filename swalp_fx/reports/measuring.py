@@ -43,10 +43,10 @@ class Rounded:
     values: int = 0
     signal: float = 0.0  # sum of squares of the finite values
     noise: float = 0.0  # sum of squares of their rounding errors
-    clipped: int = 0  # finite values beyond the range of the format, or of their block's scale
+    clipped: int = 0  # finite values beyond the range of the format, of their block's scale, or of x's dtype
     zeroed: int = 0  # nonzero values that became zero
     nan: int = 0
-    infinite: int = 0  # before rounding, or after it, as a float16 near 65,504 may be
+    infinite: int = 0  # before rounding, or after it in a format that overflows to infinity
 
     @property
     def sqnr(self) -> float:
