@@ -273,21 +273,22 @@ def recurrent(
     axis: int = 0,
     reverse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(outputs, *last states) of a recurrent layer that runs ``step`` for each index of ``x`` along ``axis``.
+    """(*outputs, *last states) of a recurrent layer that runs ``step`` for each index of ``x`` along ``axis``.
 
-    step: (key, x, *states, *weights) -> (next states, (output, *states to return after the last step)).
+    step: (key, x, *states, *weights) -> (next states, outputs of this time, states to return after the last step).
     key: of one run. Each step makes a key of its own from it, so no two steps share a random word.
     """
-    given: list[Tensor] = []
+    given: list[Sequence[Tensor]] = []
     last: Sequence[Tensor] = ()
     steps = list(enumerate(x.unbind(axis)))
     if not steps:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # PyTorch's own words
     for time, now in reversed(steps) if reverse else steps:
         own = None if key is None else random.step_key(key, time)
-        states, (output, *last) = step(own, now, *states, *weights)
-        given.append(output)
-    return torch.stack(given[::-1] if reverse else given, axis), *last
+        states, outputs, last = step(own, now, *states, *weights)
+        given.append(outputs)
+    in_order = given[::-1] if reverse else given
+    return *(torch.stack(each, axis) for each in zip(*in_order, strict=True)), *last
 
 
 RUNS = (checkpointed, recurrent)  # functions that run a graph of their own, with the key

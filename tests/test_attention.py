@@ -392,6 +392,47 @@ def test_the_rows_of_an_added_mask_lie_along_the_axis_of_the_softmax(axis):
     torch.testing.assert_close(low(X), model(X), rtol=1e-4, atol=2e-5)
 
 
+def _written_by_index(scores):
+    scores = scores.clone()
+    scores[..., FUTURE] = -1e9
+    return scores.softmax(-1)
+
+
+def _kept_behind(weights):
+    weights = weights * (~FUTURE).float()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+LATER = {
+    "by index": (_written_by_index, ["mul"]),
+    "on pieces": (lambda s: torch.cat([(each + _added(FUTURE)).softmax(-1) for each in s.chunk(2, 1)], 1), ["mul"]),
+    "on copies": (lambda s: (s.expand(2, *s.shape) + _added(FUTURE)).softmax(-1)[0], ["matmul@1"]),
+    "on more keys": (
+        lambda s: (F.pad(s, (1, 0)) + F.pad(_added(FUTURE), (1, 0))).softmax(-1)[..., 1:], ["matmul@1"],
+    ),
+    "behind an activation": (lambda s: ((s / 30).tanh() * 30 + _added(FUTURE)).softmax(-1), ["tanh"]),
+    "behind the softmax": (lambda s: _kept_behind(s.softmax(-1)), ["matmul@1"]),
+    "behind the exp": (lambda s: _kept_behind((s - s.amax(-1, keepdim=True)).exp()), ["sub"]),
+    "in a product": (lambda s: torch.addcmul(s, FUTURE.float(), torch.tensor(-1e9)).softmax(-1), ["matmul@1"]),
+    "followed": (lambda s: (s[None] + _added(FUTURE))[0].softmax(-1), None),
+    "followed, filled in": (lambda s: s.masked_fill(FUTURE, -1e9).softmax(-1), None),
+    "no mask": (lambda s: F.dropout(s.softmax(-1), 0.1), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", LATER)
+def test_a_report_names_scores_that_are_rounded_with_those_that_a_mask_takes_out(spelling):
+    softmax, names = LATER[spelling]
+    low = converted(Attention(lambda q, k, v: softmax(q @ k.mT * SIZE**-0.5) @ v), "bfp8[-1:16] rounding=nearest")
+    low(X)
+    found = report(low).totals.get("masks")
+    assert found == (names and f"{', '.join(names)} rounded together with scores that a mask takes out later")
+    later = X.clone()
+    later[:, 21:] *= 100
+    if spelling != "no mask":  # what is not named does not depend on a later token
+        assert torch.equal(low(X)[:, :21], low(later)[:, :21]) is (names is None)
+
+
 NORMALISED = {
     "its sum": lambda s: (each := (s - s.amax(-1, keepdim=True)).exp()) / each.sum(-1, keepdim=True),
     "its logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
@@ -705,10 +746,42 @@ def test_pytorchs_layer_has_the_bits_of_one_written_by_hand(model, recipe):
     _assert_same_bits(model, Written(_layer()), f"{recipe} quantize_logits=true", X)
 
 
-@pytest.mark.parametrize("recipe", ["mxfp8", "e4m3"])
-def test_the_layer_that_gives_its_weights_too(recipe):
-    model = Called(_layer(), attn_mask=FUTURE)  # of three dimensions: a block of [0] is one head's
-    _assert_same_bits(model, Written(_layer()), f"{recipe} quantize_logits=true", X)
+def _weighted(layer, x):
+    x = x.transpose(0, 1)
+    y, weights = F.multi_head_attention_forward(
+        x, x, x, WIDTH, HEADS, layer.in_proj_weight, layer.in_proj_bias, None, None, False, layer.dropout,
+        layer.out_proj.weight, layer.out_proj.bias, training=layer.training, attn_mask=FUTURE,
+    )  # fmt: skip
+    return y.transpose(0, 1), weights
+
+
+class Weighted(Functional):
+    def forward(self, x):
+        return _weighted(self.layer, x)[0]
+
+
+@pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8", "bfp8[0] placement=compute", "A=bfp8[0]"])
+@pytest.mark.parametrize("mask", [None, FUTURE, _added(FUTURE), FUTURE.expand(2 * HEADS, -1, -1)])
+def test_the_layer_that_gives_its_weights_too_has_the_same_bits(mask, recipe):
+    plain, weighted = (Called(_layer(), attn_mask=mask, **given) for given in ({"need_weights": False}, {}))
+    _assert_same_bits(weighted, plain, recipe, X)
+    if mask is FUTURE:
+        _assert_same_bits(Weighted(_layer()), plain, recipe, X)
+
+
+def test_the_weights_that_the_layer_gives_are_rounded_for_its_reader():
+    class Read(Called):
+        def forward(self, x):
+            y, weights = self.layer(x, x, x, average_attn_weights=False, **self.given)
+            return y + weights.sum((1, 3))[..., None] * 0.1
+
+    places = rounded(rewritten(Read(_layer(), attn_mask=FUTURE), "bfp8[0]", X).graph)
+    assert places == [
+        *(f"layer.{name}" for name in ("linear@1", "bmm@1", "softmax", "bmm@2", "linear@2")),
+        "sum",
+        "mul",
+    ]
+    _assert_as_the_model(Read(_layer(), attn_mask=FUTURE), X)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -393,7 +393,7 @@ def test_a_state_with_other_averages_is_refused_by_name_and_one_of_before_there_
     del truncated["averages"]["ema"]["means"]["2.bias"]
     with pytest.raises(ValueError, match=r"the state's average 'ema' lacks '2.bias'"):
         parts[2].load_state_dict(truncated)
-    newer = ("averages", "parameters", "fingerprints")
+    newer = ("averages", "parameters", "fingerprints", "waiting")
     of_before = {name: value for name, value in state.items() if name not in newer}
     of_before["version"] = 2
     plain[2].load_state_dict(of_before)

@@ -1,8 +1,10 @@
 """The model runs as the user wrote it, at every call: whatever its Python reads, sets, makes, draws and branches on."""
 
+import asyncio
 import contextlib
 import copy
 import inspect
+import pickle
 import random
 from collections import OrderedDict
 
@@ -511,3 +513,39 @@ def test_a_mask_that_layers_of_pytorch_look_at_ends_no_graph(is_causal, training
     assert [len(lp.graphs) for lp in lps] == [1, 1]
     model, lp = both(lambda: Decoder(None).train(training))
     assert torch.equal(lp(x, mask), model(x, mask))
+
+
+def _waits(layer, x):
+    async def run():
+        await asyncio.sleep(0)
+        return layer(x)
+
+    return asyncio.run(run())
+
+
+BY_PYTHON = {
+    "a copy": lambda layer, x: copy.deepcopy(layer)(x),
+    "a pickle": lambda layer, x: pickle.loads(pickle.dumps(layer))(x),
+    "a coroutine": _waits,
+}
+
+
+class Handing(nn.Module):
+    """Python does something with a layer in the middle of a forward."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.fc, self.head, self.call = nn.Linear(3, 3), nn.Linear(3, 2), call
+
+    def forward(self, x):
+        return self.head(torch.relu(self.call(self.fc, x)))
+
+
+@pytest.mark.parametrize("way", BY_PYTHON)
+def test_what_python_does_with_a_layer_in_a_forward_ends_a_graph_and_no_more(way):
+    _, whole = both(lambda: Handing(lambda layer, x: layer(x)), "W=bfp4[0] A=float E=float rounding=nearest")
+    _, lp = both(lambda: Handing(BY_PYTHON[way]), "W=bfp4[0] A=float E=float rounding=nearest")
+    for _ in range(2):
+        assert torch.equal(lp(X), whole(X))
+    model, lp = both(lambda: Handing(BY_PYTHON[way]))
+    assert torch.equal(lp(X), model(X)) and not torch.equal(whole(X), model(X))

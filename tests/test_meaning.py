@@ -444,6 +444,92 @@ def test_a_table_of_relative_positions_that_is_learned_is_rounded_and_the_mask_i
     assert converted(Biased(joined), "bfp8[0]")(X).isfinite().all()
 
 
+@pytest.mark.parametrize(("joined", "added"), [(False, ["add@1"]), (True, [])])
+def test_a_table_of_relative_positions_may_be_a_parameter(joined, added):
+    def relative(model, x):
+        bias = model.table[torch.arange(TOKENS)[:, None] - torch.arange(TOKENS) + TOKENS]
+        scores, mask = x @ x.mT, torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)
+        return (scores + (bias + mask) if joined else (scores + bias) + mask).softmax(-1) @ x
+
+    table = nn.Parameter(torch.randn(2 * TOKENS))
+    assert _between(relative, table=table) == ["matmul@1", *added, "softmax", "matmul@2"]
+    assert _read_weights(rewritten(_model(relative, table=table), "bfp8[0]", X)).count("table") == 1
+
+
+def _read_weights(made):
+    return [place(node.args[0]) for node in made.graph.find_nodes(op="call_function", target=nodes.quantize_weight)]
+
+
+class Windows(nn.Module):
+    """Swin's: windows of a shifted sequence, a table of relative positions, -100 between regions."""
+
+    HEADS, SIZE = 2, 4
+
+    def __init__(self, masked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out, self.masked = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), masked
+        self.table = nn.Parameter(torch.randn(2 * self.SIZE - 1, self.HEADS))
+        self.register_buffer("index", torch.arange(self.SIZE)[:, None] - torch.arange(self.SIZE) + self.SIZE - 1)
+        region = (torch.arange(TOKENS) + 2).remainder(TOKENS).div(3, rounding_mode="floor").view(-1, self.SIZE)
+        self.register_buffer("apart", region[:, None] != region[:, :, None])
+
+    def forward(self, x):
+        windows = x.roll(-2, 1).view(-1, self.SIZE, WIDTH)
+        q, k, v = self.qkv(windows).unflatten(-1, (3, self.HEADS, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.table[self.index.view(-1)].view(self.SIZE, self.SIZE, -1).permute(2, 0, 1)
+        scores = q * (WIDTH // self.HEADS) ** -0.5 @ k.transpose(-2, -1) + bias[None]
+        scores = self.masked(scores.view(x.shape[0], -1, *scores.shape[1:]), self.apart[None, :, None])
+        y = (scores.flatten(0, 1).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.out(y.view(x.shape).roll(2, 1)).tanh() + 1
+
+
+WINDOWED = {
+    "none": lambda scores, apart: scores,
+    "-100": lambda scores, apart: scores + apart.float() * -100.0,
+    "added": lambda scores, apart: scores + apart.float() * -1e9,
+    "filled in": lambda scores, apart: scores.masked_fill(apart, -1e9),
+}
+
+
+@pytest.mark.parametrize("masked", WINDOWED)
+def test_in_windows_scores_with_their_table_are_rounded_and_the_mask_is_not(masked):
+    made = rewritten(Windows(WINDOWED[masked]), "bfp8[0]", X)
+    assert [each.partition("@")[0] for each in rounded(made.graph)] == [
+        *("qkv", "matmul", "add", "softmax", "matmul", "out", "tanh")
+    ]
+    assert _read_weights(made).count("table") == 1
+    model = Windows(WINDOWED[masked])
+    found, due = converted(model, "bfp12[0] rounding=nearest")(X), model(X)
+    assert (found - due).abs().max() < 0.01
+    if masked == "added":
+        filled_in = converted(Windows(WINDOWED["filled in"]), "bfp8[0]")
+        torch.manual_seed(3)
+        expected = filled_in(X)
+        torch.manual_seed(3)
+        assert torch.equal(converted(model, "bfp8[0]")(X), expected)
+
+
+def test_cross_attention_has_the_bits_of_the_fused_product():
+    memory, padding = torch.randn(2, 5, WIDTH), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+
+    def fused(model, x, memory, padding):
+        k, v = model.memory(memory).chunk(2, -1)
+        return F.scaled_dot_product_attention(x, k, v, attn_mask=~padding[:, None])
+
+    def by_hand(model, x, memory, padding):
+        k, v = model.memory(memory).chunk(2, -1)
+        return (x @ k.mT / math.sqrt(WIDTH)).masked_fill(padding[:, None], -math.inf).softmax(-1) @ v
+
+    outputs = []
+    for each in (fused, by_hand):
+        torch.manual_seed(1)
+        model = _model(each, memory=nn.Linear(WIDTH, 2 * WIDTH))
+        outputs.append(converted(model, "bfp8[0] rounding=nearest")(X, memory, padding))
+    assert torch.equal(*outputs)
+
+
 def test_before_a_softmax_by_hand_a_mask_is_no_number_of_the_model():
     def by_hand(_, x):
         masked = x @ x.transpose(1, 2) + torch.zeros(TOKENS, TOKENS).masked_fill(FUTURE, -math.inf)

@@ -243,7 +243,7 @@ def test_a_parameter_without_gradient_is_left_alone(name, master):
         model[3](torch.ones(2, 8)).sum().backward()
         optimizer.step()
     assert torch.equal(model[0].weight, before) and model[0].weight not in optimizer.state
-    assert set(swalp._masters) == (set() if master == "none" else {"3.weight", "3.bias"})
+    assert set(swalp._parameters.masters) == (set() if master == "none" else {"3.weight", "3.bias"})
     assert torch.equal(model[3].weight, quantize(model[3].weight, "bfp4"))
 
 
@@ -613,6 +613,7 @@ def test_ctrl_c_at_any_line_of_a_step_is_no_step_or_a_whole_one(recipe, files):
     for moment in range(0, count, max(1, count // 60)):
         parts = at_the_third_step()
         with_ctrl_c(parts[1].step, moment, files)
+        assert torch.is_grad_enabled(), moment
         found.append(parts[2].state_dict()["step"] - 2)
         assert same(weights(*parts), states[found[-1]]), moment
     assert found == sorted(found) and set(found) == {0, 1}
@@ -865,6 +866,11 @@ class TestRefusedByAttach:
             (lambda m: m, TypeError, r"takes a torch.optim.Optimizer, not Sequential"),
             (lambda m: Wrapper(sgd(*m.parameters())), ValueError, r"Wrapper wraps .*; attach to its .optimizer"),
             (lambda m: SAM(sgd(*m.parameters())), ValueError, r"SAM wraps another .*; attach to its .base_optimizer"),
+            (
+                lambda m: torch.optim.lr_scheduler.StepLR(sgd(*m.parameters()), 1),
+                ValueError,
+                r"StepLR wraps another optimizer, .*; attach to its .optimizer",
+            ),
             (lambda m: torch.optim.LBFGS(m.parameters()), ValueError, r"LBFGS evaluates .*; use SGD or Adam"),
             (lambda m: sgd(*m.parameters(), differentiable=True), ValueError, r"SGD has differentiable=True"),
             (
@@ -990,9 +996,11 @@ def with_value(*path, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("seed"), r"a SWALP state holds version, .*, not version, recipe, parameters, step"),
-        (with_value("extra", value=1), r"a SWALP state holds .*, extra; pass what state_dict\(\) returned"),
-        (with_value("version", value=6), r"of version 6, and this SWALP reads version 5"),
+        (without("seed"), r"the state lacks 'seed'; pass what state_dict\(\) returned"),
+        (without("masters"), r"the state lacks 'masters'; pass what state_dict\(\) returned"),
+        (with_value("waiting", value=["4.weight"]), r"waiting must be a list of parameters with masters, not \['4.we"),
+        (with_value("extra", value=1), r"the state has 'extra' too; pass what state_dict\(\) returned"),
+        (with_value("version", value=7), r"of version 7, and this SWALP reads version 6"),
         (with_value("recipe", value="bfp6"), r"of recipe 'bfp6', not 'W=bfp8\[0\] .*'; convert with the former"),
         (with_value("step", value=1.5), r"step must be a whole number, not 1.5"),
         (with_value("n_averaged", value=-1), r"n_averaged must be a whole number, not -1"),
@@ -1040,7 +1048,7 @@ def test_a_state_of_version_1_is_read():
     run_on(*parts, range(2))
     state = parts[2].state_dict()
     old = {("accumulators" if key == "masters" else key): value for key, value in state.items()} | {"version": 1}
-    del old["parameters"], old["fingerprints"]
+    del old["parameters"], old["fingerprints"], old["waiting"]
     old["recipe"] = f"{fitted(RECIPE, parts[1])} accumulator=fixed16.12 average=bfp9 average_rounding=up"
     again = setup(master="fixed16.12", average="bfp9~up")[2]
     again.load_state_dict(old)
@@ -1052,12 +1060,12 @@ def test_a_state_of_version_3_is_read_though_it_has_only_what_was_made_so_far(st
     parts = setup(master="float")
     train(*parts[:2], range(steps))
     state = parts[2].state_dict()
-    old = {key: value for key, value in state.items() if key not in ("parameters", "fingerprints")}
+    old = {key: value for key, value in state.items() if key not in ("parameters", "fingerprints", "waiting")}
     old |= {"version": 3, "average": {}}
     old["masters"] = {} if steps == 0 else {name: state["masters"][name] for name in list(state["masters"])[1:]}
     again = setup(master="float")[2]
     again.load_state_dict(old)
-    assert again.state_dict()["step"] == steps and list(again._masters) == list(old["masters"])
+    assert again.state_dict()["step"] == steps and list(again._parameters.masters) == list(old["masters"])
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -1102,6 +1110,28 @@ def test_masters_of_a_state_before_the_first_step_are_the_weights_that_are_loade
     assert same(values(model, optimizer, swalp), values(other, its_optimizer, its_swalp))
 
 
+def test_a_master_that_no_step_has_taken_is_the_weight_in_a_resumed_run_too():
+    """Of a parameter that never had a gradient, into which others may write: an average, say."""
+
+    def head_alone(model, optimizer):
+        optimizer.zero_grad()
+        model[3](torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+
+    parts = setup(OPTIMIZERS["adam"], master="float")
+    head_alone(*parts[:2])
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    assert states[2]["waiting"] == ["0.weight", "0.bias", "1.weight", "1.bias"] and len(states[2]["masters"]) == 6
+    again = setup(OPTIMIZERS["adam"], master="float", model=net(9))
+    for i in (2, 0, 1):
+        again[i].load_state_dict(states[i])
+    for model, optimizer, _ in (parts, again):
+        with torch.no_grad():
+            model[0].weight.fill_(0.3)
+        train(model, optimizer, range(2))
+    assert same(values(*parts), values(*again)) and parts[2].state_dict()["waiting"] == []
+
+
 def test_masters_are_refused_by_a_recipe_without():
     parts = setup()
     state = {**parts[2].state_dict(), "masters": {"0.weight": torch.ones(8, 6)}}
@@ -1124,7 +1154,7 @@ def test_rounding_on_cuda_draws_what_the_cpu_draws():
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.123)
         optimizer.step()
-        return [dict(model.to("cpu").named_parameters()), {k: v.cpu() for k, v in swalp._masters.items()}]
+        return [dict(model.to("cpu").named_parameters()), {k: v.cpu() for k, v in swalp._parameters.masters.items()}]
 
     assert same(rounded("cuda"), rounded("cpu"))
 

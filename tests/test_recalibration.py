@@ -171,6 +171,17 @@ def test_whatever_raises_leaves_every_statistic_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_batch_of_one_sample_is_named_and_leaves_every_statistic():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"norm '1' got one value a channel, .* a batch of one sample; .*drop_last=True"
+    ):
+        recalibrate(model, torch.randn(9, 4).split(8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    recalibrate(conv_net(), rows(9, 2, 6, 6).split(8))  # one image has many values
+
+
 def test_a_batch_of_any_kind_is_for_the_caller_to_pass_on():
     model, due, data = conv_net(), conv_net(), rows(12, 2, 6, 6)
     recalibrate(due, data.split(5))

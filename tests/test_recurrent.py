@@ -344,6 +344,45 @@ def test_blocks_are_of_a_step_by_the_index_in_the_batch():
     assert torch.equal(alone(x)[0][:, :2], alone(later)[0][:, :2])  # nor is a later time's
 
 
+class Returns(nn.Module):
+    """A graph ends behind its layer, and before it if ``early``."""
+
+    def __init__(self, layer, early=False):
+        super().__init__()
+        self.layer, self.early = layer, early
+
+    def forward(self, x, *states):
+        if self.early:
+            torch._dynamo.graph_break()
+        y, last = self.layer(x, *states)
+        torch._dynamo.graph_break()
+        return y, last, y.sum()
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("LSTM", {}), ("GRU", {"num_layers": 2, "bidirectional": True}), ("LSTM", {"proj_size": 2})]
+)
+def test_behind_a_graph_break_outputs_and_states_are_returned_as_without_one(kind, how, early):
+    layer = _made(kind, **how)
+    due = converted(Alone(layer), low_recipe)(X)
+    low = converted(Returns(layer, early), low_recipe)
+    for _ in range(2):
+        y, last, total = low(X)
+        assert all(map(torch.equal, _leaves((y, last)), _leaves(due)))
+    rounded = converted(Alone(layer), f"{low_recipe} quantize_logits=true")(X)[0]
+    assert torch.equal(total, rounded.sum()) and not torch.equal(rounded, y)  # what the model reads is rounded
+    (gradient,) = torch.autograd.grad(y.square().sum(), low.layer.weight_ih_l0)
+    assert gradient.any()
+
+
+def test_models_of_one_class_may_have_layers_of_other_depths():
+    for how in ({}, {"num_layers": 2}, {"num_layers": 3, "bidirectional": True}):
+        layer = _made("LSTM", **how)
+        y, last, _ = converted(Returns(layer), low_recipe)(X)
+        assert all(map(torch.equal, _leaves((y, last)), _leaves(converted(Alone(layer), low_recipe)(X))))
+
+
 # Random words
 
 
@@ -373,12 +412,42 @@ def test_each_step_draws_other_words_forward_and_backward():
     assert torch.equal(plain, plain[:1].expand_as(plain))
 
 
+class Twice(nn.Module):
+    """Two calls of one layer, with the same input."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.layer, self.breaks = _made("GRU"), breaks
+
+    def forward(self, x):
+        first, _ = self.layer(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        second, _ = self.layer(x)
+        return first + 0, second + 0
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_two_calls_of_a_layer_draw_words_of_their_own_whatever_ran_first(breaks):
+    found = []
+    for before in ((), (X[:2],), (X[:2], torch.randn(7, BATCH, FEATURES))):
+        low = converted(Twice(breaks), "bfp4[0]")
+        for each in before:
+            low.eval()(each)
+            low.train()(each)
+        torch.manual_seed(7)
+        found.append(low(X))
+    assert not torch.equal(*found[0])
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+    assert torch.equal(*converted(Twice(breaks), low_recipe)(X))
+
+
 def test_a_key_of_its_own_for_each_step():
     keys = []
 
     def step(key, x, h):
         keys.append(int(key))
-        return (h,), (x, h)
+        return (h,), (x,), (h,)
 
     x = torch.arange(3.0).reshape(3, 1)
     y, last = recurrent(step, torch.tensor(5), x, (torch.zeros(1),), ())

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import swalp_fx
 from swalp_fx import Average, convert, fingerprints, in_float, measure, nodes, ops, parse, quantize, restore
@@ -160,6 +161,18 @@ def test_tied_weights():
     assert torch.equal(lp(x), due) and torch.equal(lp(x), due)
 
 
+def test_writes_of_the_same_numbers_change_nothing():
+    """As a broadcast among equal ranks does, and a model that is given its own state."""
+    lp, _, _ = trained()
+    for parameter in lp.parameters():
+        parameter.data.copy_(parameter.detach().clone())
+    assert is_read_as_stored(lp)
+    lp.load_state_dict(copy.deepcopy(lp.state_dict()))
+    assert is_read_as_stored(lp)
+    lp.load_state_dict(copy.deepcopy(lp.state_dict()), assign=True)
+    assert is_read_as_stored(lp)
+
+
 @pytest.mark.parametrize("write", ["data", "load_state_dict", "no_grad", "assign"])
 def test_what_a_user_writes_is_rounded(write):
     lp, _, _ = trained()
@@ -243,11 +256,26 @@ def test_a_resumed_run_sees_the_same_weights(order, master):
     assert swalp.state_dict()["fingerprints"] == states[1]["fingerprints"]
 
 
+def test_torchs_distributed_checkpoints_hold_the_fingerprints(tmp_path):
+    """They fill what a fresh state has, by name."""
+    lp, swalp, optimizer = trained()
+    due = swalp.state_dict()["fingerprints"]
+    checkpoint.save({"model": lp.state_dict(), "swalp": swalp.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    del lp, swalp, optimizer
+    (lp, swalp), _ = made()
+    states = {"model": lp.state_dict(), "swalp": swalp.state_dict()}
+    assert [*states["swalp"]["fingerprints"].values()] == [0]
+    checkpoint.load(states, checkpoint_id=tmp_path, no_dist=True)
+    swalp.load_state_dict(states["swalp"])
+    assert swalp.state_dict()["fingerprints"] == due and is_read_as_stored(lp)
+
+
 def test_a_state_of_version_4_is_read():
     """Its weights are rounded where they are read, as its own run did."""
     lp, swalp, optimizer = trained()
     states = saved(lp, swalp, optimizer)
-    states[1] = {key: value for key, value in states[1].items() if key != "fingerprints"} | {"version": 4}
+    states[1] = {key: value for key, value in states[1].items() if key not in ("fingerprints", "waiting")}
+    states[1]["version"] = 4
     numbers = swalp.state_dict()["fingerprints"]
     del lp, swalp, optimizer
     assert not is_known(numbers)
@@ -362,7 +390,7 @@ def test_a_checkpoint_sees_them_twice(reentrant):
             self.checkpoints = False
 
         def forward(self, x):
-            return checkpoint(self.block, x, use_reentrant=reentrant) if self.checkpoints else self.block(x)
+            return recomputed(self.block, x, use_reentrant=reentrant) if self.checkpoints else self.block(x)
 
     lp, x = Checkpointed(), torch.randn(4, 32, requires_grad=True)
     optimizer = torch.optim.SGD(lp.parameters(), lr=0.05)

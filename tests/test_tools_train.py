@@ -355,7 +355,7 @@ class TestResume:
             (with_changed("settings", lambda settings: settings.pop("lr")), "was made by another version of train.py"),
             (with_changed("model", lambda model: model.popitem()), "does not fit the model (Error(s) in loading"),
             (with_changed("optimizer", lambda state: state["param_groups"].pop()), "does not fit the model (loaded"),
-            (with_changed("swalp", lambda state: state.pop("seed")), "does not fit the model (a SWALP state holds"),
+            (with_changed("swalp", lambda state: state.pop("seed")), "does not fit the model (the state lacks 'seed'"),
         ],
     )
     def test_a_file_that_is_no_checkpoint_of_the_run_is_refused(self, kept, change, complaint, capsys):

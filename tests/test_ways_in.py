@@ -390,3 +390,118 @@ def test_an_entry_has_what_a_method_has():
     lp, _ = convert(Trained(), recipe=RECIPE)
     assert lp.loss.__func__ is Trained.loss and lp.loss.__self__ is lp and lp.loss.__qualname__ == "Trained.loss"
     assert inspect.getsource(lp.loss) == inspect.getsource(Trained.loss)
+
+
+# Graph breaks and marks of PyTorch's front end, in what another compiler calls
+
+
+class Own(nn.Module):
+    """A product with a parameter of its own, around a graph break."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.eye(4) / 3), nn.Parameter(torch.eye(4) / 5)
+
+    def forward(self, x):
+        x = torch.relu(x @ self.weight)
+        self.between(x)
+        return x @ self.last
+
+    def between(self, x):
+        print(end="")
+
+
+class InAFunction(Own):
+    def between(self, x):
+        self.kept = _broken(self, x)
+
+
+def _broken(module, x):
+    print(end="")
+    return x @ module.last
+
+
+class Unbroken(Own):
+    def between(self, x):
+        pass
+
+
+class Compiled(Unbroken):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return super().forward(x)
+
+
+class CompiledPart(Unbroken):
+    @torch.compile(backend="eager")
+    def product(self, x):
+        return x @ self.weight
+
+    def forward(self, x):
+        return torch.relu(self.product(x)) @ self.last
+
+
+class CompiledHere(Unbroken):
+    def __init__(self):
+        super().__init__()
+        self.forward = torch.compile(self.forward, backend="eager")
+
+
+class CompiledFunction(Unbroken):
+    def __init__(self):
+        super().__init__()
+        self.product = torch.compile(lambda x, weight: x @ weight, backend="eager")
+
+    def forward(self, x):
+        return torch.relu(self.product(x, self.weight)) @ self.last
+
+
+class OneNode(Unbroken):
+    @torch._dynamo.allow_in_graph
+    def forward(self, x):
+        return torch.relu(x @ self.weight) @ self.last
+
+
+class Disabled(Own):
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+class InALoop(Own):
+    """No torch goes on behind a break in a loop."""
+
+    def forward(self, x):
+        for weight in (self.weight, self.last):
+            x = torch.relu(x @ weight)
+            print(end="")
+        return x
+
+
+AROUND = {
+    "by itself": lambda lp: lp,
+    "compiled": lambda lp: torch.compile(lp, backend="eager"),
+    "compiled by AOT": lambda lp: torch.compile(lp, backend="aot_eager"),
+    "compiled around": lambda lp: torch.compile(lambda x: lp(x), backend="eager"),
+    "its forward compiled": lambda lp: torch.compile(lp.forward, backend="eager"),
+    "in a compiled model": lambda lp: torch.compile(nn.Sequential(lp), backend="eager"),
+}
+KEPT = [Own, InAFunction, Compiled, CompiledPart, CompiledHere, CompiledFunction, OneNode]
+X4 = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("way", AROUND)
+@pytest.mark.parametrize("kind", KEPT, ids=lambda k: k.__name__)
+def test_whatever_compiles_a_part_or_breaks_a_graph_keeps_the_bits(kind, way):
+    expected = convert(Unbroken(), recipe="bfp4[0] rounding=nearest").module(X4)
+    assert not torch.equal(expected, Unbroken()(X4))
+    lp = convert(kind(), recipe="bfp4[0] rounding=nearest").module
+    assert torch.equal(AROUND[way](lp)(X4), expected)
+
+
+@pytest.mark.parametrize("way", AROUND)
+@pytest.mark.parametrize("kind", [Disabled, InALoop], ids=lambda k: k.__name__)
+def test_what_runs_as_python_alone_is_refused_also_where_another_compiles_it(kind, way):
+    lp = convert(kind(), recipe="bfp4[0] rounding=nearest").module
+    with pytest.raises(NotRewritten, match="computed in float, since no graph holds anything of its forward"):
+        AROUND[way](lp)(X4)

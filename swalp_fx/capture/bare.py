@@ -9,6 +9,7 @@ that Python makes is found by its memory.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.fx import Graph, Node
 
-from ..passes.captured import HOLDS
+from ..passes.captured import HOLDS, TWIN
 from ..passes.names import PART
 from ..passes.operations import is_view, name_of, writes
 from ..passes.rounding import ACTIVATION, Rounding
@@ -53,6 +54,9 @@ def give_bare(graph: Graph) -> Twins:
             with graph.inserting_after(bare[twins[-1]] if twins else inputs[-1]):
                 bare[node] = graph.placeholder(f"{node.name}_bare")
             twins.append(node)
+        elif TWIN in node.meta:
+            with graph.inserting_after(node):
+                bare[node] = graph.call_function(operator.getitem, (node.args[0], node.meta[TWIN]))
         elif any(source in bare for source in node.all_input_nodes):
             with graph.inserting_after(node):
                 bare[node] = graph.node_copy(node, lambda source: bare.get(source, source))
@@ -62,13 +66,13 @@ def give_bare(graph: Graph) -> Twins:
 
 
 def _moved_to(output: Node) -> Iterator[Node]:
-    """The nodes, in order, that make outputs by movement alone: quantize nodes, inputs, and the movement itself."""
+    """The nodes, in order, that make outputs by movement alone: quantize nodes, outputs of loops, inputs, movement."""
     written = set(_written(output.graph))
     moved, sources = [], set(output.all_input_nodes)
     for node in reversed(output.graph.nodes):
         if node not in sources or node in written:
             continue
-        if Rounding.of(node, ACTIVATION) is not None or node.meta.get(HOLDS) == "input":
+        if Rounding.of(node, ACTIVATION) is not None or node.meta.get(HOLDS) == "input" or TWIN in node.meta:
             moved.append(node)
         elif _is_moved(node):
             moved.append(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import sys
 import weakref
@@ -34,6 +35,8 @@ from .dynamo import (
     innermost_backend,
     is_functorch_active,
     knobs,
+    original,
+    skip_code,
     straighten,
     switched_off,
     trace_instead,
@@ -53,6 +56,8 @@ CAPTURE = str(Path(__file__).parent)
 PACKAGE = str(Path(__file__).parents[1])
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 _NUMBERS = itertools.count()  # of entries that were compiled
+TRACED = frozenset(("_call", "entry", "free", "shared", "_entered"))  # functions of ways.py
+LATER = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # the front end may not be able to go on behind a break
 PYTHON: dict[CodeType, str] = {}  # code of models that runs as Python -> file, line and name
 REFUSALS = (ConvertError, NotRewritten, RecipeError, FormatError)  # errors of passes that users see unchanged
 
@@ -83,6 +88,12 @@ def compile_entry(entry: Entry, name: str, call: Callable[..., Any]) -> Callable
     return compiled(run, conversion.backend, _Tracing)
 
 
+def _is_never_traced(code: CodeType) -> bool:
+    """Whether ``code`` is of this folder, but none of an entry: where a forward copies a layer, it attaches entries."""
+    is_here = code.co_filename.startswith(CAPTURE) and code.co_filename != __file__
+    return is_here and original(code).co_name not in TRACED
+
+
 def _is_no_models(code: CodeType) -> bool:
     """Whether ``code`` is an optimizer's, or of this package: a model may call it, but it is no code of the model."""
     if code.co_filename == __file__:  # the entry itself, which may be called in a closure of an optimizer's step
@@ -105,13 +116,20 @@ class _Tracing:
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_no_models(args[0].f_code):
+        code = args[0].f_code
+        if _is_never_traced(code):
+            skip_code(code)
+            return LEFT
+        if _is_no_models(code):
+            return LEFT
+        if code.co_flags & LATER:
+            self._note(args[0])
             return LEFT
         try:
-            with knobs(self._limit(args[0].f_code)):
+            with knobs(self._limit(code)):
                 result = self._callback(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
-            error.code = args[0].f_code  # type: ignore[attr-defined]  # the code that has too many graphs
+            error.code = code  # type: ignore[attr-defined]  # the code that has too many graphs
             raise
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, REFUSALS):
@@ -172,6 +190,9 @@ def rewriting() -> str:
     frame = Frame()
     inner = frame.inner
     inner.stand_in()
+    # A method that is no part of its caller's trace: a graph breaks in it. Another compiler does not know its frames.
+    if not frame.is_inlining and not _is_ours(frame):
+        return APART
     return _rewritten_where(frame, inner)
 
 
@@ -207,13 +228,13 @@ def _is_given_packed(inner: Inner) -> bool:
     return isinstance(inner.module, nn.RNNBase) and inner.is_given(PackedSequence)
 
 
-def _runs_eagerly() -> bool:
-    """Whether the graph of this trace runs as it is, with no other compiler behind our backend."""
-    return getattr(innermost_backend(Frame().backend), "func", None) is backend
+def _is_ours(frame: Frame) -> bool:
+    """Whether our backend gets the graph of ``frame``, alone: its rewrite then runs eagerly."""
+    return getattr(innermost_backend(frame.backend), "func", None) is backend
 
 
 # A BatchNorm with momentum=None reads its count of batches: the momentum is one over that.
-trace_number(nn.functional.batch_norm, "momentum", 0.0, _runs_eagerly)
+trace_number(nn.functional.batch_norm, "momentum", 0.0, lambda: _is_ours(Frame()))
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
 
 

@@ -54,6 +54,8 @@ __all__ = [
     "innermost_backend",
     "is_functorch_active",
     "knobs",
+    "named_like",
+    "original",
     "original_code",
     "skip_code",
     "straighten",
@@ -107,6 +109,26 @@ def compiled(
     context: Any = optimize(backend)
     context.callback = around(context.callback)
     return context(function)
+
+
+def named_like(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates as ``functools.wraps`` does, without the marks of PyTorch's front end on ``function``.
+
+    With them, a trace would take the decorated function for ``function`` itself.
+    """
+
+    def decorate(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        wraps(function)(wrapper)
+        for mark in _marks(wrapper):
+            delattr(wrapper, mark)
+        return wrapper
+
+    return decorate
+
+
+def _marks(function: Callable[..., Any]) -> list[str]:
+    """The attributes that torch.compile, torch.compiler.disable and the like have put on ``function``."""
+    return [name for name in vars(function) if name.startswith("_torchdynamo")]
 
 
 def trace_into(function: Callable[..., Any]) -> None:
@@ -168,7 +190,8 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
     @wraps(otherwise)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
         function = inspect.getattr_static(self.value_type, "forward", None)
-        is_plain = self.value_type.__call__ is nn.Module.__call__ and type(function) is FunctionType
+        is_plain = type(function) is FunctionType and not _marks(function)
+        is_plain = is_plain and self.value_type.__call__ is nn.Module.__call__
         if self.source is None or not is_plain or not goes_straight(Inner(tx, self, [*args, *kwargs.values()])):
             return otherwise(self, tx, args, kwargs)
         source = AttrSource(self.cls_source, "forward")
@@ -178,6 +201,12 @@ def straighten(goes_straight: Callable[[Inner], bool]) -> None:
             return forward.call_function(tx, [self, *args], kwargs)
 
     UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+
+
+def original(code: CodeType) -> CodeType:
+    """The user's code of a frame. If the frame goes on after a graph break, this is the code with the break."""
+    meta = ContinueExecutionCache.generated_code_metadata.get(code)
+    return code if meta is None else meta.code
 
 
 def original_code(function: Any) -> CodeType:
@@ -289,9 +318,7 @@ class Frame:
 
     @property
     def original_code(self) -> CodeType:
-        """The user's code. If the frame goes on after a graph break, this is the code with the break."""
-        meta = ContinueExecutionCache.generated_code_metadata.get(self.code)
-        return self.code if meta is None else meta.code
+        return original(self.code)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the locals that are modules, also in closures."""
@@ -321,6 +348,11 @@ class Frame:
         while tx is not None and tx.f_code is not code:
             tx = getattr(tx, "parent", None)
         return tx is not None
+
+    @property
+    def is_inlining(self) -> bool:
+        """Whether the running code is of a function that the frame calls, and not of the frame itself."""
+        return self._tx.output.current_tx is not self._tx
 
     @property
     def inner(self) -> Inner:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
 import types
@@ -18,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from ..errors import NotRewritten
 from .compiler import APART, FOREIGN, is_given_packed, rewriting
 from .conversion import ENTRY
-from .dynamo import call_of_module, skip_code
+from .dynamo import call_of_module, named_like, skip_code
 from .running import local
 
 __all__ = ["Bound", "Own", "bound", "call_of", "is_call", "share"]
@@ -116,7 +115,7 @@ skip_code(Bound.__call__.__code__)
 def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which takes no self, as one that does."""
 
-    @functools.wraps(function)
+    @named_like(function)
     def free(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
@@ -133,22 +132,22 @@ def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     It has the signature of ``function``, the present method: models inspect their own methods.
     """
 
-    @functools.wraps(function)
+    @named_like(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _entered(self, name, getattr(type(self), name), args, kwargs)
 
-    entry.__code__ = entry.__code__.replace()  # type: ignore[attr-defined]  # a cache of its own
+    entry.__code__ = entry.__code__.replace()  # a cache of its own
     return entry
 
 
 def _fixed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` itself as the entry ``name``."""
 
-    @functools.wraps(function)
+    @named_like(function)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _entered(self, name, function, args, kwargs)
 
-    entry.__code__ = entry.__code__.replace()  # type: ignore[attr-defined]
+    entry.__code__ = entry.__code__.replace()
     return entry
 
 
@@ -183,7 +182,7 @@ def share(kind: type, name: str, value: Any) -> None:
     if function in _SHARED:
         return
 
-    @functools.wraps(function)
+    @named_like(function)
     def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
         if ENTRY not in self.__dict__:
             return function(self, *args, **kwargs)

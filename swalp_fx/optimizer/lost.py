@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from ..warn import warn
+from .parameters import Parameters
 from .twin import is_half
 
-__all__ = ["length_of", "loses_updates"]
+__all__ = ["length_of", "loses_updates", "warn_of_lost_updates"]
 
 
 def length_of(group: dict[str, Any]) -> float:
@@ -35,3 +38,23 @@ def loses_updates(parameter: nn.Parameter, length: float) -> bool:
         return False
     stays = (parameter + length == parameter) & (parameter - length == parameter)
     return int(stays.sum()) * 2 > stays.numel()
+
+
+def warn_of_lost_updates(optimizer: Optimizer, parameters: Parameters) -> None:
+    """Warns, in one sentence, of the parameters without a master that ``optimizer`` cannot move."""
+    lost = [
+        (parameter, length)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+        and not parameters.has_master(parameter)
+        and loses_updates(parameter, length := length_of(group))
+    ]
+    if not lost:
+        return
+    parameter, length = lost[0]
+    others = f"and {len(lost) - 1} more " if len(lost) > 1 else ""
+    warn(
+        f"an update of {length:.2g}, which is {type(optimizer).__name__}'s for a gradient of one, is lost in "
+        f"most of {parameters.name_of(parameter)!r} {others}in {parameter.dtype}; keep masters: master=float"
+    )

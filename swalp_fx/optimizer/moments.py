@@ -16,9 +16,11 @@ from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
 from ..formats import Format
 from ..recipe import Recipe
+from ..warn import warn
+from .parameters import Parameters
 from .states import quantizer_of
 
-__all__ = ["ends_in"]
+__all__ = ["ends_in", "warn_of_moments"]
 
 
 class _Need(NamedTuple):
@@ -58,6 +60,25 @@ def ends_in(optimizer: Optimizer, group: dict[str, Any], recipe: Recipe) -> str 
             states = ((name, quantizer_of(recipe, name)) for name in need.states)
             return next((name for name, each in states if each.rounds and not _has(each.format, need)), None)
     return None
+
+
+def warn_of_moments(optimizer: Optimizer, parameters: Parameters) -> None:
+    """Warns, in one sentence, of the parameters whose moments may let ``optimizer`` diverge."""
+    groups = [(group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    ending = [
+        (p, name) for group, p in groups if (name := ends_in(optimizer, group, parameters.recipe_of(p))) is not None
+    ]
+    if not ending:
+        return
+    parameter, state = ending[0]
+    recipe = parameters.recipe_of(parameter)
+    others = f"and {len(ending) - 1} more " if len(ending) > 1 else ""
+    word = f"state.{state}" if state in dict(recipe.states) else "V"
+    warn(
+        f"{type(optimizer).__name__} divides one moment by another, and may diverge with the {state} of "
+        f"{parameters.name_of(parameter)!r} {others}in {quantizer_of(recipe, state).format}; keep it in float: "
+        f"{word}=float"
+    )
 
 
 def _has(format: Format, need: _Need) -> bool:

@@ -35,7 +35,7 @@ def recalibrate(
     forward: calls the model with a batch of any other kind: ``lambda model, batch: model(**batch)``.
     group: a process group. Each rank calls this with its own part of the data, perhaps without a batch; the statistics
         are taken over all ranks.
-    Raises TypeError (a batch of another kind) and ValueError (no batch at all).
+    Raises TypeError (a batch of another kind) and ValueError (no batch at all, or one of a single value a channel).
     """
     # The base of batch and instance norms: all modules with running statistics and a momentum.
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -44,7 +44,8 @@ def recalibrate(
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     momenta = [norm.momentum for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
-    statistics = {norm: _Statistics(norm) for norm in norms}
+    names = {module: name for name, module in model.named_modules()}
+    statistics = {norm: _Statistics(norm, names[norm]) for norm in norms}
     handles = [handle for each in statistics.values() for handle in each.watch()]
     try:
         model.eval()
@@ -78,9 +79,9 @@ def recalibrate(
 class _Statistics:
     """The mean and variance that one norm saw, averaged over its calls in float32 or wider."""
 
-    def __init__(self, norm: _NormBase) -> None:
+    def __init__(self, norm: _NormBase, name: str) -> None:
         assert norm.running_mean is not None and norm.running_var is not None
-        self.norm = norm
+        self.norm, self.name = norm, name
         self.buffers = (norm.running_mean, norm.running_var)
         self.before = {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)}
         self.means = [torch.zeros_like(buffer, dtype=mean_dtype(buffer)) for buffer in self.buffers]
@@ -88,19 +89,29 @@ class _Statistics:
 
     def watch(self) -> tuple[RemovableHandle, RemovableHandle]:
         return (
-            self.norm.register_forward_pre_hook(self._begin),
+            self.norm.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.norm.register_forward_hook(self._add, with_kwargs=True),
         )
 
-    def _begin(self, norm: nn.Module, args: tuple) -> None:
+    def _begin(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._values_of(args, kwargs) == 1:
+            raise ValueError(
+                f"norm {self.name!r} got one value a channel, which has no variance: a batch of one sample; give the "
+                "loader another batch size, or drop_last=True"
+            )
         if self.values == 0:
             self.norm.reset_running_stats()  # a momentum of 1 does not clear a NaN: 0 * nan is nan
 
     def _add(self, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        values = (args[0] if args else kwargs["input"]).numel() // self.norm.num_features
+        values = self._values_of(args, kwargs)
         self.values += values
         for mean, buffer in zip(self.means, self.buffers, strict=True):
             mean.lerp_(buffer.to(mean.dtype), values / self.values)
+
+    def _values_of(self, args: tuple, kwargs: dict) -> int:
+        """How many values of each channel a call got."""
+        inputs: Tensor = args[0] if args else kwargs["input"]
+        return inputs.numel() // self.norm.num_features
 
     def put_back(self) -> None:
         for name, buffer in self.before.items():

@@ -15,9 +15,9 @@ from .averaging import Average, mean_dtype
 
 __all__ = ["SWA", "VERSION", "Saved", "read"]
 
-VERSION = 5
+VERSION = 6
 COUNTED = ("seed", "step", "n_averaged")
-KEYS = ("version", "recipe", "parameters", *COUNTED, "average", "averages", "masters", "fingerprints")
+KEYS = ("version", "recipe", "parameters", *COUNTED, "average", "averages", "masters", "waiting", "fingerprints")
 COUNTS = ("n_seen", "n_averaged")  # of an average
 SWA = ""  # the name of the paper's own average
 
@@ -47,11 +47,15 @@ def read(
     Raises ValueError if it is of another version, recipe or model, or is no state at all.
     """
     state = _of_this_version(state)
-    if not isinstance(state, Mapping) or set(state) != set(KEYS):
+    if not isinstance(state, Mapping) or set(KEYS).isdisjoint(state):
         found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"a SWALP state holds {', '.join(KEYS)}, not {found}; pass what state_dict() returned")
-    if state["version"] != VERSION:
-        raise ValueError(f"the state is of version {state['version']!r}, and this SWALP reads version {VERSION}")
+    if (version := state.get("version", VERSION)) != VERSION:
+        raise ValueError(f"the state is of version {version!r}, and this SWALP reads version {VERSION}")
+    if set(state) != set(KEYS):
+        missing = [key for key in KEYS if key not in state]
+        differs = f"lacks {missing[0]!r}" if missing else f"has {next(key for key in state if key not in KEYS)!r} too"
+        raise ValueError(f"the state {differs}; pass what state_dict() returned")
     if not _is_text_of(recipe, state["recipe"]):
         raise ValueError(
             f"the state is of recipe {state['recipe']!r}, not {str(recipe)!r}; convert with the former to resume"
@@ -69,8 +73,9 @@ def read(
     ]
     masters = _masters(state["masters"], parameters, mastered, is_whole)
     fingerprints = _fingerprints(state["fingerprints"], parameters)
-    # Before the first step the masters are the weights, and a load may still change those.
-    return Saved(state["seed"], state["step"], found_averages, masters if state["step"] else {}, fingerprints)
+    # Until a step takes it, a master is the weight, and a load may still change that.
+    begun = {name: master for name, master in masters.items() if name not in _waiting(state["waiting"], mastered)}
+    return Saved(state["seed"], state["step"], found_averages, begun, fingerprints)
 
 
 def _differing(names: Any, due: list[str]) -> str:
@@ -109,6 +114,16 @@ def _fingerprints(found: Any, parameters: Mapping[str, nn.Parameter]) -> dict[st
             f"the state's fingerprints have {more[0]!r}, which this model does not; load a state of this model"
         )
     return dict(found)
+
+
+def _waiting(names: Any, mastered: Collection[str]) -> list[str]:
+    """The names of parameters whose masters no step has taken yet."""
+    if not isinstance(names, list) or not all(name in mastered for name in names):
+        raise ValueError(
+            f"the state's waiting must be a list of parameters with masters, not {names!r}; pass what state_dict() "
+            "returned"
+        )
+    return names
 
 
 def _refuse_missing(what: str, found: Mapping[str, Tensor], due: Iterable[str]) -> None:
@@ -196,7 +211,8 @@ def _of_this_version(state: Any) -> Any:
     """``state`` as one of this version.
 
     Version 1 had another word for masters. Version 2 had one average. Version 3 had no names of parameters, and only
-    the tensors that were made so far. Version 4 had no fingerprints.
+    the tensors that were made so far. Version 4 had no fingerprints. Version 5 did not say which masters wait for their
+    first step.
     """
     if isinstance(state, Mapping) and state.get("version") == 1 and "accumulators" in state:
         state = {**{("masters" if key == "accumulators" else key): state[key] for key in state}, "version": 2}
@@ -205,7 +221,11 @@ def _of_this_version(state: Any) -> Any:
     if isinstance(state, Mapping) and state.get("version") == 3 and "parameters" not in state:
         state = {**state, "parameters": None, "version": 4}
     if isinstance(state, Mapping) and state.get("version") == 4 and "fingerprints" not in state:
-        state = {**state, "fingerprints": {}, "version": VERSION}
+        state = {**state, "fingerprints": {}, "version": 5}
+    if isinstance(state, Mapping) and state.get("version") == 5 and "waiting" not in state:
+        masters = state.get("masters")
+        waiting = [] if state.get("step") or not isinstance(masters, Mapping) else list(masters)
+        state = {**state, "waiting": waiting, "version": VERSION}
     return state
 
 

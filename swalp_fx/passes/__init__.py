@@ -48,7 +48,8 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     keyed: whether the first input is the random key; without a key, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
-    classify(analyse(expand(expand_recurrent(graph, recipe, scope.bodies), recipe)))
+    twins = not scope.returns and not recipe.quantize_logits  # another graph reads its outputs, and the caller may too
+    classify(analyse(expand(expand_recurrent(graph, recipe, scope.bodies, twins=twins), recipe)))
     for node in graph.nodes:
         if node.meta[PART] == "nested":
             _rewrite_body(node, recipe, scope, identity)
@@ -70,9 +71,9 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
         placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
         placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
     if call.target is nodes.recurrent:
-        prepare_step(call, body.graph)
-        leaves = True  # a step returns two tuples: the states for the next step, and the outputs that may leave
-    inner = replace(scope, returns=scope.returns and leaves, bodies=dict(body.named_children()))
+        prepare_step(call, body.graph)  # which says of each output whether it leaves
+    is_loop = call.target is nodes.recurrent
+    inner = replace(scope, returns=is_loop or (scope.returns and leaves), bodies=dict(body.named_children()))
     body.graph = rewrite(body.graph, recipe, inner, identity=identity)
 
 

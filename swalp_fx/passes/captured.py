@@ -18,12 +18,14 @@ __all__ = [
     "ARGUMENT",
     "CALLS",
     "CARRIED",
+    "FOLLOWED",
     "HOLDS",
     "KEPT",
     "LAYER",
     "MODULE",
     "PARAMETER",
     "STEPS",
+    "TWIN",
     "TYPE",
     "UPDATE",
     "Layer",
@@ -41,6 +43,8 @@ TYPE = "swalp_fx.type"  # the type of that module
 UPDATE = "swalp_fx.update"  # true of the new value of a buffer
 KEPT = "swalp_fx.kept"  # true of an output that an attribute or a hook keeps, though the frame does not return it
 CARRIED = "swalp_fx.carried"  # true of a state that a loop's step hands to the next one, a reader like any layer
+FOLLOWED = "swalp_fx.followed"  # true of a mask on scores that takes them out of the product before it is rounded
+TWIN = "swalp_fx.twin"  # of a loop's rounded output that may leave the model: the number of the output before rounding
 LAYER = "swalp_fx.layer"  # the Layer that this node is computed inside of
 CALLS = "swalp_fx.calls"  # the calls around a node that may turn out to be one operation: Layers, part unknown
 STEPS = "swalp_fx.steps"  # true of a node in a module that the recipe says is not whole: its steps form no norm

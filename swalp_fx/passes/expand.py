@@ -17,8 +17,9 @@ from torch.fx import Graph, Node
 from ..errors import ConvertError
 from ..recipe import Recipe, Subject
 from .captured import LAYER, Layer, around, kinds_around
+from .heads import split_heads
 from .names import base_name, kinds_of_operation, kinds_of_type
-from .operations import operation_of
+from .operations import category, operation_of
 from .origin import origins
 from .purpose import ATTENTION, Purposes
 from .scores import Scores, gives_scores, kind_of, replace
@@ -65,6 +66,7 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
     for node in list(graph.nodes):
         if gives_scores(node, purposes) and rounds(recipe, *_subject_of(node)):
             Scores(node, purposes).bring_into_form()
+    split_heads(graph, lambda node: rounds(recipe, *_subject_of(node)))
     graph.lint()
     return graph
 
@@ -87,7 +89,9 @@ def rounds(recipe: Recipe, name: str, kinds: Collection[str]) -> bool:
 
 
 def _subject_of(node: Node) -> tuple[str, list[str]]:
-    return base_name(node), [*kinds_of_operation(node, "compute"), *kinds_around(node)]
+    layer: Layer | None = node.meta.get(LAYER)
+    part = layer.part if layer is not None and layer.part else category(node)
+    return base_name(node), [*kinds_of_operation(node, part), *kinds_around(node)]
 
 
 def _is_fused(node: Node) -> bool:

@@ -98,7 +98,12 @@ class Purposes:
         if name in (*PRODUCTS, *QUOTIENTS):  # with one number a row
             return any(not self._is_of_model(each) or _is_a_number_a_row(each, node) for each in _beside(node))
         is_log = name == "log_softmax" and all(stem_of(user) == "exp" for user in readers_of(node))
-        return name in SUMS or category(node) == "movement" or is_bound(node) or is_log
+        is_moved = category(node) == "movement" or is_bound(node) or self._adds_a_mask(node)
+        return name in SUMS or is_moved or is_log
+
+    def _adds_a_mask(self, node: Node) -> bool:
+        """Whether ``node`` adds a product of masks, as ``addcmul(scores, mask, -1e9)`` does."""
+        return stem_of(node) == "addcmul" and len(node.args) == 3 and not any(map(self._is_of_model, node.args[1:]))
 
     def _is_of_model(self, value: Any) -> bool:
         return isinstance(value, Node) and self.origins[value] is Origin.MODEL
@@ -121,6 +126,9 @@ class Purposes:
             carries = carries or (name in SUMS and moves and len(sources) > 1)
         elif is_bound(node) or name == "log_softmax":
             self.moved.add(node)
+        elif self._adds_a_mask(node):
+            self.moved.add(node)
+            carries = True
         elif name in FILLS and any(constant_of(each) != 0 for each in self._fills(node)):
             carries = True
         if carries:

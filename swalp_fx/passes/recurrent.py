@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import nodes
 from ..recipe import Recipe, Subject
-from .captured import ARGUMENT, CALLS, CARRIED, HOLDS, KEPT, LAYER, UPDATE, Layer, around
+from .captured import ARGUMENT, CALLS, CARRIED, HOLDS, KEPT, LAYER, TWIN, UPDATE, Layer, around
 from .expand import rounds
 from .facts import Origin
 from .names import PART, kinds_of_type
@@ -108,10 +108,11 @@ OF_LAYER = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "tra
 OF_CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
 
 
-def expand_recurrent(graph: Graph, recipe: Recipe, bodies: MutableMapping[str, Any]) -> Graph:
+def expand_recurrent(graph: Graph, recipe: Recipe, bodies: MutableMapping[str, Any], *, twins: bool = False) -> Graph:
     """Writes recurrent layers out where ``recipe`` rounds inside of them; returns ``graph``.
 
     bodies: gets the graph of each loop's step.
+    twins: whether each loop gives its outputs before rounding, too (TWIN).
 
     Before:
 
@@ -129,7 +130,7 @@ def expand_recurrent(graph: Graph, recipe: Recipe, bodies: MutableMapping[str, A
     """
     for node in list(graph.nodes):
         if (call := _call(node)) is not None and call.is_rounded_inside(recipe):
-            call.write_out(bodies)
+            call.write_out(bodies, twins)
     graph.lint()
     return graph
 
@@ -179,8 +180,8 @@ def _call(node: Node) -> _Call | None:
 def prepare_step(loop: Node, body: Graph) -> None:
     """Notes on the graph of a step the origin of its states, and the outputs that do not leave the model (KEPT)."""
     first: Any = loop.args[3]
-    output: Any = body.output_node().args[0]
-    _, given = output
+    following: Any = body.output_node().args[0]
+    _, outputs, last = following
     x, *rest = body.find_nodes(op="placeholder")
     states = rest[: len(first)]
     for each in (x, *states):
@@ -188,8 +189,9 @@ def prepare_step(loop: Node, body: Graph) -> None:
     for each in states:  # of the model from the second step on, whatever the first states are
         each.meta |= {HOLDS: "operand", ORIGIN: Origin.MODEL}
     leaving = {item.args[1] for item in loop.users if item.meta[PART] == "exit"}
-    for i, each in enumerate(given):
-        each.meta[KEPT] = i not in leaving
+    twins = {item.meta[TWIN] for item in loop.users if TWIN in item.meta}
+    for i, each in enumerate((*outputs, *last)):
+        each.meta[KEPT] = i not in (twins or leaving)
 
 
 class _Call:
@@ -211,7 +213,7 @@ class _Call:
         """(name, weights) of each step that it runs; a cell's step is named ""."""
         raise NotImplementedError
 
-    def write_out(self, bodies: MutableMapping[str, Any]) -> None:
+    def write_out(self, bodies: MutableMapping[str, Any], twins: bool) -> None:
         raise NotImplementedError
 
     def subjects(self) -> Iterator[Subject]:
@@ -263,7 +265,7 @@ class _CellCall(_Call):
     def runs(self) -> Iterator[tuple[str, Weights]]:
         yield "", Weights(*(self.given.get(name) for name in OF_CELL[2:]))
 
-    def write_out(self, bodies: MutableMapping[str, Any]) -> None:
+    def write_out(self, bodies: MutableMapping[str, Any], twins: bool) -> None:
         ((name, weights),) = self.runs()
         hx = self.given["hx"]
         write = Writer(self.node)
@@ -277,28 +279,32 @@ class _LayerCall(_Call):
         self.given: dict[str, Any] = dict(zip(OF_LAYER, node.args, strict=False)) | node.kwargs
 
     def runs(self) -> Iterator[tuple[str, Weights]]:
-        params, names = self.given["params"], runs(self.given["num_layers"], self.given["bidirectional"])
+        params, bidirectional = self.given["params"], self.given["bidirectional"]
+        # Between models of other depths num_layers is a symbol. Each run has two matrices with a row for each gate.
+        rows = [value_of(each).shape[0] for each in params if value_of(each).dim() == 2]
+        names = runs(rows.count(rows[0]) // (2 + 2 * bidirectional), bidirectional)
         size = len(params) // len(names)
         biases = 2 if self.given["has_biases"] else 0
         for i, name in enumerate(names):
             ih, hh, *rest = params[i * size : (i + 1) * size]
             yield name, Weights(ih, hh, *(rest[:biases] or (None, None)), *rest[biases:])
 
-    def write_out(self, bodies: MutableMapping[str, Any]) -> None:
+    def write_out(self, bodies: MutableMapping[str, Any], twins: bool) -> None:
         write, given, directions = Writer(self.node), self.given, 1 + self.given["bidirectional"]
         hx = [given["hx"]] if isinstance(given["hx"], Node) else given["hx"]
         x, *hx = self._cast(write, given["input"], *hx)
         last: list[tuple[Node, ...]] = []
         outputs: list[Node] = []
-        for i, (name, weights) in enumerate(self.runs()):
+        steps = list(self.runs())
+        for i, (name, weights) in enumerate(steps):
             first = [write(torch.select, each, 0, i) for each in hx]
-            output, *states = self._loop(write, name, weights, x, first, bodies)
+            output, *states = self._loop(write, name, weights, x, first, bodies, twins)
             last.append(tuple(states))
             outputs.append(output)
             if len(outputs) == directions:
                 x = outputs[0] if directions == 1 else write(torch.cat, outputs, -1)
                 outputs = []
-                if given["dropout"] and given["train"] and i + 1 < given["num_layers"] * directions:
+                if given["dropout"] and given["train"] and i + 1 < len(steps):
                     x = write(F.dropout, x, given["dropout"])
         self._replace(x, *(write(torch.stack, each) for each in zip(*last, strict=True)))
 
@@ -310,10 +316,11 @@ class _LayerCall(_Call):
         x: Node,
         first: list[Node],
         bodies: MutableMapping[str, Any],
+        twins: bool,
     ) -> list[Node]:
         """Writes the loop of a layer in one direction; returns the output and the last states."""
         axis = 1 if self.given.get("batch_first") else 0
-        body, given = self._body(name, weights, x, axis, first)
+        body, given = self._body(name, weights, x, axis, first, 1 + twins)
         attribute = unique(self._name(name).replace(".", "_"), bodies)
         bodies[attribute] = GraphModule({}, body)
         graph = self.node.graph
@@ -330,11 +337,17 @@ class _LayerCall(_Call):
         h, *_ = given
         with enable_python_dispatcher():
             output = value_of(h).new_empty((*value_of(x).shape[:-1], value_of(h).shape[-1]))
-        loop.meta[VALUE] = (output, *map(value_of, given))
-        return [write(operator.getitem, loop, i) for i in range(1 + len(given))]
+        times = 1 + twins
+        loop.meta[VALUE] = (*[output] * times, *[value_of(each) for each in given for _ in range(times)])
+        items = [write(operator.getitem, loop, i * times) for i in range(1 + len(given))]
+        for i, item in enumerate(items if twins else ()):
+            item.meta[TWIN] = i * times + 1
+        return items
 
-    def _body(self, name: str, weights: Weights, x: Node, axis: int, first: list[Node]) -> tuple[Graph, list[Node]]:
-        """The graph of a step, and the nodes of its next states."""
+    def _body(
+        self, name: str, weights: Weights, x: Node, axis: int, first: list[Node], times: int
+    ) -> tuple[Graph, list[Node]]:
+        """The graph of a step that gives each output this many times, and the nodes of its next states."""
         body = Graph()
 
         def placeholder(name: str, value: Tensor) -> Node:
@@ -351,10 +364,11 @@ class _LayerCall(_Call):
         write = Writer(self.node, output)
         following = self._step(write, name, own, now, states)
         # An output that the model only returns is read unrounded; the next step reads it rounded: so each has a node.
-        given = [write("contiguous", each) for each in (following[0], *following)]
+        outputs = tuple(write("contiguous", following[0]) for _ in range(times))
+        last = tuple(write("contiguous", each) for each in following for _ in range(times))
         for each in following:
             each.meta[CARRIED] = True
-        output.args = ((following, tuple(given)),)
+        output.args = ((following, outputs, last),)
         return body, list(following)
 
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
-from .captured import KEPT, LAYER, UPDATE, Layer
+from .captured import FOLLOWED, KEPT, LAYER, UPDATE, Layer
 from .facts import Origin
 from .fit import REORDERS, shape_behind
 from .names import base_name
@@ -160,6 +160,8 @@ class Scores:
             for user in [user for user in node.users if takes_size(user, node)]:
                 user.replace_input_with(node, alike[node])
             last.prepend(node)
+        for node in masks:
+            node.meta[FOLLOWED] = True
         layer, first = self._layer(), chain[1]
         write = Writer(self.product, first, layer)
         laid = []

@@ -134,7 +134,7 @@ def _rounded(module: GraphModule, given: Iterable[Node] = ()) -> set[Node]:
         elif node.target is nodes.recurrent:
             body: Any = module.get_submodule(str(node.args[0].target))
             first, _ = _rounded_of_steps(body, node, found)
-            _, (output, *_) = body.graph.output_node().args[0]
+            _, (output, *_), _ = body.graph.output_node().args[0]
             is_rounded = output in first
         else:
             sources = _floating_inputs(node)
@@ -157,7 +157,7 @@ def _rounded_of_steps(body: GraphModule, loop: Node, rounded: set[Node]) -> tupl
     given = {node for node, operand in zip(inputs, operands_of(loop), strict=True) if operand in rounded}
     first = _rounded(body, given)
     output: Any = body.graph.output_node()
-    carried, _ = output.args[0]
+    carried, *_ = output.args[0]
     states = inputs[1 : 1 + len(carried)]
     handed = {node for node, source in zip(states, carried, strict=True) if source in first}
     return first, _rounded(body, given.difference(states) | handed)

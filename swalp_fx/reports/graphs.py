@@ -81,7 +81,8 @@ class _Inlining:
                 operands = map_arg([node.args[1], *operands_of(node)], read.__getitem__)
                 read[node] = self.run(body, f"{prefix}{name}.", list(operands))
                 if node.target is nodes.recurrent:
-                    _, read[node] = read[node]  # the outputs, after the states for the next step
+                    _, outputs, last = read[node]
+                    read[node] = (*outputs, *last)
             elif name_of(node) == "getitem" and not isinstance(read[node.args[0]], Node):
                 read[node] = read[node.args[0]][node.args[1]]
             elif not self._is_body(node):

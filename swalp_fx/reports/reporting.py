@@ -14,13 +14,16 @@ from torch import nn
 from ..capture import Conversion
 from ..capture.methods import set_on
 from ..formats import FLOAT
+from ..globs import in_room
 from ..passes.names import PART, place
 from ..passes.rounding import ACTIVATION, Rounding
 from ..recipe import ROLES, Recipe
 from ..recipe.quantizer import MARK
 from .audit import Audit, audited
 from .graphs import conversion_in, inlined
+from .masks import masked_later
 from .rows import DERIVED, Row, operation_of, rows, stored_bits
+from .table import WIDTH
 from .value import InFloat, LayerLine, ParameterLine, Report
 
 __all__ = ["report"]
@@ -30,6 +33,7 @@ MEANT = {
     "mask": "scales and masks on the way to a softmax",
     "angle": "angles, which only sin and cos read",
 }
+LATER = "rounded together with scores that a mask takes out later"
 UNSEEN = "layers are known after the first call: call the model once, or pass an input: report(lp, x)"
 
 
@@ -106,6 +110,9 @@ def _totals(
             f"{bits:,}, {share:.1%} of {32 * values:,} in float32; {bits / values:.2f} an element, scales included",
         )
     yield "outputs", _outputs(found) if conversion.graphs else UNSEEN
+    graphs = (inlined(made.graph_module).graph for made in conversion.graphs)
+    if later := dict.fromkeys(name for graph in graphs for name in masked_later(graph)):
+        yield "masks", f"{in_room(later, [row.name for row in found], WIDTH // 2)} {LATER}"
     yield "rounding", f"{recipe.rounding}{_own_roundings(found)}"
     if masters := _with_rules(recipe, "master"):
         yield "master", f"{masters}, which the optimizer steps on"

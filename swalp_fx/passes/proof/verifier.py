@@ -377,7 +377,9 @@ def _runs(node: Node) -> Iterator[str]:
     """``l0``, ``l0_reverse``, ``l1``, ...: the names of the loops that a recurrent layer runs."""
     names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    for number in range(given["num_layers"]):
+    weights = [each.meta["example_value"] for each in given["params"]]
+    per_gate = sum(each.dim() == 2 and each.shape[0] == weights[0].shape[0] for each in weights)  # of input and state
+    for number in range(per_gate // (4 if given["bidirectional"] else 2)):
         yield f"l{number}"
         if given["bidirectional"]:
             yield f"l{number}_reverse"
