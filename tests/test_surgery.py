@@ -467,3 +467,19 @@ def test_a_part_alone_is_not_made_float(call):
         swalp_fx.ConvertError, match="takes a whole converted model, and this Linear is head of one; give"
     ):
         call(lp.head)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_weight_that_an_old_norm_derives_is_refused_until_the_norm_is_removed(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    lp = swalp_fx.convert(model, recipe="bfp4[0] rounding=nearest").module
+    x = torch.randn(3, 4)
+    lp(x)
+    getattr(nn.utils, name)(lp[0])
+    message = f"0: torch.nn.utils.{name} derives its weight in a hook, .*remove_{name} first"
+    for call in (lp, lp[0], lp):
+        with pytest.raises(swalp_fx.ConvertError, match=message):
+            call(x)
+    getattr(nn.utils, f"remove_{name}")(lp[0])
+    again = swalp_fx.restore(copy.deepcopy(lp))
+    assert torch.equal(lp(x), swalp_fx.convert(again, recipe="bfp4[0] rounding=nearest").module(x))

@@ -22,6 +22,7 @@ from .dynamo import Frame, break_reason
 from .modes import held
 from .prepare import Owner, copied, prepare
 from .running import local
+from .unfit import refuse_hooked
 
 __all__ = ["backend", "chained"]
 
@@ -38,6 +39,7 @@ def backend(
     The garbage collector cannot see the references of the front end. So the function must not hold the model.
     """
     conversion = _held(weakly)
+    refuse_hooked(conversion.root)  # by now there may be such a layer
     conversion.forget_places()  # a graph is made with the present names, however the model was changed
     frame, reason = Frame(), break_reason(graph_module)
     owner = Owner(frame, conversion.places, foreign=inner is not None)

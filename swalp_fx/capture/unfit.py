@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,7 +14,7 @@ from ..recipe import LETTERS, OF_PARAMETERS, Recipe, Subject
 from ..whole import class_of_torch, unwhole
 from .conversion import conversion_of
 
-__all__ = ["refuse_unfit"]
+__all__ = ["refuse_hooked", "refuse_unfit"]
 
 # Classes of torch that a model must not be or hold -> the remedy. By name: torch loads some of them late.
 UNFIT = {
@@ -56,8 +54,8 @@ def refuse_unfit(model: nn.Module, recipe: Recipe) -> None:
     subjects = parameter_subjects(model)
     _refuse_misfits(model, recipe, subjects)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    refuse_hooked(model)
     for path, module in model.named_modules():
-        _refuse_hooked(path, module)
         is_renormalised = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
         if is_renormalised and recipe.at(*subjects[names[id(module.weight)]]).weight.rounds:
             raise ConvertError(
@@ -83,10 +81,12 @@ def _refuse_misfits(model: nn.Module, recipe: Recipe, subjects: dict[str, tuple[
                 )
 
 
-def _refuse_hooked(path: str, module: Any) -> None:
-    for hook in module._forward_pre_hooks.values():
-        if norm := next((name for kind, name in HOOKED.items() if isinstance(hook, kind)), None):
-            raise ConvertError(
-                f"{path or type(module).__name__}: torch.nn.utils.{norm} derives its weight in a hook, out of sight; "
-                f"use torch.nn.utils.parametrizations.{norm}, or torch.nn.utils.remove_{norm} first"
-            )
+def refuse_hooked(model: nn.Module) -> None:
+    """Raises ConvertError for a layer that derives its weight in a hook, as the old ``weight_norm`` does."""
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if norm := next((name for kind, name in HOOKED.items() if isinstance(hook, kind)), None):
+                raise ConvertError(
+                    f"{path or type(module).__name__}: torch.nn.utils.{norm} derives its weight in a hook, out of "
+                    f"sight; use torch.nn.utils.parametrizations.{norm}, or torch.nn.utils.remove_{norm} first"
+                )

@@ -52,8 +52,7 @@ def _numbers_of_adam(group: Group, count: float) -> Sequence[Any] | None:
     if any(group[name] for name in ("amsgrad", "capturable", "differentiable", "fused")):
         return None
     (mean, square), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-    # Below, 1 - mean is 1: of a zero, torch's lerp then gives one sign in its vectors, and another in their tail.
-    if not mean > 2**-24:
+    if not mean > 2**-24:  # a mean that is the gradient: of a zero, torch's last few numbers have another sign
         return None
     kept = 1 - lr * decay if group["decoupled_weight_decay"] else 1
     step = -(lr / (1 - mean ** (count + 1)))
