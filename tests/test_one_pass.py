@@ -367,6 +367,7 @@ LEFT = {
     "fused Adam": (group_of(ADAM, fused=True), "bfp8[0]"),
     "amsgrad": (group_of(ADAMW, amsgrad=True), "bfp8[0]"),
     "a mean that is the gradient": (group_of(ADAMW, betas=(0.0, 0.9)), "bfp8[0]"),
+    "a mean that float32 takes for the gradient": (group_of(ADAMW, betas=(1e-8, 0.9)), "bfp8[0]"),
     "betas in tensors": (group_of(ADAM, betas=(torch.tensor(0.9), torch.tensor(0.99))), "bfp8[0]"),
     "a gradient that torch writes into": (group_of(foreach=True, momentum=0.9, nesterov=True), "bfp8[0]"),
     "numbers beyond float32": (group_of(weight_decay=1e-50), "bfp8[0]"),
