@@ -159,8 +159,20 @@ def test_graphs_that_look_alike_are_drawn_once(tmp_path):
     assert '"p0_sum' in _drawn(module, tmp_path) and '"p0_sum' not in _drawn(module.eval(), tmp_path)
 
 
+class States(nn.Module):
+    """Reads two of a layer's outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x):
+        y, (state, _) = self.lstm(x)
+        return y.mean(1) + state[0]
+
+
 def test_a_layer_with_several_outputs_is_one_box(tmp_path):
-    source = _source(shapes.Recurrent(), tmp_path, torch.ones(2, 5, 6), "bfp8[0] whole=lstm")
+    source = _source(States(), tmp_path, torch.ones(2, 5, 6), "bfp8[0] whole=lstm")
     assert source.count("<b>LSTM</b>") == 1
     assert "lstm@1, lstm@2" in source and {("lstm_1", "lstm_1_q"), ("lstm_1", "lstm_2_q")} <= _edges(source).keys()
 

@@ -248,6 +248,7 @@ def with_ctrl_c(step, moment, files):
             signal.raise_signal(signal.SIGINT)
         return trace
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of the test runner ignores it
     sys.settrace(trace)
     try:
         step()
@@ -255,6 +256,7 @@ def with_ctrl_c(step, moment, files):
         pass
     finally:
         sys.settrace(None)
+        signal.signal(signal.SIGINT, handler)
     return next(lines)
 
 

@@ -220,7 +220,7 @@ class TestTrain:
             (["--recipe", "bfp8[5]"], "parameter 0.weight has 4 dimensions, and bfp8[5] needs 6; give it"),
             (["--recipe", "bfp8[0] G=bfp8[5]"], "parameter 0.weight has 4 dimensions, and bfp8[5] needs 6; give it"),
             (["--recipe", "bfp8[0] A=bfp8[5]"], "does not fit the model: block dimension 5 does not exist"),
-            (["--recipe", "bfp8[0] average=bfp8[5]"], "4 dimensions, and bfp8[5] needs 6; give average another format"),
+            (["--recipe", "bfp8[0] average=bfp8[5]"], "such as Rule('0.weight', average='float')"),
             (["--model", "convnett"], "unknown model 'convnett'; use convnet"),
             (["--model", "resnet18"], "resnet18 takes images of 3 channels, not 1; use one of convnet"),
             (["--model", "vgg16"], "8 pixels a side are too few"),
