@@ -1,7 +1,7 @@
 // The updates of optimizers. quantize_cpu.cpp includes this once for each instruction set, as kernels.h.
 //
 // Each makes torch's operations in torch's order. A multiply-add is one rounding, as in torch's own kernels for AVX2 and
-// AVX-512. Its numbers are those of a row of KERNELS in swalp_fx/optimizer/one_pass.py, in their order there.
+// AVX-512. Its numbers are those of a row of KERNELS in swalp_fx/optimizer/kernels.py, in their order there.
 
 // torch.optim.SGD. States: the momentum, or none.
 struct Sgd {

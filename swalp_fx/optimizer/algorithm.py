@@ -144,8 +144,7 @@ class LowPrecision:
         refuse_optimizer(optimizer, self.model)
         if self._optimizer is not None:
             raise ValueError(f"this SWALP is already attached to {type(self._optimizer).__name__}; call detach() first")
-        of = self._parameters
-        trained = [(of.names[index], parameter, of.recipes[index]) for index, parameter in of.trained(optimizer)]
+        trained = list(self._parameters.described_at(self._parameters.trained(optimizer)))
         refuse_misnamed(optimizer, trained)
         mastered = {parameter for _, parameter, recipe in trained if recipe.master is not None}
         if (elsewhere := kept_elsewhere(optimizer, mastered)) is not None:
@@ -267,9 +266,8 @@ class LowPrecision:
 
         A parameter without a gradient is left alone, as the optimizer leaves it.
         """
-        of = self._parameters
         step.parameters = [(index, parameter) for index, parameter in step.parameters if parameter.grad is not None]
-        refuse_sparse((of.names[index], parameter, of.recipes[index]) for index, parameter in step.parameters)
+        refuse_sparse(self._parameters.described_at(step.parameters))
         with uninterrupted(), torch.no_grad():  # a Ctrl-C at the end of a block would leave gradients switched off
             if step.scale == 1.0 and step.scaler is None:
                 self._step_in_one_pass(step)
@@ -324,10 +322,11 @@ class LowPrecision:
         """Step and round parameters in one pass, if there is one for this optimizer's step."""
         if self._optimizer is None:
             return
-        masters = {
-            i: self._parameters.master(i) for i, _ in step.parameters if self._parameters.recipes[i].master is not None
-        }
-        parameters = ((parameter, self._parameters.recipes[i], i, masters.get(i)) for i, parameter in step.parameters)
+        of = self._parameters
+        parameters = (
+            (parameter, of.recipes[i], i, of.master(i) if of.recipes[i].master is not None else None)
+            for i, parameter in step.parameters
+        )  # lazy: most optimizers have no such pass, and no master is made for them here
         step.done = in_one_pass(self._optimizer, parameters, step.key)
         self._steps += bool(step.done)  # whatever happens from here on
         self._note_stored((self._parameters.index[parameter], parameter) for parameter, _ in step.done.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,13 @@ class Parameters:
         if now.keys() != self.by_name.keys() or any(now[name] is not p for name, p in self.by_name.items()):
             self.read()
 
-    def with_recipes(self) -> Iterator[tuple[str, nn.Parameter, Recipe]]:
+    def described(self) -> Iterator[tuple[str, nn.Parameter, Recipe]]:
+        """(name, parameter, recipe) of each parameter, in order."""
         return zip(self.names, self.by_name.values(), self.recipes, strict=True)
+
+    def described_at(self, pairs: Iterable[tuple[int, nn.Parameter]]) -> Iterator[tuple[str, nn.Parameter, Recipe]]:
+        """(name, parameter, recipe) of each of ``pairs``: (index, parameter)."""
+        return ((self.names[index], parameter, self.recipes[index]) for index, parameter in pairs)
 
     def name_of(self, parameter: nn.Parameter) -> str:
         return self.names[self.index[parameter]]

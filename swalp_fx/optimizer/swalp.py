@@ -109,9 +109,7 @@ class SWALP(LowPrecision):
             each.refuse_unfit(self._parameters.by_name, f"swalp.averages[{name!r}]")
             if each.n_averaged:
                 each.refuse(self._parameters.by_name)
-        quantizers = {
-            name: recipe.average for name, recipe in zip(self._parameters.names, self._parameters.recipes, strict=True)
-        }
+        quantizers = {name: recipe.average for name, _, recipe in self._parameters.described()}
         self._average.update(self._parameters.by_name, key=fold_in(self._seed, self.n_averaged), quantizers=quantizers)
         for name, each in self.averages.items():
             seed = fold_in(self._seed, stream_of("average", name))
@@ -227,9 +225,7 @@ class SWALP(LowPrecision):
             "waiting": [name for name in self._parameters.mastered() if name not in self._parameters.masters],
             "fingerprints": {
                 name: fingerprints.number_of(parameter)
-                for (name, parameter), recipe in zip(
-                    self._parameters.by_name.items(), self._parameters.recipes, strict=True
-                )
+                for name, parameter, recipe in self._parameters.described()
                 if mean_dtype(parameter) is not None
                 and not fingerprints.keeps_rounded(recipe.weight.format, parameter.dtype)
             },
@@ -261,10 +257,7 @@ class SWALP(LowPrecision):
             stays as it is; so are all weights before the first step.
         """
         self._parameters.follow()
-        formats = {
-            name: recipe.weight.format
-            for name, recipe in zip(self._parameters.names, self._parameters.recipes, strict=True)
-        }
+        formats = {name: recipe.weight.format for name, _, recipe in self._parameters.described()}
         return packed_state(module, formats)
 
     def load_packed_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:
