@@ -1,4 +1,4 @@
-// Copies of a box between two ways of laying it out. quantize_cpu.cpp includes this once for each instruction set.
+// Copies of a box between two ways of laying it out. compiled.h includes this once for each instruction set.
 
 // A loop over elements, and the steps along it in the memory read and the memory written.
 struct Copied {

@@ -1,4 +1,4 @@
-// The random bits of each element, made for many neighbours at once. quantize_cpu.cpp includes this once for each
+// The random bits of each element, made for many neighbours at once. compiled.h includes this once for each
 // instruction set, like kernels.h.
 
 // Prefetches memory into the L2 cache; beyond the end of memory it does nothing. Always inline, like its callers: GCC takes a

@@ -1,4 +1,4 @@
-// The loops, written for a compiler that vectorises. quantize_cpu.cpp includes this once for each
+// The loops, written for a compiler that vectorises. compiled.h includes this once for each
 // instruction set, in a namespace that defines Lanes (see philox.h) and kLanes for it: 1, 4 or 8.
 
 // The bits that differ between n neighbours and their rounded values; 0 if rounding changes nothing.

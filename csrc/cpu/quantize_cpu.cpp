@@ -2,155 +2,31 @@
 #include <atomic>
 #include <utility>
 
-#include "../check.h"
-#include "../codes.h"
 #include "../plan.h"
-#include "boxes.h"
-
-#if defined(__GNUC__) && defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "instructions.h"
 
 namespace swalp_fx {
 namespace {
 
-// An update, see updates.h: which one, and its numbers.
-struct Update {
-  int64_t kernel;
-  std::vector<float> numbers;
-};
-
-// Memory that an update steps: a weight or its master, the gradient, the states, and room for as many numbers.
-struct Stepped {
-  static constexpr size_t kMostStates = 2;
-  float* w;
-  float* g;
-  float* states[kMostStates];  // null from the last one on
-  float* room;
-
-  Stepped from(int64_t first, float* for_room) const {
-    Stepped at{w + first, g + first, {}, for_room};
-    for (size_t k = 0; k < kMostStates && states[k] != nullptr; ++k) at.states[k] = states[k] + first;
-    return at;
-  }
-};
-
-// torch's own, in place: its library does not round every root correctly, and its bits depend on the processor.
-void square_root(float* x, int64_t n) {
-  namespace stable = torch::stable;
-  const Tensor roots = stable::from_blob(x, {n}, {1}, {torch::headeronly::DeviceType::CPU}, ScalarType::Float);
-  StableIValue stack[] = {stable::detail::from(roots)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sqrt_", "", stack, TORCH_ABI_VERSION));
-  stable::detail::to<Tensor>(stack[0]);  // frees it
-}
-
-// In place of a rounding: writes nothing, and tells whether rounding to nearest would change anything.
-struct Look : RoundNearest {
-  bool* changed;
-  void tell(bool differs) const {
-    if (differs) __atomic_store_n(changed, true, __ATOMIC_RELAXED);
-  }
-};
-
-// 16 values of 32 bits: writes their lowest bits, or writes the values to every second place and leaves the rest alone.
-struct OneByOne {
-  template <class Code>
-  static void narrow(const uint32_t* from, Code* to) {
-    for (int i = 0; i < 16; ++i) to[i] = static_cast<Code>(from[i]);
-  }
-  static void spread(const void* from, void* to) {
-    for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * 8, static_cast<const char*>(from) + i * 4, 4);
-  }
-};
-
-namespace portable {
-constexpr int64_t kLanes = 1;
-struct Lanes : OneLane, OneByOne {
-  using Vector = uint64_t;
-  static Vector twice_lane_number() { return 0; }
-  static Vector join(Vector even, Vector odd) { return (even & 0xFFFFFFFFu) | odd << 32; }
-};
-#include "copy.h"
-#include "draws.h"
-#include "kernels.h"
-#include "store.h"
-#include "updates.h"
-}  // namespace portable
-
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#define SWALP_X86 1
-// GCC 12 takes its own _mm512_undefined for a mistake (PR 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
-namespace avx2 {
-constexpr int64_t kLanes = 4;
-struct Lanes : OneByOne {
-  typedef uint64_t Vector __attribute__((vector_size(32)));
-  static Vector multiply(Vector a, uint32_t m) {
-    return (Vector)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
-  }
-  static Vector twice_lane_number() { return Vector{0, 2, 4, 6}; }
-  static Vector join(Vector even, Vector odd) {
-    return (Vector)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
-  }
-};
-#include "copy.h"
-#include "draws.h"
-#include "kernels.h"
-#include "store.h"
-#include "updates.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,bmi2,prefer-vector-width=512")
-namespace avx512 {
-constexpr int64_t kLanes = 8;
-struct Lanes {
-  typedef uint64_t Vector __attribute__((vector_size(64)));
-  static Vector multiply(Vector a, uint32_t m) {
-    return (Vector)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
-  }
-  static Vector twice_lane_number() { return Vector{0, 2, 4, 6, 8, 10, 12, 14}; }
-  static Vector join(Vector even, Vector odd) {
-    return (Vector)_mm512_mask_moveldup_ps((__m512)even, 0xAAAA, (__m512)odd);
-  }
-  static void narrow(const uint32_t* from, uint8_t* to) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_loadu_si512(from)));
-  }
-  static void spread(const void* from, void* to) {
-    const __m512i all = _mm512_loadu_si512(from), last = _mm512_shuffle_i64x2(all, all, 0xEE);
-    _mm512_mask_storeu_epi32(to, 0x5555, _mm512_maskz_expand_epi32(0x5555, all));
-    _mm512_mask_storeu_epi32(static_cast<char*>(to) + 64, 0x5555, _mm512_maskz_expand_epi32(0x5555, last));
-  }
-};
-#include "copy.h"
-#include "draws.h"
-#include "kernels.h"
-#include "store.h"
-#include "updates.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-enum class Isa { Portable, Avx2, Avx512 };
-
-Isa best_isa() {
+const Instructions& best_instructions() {
 #ifdef SWALP_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::Avx512;
+    return avx512_instructions();
   }
-  if (__builtin_cpu_supports("avx2")) return Isa::Avx2;
+  if (__builtin_cpu_supports("avx2")) return avx2_instructions();
 #endif
-  return Isa::Portable;
+  return portable_instructions();
 }
 
-const Isa kIsa = best_isa();
+const Instructions& kBest = best_instructions();
+
+// Calls f with the best instructions, and with the portable ones if those have not what is called.
+template <class F>
+void with_instructions(const F& f) {
+  if (!f(kBest)) f(portable_instructions());
+}
 
 struct Cpu {
   static constexpr Gaps most_gaps = Gaps::Some;
@@ -211,15 +87,9 @@ struct Cpu {
 
     bool keeps_piece(const Cover& piece, const void* from) const {
       bool changed = false;
-      with_scalar(type, [&](auto zero) {
-        using S = decltype(zero);
-        changed = format.magnitude_bits() > Ieee<Compute<S>>::mantissa;
-        if (changed) return;
-        const S* x = static_cast<const S*>(from);
-        with_format(format, [&](const auto& product) {
-          run_on(kIsa, product, piece, x, const_cast<S*>(x), Look{{}, &changed}, Random());
-        });
-      });
+      with_scalar(type, [&](auto zero) { changed = format.magnitude_bits() > Ieee<Compute<decltype(zero)>>::mantissa; });
+      if (changed) return false;
+      with_instructions([&](const Instructions& isa) { return isa.look(format, piece, type, from, &changed); });
       return !changed;
     }
   };
@@ -247,19 +117,19 @@ struct Cpu {
       random.stream = stream;
       require(x != nullptr, kOp, kNoMemory);
       const auto* from = static_cast<const float*>(x);
-      bool is_common = false;
-      with_functor([&](const auto& round) { is_common = coding.bits <= 8 && kCommon<std::decay_t<decltype(round)>>; });
-      return is_common ? write_as<uint8_t>(from, packed, scales, second, random)
-                       : write_as<uint16_t>(from, packed, scales, second, random);
+      return is_wide() ? write_as<uint16_t>(from, packed, scales, second, random)
+                       : write_as<uint8_t>(from, packed, scales, second, random);
     }
 
    private:
-    template <class Round>
-    static constexpr bool kCommon = std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>;
-
-    template <class F>
-    void with_functor(const F& f) const {
-      with_rounding<float>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), f);
+    // Bytes have the two common roundings.
+    bool is_wide() const {
+      bool is_common = false;
+      with_rounding<float>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), [&](const auto& round) {
+        using Round = std::decay_t<decltype(round)>;
+        is_common = std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>;
+      });
+      return coding.bits > 8 || !is_common;
     }
 
     // A code fills the low bits of a Code.
@@ -269,29 +139,26 @@ struct Cpu {
       const bool is_packed = coding.bits == 8 * sizeof(Code);
       const std::unique_ptr<Code[]> room(is_packed ? nullptr : new Code[n]);
       Code* const codes = is_packed ? static_cast<Code*>(packed) : room.get();
+      Drawing drawn = drawing;
+      drawn.random = random;
       Found found;
-      with_functor([&](const auto& round) {
-        using Round = std::decay_t<decltype(round)>;
-        const auto run = [&](const auto& product) {
-          run_on(kIsa, product, cover, x, codes, Coded<Round, Code>{round, coding, &found}, random);
-        };
-        if constexpr (sizeof(Code) > 1) {
-          run(format.rare());  // it serves every format, and so is all that has to be compiled
-        } else if constexpr (kCommon<Round>) {
-          with_format(format, run);
-        }
+      with_instructions([&](const Instructions& isa) {
+        return isa.encode(format, cover, x, codes, sizeof(Code) > 1, coding, &found, drawn);
       });
       if (!found.finite) return false;
       // A NaN of what overflows may have the code of -0, and then comes without zeros of that code.
       const auto minus_zero = static_cast<Code>(1 << (coding.bits - 1));
       if (!coding.has_signed_zero && format.grid.beyond != Beyond::Nan) std::replace(codes, codes + n, minus_zero, Code{0});
-      with_isa([&](const auto& isa) {
-        isa.store_scales(format, coding, found, bias, scales, second);
-        if (is_packed) return;
-        torch::stable::parallel_for(0, (n + 7) / 8, Boxes::kGrain / 8, [&](int64_t begin, int64_t end) {
-          const int64_t first = 8 * begin, count = std::min(8 * end, n) - first;
-          isa.pack_codes(codes + first, count, coding.bits, static_cast<uint8_t*>(packed) + begin * coding.bits);
-        });
+      kBest.store_scales(format, coding, found, bias, scales, second);
+      if (is_packed) return true;
+      torch::stable::parallel_for(0, (n + 7) / 8, Boxes::kGrain / 8, [&](int64_t begin, int64_t end) {
+        const int64_t first = 8 * begin, count = std::min(8 * end, n) - first;
+        auto* const to = static_cast<uint8_t*>(packed) + begin * coding.bits;
+        if constexpr (sizeof(Code) > 1) {
+          kBest.pack_words(codes + first, count, coding.bits, to);
+        } else {
+          kBest.pack_bytes(codes + first, count, coding.bits, to);
+        }
       });
       return true;
     }
@@ -452,14 +319,12 @@ struct Cpu {
 
     static void check_update(const Update& step, size_t weights, size_t of_each, size_t gradients, size_t states,
                              size_t masters, size_t streams, size_t roles) {
-      const bool known = portable::with_update(step.kernel, [&](auto kind) {
-        using Kind = typename decltype(kind)::type;
-        require(step.numbers.size() == Kind::kNumbers, kOp, "the update has ", step.numbers.size(), " numbers; give it ",
-                Kind::kNumbers);
-        require(weights == 0 || (of_each >= Kind::kFewestStates && of_each <= Kind::kMostStates), kOp, "a weight has ",
-                of_each, " states; give it ", Kind::kFewestStates, " to ", Kind::kMostStates);
-      });
-      require(known, kOp, "there is no kernel ", step.kernel);
+      const std::optional<Takes> takes = kBest.takes(step.kernel);
+      require(takes.has_value(), kOp, "there is no kernel ", step.kernel);
+      require(step.numbers.size() == takes->numbers, kOp, "the update has ", step.numbers.size(), " numbers; give it ",
+              takes->numbers);
+      require(weights == 0 || (of_each >= takes->fewest_states && of_each <= takes->most_states), kOp, "a weight has ", of_each,
+              " states; give it ", takes->fewest_states, " to ", takes->most_states);
       const bool one_each = gradients == weights && states == of_each * weights && streams == weights;
       require(one_each && (masters == 0 || masters == weights), kOp, weights, " weights but ", gradients, " gradients, ",
               states, " states, ", masters, " masters and ", streams, " streams; give each weight one");
@@ -476,21 +341,6 @@ struct Cpu {
     }
   };
 
-  // Calls f with the functions of store.h.
-  template <class F>
-  static void with_isa(const F& f) {
-    switch (kIsa) {
-#ifdef SWALP_X86
-      case Isa::Avx512:
-        return f(avx512::Storing());
-      case Isa::Avx2:
-        return f(avx2::Storing());
-#endif
-      default:
-        return f(portable::Storing());
-    }
-  }
-
   // A weight in an update. `at.w` is its master, or its own memory.
   struct Item {
     size_t layout;
@@ -506,49 +356,15 @@ struct Cpu {
       for (int64_t at = first + begin, n; at < first + end; at += n) {
         n = std::min(first + end - at, Boxes::kMost);
         const Stepped here = item.at.from(at, Room::of_thread().of<float>());
-        update(step, here, n);
+        kBest.update(step, here, n);
         if (item.weight != item.at.w) std::copy(here.w, here.w + n, item.weight + at);
       }
     });
   }
 
-  static void update(const Update& step, const Stepped& at, int64_t n) {
-    switch (kIsa) {
-#ifdef SWALP_X86
-      case Isa::Avx512:
-        return avx512::update(step, at, n);
-      case Isa::Avx2:
-        return avx2::update(step, at, n);
-#endif
-      default:
-        return portable::update(step, at, n);
-    }
-  }
-
   static void run_at(const Numbers& format, const Cover& cover, ScalarType type, const void* x, void* y,
                      const Drawing& drawing) {
-    with_scalar(type, [&](auto zero) {
-      using S = decltype(zero);
-      const S* from = static_cast<const S*>(x);
-      S* to = static_cast<S*>(y);
-      with_format(format, [&](const auto& product) {
-        const auto run_with = [&](const auto& round) { run_on(kIsa, product, cover, from, to, round, drawing.random); };
-        with_rounding<Compute<S>>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), run_with);
-      });
-    });
-  }
-
-  template <class Format, class S, class Round>
-  static void run_on(Isa isa, const Format& format, const Cover& cover, const S* x, Result<S, Round>* y,
-                     const Round& round, const Random& random) {
-    // Combinations that training does not use are not worth compiling three times.
-    if constexpr (!Format::rare && !std::is_same_v<Round, RoundOther>) {
-#ifdef SWALP_X86
-      if (isa == Isa::Avx512) return avx512::quantize(format, cover, x, y, round, random);
-      if (isa == Isa::Avx2) return avx2::quantize(format, cover, x, y, round, random);
-#endif
-    }
-    portable::quantize(format, cover, x, y, round, random);
+    with_instructions([&](const Instructions& isa) { return isa.round(format, cover, type, x, y, drawing); });
   }
 };
 

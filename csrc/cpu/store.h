@@ -1,4 +1,4 @@
-// Stored scales, and codes side by side. quantize_cpu.cpp includes this once for each instruction set.
+// Stored scales, and codes side by side. compiled.h includes this once for each instruction set.
 
 struct Storing {
   // Stores the scale of each block, as swalp_fx/codes/stored.py does. A power of two is its exponent plus `bias`, in a byte.

@@ -1,4 +1,4 @@
-// The updates of optimizers. quantize_cpu.cpp includes this once for each instruction set, as kernels.h.
+// The updates of optimizers. compiled.h includes this once for each instruction set, as kernels.h.
 //
 // Each makes torch's operations in torch's order. A multiply-add is one rounding, as in torch's own kernels for AVX2 and
 // AVX-512. Its numbers are those of a row of KERNELS in swalp_fx/optimizer/kernels.py, in their order there.
