@@ -777,18 +777,28 @@ def test_the_weights_that_the_layer_gives_are_rounded_for_its_reader():
 
     places = rounded(rewritten(Read(_layer(), attn_mask=FUTURE), "bfp8[0]", X).graph)
     assert places == [
-        *(f"layer.{name}" for name in ("linear@1", "bmm@1", "softmax", "bmm@2", "linear@2")),
+        *(f"layer.{name}" for name in ("linear", "bmm@1", "softmax", "bmm@2", "out_proj")),
         "sum",
         "mul",
     ]
     _assert_as_the_model(Read(_layer(), attn_mask=FUTURE), X)
 
 
+def test_the_projections_are_named_by_the_layers_that_hold_their_weights():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Called(_layer(), need_weights=False), nn.Linear(WIDTH, 2))
+    places = rounded(rewritten(model, "bfp8[0] exclude=1.layer.out_proj", X).graph)
+    assert places == ["0", "1.layer.linear", *(f"1.layer.{name}" for name in INSIDE)]
+    graph = rewritten(model, "bfp8[0] rules=[1.layer.out_proj float]", X).graph
+    assert rounded(graph) == places
+    weights = [node.name for node in graph.nodes if "quantize_weight" in str(node.target)]
+    assert "_1_layer_in_proj_weight_q" in weights and not any("out_proj" in name for name in weights)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_layer_is_whole_where_the_recipe_says_so(whole):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Called(_layer(), need_weights=False), nn.Linear(WIDTH, 2))
     made = rewritten(model, f"bfp8[0]{' whole=1.layer' if whole else ''}", X)
-    inner = [f"1.layer.{name}" for name in ("linear@1", *INSIDE, "linear@2")]
+    inner = [f"1.layer.{name}" for name in ("linear", *INSIDE, "out_proj")]
     assert rounded(made.graph) == ["0", *(["1.layer"] if whole else inner)]
 
 

@@ -1,12 +1,16 @@
 """The README's example runs and prints the text below it; its excerpt of a graph is from that example's model."""
 
 import contextlib
+import doctest
 import io
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
+
+import swalp_fx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLE, EXCERPT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -27,6 +31,13 @@ def test_the_example_prints_what_stands_below_it(ran):
     assert {line for line in PRINTED.splitlines() if line != "..."} <= set(printed)
     assert names["swalp"].n_averaged == 1
     assert names["lp"] is names["model"] and type(names["averaged"]) is torchvision.models.ResNet
+
+
+def test_the_op_prints_what_stands_below_its_call():
+    (call,) = re.findall(r"```pycon\n(.*?)```", README, re.DOTALL)
+    names = {"torch": torch, "swalp_fx": swalp_fx}
+    found = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(call, names, "README.md", None, None))
+    assert (found.failed, found.attempted) == (0, 1)
 
 
 def test_the_excerpt_is_of_the_graph_that_it_prints(ran):

@@ -44,7 +44,8 @@ def place(node: Node) -> str:
     node: an input, a parameter or a layer output of a classified graph, or of its rewrite.
 
     A layer's output has the layer's name: ``layer1.0.conv1``. A function's output is named by the module that calls it
-    and by the function: ``layer1.0.iadd``. If several places of a graph have one name, they are numbered in the order
+    and by the function: ``layer1.0.iadd``. If that is a linear layer, by the weight of a layer that is not called itself,
+    it has that layer's name: ``attention.out_proj``. If several places of a graph have one name, they are numbered in the order
     of the graph: ``layer1.0.relu@1``, ``layer1.0.relu@2``. An input with the name of a layer has the number 0:
     ``tokens@0``. A graph's root that is a bare layer is named by its type: ``linear``.
     """
@@ -83,15 +84,28 @@ def base_name(node: Node) -> str:
     return ".".join(filter(None, (around(node), name_of(node).strip("_"))))
 
 
+def _name_of_output(node: Node, called: set[str]) -> str:
+    """The name of a layer output, without a number. called: the paths of the layers that the graph calls."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    if node.meta.get(LAYER) is None and name_of(node) == "linear" and isinstance(weight, Node):
+        owner, _, name = weight.meta.get(PARAMETER, "").rpartition(".")
+        inside = f"{around(node)}." if around(node) else ""
+        if name == "weight" and owner not in ("", around(node), *called) and owner.startswith(inside):
+            return owner
+    return base_name(node)
+
+
 def name_places(graph: Graph) -> None:
     """Writes ``node.meta[NAME]``: see ``place``. A parameter is one place, however often it is read."""
     names: dict[Node, str] = {}
+    called = {node.meta[LAYER].path for node in graph.nodes if node.meta.get(LAYER) is not None}
     for node in graph.nodes:
         if node.meta[PART] == "parameter":
             derived = derived_name(f"{node.meta[LAYER].path}.") if is_derived(node) else None
             node.meta[NAME] = derived or node.meta.get(PARAMETER) or node.meta.get(ARGUMENT) or node.name
         elif node.meta[PART] in ("input", *LAYER_PARTS, *MEANINGS):
-            names[node] = node.meta.get(ARGUMENT, node.name) if node.op == "placeholder" else base_name(node)
+            is_input = node.op == "placeholder"
+            names[node] = node.meta.get(ARGUMENT, node.name) if is_input else _name_of_output(node, called)
         elif node.op == "placeholder":
             node.meta[NAME] = node.meta.get(ARGUMENT, node.name)
     calls = Counter(name for node, name in names.items() if node.op != "placeholder")

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import nodes
 from ..capture import Conversion, Rewritten, local
@@ -64,13 +65,16 @@ class Audit(TorchDispatchMode):
         self.inside: Counter[str] = Counter()  # place -> multiply-adds
         self.rounded: Counter[str] = Counter()  # place -> multiply-adds of operations that read only rounded numbers
         self.outside: dict[str, Counter[str]] = {}  # "model.py:12 forward" -> operation -> multiply-adds
+        self.made_rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # outputs of graphs, which others read -> None
         self._running: list[
             tuple[str, bool]
         ] = []  # the running nodes of graphs: place, and whether the node reads only rounded numbers
 
     def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         graph_module = inlined(made.graph_module, steps=False)
-        return _Watched(self, graph_module, _rounded(graph_module)).run(*args)
+        inputs = zip(graph_module.graph.find_nodes(op="placeholder"), args, strict=True)
+        given = {node for node, value in inputs if isinstance(value, Tensor) and value in self.made_rounded}
+        return _Watched(self, graph_module, _rounded(graph_module, given)).run(*args)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,6 +114,8 @@ class _Watched(Interpreter):
         finally:
             self.audit._running.pop()
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if n in self.rounded:
+            self.audit.made_rounded.update(dict.fromkeys(tensors))
         if NAME in n.meta:
             self.audit.shapes[n.meta[NAME]] = ", ".join("x".join(map(str, each.shape)) or "1" for each in tensors)
         return result

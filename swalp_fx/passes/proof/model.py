@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ... import nodes
 from ...recipe import Subject
-from ..captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, UPDATE
+from ..captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE
 from ..facts import FACTS, MEANINGS, Facts, Origin
 from .reading import called, does, types_around, written_by
 
@@ -133,10 +133,11 @@ def _reads_sizes(user: Node, node: Node) -> bool:
 
 def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
     """The name of each input and layer output."""
+    layers = {layer.path for node in graph.nodes if (layer := node.meta.get(LAYER)) is not None}
     named: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if kinds[node] in (*LAYERS, *MEANINGS):
-            named.setdefault(_unnumbered(node), []).append(node)
+            named.setdefault(_owner_of_weight(node, layers) or _unnumbered(node), []).append(node)
     places: dict[Node, str] = {}
     for name, nodes_of in named.items():
         free = (number for number in count(1) if f"{name}@{number}" not in named)
@@ -145,6 +146,16 @@ def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
         name = node.meta.get(ARGUMENT, node.name)
         places[node] = f"{name}@0" if name in named else name
     return places
+
+
+def _owner_of_weight(node: Node, layers: set[str]) -> str:
+    """The layer whose weight a linear function reads, of those that its module holds and the graph does not call."""
+    if called(node) != "linear" or node.meta.get(LAYER) is not None or not isinstance(weight := node.args[1], Node):
+        return ""
+    owner = weight.meta.get(PARAMETER, "").removesuffix(".weight")
+    around = node.meta.get(MODULE) or ""
+    is_held = owner.startswith(f"{around}.") if around else True
+    return owner if is_held and f"{owner}.weight" == weight.meta.get(PARAMETER) and owner not in layers else ""
 
 
 def _unnumbered(node: Node) -> str:
