@@ -39,6 +39,7 @@ from .dynamo import (
     skip_code,
     straighten,
     switched_off,
+    trace_apart,
     trace_instead,
     trace_into,
     trace_number,
@@ -236,6 +237,9 @@ def _is_ours(frame: Frame) -> bool:
 # A BatchNorm with momentum=None reads its count of batches: the momentum is one over that.
 trace_number(nn.functional.batch_norm, "momentum", 0.0, lambda: _is_ours(Frame()))
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
+# Every optimizer's step has the code of this function around it.
+STEP: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step)
+trace_apart(STEP, "an optimizer's step is no code of the model", lambda: _is_ours(Frame()))
 
 
 @trace_instead(torch.backends.mha.get_fastpath_enabled)
