@@ -44,6 +44,7 @@ from .dynamo import (
     trace_into,
     trace_number,
 )
+from .gaps import watch
 from .running import local
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class _Tracing:
             return LEFT
         if code.co_flags & LATER:
             self._note(args[0])
+            watch()
             return LEFT
         try:
             with knobs(self._limit(code)):
@@ -138,6 +140,7 @@ class _Tracing:
             raise
         finally:
             local.traced()
+        watch()
         if getattr(result, "guarded_code", None) is None:
             self._note(args[0])
         return result
@@ -153,6 +156,8 @@ class _Tracing:
         holds = any(isinstance(value, nn.Module | Tensor) for value in frame.f_locals.values())
         if holds and "/torch/" not in code.co_filename and "/swalp_fx/" not in code.co_filename:
             PYTHON[code] = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+            if (conversion := conversion_of(local.entered)) is not None:
+                conversion.has_gaps = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_callback"], name)

@@ -32,6 +32,7 @@ from .dynamo import (
     original_code,
     tracer_around,
 )
+from .gaps import watch
 from .methods import PRODUCT, computing, in_class, methods_of, runs_later, set_on
 from .packed import refuse_packed
 from .running import local
@@ -150,11 +151,15 @@ class Entry:
         calls = self.conversion.graphs.calls if is_outside else 0
         try:
             with local.entering(self.module, is_outside):
+                if is_outside and self.conversion.is_watched():
+                    watch()
                 result = self._given(key, run, args, kwargs)
                 if not is_outside:
                     return result
                 if not local.ran and calls == self.conversion.graphs.calls:
                     self._refuse_float(function, result, (args, kwargs))
+                if local.gaps is not None:
+                    local.gaps.tell()
                 return self._returned(result, (args, kwargs))
         except FailOnRecompileLimitHit as error:
             if getattr(error, "code", None) is not original_code(run):
