@@ -93,7 +93,8 @@ class _QuantizeOutput(Function):
         if torch.is_grad_enabled() or has_tangents():  # a derivative of the gradient is wanted too
             spec, rounding, key, stream = ctx.how
             error = quantize(error, spec, rounding, key=key, stream=stream)
-        elif ctx.in_place and 0 not in error.stride():  # an expanded signal has fewer places than elements
+        # An expanded signal has fewer places than elements, and one of a batched backward has no memory of its own.
+        elif ctx.in_place and torch._C._has_storage(error) and 0 not in error.stride():
             error = round_(error, *ctx.how)
         elif ctx.how[0] != "float":
             error = rounded(error, *ctx.how)

@@ -303,7 +303,8 @@ def is_plain(x: Tensor) -> bool:
     """Whether the memory of ``x`` holds its numbers unchanged. A tensor subclass may store anything else."""
     if type(x) not in _PLAIN or x.layout is not torch.strided or not (x.is_cpu or x.is_cuda):
         return False
-    return not (x.is_neg() or x._is_zerotensor() or x.is_nested)
+    # A batched backward's tensors have no memory of their own (is_grads_batched=True).
+    return torch._C._has_storage(x) and not (x.is_neg() or x._is_zerotensor() or x.is_nested)
 
 
 def is_recorded() -> bool:

@@ -212,3 +212,49 @@ def test_vmap_gives_of_each_sample_what_it_gives_alone(spec, dim):
     of_each = torch.stack([rounded(sample) for sample in x.unbind(dim)], dim)
     assert torch.equal(torch.func.vmap(rounded, in_dims=dim, out_dims=dim)(x), of_each)
     assert torch.func.vmap(rounded)(x[:0]).shape == (0, 4, 5)
+
+
+# ---- many error signals at once ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_batched_backward_gives_of_each_error_signal_what_it_gives_alone(through, create_graph):
+    x, errors = torch.randn(3, 4, requires_grad=True), torch.randn(5, 3, 4)
+    y = through(x)
+    alone = [torch.autograd.grad(y, x, error, retain_graph=True)[0] for error in errors]
+    (found,) = torch.autograd.grad(y, x, errors, is_grads_batched=True, create_graph=create_graph)
+    assert torch.equal(found, torch.stack(alone))
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x[None])[0][0]
+
+
+MODELS = {
+    "layers": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)),
+    "an lstm": lambda: Recurrent(4, 4),
+    "a convolution": lambda: nn.Sequential(nn.Unflatten(0, (1, 1, -1)), nn.Conv2d(1, 2, 2), nn.Flatten(0, 1)),
+}
+
+
+@pytest.mark.parametrize("recipe", [SPEC, f"{SPEC} rounding=nearest", "mxfp4"])
+@pytest.mark.parametrize("made", MODELS)
+@pytest.mark.filterwarnings("ignore:.*bits an element")
+def test_a_batched_backward_through_a_converted_model_has_the_bits_of_one_by_one(made, recipe):
+    torch.manual_seed(0)
+    lp, _ = convert(MODELS[made](), recipe=recipe)
+    x = torch.randn(5, 4, requires_grad=True)
+    y, of = lp(x), (x, *lp.parameters())
+    errors = torch.randn(4, *y.shape)
+    alone = zip(*(torch.autograd.grad(y, of, error, retain_graph=True) for error in errors), strict=True)
+    found = torch.autograd.grad(y, of, errors, is_grads_batched=True)
+    assert all(torch.equal(each, torch.stack(due)) for each, due in zip(found, alone, strict=True))
+
+
+def test_a_vectorized_jacobian_is_that_of_a_loop():
+    torch.manual_seed(0)
+    lp, _ = convert(MODELS["layers"](), recipe=f"{SPEC} rounding=nearest")
+    x = torch.randn(2, 4)
+    due, found = (torch.autograd.functional.jacobian(lp, x, vectorize=each) for each in (False, True))
+    assert torch.equal(found, due) and not torch.equal(due, torch.zeros_like(due))

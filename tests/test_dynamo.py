@@ -71,6 +71,41 @@ def test_a_knob_is_a_setting_of_this_torch(name: str) -> None:
     assert getattr(config, name) == before
 
 
+def test_knobs_keep_parameters_inputs_of_a_graph() -> None:
+    model = nn.Linear(3, 3)
+    names = []
+    for frozen in (True, False):
+        torch._dynamo.reset()
+        run, seen = traced(model.forward, lambda frame, graph_module, inputs: len(inputs))
+        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+            if frozen:
+                run(X)
+            else:
+                with dynamo.knobs():
+                    run(X)
+        names += seen
+    assert names == [1, 3]
+
+
+def test_a_function_that_is_traced_apart_ends_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inner(x: Tensor) -> Tensor:
+        return x * 3
+
+    def outer(x: Tensor) -> Tensor:
+        return inner(x + 1) + 1
+
+    holds = [True]
+    kind = dynamo.InliningInstructionTranslator
+    monkeypatch.setattr(kind, "check_inlineable", staticmethod(kind.check_inlineable))
+    dynamo.trace_apart(inner, "as a test", lambda: holds[0])
+    for apart, graphs in ((True, 3), (False, 1)):
+        torch._dynamo.reset()
+        holds[0] = apart
+        run, seen = traced(outer, lambda frame, graph_module, inputs: dynamo.break_reason(graph_module))
+        assert torch.equal(run(X), X * 3 + 4)
+        assert len(seen) == graphs and ("as a test" in str(seen[0])) == apart
+
+
 def test_around_sees_the_tracing_of_a_frame_and_not_a_hit() -> None:
     frames = []
 

@@ -1,5 +1,7 @@
 """A converted model that another model or a compiled function calls computes in its own recipe."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.utils.checkpoint
 from captured import NEAREST, Block, X
 from torch import nn
 
-from swalp_fx import convert, quantize, report
+from swalp_fx import NotRewritten, convert, quantize, report, restore
 
 
 class Teacher(nn.Sequential):
@@ -69,6 +71,75 @@ def test_a_converted_model_that_becomes_an_attribute_of_another_keeps_its_recipe
     assert torch.equal(teacher(X), expected) and torch.equal(student.call[0](X), teacher[0](X))
     assert "bfp6" in teacher.graphs[-1].code and not any("bfp6" in each.code for each in student.graphs)
     assert "bfp4" in str(report(student))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def pairs(*called):
+    """Two converted models, in six bits and in four, and those of them that were called are called."""
+    torch.manual_seed(0)
+    models = [convert(Pair(), recipe=f"bfp{bits}[0] rounding=nearest").module for bits in (6, 4)]
+    for i in called:
+        models[i](X)
+    return models
+
+
+def due(pair, spec):
+    rounded = {name: quantize(each.detach(), spec) for name, each in pair.named_parameters()}
+    hidden = quantize(F.linear(X, rounded["first.weight"], rounded["first.bias"]), spec)
+    return F.linear(hidden, rounded["second.weight"], rounded["second.bias"])
+
+
+SHARED = {
+    "a layer": lambda one, other: setattr(other, "first", one.first),
+    "a layer past setattr": lambda one, other: other._modules.update(first=one.first),
+    "a layer in another": lambda one, other: setattr(other, "first", nn.Sequential(one.first)),
+}
+
+
+@pytest.mark.parametrize("called", [(), (0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("case", SHARED)
+def test_a_part_of_two_converted_models_is_refused_in_the_second(case, called):
+    one, other = pairs(*called)
+    SHARED[case](one, other)
+    for _ in range(2):
+        with pytest.raises(
+            NotRewritten, match=r"^first(.0)? of the converted Pair is first of another converted model"
+        ):
+            other(X)
+        assert torch.equal(one(X), due(one, "bfp6[0]"))
+    other.first = restore(copy.deepcopy(one.first))
+    assert torch.equal(other(X), due(other, "bfp4[0]"))
+
+
+@pytest.mark.parametrize("called", [(), (0, 1)], ids=str)
+def test_a_parameter_of_two_converted_models_is_rounded_by_each_in_its_recipe(called):
+    one, other = pairs(*called)
+    other.first.weight = one.first.weight
+    for _ in range(2):
+        assert torch.equal(one(X), due(one, "bfp6[0]")) and torch.equal(other(X), due(other, "bfp4[0]"))
+
+
+def test_a_list_of_converted_models_leaves_each_its_recipe():
+    models = nn.ModuleList(pairs())
+    assert [
+        torch.equal(model(X), due(model, spec)) for model, spec in zip(models, ("bfp6[0]", "bfp4[0]"), strict=True)
+    ] == [True] * 2
+
+
+def test_a_layer_of_a_converted_model_in_another_may_be_called():
+    """It is a part of the second only by way of the first."""
+    one, _ = pairs()
+    student, _ = convert(Student(lambda x: student.teacher.first(x)), recipe=NEAREST)
+    student.teacher = one
+    assert student(X).shape == (4, 3) and "bfp6" in one.graphs[0].code
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

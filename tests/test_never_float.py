@@ -175,6 +175,50 @@ def test_what_traces_around_it_is_refused_by_the_front_end_in_our_words(inside, 
     assert torch.equal(lp(X), expected)
 
 
+def _frozen(call):
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        return call()
+
+
+class Tanh(torch.optim.Optimizer):
+    """An optimizer whose step another compiler traces with the code around it."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(torch.tanh(parameter.grad), alpha=-0.1)
+
+
+def _compiled_with_a_step(lp):
+    optimizer = Tanh(lp.parameters())
+    for parameter in lp.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def train():
+        optimizer.step()
+        return lp(X)
+
+    return torch.compile(train, backend="eager")()
+
+
+CONSTANTS = {
+    "frozen": lambda lp: _frozen(lambda: torch.compile(lp, backend="eager")(X)),
+    "frozen around": lambda lp: _frozen(lambda: torch.compile(lambda x: lp(x) * 1, backend="eager")(X)),
+    "with a step": _compiled_with_a_step,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*record_function")
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_a_weight_that_is_a_constant_of_anothers_graph_is_refused(case, expected):
+    with pytest.raises(Exception, match=r"NotRewritten: parameter first\.weight would stay in float, since the graph"):
+        CONSTANTS[case](made())
+    assert CONSTANTS[case](made(recipe="float")).shape == expected.shape
+
+
 STAYS = {
     "compilation off, later": _later(OFF),
     "disabled": lambda lp: torch.compiler.disable(lp)(X),
@@ -189,6 +233,8 @@ STAYS = {
     "saved tensors elsewhere": _around(torch.autograd.graph.save_on_cpu),
     "compiled": lambda lp: torch.compile(lp, backend="eager")(X),
     "compiled around": lambda lp: torch.compile(lambda x: lp(x) * 1, backend="eager", fullgraph=True)(X),
+    "parameters frozen into graphs": lambda lp: _frozen(lambda: lp(X)),
+    "parameters installed in graphs": _around(lambda: torch._dynamo.config.patch(install_free_tensors=True)),
     "compiled, tracing errors hidden": _around(lambda: torch._dynamo.config.patch(suppress_errors=True)),
 }
 

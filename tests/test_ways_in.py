@@ -370,6 +370,48 @@ def test_an_optimizer_that_a_method_steps_is_none_of_the_model(kind):
     assert {made.entry for made in lp.graphs} == {"Trained: fit"}
 
 
+class Learning(Trained):
+    """Its optimizer is its own, and each step is followed by a forward in one method."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = None
+
+    def learn(self, x):
+        for _ in range(2):
+            self.optimizer.zero_grad()
+            loss = self.loss(x)
+            loss.backward()
+            self.optimizer.step()
+        return self.loss(x)
+
+    def learn_unrolled(self, x):
+        self.loss(x).backward()
+        self.optimizer.step()
+        return self.loss(x)
+
+
+OPTIMIZERS = {
+    "own": Plain,
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "muon": lambda parameters: torch.optim.Muon([each for each in parameters if each.dim() == 2], lr=0.1),
+}
+
+
+@pytest.mark.parametrize("method, steps", [("learn", 2), ("learn_unrolled", 1)])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_of_the_models_own_steps_in_float_and_the_next_forward_reads_rounded_weights(kind, method, steps):
+    (lp, _), (alike, _) = (convert(Learning(), recipe=RECIPE) for _ in range(2))
+    lp.optimizer, outside = OPTIMIZERS[kind](lp.parameters()), OPTIMIZERS[kind](alike.parameters())
+    found = getattr(lp, method)(X)
+    for _ in range(steps):
+        outside.zero_grad()
+        alike.loss(X).backward()
+        outside.step()
+    assert torch.equal(found, alike.loss(X))
+    assert all(map(torch.equal, lp.parameters(), alike.parameters()))
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_a_first_call_may_be_in_a_closure_of_an_optimizers_step(kind):
     (lp, _), (alike, _) = (convert(Trained(), recipe=RECIPE) for _ in range(2))

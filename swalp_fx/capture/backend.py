@@ -146,6 +146,9 @@ def _runner(
     switches = any(node.target in SWITCHES for node in made.graph.nodes)
 
     def runner(*args: Any) -> Any:
+        if (gaps := local.gaps) is not None and not gaps.is_inside:
+            with gaps.inside():
+                return runner(*args)
         made.calls += 1
         local.ran = True
         if twins.inputs:

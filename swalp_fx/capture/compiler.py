@@ -39,10 +39,12 @@ from .dynamo import (
     skip_code,
     straighten,
     switched_off,
+    trace_apart,
     trace_instead,
     trace_into,
     trace_number,
 )
+from .gaps import watch
 from .running import local
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ class _Tracing:
             return LEFT
         if code.co_flags & LATER:
             self._note(args[0])
+            watch()
             return LEFT
         try:
             with knobs(self._limit(code)):
@@ -137,6 +140,7 @@ class _Tracing:
             raise
         finally:
             local.traced()
+        watch()
         if getattr(result, "guarded_code", None) is None:
             self._note(args[0])
         return result
@@ -152,6 +156,8 @@ class _Tracing:
         holds = any(isinstance(value, nn.Module | Tensor) for value in frame.f_locals.values())
         if holds and "/torch/" not in code.co_filename and "/swalp_fx/" not in code.co_filename:
             PYTHON[code] = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+            if (conversion := conversion_of(local.entered)) is not None:
+                conversion.has_gaps = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_callback"], name)
@@ -236,6 +242,9 @@ def _is_ours(frame: Frame) -> bool:
 # A BatchNorm with momentum=None reads its count of batches: the momentum is one over that.
 trace_number(nn.functional.batch_norm, "momentum", 0.0, lambda: _is_ours(Frame()))
 trace_into(nn.functional.multi_head_attention_forward)  # its products are rounded
+# Every optimizer's step has the code of this function around it.
+STEP: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step)
+trace_apart(STEP, "an optimizer's step is no code of the model", lambda: _is_ours(Frame()))
 
 
 @trace_instead(torch.backends.mha.get_fastpath_enabled)

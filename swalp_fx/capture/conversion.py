@@ -137,6 +137,9 @@ class Conversion:
         self.recipe, self.identity = recipe, identity
         self.graphs = Graphs() if graphs is None else graphs
         self.is_proved = True  # whether every pattern of the recipe has been checked against graphs
+        self.has_gaps = False  # whether Python computes between its graphs
+        self.told: set[str] = set()  # lines of products in float that a warning has named
+        self._calls_with_gaps = 0
         self._foreigners: dict[str, Subject] = {}
         self._places: Places | None = None
         from .backend import backend  # it imports the front end, which takes a second
@@ -157,6 +160,12 @@ class Conversion:
         if places is None:
             places = self._places = Places(self.root, self._foreigners)
         return places
+
+    def is_watched(self) -> bool:
+        """Whether the call that begins now looks for products outside of graphs: each 2^n-th of a model with gaps."""
+        self._calls_with_gaps += self.has_gaps
+        calls = self._calls_with_gaps
+        return self.has_gaps and calls & (calls - 1) == 0
 
     def forget_places(self) -> None:
         """Places are read anew at the next use."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cache, wraps
 from types import CodeType, FunctionType
 from typing import Any
@@ -22,7 +22,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import ContinueExecutionCache
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
 from torch._dynamo.trace_rules import get_torch_obj_rule_map, torch_name_rule_map
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._dynamo.variables import (
@@ -34,6 +34,7 @@ from torch._dynamo.variables import (
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
+from torch._inductor import config as inductor
 from torch.fx import GraphModule, Node
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import stateless
@@ -60,6 +61,7 @@ __all__ = [
     "skip_code",
     "straighten",
     "switched_off",
+    "trace_apart",
     "trace_instead",
     "trace_into",
     "trace_number",
@@ -82,6 +84,8 @@ KNOBS: dict[str, Any] = {
     "specialize_float": False,
     "error_on_nested_fx_trace": True,
     "capture_scalar_outputs": True,  # else ``tensor.item()`` breaks the graph
+    "prepare_freezing": False,  # else parameters are constants of the graph, and no inputs
+    "install_free_tensors": False,  # the same
 }
 
 HOOKS = tuple(f"_{way}_{when}" for way in ("forward", "backward") for when in ("hooks", "pre_hooks"))
@@ -94,10 +98,13 @@ LEFT: Any = ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction
 functional_call: CodeType = stateless._functional_call.__code__
 
 
-def knobs(limit: int = MAX_GRAPHS) -> AbstractContextManager[None]:
+@contextmanager
+def knobs(limit: int = MAX_GRAPHS) -> Iterator[None]:
     """A context with the settings that this torch has; limit: of the graphs of one frame's code."""
     values = {**KNOBS, "recompile_limit": limit}
-    return config.patch(**{name: value for name, value in values.items() if hasattr(config, name)})
+    known = {name: value for name, value in values.items() if hasattr(config, name)}
+    with config.patch(**known), inductor.patch(freezing=False):  # or parameters would be constants of the graph
+        yield
 
 
 def compiled(
@@ -165,6 +172,19 @@ def trace_number(function: Callable[..., Any], name: str, stand_in: float, holds
         return result
 
     TorchInGraphFunctionVariable._get_handlers()[function] = call_function
+
+
+def trace_apart(function: Callable[..., Any], reason: str, holds: Callable[[], bool]) -> None:
+    """From now on, a call of a function with the code of ``function`` ends the graph, in traces where ``holds``."""
+    inlining: Any = InliningInstructionTranslator
+    otherwise = inlining.check_inlineable
+    code, disabled = function.__code__, torch.compiler.disable(lambda: None, reason=reason)
+
+    def check_inlineable(called: Any) -> Any:
+        is_apart = isinstance(called, UserFunctionVariable) and called.get_code() is code and holds()
+        return otherwise(UserFunctionVariable(disabled) if is_apart else called)
+
+    inlining.check_inlineable = staticmethod(check_inlineable)
 
 
 def _set_rule(function: Callable[..., Any], rule: Any) -> None:

@@ -32,8 +32,10 @@ from .dynamo import (
     original_code,
     tracer_around,
 )
+from .gaps import watch
 from .methods import PRODUCT, computing, in_class, methods_of, runs_later, set_on
 from .packed import refuse_packed
+from .places import within
 from .running import local
 from .ways import Bound, Own, bound, call_of, is_call, share
 
@@ -138,6 +140,7 @@ class Entry:
         refuse_packed(self.conversion, self.module, self.described, (*args, *kwargs.values()))
         key = name, function, is_outside
         if is_outside:
+            self._refuse_shared()
             conversion = settled(self.module)
             if key not in self.made or conversion.is_changed():
                 adopt_strays(conversion)
@@ -150,11 +153,15 @@ class Entry:
         calls = self.conversion.graphs.calls if is_outside else 0
         try:
             with local.entering(self.module, is_outside):
+                if is_outside and self.conversion.is_watched():
+                    watch()
                 result = self._given(key, run, args, kwargs)
                 if not is_outside:
                     return result
                 if not local.ran and calls == self.conversion.graphs.calls:
                     self._refuse_float(function, result, (args, kwargs))
+                if local.gaps is not None:
+                    local.gaps.tell()
                 return self._returned(result, (args, kwargs))
         except FailOnRecompileLimitHit as error:
             if getattr(error, "code", None) is not original_code(run):
@@ -176,6 +183,19 @@ class Entry:
             with contextlib.suppress(NotRewritten):
                 explain(function, self.module, args, kwargs)
             raise
+
+    def _refuse_shared(self) -> None:
+        """Raises NotRewritten for a part of this model that is a part of the model that runs now, too."""
+        if not self.path or local.entered is None or not self.conversion.holds(self.module):
+            return
+        other = settled(local.entered).root
+        if any(each is self.module for each in within(other, apart=self.conversion.root)):
+            name = next(name for name, each in other.named_modules() if each is self.module)
+            raise NotRewritten(
+                f"{name} of the converted {type(other).__name__} is {self.described} of another converted model too, "
+                "and has that one's recipe; put swalp_fx.restore(copy.deepcopy(it)) there, or convert a module that "
+                "holds both models"
+            )
 
     def _given(self, key: Key, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if key in self.made:

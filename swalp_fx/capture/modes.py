@@ -1,14 +1,15 @@
-"""Modes that a graph switches, restored if its run ends in an exception."""
+"""Modes of PyTorch: those that a graph switches, and the stack of dispatch modes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.autograd.grad_mode import _enter_inference_mode
 
-__all__ = ["held"]
+__all__ = ["held", "push", "remove", "stacked"]
 
 
 @contextlib.contextmanager
@@ -41,3 +42,26 @@ def held() -> Iterator[None]:
 def _autocast_depth() -> int:
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
+
+
+# A dispatch mode's own ``with`` sets flags that all threads share. Threads that end in another order would leave them
+# on.
+
+
+def stacked() -> int:
+    """The number of dispatch modes that are on in this thread."""
+    return torch._C._len_torch_dispatch_stack()
+
+
+def push(mode: Any) -> None:
+    """Turns a dispatch mode on, in this thread."""
+    torch._C._push_on_torch_dispatch_stack(mode)
+
+
+def remove(mode: Any) -> None:
+    """Turns a dispatch mode off, in this thread; those that came on after it stay on."""
+    above = []
+    while stacked() and (top := torch._C._pop_torch_dispatch_stack(None)) is not mode:
+        above.append(top)
+    for each in reversed(above):
+        push(each)

@@ -42,6 +42,10 @@ __all__ = ["Owner", "copied", "prepare"]
 
 PACKAGE = str(Path(__file__).parent)
 WRITTEN = "{} writes into its parameter {}, where a graph reads a rounded copy; keep it in a buffer"
+CONSTANT = (
+    "parameter {} would stay in float, since the graph around the model holds it as a constant; set "
+    "torch._inductor.config.freezing to False, or keep an optimizer's step out of what is compiled with the model"
+)
 BODY = "{} around the converted model would compute it in float, as its body is not rewritten; call the model outside"
 
 
@@ -182,6 +186,9 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
         if node.op == "get_attr":
             value = getattr(graph_module, str(node.target), None)
             node.meta[HOLDS] = "body" if isinstance(value, GraphModule) else "state"
+            parameter = places.parameter(value) if isinstance(value, Tensor) else None
+            if parameter is not None and recipe.at(*places.subjects[parameter]).weight.rounds:
+                raise NotRewritten(CONSTANT.format(parameter))
             if isinstance(value, GraphModule):
                 _prepare_nodes(value, owner, places, recipe, foreign)
         elif node.op.startswith("call"):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .bare import Bare
+from .modes import remove, stacked
 
 if TYPE_CHECKING:
     from .conversion import Rewritten
+    from .gaps import Watch
 
 __all__ = ["local"]
 
@@ -23,6 +25,8 @@ class _Local(threading.local):
     ran = False  # whether a graph has run in that call
     explaining = False  # whether the model's own code runs, for the error that it raises
     watch: Callable[[Rewritten, tuple[Any, ...]], Any] | None = None  # runs graphs in place of their code
+    gaps: Watch | None = None  # sees what no graph runs in that call
+    stacked = 0  # the number of dispatch modes that were on when that call began
 
     def __init__(self) -> None:
         self.bare = Bare()
@@ -46,15 +50,20 @@ class _Local(threading.local):
     @contextlib.contextmanager
     def entering(self, module: nn.Module, is_outside: bool) -> Iterator[None]:
         """A context for the run of ``module``, called from outside of its model or from inside."""
-        before = self.entered, self.nested, self.bare
+        before = self.entered, self.nested, self.bare, self.stacked
+        gaps = self.gaps
         if is_outside:
             self.entered, self.nested, self.ran, self.bare = module, False, False, Bare()
+            self.stacked = stacked()
         else:
             self.nested = True
         try:
             yield
         finally:
-            self.entered, self.nested, self.bare = before
+            if is_outside and self.gaps is not gaps:
+                remove(self.gaps)
+                self.gaps = gaps
+            self.entered, self.nested, self.bare, self.stacked = before
             self.ran = self.ran or is_outside  # for the model that called this one
 
 
