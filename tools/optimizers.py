@@ -57,7 +57,7 @@ class Contender:
     def __init__(self, model: nn.Module, make: Make, recipe: str | None) -> None:
         self.model = copy.deepcopy(model)
         self.optimizer = make(self.model.parameters())
-        self.swalp = None if recipe is None else SWALP(self.model, Recipe.parse(recipe))
+        self.swalp = None if recipe is None else SWALP(self.model, Recipe.parse(recipe), seed=0)
         if self.swalp is not None:
             self.swalp.attach(self.optimizer)
 
