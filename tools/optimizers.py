@@ -45,6 +45,9 @@ class Case:
 CASES = [
     *(Case(name, goal=1.25) for name in OPTIMIZERS),
     *(Case(name, changes=" master=float", goal=1.6) for name in OPTIMIZERS),
+    # Where the time of a step goes: without random draws, and with one rounding to nearest of the three.
+    Case("SGD, momentum", changes=" rounding=nearest"),
+    Case("SGD, momentum", changes=" rounding=nearest W=float M=float"),
     *(Case(name, dtype=torch.bfloat16, changes=" master=float") for name in ("SGD, momentum", "AdamW")),
     *(Case(name, tiny=True, goal=1.5) for name in OPTIMIZERS),
 ]
