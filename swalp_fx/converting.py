@@ -40,6 +40,7 @@ def convert(
     recipe: str | Recipe = "bfp8[0]",
     *,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    seed: int | None = None,
 ) -> Converted:
     """(model, swalp): from now on ``model`` computes in ``recipe``, and ``optimizer`` steps in it.
 
@@ -52,12 +53,17 @@ def convert(
     example_inputs: the positional or the named inputs of one call. With them the graphs of the present mode are made at
         once, and can be read: ``model.graphs``. Buffers and random state are unchanged.
 
+    seed: of the random words of steps and averages. None: torch's default CPU generator draws one, as for a DataLoader,
+        if a step rounds stochastically. So ``torch.manual_seed`` before this makes the run reproducible. A forward
+        draws its words from that generator, whatever the seed.
+
     In a process group, convert on each rank, then wrap the module in DistributedDataParallel. Replicas stay bit-equal
     with any seeds: the optimizer pass takes rank 0's seed. In forward and backward each rank draws its own bits.
 
     Every error is raised before anything is changed. ConvertError: no module, already converted, compiled or wrapped.
     FormatError, and RecipeError: also for a rule, an include or an exclude that matches nothing, if example_inputs show
-    all places. TypeError: no optimizer. ValueError: an optimizer of parameters that are not the model's.
+    all places. TypeError: no optimizer, or no whole number as seed. ValueError: an optimizer of parameters that are not
+    the model's, or a seed of more than 64 bits.
     A later call raises NotRewritten if it would compute in float. Warns of weights that take more bits in a format of
     runs than its name says, since an axis is shorter than a run.
     """
@@ -67,7 +73,8 @@ def convert(
 
     parsed = Recipe.parse(recipe)
     refuse_unfit(model, parsed)
-    swalp = SWALP(model, parsed, functools.partial(recipes_of_parameters, model, parsed), float_copy)
+    local = functools.partial(recipes_of_parameters, model, parsed)
+    swalp = SWALP(model, parsed, local, float_copy, seed=0 if seed is None else seed)
     if optimizer is not None:
         swalp.refuse(optimizer)
     conversion = Conversion(model, parsed)
@@ -82,6 +89,8 @@ def convert(
     except BaseException:
         restore(model)
         raise
+    if seed is None:
+        swalp.draw_seed()  # last: an error leaves torch's generator as it was
     return Converted(model, swalp)
 
 

@@ -56,9 +56,8 @@ def train(model, optimizer, steps):
 def setup(make=OPTIMIZERS["momentum"], recipe=RECIPE, model=None, **changes):
     """(model, optimizer, attached swalp), the same each time."""
     model = net() if model is None else model
-    torch.manual_seed(7)
     optimizer = make(model.parameters())
-    swalp = SWALP(model, Recipe.parse(fitted(recipe, optimizer), **changes))
+    swalp = SWALP(model, Recipe.parse(fitted(recipe, optimizer), **changes), seed=7)
     swalp.attach(optimizer)
     return model, optimizer, swalp
 

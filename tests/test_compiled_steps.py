@@ -29,8 +29,7 @@ def test_a_compiled_step_is_algorithm_2_around_torchs_own_compiled_step(name, ba
     found = net()
     optimizer, plain = MAKES[name](found.parameters()), net()
     reference = MAKES[name](plain.parameters())
-    torch.manual_seed(7)
-    swalp = SWALP(found, Recipe.parse(fitted(RECIPE, optimizer), **MASTERS[master]))
+    swalp = SWALP(found, Recipe.parse(fitted(RECIPE, optimizer), **MASTERS[master]), seed=7)
     swalp.attach(optimizer)
     for each in (optimizer, reference):
         each.step = torch.compile(each.step, backend=backend)

@@ -70,14 +70,17 @@ class Words(nn.Module):
 
 
 def _train_apart(rank, folder, steps, late):
-    """Ranks seeded apart, data of their own; the weights and momenta of every 20th step, stored."""
-    if late:  # the group comes after the conversion
+    """Ranks seeded apart, data of their own; the seed, the weights and the momenta of every 20th step, stored.
+
+    late: the group comes after the conversion, and the seeds of the passes are given by hand.
+    """
+    if late:
         torch.manual_seed(rank)
     else:
         _joined(rank, folder, rank)
     model = Words()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    module, swalp = convert(model, optimizer, recipe="bfp6[0]")
+    module, swalp = convert(model, optimizer, recipe="bfp6[0]", seed=3 + rank if late else None)
     if late:
         _joined(rank, folder, rank)
     replica = DistributedDataParallel(module)
@@ -99,11 +102,12 @@ def _train_apart(rank, folder, steps, late):
 LONG = pytest.param(200, False, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("steps, late", [(20, False), (20, True), LONG], ids=["20", "20, group after convert", "200"])
+@pytest.mark.parametrize("steps, late", [(20, False), (20, True), LONG], ids=["20", "20, given seeds", "200"])
 def test_ranks_seeded_apart_take_equal_steps(steps, late, tmp_path):
     spawn(_train_apart, (str(tmp_path), steps, late), nprocs=RANKS)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(RANKS))
     assert len(first) == steps // 20 and shapes.equal(first, second)
+    assert first[0][0] == 3 or not late  # rank 0's
 
 
 def _go_on_apart(rank, folder, change):

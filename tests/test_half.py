@@ -41,9 +41,8 @@ def train(model, optimizer, steps):
 
 
 def attached(model, make=OPTIMIZERS["momentum"], recipe=RECIPE, **changes):
-    torch.manual_seed(7)
     optimizer = make(model.parameters())
-    swalp = SWALP(model, Recipe.parse(fitted(recipe, optimizer), **{"master": "float", **changes}))
+    swalp = SWALP(model, Recipe.parse(fitted(recipe, optimizer), **{"master": "float", **changes}), seed=7)
     swalp.attach(optimizer)
     return model, optimizer, swalp
 

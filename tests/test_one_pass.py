@@ -78,8 +78,7 @@ class Weights(nn.Module):
 
 def attached(make, model, recipe="bfp8[0]", **changes):
     """(an optimizer that ``make`` gives from ``model``, the SWALP on its steps), with the same seed each time."""
-    torch.manual_seed(3)
-    stepper, swalp = make(model), SWALP(model, Recipe.parse(recipe), **changes)
+    stepper, swalp = make(model), SWALP(model, Recipe.parse(recipe), **changes, seed=3)
     swalp.attach(stepper)
     return stepper, swalp
 

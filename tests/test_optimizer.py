@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from stepping import MASTERS, OPTIMIZERS, RECIPE, algorithm_2, fitted, loss_of, net, run_on, same, setup, train, values
+from stepping import MASTERS, OPTIMIZERS, RECIPE, algorithm_2, loss_of, net, run_on, same, setup, train, values
 from torch import nn
 
 from swalp_fx.ops import quantize
@@ -58,9 +58,10 @@ def test_float_masters_follow_the_plain_optimizer():
 
 def test_attaching_changes_no_value_and_draws_nothing():
     model = net()
+    swalp = SWALP(model, Recipe.parse(RECIPE, master="float"))
     before, rng = copy.deepcopy(values(model)), torch.get_rng_state()
     optimizer = OPTIMIZERS["adam"](model.parameters())
-    SWALP(model, Recipe.parse(RECIPE, master="float")).attach(optimizer)
+    swalp.attach(optimizer)
     assert same(values(model), before)
     assert torch.equal(torch.get_rng_state(), rng)
     assert not optimizer.state
@@ -72,32 +73,6 @@ def test_a_step_draws_nothing_from_torch():
     rng = torch.get_rng_state()
     optimizer.step()
     assert torch.equal(torch.get_rng_state(), rng)
-
-
-def test_the_seed_is_torchs():
-    runs = []
-    for seed in (1, 1, 2):
-        model = net()
-        torch.manual_seed(seed)
-        optimizer = OPTIMIZERS["sgd"](model.parameters())
-        swalp = SWALP(model, fitted(RECIPE, optimizer))
-        assert swalp.state_dict()["seed"] == seed
-        swalp.attach(optimizer)
-        train(model, optimizer, range(2))
-        runs.append(values(model))
-    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
-
-
-def test_the_largest_seed_serves():
-    model = net()
-    torch.manual_seed(-1)  # torch's initial_seed is then 2^64 - 1
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    swalp = SWALP(model, fitted(RECIPE, optimizer))
-    swalp.attach(optimizer)
-    train(model, optimizer, range(1))
-    plain = net()
-    algorithm_2(plain, OPTIMIZERS["sgd"](plain.parameters()), swalp.recipe, 2**64 - 1, range(1))
-    assert same(values(model), values(plain))
 
 
 # Which parameters

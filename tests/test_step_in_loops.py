@@ -28,8 +28,7 @@ def test_dtypes_and_recipes_side_by_side_round_as_each_alone(master):
     for p, gradient in zip(model, gradients, strict=True):
         p.grad = gradient.clone()
     before = [p.detach().clone() for p in model]
-    torch.manual_seed(7)
-    optimizer, swalp = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), SWALP(model, recipe, others)
+    optimizer, swalp = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), SWALP(model, recipe, others, seed=7)
     swalp.attach(optimizer)
     optimizer.step()
     for index, p in enumerate(model):
@@ -71,8 +70,7 @@ def test_a_gradient_that_two_parameters_share_is_rounded_for_each():
     due = quantize(due, "fixed8.3", "stochastic", key=fold_in(7, 0), stream=1 << 32 | 1)
     for p in model:
         p.grad = shared
-    torch.manual_seed(7)
-    optimizer, swalp = torch.optim.SGD(model.parameters(), lr=0.1), SWALP(model, recipe)
+    optimizer, swalp = torch.optim.SGD(model.parameters(), lr=0.1), SWALP(model, recipe, seed=7)
     swalp.attach(optimizer)
     optimizer.step()
     assert same(shared, due)

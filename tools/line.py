@@ -40,7 +40,7 @@ class Line:
         torch.manual_seed(settings.seed)  # every line starts from the same weights
         self.model = models.build(settings.model, dataset.classes, *dataset.shape).to(device)
         self.optimizer = OPTIMIZERS[settings.optimizer].make(self.model.parameters(), settings)
-        _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=self.recipe)
+        _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=self.recipe, seed=settings.seed)
         self.replica = ranks.replica(self.model)
         self.epochs: list[dict[str, Any]] = []
         self.saved = 0  # epochs that the checkpoint holds

@@ -152,7 +152,8 @@ def run(settings: Settings) -> dict[str, Any]:
     model = Regressions(names, settings.chains, *given.optimum.shape)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, weight_decay=settings.l2)
     rules = tuple(swalp_fx.Rule(name, weight=format) for name, format in widths.items())
-    _, swalp = swalp_fx.convert(model, optimizer, recipe=swalp_fx.Recipe.parse("float", rules=rules))
+    recipe = swalp_fx.Recipe.parse("float", rules=rules)
+    _, swalp = swalp_fx.convert(model, optimizer, recipe=recipe, seed=settings.seed)
 
     last, averages = [], {}
     fractions = {settings.steps // part: f"T/{part}" if part > 1 else "T" for part in (4, 2, 1)}

@@ -45,6 +45,9 @@ class Case:
 CASES = [
     *(Case(name, goal=1.25) for name in OPTIMIZERS),
     *(Case(name, changes=" master=float", goal=1.6) for name in OPTIMIZERS),
+    # Where the time of a step goes: without random draws, and with one rounding to nearest of the three.
+    Case("SGD, momentum", changes=" rounding=nearest"),
+    Case("SGD, momentum", changes=" rounding=nearest W=float M=float"),
     *(Case(name, dtype=torch.bfloat16, changes=" master=float") for name in ("SGD, momentum", "AdamW")),
     *(Case(name, tiny=True, goal=1.5) for name in OPTIMIZERS),
 ]
@@ -57,7 +60,7 @@ class Contender:
     def __init__(self, model: nn.Module, make: Make, recipe: str | None) -> None:
         self.model = copy.deepcopy(model)
         self.optimizer = make(self.model.parameters())
-        self.swalp = None if recipe is None else SWALP(self.model, Recipe.parse(recipe))
+        self.swalp = None if recipe is None else SWALP(self.model, Recipe.parse(recipe), seed=0)
         if self.swalp is not None:
             self.swalp.attach(self.optimizer)
 

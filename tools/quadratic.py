@@ -79,7 +79,7 @@ def run(settings: Settings) -> dict[str, Any]:
     model = Regressions(settings.copies, settings.dimensions)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
     recipe = swalp_fx.Recipe.parse("float", rules=(swalp_fx.Rule("low", weight=settings.format),))
-    _, swalp = swalp_fx.convert(model, optimizer, recipe=recipe)
+    _, swalp = swalp_fx.convert(model, optimizer, recipe=recipe, seed=settings.seed)
 
     points = _marks(settings.steps)
     lines: dict[str, list[float]] = {line: [] for line in ("SGD-FP", "SWA-FP", "SGD-LP", "SWALP")}

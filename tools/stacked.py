@@ -108,7 +108,7 @@ class Runs:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe(text))
+        _, self.swalp = swalp_fx.convert(self.model, self.optimizer, recipe=recipe(text), seed=settings.seed)
 
     @property
     def averaging(self) -> bool:

@@ -55,14 +55,15 @@ def contenders(model: nn.Module, settings: Settings, bits: int | None) -> list[C
     if bits is None:
         lower = qpytorch.in_its_own(theirs, of_theirs)
         of_ours.register_step_pre_hook(_unscale)  # before the optimizer pass rounds
-        module, _ = swalp_fx.convert(ours, of_ours, recipe=f"{qpytorch.OWN} exclude={CLASSIFIER}")
+        recipe = f"{qpytorch.OWN} exclude={CLASSIFIER}"
+        module, _ = swalp_fx.convert(ours, of_ours, recipe=recipe, seed=settings.seed)
         return [
             Contender("float", exact, sgd),
             Contender("QPyTorch, its example", theirs, lower, scale=qpytorch.SCALE),
             Contender("swalp_fx, the same recipe", module, of_ours, scale=qpytorch.SCALE),
         ]
     lower = qpytorch.in_low_precision(theirs, of_theirs, bits, (nn.Conv2d, nn.Linear))
-    module, _ = swalp_fx.convert(ours, of_ours, recipe=recipe_of(bits))
+    module, _ = swalp_fx.convert(ours, of_ours, recipe=recipe_of(bits), seed=settings.seed)
     return [
         Contender("float", exact, sgd),
         Contender(f"QPyTorch, {bits} bits, dim 0", theirs, lower),

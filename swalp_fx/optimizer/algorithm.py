@@ -41,6 +41,7 @@ from .parameters import Parameters
 from .ranks import agreed_seed
 from .refusals import refuse_optimizer, refuse_sparse, refuse_step
 from .scaling import scale_of, scaler_of, skip
+from .seeds import drawn_seed, refuse_seed
 from .states import is_known, refuse_misnamed, states_of
 from .swapped import IN_AVERAGED
 from .twin import Loading, Twin, idle, is_half, kept_elsewhere, narrow_states
@@ -80,13 +81,19 @@ class _Step:
 class LowPrecision:
     """Low-precision steps of an optimizer: SGD-LP, in the paper's words, for any optimizer.
 
-    model, recipe, local: see SWALP. Random words come from key (seed, step) and stream (role, index of the parameter in
-    the model).
+    model, recipe, local, seed: see SWALP. Random words come from key (seed, step) and stream (role, index of the
+    parameter in the model).
     """
 
     def __init__(
-        self, model: nn.Module, recipe: str | Recipe, local: Mapping[str, Recipe] | Callable[[], Mapping[str, Recipe]]
+        self,
+        model: nn.Module,
+        recipe: str | Recipe,
+        local: Mapping[str, Recipe] | Callable[[], Mapping[str, Recipe]],
+        seed: int | None,
     ) -> None:
+        if seed is not None:
+            refuse_seed(seed)
         self.model = model
         self.recipe = Recipe.parse(recipe)
         self._parameters = Parameters(model, self.recipe, local, self._forget_layer)
@@ -94,7 +101,6 @@ class LowPrecision:
         #: function that returns it. None: the scale of the GradScaler that calls the step, or 1.
         self.grad_scale: float | Callable[[], float] | None = None
         self._is_averaged = False  # the model has the weights of an average
-        self._seed = torch.initial_seed()
         self._has_agreed = False  # with the other ranks on the seed
         self._group: ProcessGroup | None = None
         self._steps = 0
@@ -104,6 +110,19 @@ class LowPrecision:
         self._twin: Twin | None = None
         self._n_groups = 0  # groups of the optimizer that the warnings have seen
         self._warned_of: set[str] = set()  # names of states without a known role
+        if seed is None:
+            self.draw_seed()
+        else:
+            self._seed = int(seed) % 2**64
+
+    def draw_seed(self) -> None:
+        """Take a new seed from torch's default CPU generator.
+
+        Where neither steps nor the recipe's average round at random, nothing is drawn, and the seed is torch's own.
+        """
+        draws = any(recipe.draws_in_steps for recipe in (self.recipe, *self._parameters.recipes))
+        self._seed = drawn_seed() if draws else torch.initial_seed()
+        self._has_agreed = False
 
     def _forget_layer(self, name: str, parameter: nn.Parameter) -> None:
         """Called where a new layer takes the place of the one that has this parameter."""

@@ -35,9 +35,12 @@ class SWALP(LowPrecision):
         that returns this mapping; it is called again when the model has other parameters.
     float_copy: a deep copy of the model that computes in float.
 
-    Random words come from key (seed, step) and stream (role, index of the parameter in the model).
-    The seed is ``torch.initial_seed()`` at construction, which draws nothing. In a process group it
-    is rank 0's: the ranks agree on it in their first step.
+    seed: of the random words of steps and averages, a whole number as ``torch.manual_seed`` takes it. None: one that
+        torch's default CPU generator draws now. So ``torch.manual_seed`` before this makes a run reproducible, and two
+        models of one process round apart. Nothing is drawn for a recipe that rounds nothing of a step at random.
+
+    Random words come from key (seed, step) and stream (role, index of the parameter in the model). In a process group
+    the seed is rank 0's: the ranks agree on it in their first step. A loaded state brings its own.
 
     ``copy.deepcopy`` and pickle copy the model and the attached optimizer too, and attach the copies
     to each other. An optimizer copied without its SWALP is an ordinary optimizer, because torch does
@@ -50,8 +53,10 @@ class SWALP(LowPrecision):
         recipe: str | Recipe,
         local: Mapping[str, Recipe] | Callable[[], Mapping[str, Recipe]] = dict,
         float_copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+        *,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(model, recipe, local)
+        super().__init__(model, recipe, local, seed)
         self._float_copy = float_copy
         average = self.recipe.resolved().average
         self._average = Average(average.format, average.rounding or "nearest")

@@ -57,6 +57,11 @@ class Quantizer:
         """Whether it changes any number: False for ``float``."""
         return self.format != FLOAT
 
+    @property
+    def draws(self) -> bool:
+        """Whether its rounding is stochastic; False where it has none of its own."""
+        return self.rounding is not None and parse_rounding(self.rounding)[0] == "stochastic"
+
     def under(self, rounding: str) -> Quantizer:
         """The same quantizer; ``rounding`` is filled in if it rounds and has no rounding of its own."""
         return replace(self, rounding=rounding) if self.rounds and self.rounding is None else self

@@ -12,7 +12,7 @@ from .document import from_json, to_json
 from .errors import RecipeError
 from .patterns import GLOBS, Subject, around, is_all_of, matches, unmatched
 from .quantizer import Quantizer, States, as_states
-from .roles import ALL_ROLES, AVERAGE_ROUNDING, OF_WEIGHTS, once
+from .roles import ALL_ROLES, AVERAGE_ROUNDING, OF_PARAMETERS, OF_WEIGHTS, once
 from .rounding import parse_rounding
 from .rule import Rule
 from .text import read, text
@@ -134,9 +134,10 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The same recipe, with the rounding of each role filled in."""
-        return self._with_each(
-            lambda role, quantizer: quantizer.under("nearest" if role == "average" else self.rounding)
-        )
+        return self._with_each(self._resolved)
+
+    def _resolved(self, role: str, quantizer: Quantizer) -> Quantizer:
+        return quantizer.under("nearest" if role == "average" else self.rounding)
 
     def _with_each(self, change: Callable[[str, Quantizer], Quantizer]) -> Recipe:
         """The recipe with each quantizer replaced by ``change(role, quantizer)``; itself if nothing changes."""
@@ -153,6 +154,14 @@ class Recipe:
         in_graphs = (getattr(each, role) for each in (self, *self.rules) for role in ("weight", "activation", "error"))
         roundings = (self.rounding, *(quantizer.rounding for quantizer in in_graphs if quantizer is not None))
         return any(parse_rounding(rounding)[0] == "stochastic" for rounding in roundings if rounding is not None)
+
+    @property
+    def draws_in_steps(self) -> bool:
+        """Whether a step of an optimizer, or the average of the weights, may need random bits."""
+        given: tuple[Recipe | Rule, ...] = (self, *self.rules)
+        roles = [(role, each) for of in given for role in OF_PARAMETERS if (each := getattr(of, role)) is not None]
+        states = [("momentum", each) for of in given for _, each in of.states]
+        return any(self._resolved(role, each).draws for role, each in (*roles, *states))
 
     @property
     def rounds_outputs(self) -> bool:
