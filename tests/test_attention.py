@@ -390,6 +390,14 @@ def _assert_as_the_model(model, *inputs):
     torch.testing.assert_close(again.grad, x.grad, rtol=1e-4, atol=1e-4)
 
 
+def _written_by_lists(scores):
+    scores = scores.clone()
+    scores[[1]] = -1e9
+    scores[:, [0, 1], 3:5, 7:] = -1e9
+    scores[[0, 1], [1, 0]] = scores[[0, 1], [1, 0]].masked_fill(FUTURE, -1e9)
+    return scores
+
+
 FULL = torch.arange(TOKENS).flip(0)
 LOW = _added(FUTURE, -1e4)
 
@@ -407,6 +415,7 @@ LOW = _added(FUTURE, -1e4)
         lambda s: s[..., FULL] + _added(FUTURE),
         lambda s: s.index_select(-2, FULL) + _added(FUTURE),
         lambda s: (s + _added(FUTURE)).flip(-1),
+        _written_by_lists,
     ],
 )
 def test_a_mask_takes_out_what_it_is_laid_on(scores):

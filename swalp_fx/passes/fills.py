@@ -57,7 +57,7 @@ def fill_in(graph: Graph, is_rounded_product: Callable[[Node], bool]) -> None:
         if (fill := _fill_of(node)) is None:
             continue
         target = _written(node)
-        if _holds(value_of(target).dtype, fill.value) and _is_on_the_way(target, node, is_rounded_product):
+        if _holds(target, fill.value) and _is_on_the_way(target, node, is_rounded_product):
             _replace(node, target, fill, made)
 
 
@@ -70,9 +70,9 @@ def _fill_of(node: Node) -> _Fill | None:
     mask: Any = None
     mark: Any = None
     if name in ("setitem", "index_put") and len(args) == 3:
-        index: tuple[Any, ...] = tuple(args[1]) if isinstance(args[1], (tuple, list)) else (args[1],)
+        index: Any = args[1] if isinstance(args[1], tuple) else (args[1],)  # a list is one index, as in x[[0, 1]]
         if name == "index_put":  # for which None is a whole axis
-            index = tuple(EVERYTHING if each is None else each for each in index)
+            index = tuple(EVERYTHING if each is None else each for each in cast(Any, args[1]))
         mark, mask = (operator.setitem, index, True), _mask_of(index, args[0])
     elif name in ("fill", "copy") and len(args) == 2 and writes(node):
         mark = ("fill_", True)
@@ -82,7 +82,7 @@ def _fill_of(node: Node) -> _Fill | None:
         mark, mask = ("masked_fill_", args[1], True), args[1]
     value = args[-1]
     low = constant_of(value)
-    if mark is None or low is None or low > NONE_LEFT:
+    if mark is None or low is None or not low <= NONE_LEFT:
         return None
     is_one = name == "masked_scatter" or not isinstance(value, Node) or value_of(value).numel() == 1
     return _Fill(low, mark, mask if isinstance(mask, Node) else None) if is_one else None
@@ -119,8 +119,8 @@ def _is_basic_view(node: Node) -> bool:
     return node.op.startswith("call") and stem_of(node) in VIEWS and is_basic and isinstance(node.args[0], Node)
 
 
-def _holds(dtype: torch.dtype, value: float) -> bool:
-    return value == -torch.inf or value >= torch.finfo(dtype).min
+def _holds(target: Node, value: float) -> bool:
+    return is_floating(target) and (value == -torch.inf or value >= torch.finfo(value_of(target).dtype).min)
 
 
 def _is_on_the_way(target: Node, write: Node, is_rounded_product: Callable[[Node], bool]) -> bool:
