@@ -168,6 +168,12 @@ def test_a_parameter_that_a_block_does_not_fit_is_named_before_anything_is_chang
     convert(model, None, swalp_fx.Recipe.parse("W=bfp8[3]", rules=(rule,)))
 
 
+def test_a_bias_in_runs_along_the_second_axis_is_one_block():
+    made = rewritten(nn.Linear(64, 64), "mxfp8[1:32]", torch.randn(2, 64))
+    found = {node.name: node.args[3] for node in made.graph.nodes if "quantize_weight" in str(node.target)}
+    assert found == {"weight_q": "mxfp8[1:32]", "bias_q": "mxfp8[]"}
+
+
 @pytest.mark.parametrize("role", ["G", "M", "V", "master", "average"])
 def test_so_is_one_that_the_block_of_another_role_does_not_fit(role):
     with pytest.raises(

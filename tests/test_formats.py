@@ -13,7 +13,7 @@ from strategies import EVERY_FORMAT
 from tables import FORMATS, every_half
 
 import formats as formats_tool
-from swalp_fx import FLOAT, Format, FormatError, formats, parse, reference
+from swalp_fx import FLOAT, Format, FormatError, formats, parse, quantize, reference
 from swalp_fx.formats import (
     PRESETS,
     Absmax,
@@ -326,6 +326,11 @@ def test_facts_are_those_of_what_rounding_gives(spec):
 
 
 # ---- named formats -------------------------------------------------------------------------------
+
+
+def test_without_mantissa_bits_ties_go_up():
+    x = torch.tensor([0.75, 1.5, 3.0, -3.0, 2.9])
+    assert quantize(x, "e5m0").tolist() == [1.0, 2.0, 4.0, -4.0, 2.0]
 
 
 def test_every_constant_is_a_preset():

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from swalp_fx import nodes, quantize
 from swalp_fx.passes.names import PART, place
 from swalp_fx.passes.operations import name_of
-from swalp_fx.passes.tables import OPERATIONS, TABLE
+from swalp_fx.passes.tables import OPERATIONS, TABLE, part_of
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)) + 2  # no number twice, none zero
 IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(2)) + 2
@@ -229,6 +229,34 @@ def test_an_operator_that_others_have_registered_is_not_trusted_by_its_name():
         assert any(
             name_of(node.args[0]) == "fold" for node in made.graph.nodes if "quantize_output" in str(node.target)
         )
+
+
+LIKE_OTHERS = {
+    "a dropout of aten": (lambda x: torch.native_dropout(x, 0.5, True)[0], []),
+    "a product with a truth value": (lambda x: torch.mul(x, x.is_complex()), ["mul"]),
+    "a dropout of others": (lambda x: torch.ops.swalp_tests.fused_dropout(x), ["fused_dropout"]),
+    "a split of others": (lambda x: torch.ops.swalp_tests.my_split(x)[1], ["my_split"]),
+}
+
+
+@pytest.mark.parametrize("case", LIKE_OTHERS)
+def test_names_that_look_like_others_run(case):
+    """The pass and the proof agree on them."""
+    call, places = LIKE_OTHERS[case]
+    with torch.library._scoped_library("swalp_tests", "DEF") as library:
+        library.define("fused_dropout(Tensor x) -> Tensor")
+        library.impl("fused_dropout", lambda x: x * 0.3, "CompositeImplicitAutograd")
+        library.define("my_split(Tensor x) -> Tensor[]")
+        library.impl("my_split", lambda x: [x * 1, x * 2], "CompositeImplicitAutograd")
+        made = rewritten(Before(call), "bfp8[0]", X)
+    assert rounded(made.graph) == ["layer", *places]
+
+
+def test_selections_are_pooling():
+    selections = {"maximum", "minimum", "fmax", "fmin", "cummax", "cummin", "median", "mode", "kthvalue", "aminmax"}
+    pools = {f"{start}max_pool{n}d_with_indices" for start in ("", "adaptive_") for n in (1, 2, 3)}
+    assert {part_of(name) for name in selections | pools | {"fractional_max_pool2d"}} == {"pooling"}
+    assert part_of("clamp_min") == part_of("clamp_max") == "activation"
 
 
 def test_a_complex_activation_is_rounded_by_its_real_and_its_imaginary_part():

@@ -10,6 +10,7 @@ Each is measured against its like, in one run.
     python tools/benchmark.py capture             # first and later calls, and how many graphs changing sizes make
     python tools/benchmark.py recurrent           # recurrent layers, against PyTorch's fused calls
     python tools/benchmark.py step --models vgg16 # a training step, against the same step in float
+    python tools/benchmark.py step --models rotary vit
     python tools/benchmark.py optimizer           # the optimizer's step, and its memory, against the plain optimizer's
 
 Each first checks that the results agree: the op with the oracle, the graph with the model, a step that rounds
@@ -260,8 +261,7 @@ def refuse_unmeasurable(args: argparse.Namespace, parser: CommandLine) -> None:
         if args.what in ("graph", "capture", "optimizer"):
             models.names()  # torchvision's among them
         for name in (args.models or steps.MODELS) if args.what == "step" else ():
-            shape = (3, steps.SIZE)
-            trial.of_model(name, models.build(name, 10, *shape), *shape, batch=steps.BATCH)
+            steps.made(name)
     except trial.INPUT_ERRORS as error:
         parser.refuse(error)
     for count in args.elements or ():
