@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,13 @@ STAGES = {stage.name: stage for stage in gpu.STAGES}
 
 def test_all_stages_but_the_build_fit_in_ten_minutes():
     assert sum(stage.seconds for stage in gpu.STAGES if stage.name != "build") <= 600
+
+
+def test_every_file_with_tests_for_a_gpu_is_in_a_stage():
+    folder = Path(__file__).parent
+    needs_one = re.compile(r"mark\.gpu\b|^from devices import", re.MULTILINE)
+    files = {f"tests/{path.name}" for path in folder.glob("test_*.py") if needs_one.search(path.read_text())}
+    assert files == {each for stage in gpu.STAGES for each in stage.tests}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")

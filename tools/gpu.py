@@ -75,7 +75,14 @@ STAGES = (
         "tests",
         130,
         "the other tests that need a GPU",
-        ("tests/test_cuda.py", "tests/test_codes.py", "tests/test_optimizer.py", "tests/test_averaging.py"),
+        (
+            "tests/test_cuda.py",
+            "tests/test_codes.py",
+            "tests/test_optimizer.py",
+            "tests/test_averaging.py",
+            "tests/test_recalibration.py",
+            "tests/test_where_a_dtype_ends.py",
+        ),
     ),
 )
 

@@ -1,6 +1,6 @@
 """Runs the commands behind the figures of the pages again, and writes their tables and pictures into the pages.
 
-    python tools/results.py              all of them: some hours of one core; runs in runs/ are not repeated
+    python tools/results.py              all of them: some hours, one on each core; runs in runs/ are not repeated
     python tools/results.py ordering     one of them
 
 A page has a table between two comments, "results: NAME" and "end of NAME". Prose that quotes figures is not changed.
@@ -15,7 +15,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from settings import nearest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "results.json"
+WRITING = threading.Lock()  # of pages: several figures have one page
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def refresh(name: str, root: Path, runs: Path) -> None:
         _call(figure.words(folder), root)
     record = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     page = root / figure.page
-    files.write(page, placed(page.read_text(encoding="utf-8"), name, section(name, record, figure)).encode())
+    with WRITING:
+        files.write(page, placed(page.read_text(encoding="utf-8"), name, section(name, record, figure)).encode())
     for picture in figure.pictures:
         files.write(root / "docs" / picture, (folder / picture).read_bytes())
     if figure.drawn:
@@ -159,11 +163,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.names:
         if name not in FIGURES:
             parser.refuse(f"there is no figure {name!r}; use {nearest(name, FIGURES)}")
-    try:
-        for name in args.names or FIGURES:
-            refresh(name, ROOT, ROOT / "runs")
-    except files.FileError as error:
-        parser.refuse(error)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads, which wait for the commands' processes
+        try:
+            # The last are the longest.
+            list(pool.map(lambda name: refresh(name, ROOT, ROOT / "runs"), args.names or reversed(FIGURES)))
+        except files.FileError as error:
+            parser.refuse(error)
 
 
 if __name__ == "__main__":
