@@ -24,33 +24,77 @@ __attribute__((noinline)) void look_at_run(const S* x, int64_t n, const Q quanti
   }
 }
 
-constexpr int64_t kWords = 16;  // words that are made and written at once: what a register holds, or several
-
-// Writes the lowest bits of word_at(i, lane) for n neighbours; `lane` of a register. It goes through words, because compilers
-// would narrow each part of a code by itself; GCC keeps them in registers. It is inlined, because else they see no loop.
-template <class Code, class F>
-inline __attribute__((always_inline)) void write_words(Code* y, int64_t n, const F& word_at) {
-  alignas(64) uint32_t words[kWords];
-  int64_t i = 0;
-  for (; i + kWords <= n; i += kWords) {
+// Writes the codes of n neighbours: word_at(i, lane) is the word of x[i], `lane` its place in a register. Four registers of words
+// get their endings together. Each is made by a loop of its own, since GCC then keeps it out of memory. This function and those
+// that it is given are inlined, because the loops would not be vectorised else.
+template <Sign kSign, class Code, class F>
+inline __attribute__((always_inline)) void write_codes(const float* x, Code* y, int64_t n, const Ending& ending,
+                                                       const F& word_at) {
+  constexpr int64_t kRegister = Lanes::kBytes / 4;
+  if (sizeof(Code) > 1 || n < Lanes::kBytes) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Code>(with_ending<kSign>(word_at(i, 0), x[i], ending));
+  } else if constexpr (sizeof(Code) == 1) {
+    alignas(64) uint32_t words[4][kRegister];
+    for (int64_t i = 0; i < n; i += Lanes::kBytes) {
+      const int64_t first = std::min(i, n - Lanes::kBytes);  // the last ones, and some before them once more
+      SWALP_UNROLL
+      for (int64_t part = 0; part < 4; ++part) {
 #pragma GCC ivdep
 #pragma GCC unroll 1
-    for (int64_t lane = 0; lane < kWords; ++lane) words[lane] = word_at(i + lane, lane);
-    Lanes::narrow(words, y + i);
-  }
-  for (; i < n; ++i) y[i] = static_cast<Code>(word_at(i, 0));
-}
-
-// The same of code_at(i, lane, kTwos).
-template <class Element, class Round, class F>
-inline __attribute__((always_inline)) void write_codes(const Element&, const Round& round, typename Round::Code* y, int64_t n,
-                                                       const F& code_at) {
-  if constexpr (std::is_same_v<Element, IntegerElement<float>>) {
-    if (round.coding.is_twos) {
-      return write_words(y, n, [&](int64_t i, int64_t lane) { return code_at(i, lane, std::true_type()); });
+        for (int64_t lane = 0; lane < kRegister; ++lane) words[part][lane] = word_at(first + part * kRegister + lane, lane);
+      }
+      Lanes::template end_words<kSign>(words[0], x + first, y + first, ending);
     }
   }
-  write_words(y, n, [&](int64_t i, int64_t lane) { return code_at(i, lane, std::false_type()); });
+}
+
+// The same of words that are made already. Not by a copy of them: GCC makes it in other pieces than are read next, which waits.
+template <Sign kSign, class Code>
+inline __attribute__((always_inline)) void write_codes_of(const uint32_t* words, const float* x, Code* y, int64_t n,
+                                                          const Ending& ending) {
+  if (sizeof(Code) > 1 || n < Lanes::kBytes) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Code>(with_ending<kSign>(words[i], x[i], ending));
+  } else if constexpr (sizeof(Code) == 1) {
+    for (int64_t i = 0; i < n; i += Lanes::kBytes) {
+      const int64_t first = std::min(i, n - Lanes::kBytes);
+      Lanes::template end_words<kSign>(words + first, x + first, y + first, ending);
+    }
+  }
+}
+
+// Calls f(kTwos, the Sign of words) for a quantizer Q, both as types. Only integers have loops for two's complement.
+template <class Q, class Round, class F>
+inline __attribute__((always_inline)) void with_sign(const Round& round, const F& f) {
+  using Element = decltype(std::declval<Q>().element);
+  const auto call = [&](auto twos) __attribute__((always_inline)) {
+    f(twos, std::integral_constant<Sign, sign_of<Element, twos(), typename Round::Round>>());
+  };
+  if constexpr (std::is_same_v<Element, IntegerElement<float>>) {
+    if (round.coding.is_twos) return call(std::true_type());
+  }
+  call(std::false_type());
+}
+
+// The ending for all quantizers Q of a format: the largest number has one code, whatever its scale.
+template <class Q, class Format, class Round>
+inline Ending ending_of_all(const Format& format, const Round& round) {
+  return ending_of(decltype(std::declval<Q>().element)(format.grid), round.coding);
+}
+
+// The codes of n neighbours with one quantizer.
+template <class Q, class Round>
+inline __attribute__((always_inline)) void write_codes_with(const Q& quantizer, const float* x, typename Round::Code* y,
+                                                            int64_t n, const uint32_t* draw, const Round& round) {
+  with_sign<Q>(round, [&](auto twos, auto sign) __attribute__((always_inline)) {
+    uint32_t largest[16] = {};  // of each lane
+    const Ending ending = ending_of(quantizer.element, round.coding);
+    const auto word_at = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+      if constexpr (Round::looks) largest[lane] = larger(largest[lane], magnitude_bits(x[i]));
+      return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
+    };
+    write_codes<sign()>(x, y, n, ending, word_at);
+    if constexpr (Round::looks) round.tell(is_finite_magnitude<float>(*std::max_element(largest, largest + 16)));
+  });
 }
 
 // n neighbours with one quantizer. Not inlined: formats share quantizers, and each copy costs seconds of compiling.
@@ -61,12 +105,7 @@ __attribute__((noinline)) void quantize_run(const S* x, Result<S, Round>* y, int
   if constexpr (std::is_same_v<Round, Look>) {
     look_at_run(x, n, quantizer, round);
   } else if constexpr (kCodes<Round>) {
-    uint32_t largest[kWords] = {};  // of each lane
-    write_codes(quantizer.element, round, y, n, [&](int64_t i, int64_t lane, auto twos) {
-      if constexpr (Round::looks) largest[lane] = larger(largest[lane], magnitude_bits(x[i]));
-      return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
-    });
-    if constexpr (Round::looks) round.tell(is_finite_magnitude<T>(*std::max_element(largest, largest + kWords)));
+    write_codes_with(quantizer, x, y, n, draw, round);
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -217,9 +256,7 @@ inline void quantize_tile(const Q& quantizer, const S* x, Result<S, Round>* y, c
   if constexpr (std::is_same_v<Round, Look>) {
     round.tell(differences(x, kSize, quantizer, round) != 0);
   } else if constexpr (kCodes<Round>) {
-    write_codes(quantizer.element, round, y, kSize, [&](int64_t i, int64_t, auto twos) {
-      return code<twos()>(quantizer, x[i], Round::draws ? draw[i] : 0u, round);
-    });
+    write_codes_with(quantizer, x, y, kSize, draw, round.without_look());
   } else {
 #pragma GCC ivdep
 #pragma GCC unroll 1
@@ -271,6 +308,9 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, R
                                               typename Ieee<Compute<S>>::Bits* found) {
   using T = Compute<S>;
   using Bits = typename Ieee<T>::Bits;
+  using Quantizer = decltype(format.template usual<T>(0, tensor_maximum));
+  Ending ending{};
+  if constexpr (kCodes<Round>) ending = ending_of_all<Quantizer>(format, round);
   for (int64_t batch; tiles > 0; tiles -= batch, x += batch * kSize, y += batch * kSize, index += batch * kSize) {
     batch = std::min(kBatch, tiles);
     Bits maxima[kBatch] = {};
@@ -282,27 +322,54 @@ __attribute__((noinline)) void quantize_tiles(const Format format, const S* x, R
     }
     if constexpr (kCodes<Round>) {
       round.tell(finite || is_finite_magnitude<T>(largest_of_run(x, batch * kSize)));
-      found = std::copy(maxima, maxima + batch, found);
+      if (batch == kBatch) {  // a size that is known is copied faster
+        std::copy(maxima, maxima + kBatch, found);
+      } else {
+        std::copy(maxima, maxima + batch, found);
+      }
+      found += batch;
     }
     Bits unusual = 0;
     for (int64_t t = 0; t < kBatch; ++t) unusual |= Bits(t < batch) & Bits(!format.template is_usual<T>(maxima[t]));
-    using Quantizer = decltype(format.template usual<T>(maxima[0], tensor_maximum));
     // Divisions are done for all tiles at once. A quantizer without one is made faster than it is stored.
     constexpr bool kDivides = std::is_same_v<decltype(Quantizer::scale), RealScale<T>>;
     Quantizer quantizers[kDivides ? kBatch : 1];
     for (int64_t t = 0; kDivides && t < kBatch; ++t) quantizers[t] = format.template usual<T>(maxima[t], tensor_maximum);
+    constexpr bool kTooShort = kSize < Lanes::kBytes;  // words of several tiles are then ended together
+    alignas(64) uint32_t words[kCodes<Round> && kTooShort ? kBatch * kSize : 1];
     for (int64_t t = 0; t < batch; ++t) {
       const int64_t at = t * kSize;
       int64_t count = 0;
       const uint32_t* draw = Round::draws ? draws.from(index + at, (tiles - t) * kSize, count, x + at) : nullptr;
       if (unusual == 0) {
         const Quantizer quantizer = kDivides ? quantizers[t] : format.template usual<T>(maxima[t], tensor_maximum);
-        quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
+        if constexpr (kCodes<Round>) {
+          with_sign<Quantizer>(round, [&](auto twos, auto sign) __attribute__((always_inline)) {
+            const auto word_at = [&](int64_t i, int64_t) __attribute__((always_inline)) {
+              return code<twos()>(quantizer, x[at + i], Round::draws ? draw[i] : 0u, round);
+            };
+            if constexpr (kTooShort) {
+#pragma GCC ivdep
+#pragma GCC unroll 1
+              for (int i = 0; i < kSize; ++i) words[at + i] = word_at(i, 0);
+            } else {
+              write_codes<sign()>(x + at, y + at, kSize, ending, word_at);
+            }
+          });
+        } else {
+          quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
+        }
       } else {
         format.template with_quantizer<T>(maxima[t], tensor_maximum, [&](const auto& quantizer) {
           quantize_tile<kSize>(quantizer, x + at, y + at, round, draw);
         });
       }
+    }
+    if constexpr (kCodes<Round> && kTooShort) {
+      if (unusual != 0) continue;
+      with_sign<Quantizer>(round, [&](auto, auto sign) __attribute__((always_inline)) {
+        write_codes_of<sign()>(words, x, y, batch * kSize, ending);
+      });
     }
   }
 }
@@ -365,10 +432,13 @@ __attribute__((noinline)) void quantize_lanes(const Format format, const S* x, R
   for (int64_t done = 0; done < count; done += period) {
     const int64_t size = std::min(period, count - done);
     if constexpr (kCodes<Round>) {
-      const auto first = format.template usual<T>(maxima[0], tensor_maximum);
-      write_codes(first.element, round, y + done, size, [&](int64_t i, int64_t, auto twos) {
-        const auto quantizer = format.template usual<T>(maxima[i], tensor_maximum);
-        return code<twos()>(quantizer, x[done + i], Round::draws ? draw[done + i] : 0u, round);
+      using Quantizer = decltype(format.template usual<T>(maxima[0], tensor_maximum));
+      with_sign<Quantizer>(round, [&](auto twos, auto sign) __attribute__((always_inline)) {
+        const Ending ending = ending_of_all<Quantizer>(format, round);
+        write_codes<sign()>(x + done, y + done, size, ending, [&](int64_t i, int64_t) __attribute__((always_inline)) {
+          const auto quantizer = format.template usual<T>(maxima[i], tensor_maximum);
+          return code<twos()>(quantizer, x[done + i], Round::draws ? draw[done + i] : 0u, round);
+        });
       });
     } else {
 #pragma GCC ivdep

@@ -24,10 +24,10 @@ struct Storing {
       const Grid inner = n.inner();
       const FloatElement<float, Saturates> element(inner);
       const float outer = *static_cast<float*>(second) = outer_scale<float>(inner, found.tensor_maximum, largest);
-      write_words(bytes, blocks, [&](int64_t i, int64_t) {
+      for (int64_t i = 0; i < blocks; ++i) {
         const float of_block = inner_scale<float>(inner, maxima[i], outer, largest);
-        return code_of<false>(element, of_block, of_block, 0u, coding, RoundNearest{});
-      });
+        bytes[i] = static_cast<uint8_t>(code_of<false>(element, of_block, of_block, 0u, coding, RoundNearest{}));
+      }
     } else if (n.scale == ScaleKind::Affine) {
       for (int64_t i = 0; i < blocks; ++i) {
         const Moved<float> moved(n.grid, bit_cast<float>(maxima[i]), bit_cast<float>(found.negative[i]));
@@ -46,7 +46,7 @@ struct Storing {
   // The low `bits` of eight bytes, side by side in the lowest bits.
   static uint64_t close_up(uint64_t eight, int bits) {
     const int unused = 8 - bits;
-    eight &= 0x0101010101010101 * ((1u << bits) - 1);
+    eight &= uint64_t{0x0101010101010101} * ((1u << bits) - 1);
     eight = (eight & 0x00FF00FF00FF00FF) | (eight & 0xFF00FF00FF00FF00) >> unused;
     eight = (eight & 0x0000FFFF0000FFFF) | (eight & 0xFFFF0000FFFF0000) >> 2 * unused;
     return (eight & 0x00000000FFFFFFFF) | (eight & 0xFFFFFFFF00000000) >> 4 * unused;
@@ -54,6 +54,11 @@ struct Storing {
 
   // n codes of `bits` bits, one a byte or one a word, into bytes without gaps.
   __attribute__((noinline)) static void pack_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* packed) {
+    if (bits == 4) {  // two fill a byte, so that no bits go on in the next one
+      for (int64_t i = 0; i < n / 2; ++i) packed[i] = static_cast<uint8_t>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
+      if (n % 2 != 0) packed[n / 2] = codes[n - 1] & 15;
+      return;
+    }
     constexpr int64_t kWords = 256;
     uint64_t words[kWords];
     uint8_t* const end = packed + (n * bits + 7) / 8;
