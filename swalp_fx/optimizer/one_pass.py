@@ -34,6 +34,8 @@ class _Call:
         quantizers = [recipe.gradient, recipe.weight, *(quantizer_of(recipe, name) for name in names)]
         numbers_of = [ROLES["gradient"], ROLES["weight"], *(ROLES["momentum"] + slot for slot in range(len(names)))]
         self.roles = list(zip(quantizers, numbers_of, strict=True))
+        # The quantizer of the roles that are rounded in the pass: the gradient's, if it is rounded.
+        self.first = next((quantizer for quantizer in quantizers if quantizer.rounds), None)
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
         self.states: list[Tensor] = []  # those of the first parameter, then those of the next
@@ -44,16 +46,10 @@ class _Call:
     def tensors(self) -> Iterable[Tensor]:
         return (*self.parameters, *self.gradients, *self.states, *self.masters, *self.counters)
 
-    @property
-    def first(self) -> Quantizer | None:
-        """The quantizer of the roles that are rounded in the pass: the gradient's, if it is rounded."""
-        return next((quantizer for quantizer, _ in self.roles if quantizer.rounds), None)
-
     def run(self, kernel: int, key: Tensor, dry: bool = False) -> bool:
         """Steps the parameters; whether it could. If it could not, or if it is dry, nothing has changed."""
-        first = self.first
         gradient, weight, *states = (
-            parameter_stream(role, 0) if each.rounds and each == first else None for each, role in self.roles
+            parameter_stream(role, 0) if each.rounds and each == self.first else None for each, role in self.roles
         )
         could = update_(
             kernel,
@@ -62,7 +58,7 @@ class _Call:
             self.gradients,
             self.states,
             self.masters,
-            *(first or ANY).how(),
+            *(self.first or ANY).how(),
             key=key,
             streams=self.indices,
             roles=[weight, gradient, *states],
