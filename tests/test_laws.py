@@ -344,8 +344,10 @@ def test_a_power_of_two_scales_a_block_and_its_result(x, format, rounding, key):
 def test_half_types_are_computed_in_float32_and_stored_once(example, rounding, key, dtype):
     x, format = example
     x = x.to(dtype)
-    due = quantize(x.float(), format, rounding, key=key).to(dtype)
-    assert_same_bits(quantize(x, format, rounding, key=key), due)
+    exact = quantize(x.float(), format, rounding, key=key)
+    due = exact.to(dtype)
+    within = due.isfinite() | ~exact.isfinite()  # test_where_a_dtype_ends.py has the others
+    assert_same_bits(quantize(x, format, rounding, key=key)[within], due[within])
 
 
 @law

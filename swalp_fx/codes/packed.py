@@ -6,6 +6,7 @@ of -0 in a format with one zero. A tensor that would not become smaller stays as
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,8 @@ def packed_state(module: nn.Module, formats: Mapping[str, Format]) -> dict[str, 
             records[parameter] = _record(parameter.detach(), format) if format != FLOAT else None
         if (record := records[parameter]) is not None:
             packed[name] = record
-    plain = {name: value for name, value in module.state_dict().items() if name not in packed}
+    # A copy, as codes are; a deep one keeps tensors together that share memory.
+    plain = copy.deepcopy({name: value for name, value in module.state_dict().items() if name not in packed})
     return {"version": VERSION, "packed": packed, "plain": plain}
 
 
