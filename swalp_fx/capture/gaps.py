@@ -90,7 +90,7 @@ class Watch(TorchDispatchMode):
         results = [each for each in pytree.tree_leaves(given) if isinstance(each, Tensor)]
         numbers = [each for each in operands if _is_number(each) and _memory(each) not in self._constants]
         if not numbers:
-            self._constants |= {_memory(each): each.untyped_storage() for each in results if _is_number(each)}
+            self._constants |= {_memory(each): _held(each) for each in results if _is_number(each)}
             return
         for each in results:
             self._constants.pop(_memory(each), None)  # a write has put numbers into it
@@ -169,6 +169,11 @@ def _is_product(function: OpOverload) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _held(tensor: Tensor) -> Any:
+    """What keeps the address of ``_memory`` from being used again."""
+    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
 def _memory(tensor: Tensor) -> int:

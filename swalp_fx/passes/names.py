@@ -44,7 +44,7 @@ def place(node: Node) -> str:
     node: an input, a parameter or a layer output of a classified graph, or of its rewrite.
 
     A layer's output has the layer's name: ``layer1.0.conv1``. A function's output is named by the module that calls it
-    and by the function: ``layer1.0.iadd``. If that is ``linear`` with the weight of a layer that is not called, it
+    and by the function: ``layer1.0.iadd``. In attention, a product with the weight of a layer that is not called
     has that layer's name: ``attention.out_proj``. If several places of a graph have one name, they are numbered in the
     order of the graph: ``layer1.0.relu@1``, ``layer1.0.relu@2``. An input with the name of a layer has the number 0:
     ``tokens@0``. A graph's root that is a bare layer is named by its type: ``linear``.
@@ -87,7 +87,7 @@ def base_name(node: Node) -> str:
 def _name_of_output(node: Node, called: set[str]) -> str:
     """The name of a layer output, without a number. called: the paths of the layers that the graph calls."""
     weight = node.args[1] if len(node.args) > 1 else None
-    if node.meta.get(LAYER) is None and name_of(node) == "linear" and isinstance(weight, Node):
+    if name_of(node) == "linear" and "MultiheadAttention" in kinds_around(node) and isinstance(weight, Node):
         owner, _, name = weight.meta.get(PARAMETER, "").rpartition(".")
         inside = f"{around(node)}." if around(node) else ""
         if name == "weight" and owner not in ("", around(node), *called) and owner.startswith(inside):

@@ -150,7 +150,8 @@ def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
 
 def _owner_of_weight(node: Node, layers: set[str]) -> str:
     """The layer whose weight a linear function reads, of those that its module holds and the graph does not call."""
-    if called(node) != "linear" or node.meta.get(LAYER) is not None or not isinstance(weight := node.args[1], Node):
+    weight = node.args[1] if len(node.args) > 1 else None
+    if called(node) != "linear" or "MultiheadAttention" not in types_around(node) or not isinstance(weight, Node):
         return ""
     owner = weight.meta.get(PARAMETER, "").removesuffix(".weight")
     around = node.meta.get(MODULE) or ""
