@@ -17,13 +17,12 @@ from torch.fx import Graph, Node
 from ..errors import ConvertError
 from ..recipe import Recipe, Subject
 from .captured import LAYER, Layer, around, kinds_around
-from .fills import fill_in
 from .heads import split_heads
 from .names import base_name, kinds_of_operation, kinds_of_type
-from .operations import category, operation_of, stem_of
+from .operations import category, operation_of
 from .origin import origins
 from .purpose import ATTENTION, Purposes
-from .scores import PRODUCTS, Scores, gives_scores, kind_of, replace
+from .scores import Scores, gives_scores, kind_of, replace
 from .tables import PROBABILITIES, SCORES
 from .write import Writer, value_of
 
@@ -63,7 +62,6 @@ def expand(graph: Graph, recipe: Recipe) -> Graph:
                 _write_out(node)
             except RuntimeError as error:  # PyTorch's kernels do not look at all sizes
                 raise ConvertError(UNFIT.format(around(node) or "the model", error)) from error
-    fill_in(graph, lambda node: stem_of(node) in PRODUCTS and rounds(recipe, *_subject_of(node)))
     purposes = Purposes(graph, origins(graph))
     for node in list(graph.nodes):
         if gives_scores(node, purposes) and rounds(recipe, *_subject_of(node)):

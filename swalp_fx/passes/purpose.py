@@ -32,7 +32,6 @@ __all__ = [
     "is_bound",
     "is_softmax",
     "readers_of",
-    "where_of",
 ]
 
 SOFTMAX = ("softmax", "_safe_softmax", "log_softmax", "logsumexp", "cross_entropy")
@@ -158,7 +157,7 @@ class Purposes:
         if name in ("masked_fill", "index_fill"):
             given = [kwargs.get("value", args[-1] if args else None)]
         elif name == "where":
-            given = [each for each in where_of(node)[1:] if each is not None]
+            given = [*args[1:3], *(kwargs[each] for each in ("self", "input", "other") if each in kwargs)]
         elif name == "pad":
             modes = [*args[2:3], kwargs.get("mode", "constant")]
             given = [*args[3:4], kwargs.get("value")] if modes[0] == "constant" else []
@@ -170,13 +169,6 @@ class Purposes:
             return []
         constants = (each for each in given if not isinstance(each, Node) or self.origins[each] is Origin.CONSTANT)
         return [each for each in constants if not _is_empty(each)]
-
-
-def where_of(node: Node) -> tuple[Any, Any, Any]:
-    """(condition, taken where that is true, taken where it is false) of ``torch.where`` or ``x.where``."""
-    names = ("input", "condition", "other") if node.op == "call_method" else ("condition", "input", "other")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return given.get("condition"), given.get("input", given.get("self")), given.get("other")
 
 
 def readers_of(node: Node) -> list[Node]:

@@ -29,13 +29,12 @@ from .purpose import (
     is_bound,
     is_softmax,
     readers_of,
-    where_of,
 )
 from .purpose import PRODUCTS as SCALES
 from .tables import SCORES
 from .write import Writer, value_of
 
-__all__ = ["Scores", "gives_scores", "in_one_mode", "kind_of", "replace"]
+__all__ = ["Scores", "gives_scores", "kind_of", "replace"]
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 LOWEST = torch.finfo(torch.float32).min
@@ -116,7 +115,7 @@ class Scores:
         before = [each for operand in self.product.args if (each := _scaled(operand, self.product)) is not None]
         behind = [self.product]
         while (reader := _only_reader(behind[-1])) is not None and _factor(reader) is not None:
-            if not in_one_mode(self.product, reader):
+            if not _in_one_mode(self.product, reader):
                 break
             behind.append(reader)
         scale = math.prod(_factor(each) for each in (*before, *behind[1:]))  # type: ignore[misc]
@@ -191,11 +190,11 @@ class Scores:
         """
         given, made = value_of(scores), value_of(node)
         is_of_type = made.dtype == value_of(self.product).dtype or not any(
-            takes_size(each, node) and "dtype" not in each.kwargs for each in node.users
+            takes_size(each, node) for each in node.users
         )
         is_placed = made.shape == given.shape and (stem_of(node) in KEEPS or is_bound(node))
         is_placed = is_placed or _is_reordered(node) or (_is_reshaped(node) and made.dtype == given.dtype)
-        return is_placed and is_of_type and in_one_mode(self.product, node)
+        return is_placed and is_of_type and _in_one_mode(self.product, node)
 
     def _in_each_shape(self, steps: list[tuple[Node, Node]]) -> dict[Node, Node]:
         """For each node of ``steps`` the product in its shape, so that sizes can be read from that."""
@@ -220,8 +219,8 @@ class Scores:
         elif name == "masked_fill":
             given: dict[str, Any] = dict(zip(("input", "mask", "value"), node.args, strict=False)) | node.kwargs
             found = _Laid(given["mask"], given["value"], factor)
-        elif name == "where":
-            mask, kept, other = where_of(node)
+        elif name == "where" and len(node.args) == 3:
+            mask, kept, other = cast(Any, node.args)
             found = _Laid(mask, other, factor, inverted=True) if kept is scores else _Laid(mask, kept, factor)
         if found is None or (found.where is not None and not _is_low(found.value)):
             return None
@@ -370,14 +369,14 @@ def _scaled(operand: Any, product: Node) -> Node | None:
     while isinstance(operand, Node) and _only_reader(operand) is reader and operand.op.startswith("call"):
         if _factor(operand) is not None:
             is_fixed = not any(_is_written(each) for each in operand.all_input_nodes)
-            return operand if is_fixed and in_one_mode(operand, product) else None
+            return operand if is_fixed and _in_one_mode(operand, product) else None
         if not is_view(operand) or LAYER in operand.meta or len(operand.all_input_nodes) != 1:
             return None
         reader, operand = operand, operand.args[0]
     return None
 
 
-def in_one_mode(first: Node, second: Node) -> bool:
+def _in_one_mode(first: Node, second: Node) -> bool:
     """Whether both run with gradients or both without, and in the same blocks of autocast and inference."""
     return _mode(first) == _mode(second)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +37,6 @@ class Writer:
         node.meta = self.inherited()
         if layer is not None or self.layer is not None:
             node.meta[LAYER] = layer or self.layer
-        if function is operator.setitem:  # it returns nothing
-            node.meta[VALUE] = None
-            return node
         given, named = map_arg((args, kwargs), value_of)
         call = getattr(type(given[0]), function) if isinstance(function, str) else function
         with torch.no_grad(), enable_python_dispatcher():  # else sizes that change become fixed
