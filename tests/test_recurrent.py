@@ -545,6 +545,10 @@ def test_under_autocast_all_has_the_type_of_the_fused_call():
     layer = _made("LSTM")
     low = converted(Alone(layer), low_recipe)
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            nn.LSTM(FEATURES, layer.hidden_size)(X)
+        except RuntimeError as error:
+            pytest.skip(f"PyTorch has no LSTM in bfloat16 on this processor: {error}")
         found, expected = low(X), layer(X)
     assert [each.dtype for each in _leaves(found)] == [each.dtype for each in _leaves(expected)]
     assert torch.allclose(found[0].float(), expected[0].float(), atol=0.05)
