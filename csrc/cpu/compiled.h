@@ -60,9 +60,6 @@ inline bool look_at_all(const Numbers& format, const Cover& cover, ScalarType ty
   return done;
 }
 
-template <class Round>
-constexpr bool kIsCommon = std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>;
-
 inline bool encode_all(const Numbers& format, const Cover& cover, const float* x, void* codes, bool wide, const Coding& coding,
                        Found* found, const Drawing& drawing) {
   bool done = false;

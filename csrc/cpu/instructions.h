@@ -37,6 +37,10 @@ struct Takes {
   size_t numbers, fewest_states, most_states;
 };
 
+// Codes of a byte have loops for these roundings.
+template <class Round>
+constexpr bool kIsCommon = std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>;
+
 // The loops of one set. The first three return false, and have done nothing, where their combination is not compiled: those that
 // training does not use are compiled for one set alone.
 struct Instructions {

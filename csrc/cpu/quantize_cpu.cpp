@@ -122,13 +122,10 @@ struct Cpu {
     }
 
    private:
-    // Bytes have the two common roundings.
     bool is_wide() const {
       bool is_common = false;
-      with_rounding<float>(drawing.rounding, drawing.random.bits, format.magnitude_bits(), [&](const auto& round) {
-        using Round = std::decay_t<decltype(round)>;
-        is_common = std::is_same_v<Round, RoundNearest> || std::is_same_v<Round, RoundStochastic>;
-      });
+      with_rounding<float>(drawing.rounding, drawing.random.bits, format.magnitude_bits(),
+                           [&](const auto& round) { is_common = kIsCommon<std::decay_t<decltype(round)>>; });
       return coding.bits > 8 || !is_common;
     }
 
