@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from marks import rewritten_by, rounded
 from torch import nn
 
-from swalp_fx import Recipe, RecipeError, Rule, convert, draw, measure, nodes, report
+from swalp_fx import Recipe, RecipeError, Rule, check, convert, draw, measure, nodes, report
 
 
 class Reused(nn.Module):
@@ -188,3 +188,27 @@ def test_a_weight_that_is_derived_for_each_reader_has_one_row():
     module, inputs = _converted(shapes.Normed), shapes.made(shapes.Normed)[1]
     assert str(report(module)).count("\nspectral.weight ") == 1
     assert ("spectral.weight", "W") in measure(module, inputs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, x: F.linear(x, weight=layer.weight),
+        lambda layer, x: F.linear(input=x, weight=layer.weight, bias=layer.bias),
+        lambda layer, x: F.linear(x, layer.weight.mT.mT),
+        lambda layer, x: F.linear(bias=None, weight=layer.weight, input=x),
+    ],
+)
+def test_a_function_is_named_however_its_arguments_are_given(call):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return call(self.fc, x).relu() * 2
+
+    x = torch.randn(3, 4)
+    assert check(Model(), x)
+    lp, _ = convert(Model(), recipe="bfp8", example_inputs=(x,))
+    assert [layer.name for layer in report(lp).layers if layer.operation == "linear"] == ["linear"]
