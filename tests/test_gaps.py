@@ -328,3 +328,45 @@ def test_a_watched_call_has_the_bits_of_any_other():
     lp = made(Scoring)
     first, *later = (lp(X) for _ in range(4))
     assert all(torch.equal(first, each) for each in later)
+
+
+class Failing(Net):
+    """Its first call raises, behind the product."""
+
+    fails = True
+
+    @torch.compiler.disable
+    def fail(self):
+        if Failing.fails:
+            Failing.fails = False
+            raise KeyError("no such batch")
+
+    def forward(self, x):
+        x = self.mixer(self.first(x))
+        self.fail()
+        return self.second(x)
+
+
+def test_what_a_call_that_raised_has_found_the_next_one_tells():
+    lp = made(Failing)
+    with pytest.raises(KeyError):
+        lp(X)
+    (text,) = heard(lp, X)
+    assert line_of(Mixer.forward) in text
+
+
+class Sparse(Net):
+    """Constants in layouts whose tensors have no one storage."""
+
+    @torch.compiler.disable
+    def constants(self):
+        dense = torch.eye(8)
+        return dense.to_sparse() @ dense + dense.to_sparse_csr() @ dense
+
+    def forward(self, x):
+        return self.second(self.first(x) + self.constants()[:1])
+
+
+def test_constants_of_other_layouts_are_constants():
+    lp = made(Sparse)
+    assert not any("computed in float" in text for text in heard(lp, X))

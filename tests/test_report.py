@@ -210,6 +210,43 @@ def test_what_an_earlier_graph_rounded_is_a_rounded_operand(prints):
     assert found == "inside 100.0% of 288 multiply-adds ran in rewritten graphs, 50.0% on rounded operands"
 
 
+class Halving(Printing):
+    """Python writes into what the first graph rounded."""
+
+    @torch.compiler.disable
+    def halve(self, x):
+        x.mul_(0.3)
+
+    def forward(self, x):
+        x = self.first(x)
+        self.halve(x)
+        return self.second(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_python_has_changed_since_is_no_rounded_operand():
+    module, _ = convert(Halving(), recipe="bfp8")
+    found = _lines_of("inside", str(report(module, torch.randn(4, 6).requires_grad_(False))))
+    assert found.endswith("0.0% on rounded operands")
+
+
+def test_a_line_of_another_package_is_named_though_its_name_begins_with_torchs():
+    """torchvision's stochastic depth, which Python runs here."""
+    depth = torchvision.ops.StochasticDepth(0.5, "row")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.second(torch.compiler.disable(depth.forward)(self.first(x)))
+
+    module, _ = convert(Model(), recipe="bfp8")
+    text = str(report(module, torch.randn(4, 6))).replace("\n    ", "")
+    assert re.search(r"torchvision/ops/stochastic_depth\.py:\d+ stochastic_depth", text)
+
+
 def test_what_runs_outside_of_the_graphs_is_told_with_its_line():
     model, (x,) = shapes.made(Broken)
     module, _ = convert(model, recipe="bfp8")

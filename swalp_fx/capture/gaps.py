@@ -21,14 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..passes.names import kinds_of_type
 from ..passes.tables import part_of
-from ..warn import warn
+from ..warn import is_own, line_of, warn
 from .conversion import Conversion, conversion_of
 from .modes import push, stacked
 from .running import local
 
 __all__ = ["Watch", "watch"]
 
-HERE, TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 # Words in the names of PyTorch's kernels that compute products, beside those of the table of operations.
 KERNELS = ("attention", "rnn", "trilinear")
@@ -59,7 +58,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: list[str] = []
+        self._found: dict[tuple[Conversion, str], str] = {}  # (model, line) -> the warning of it
         self.is_inside = False  # whether a graph runs
         # Storages of tensors that are made of no parameter, and of nothing floating that the model is given.
         self._constants: dict[int, Any] = {}
@@ -100,25 +99,25 @@ class Watch(TorchDispatchMode):
 
     def _note(self, conversion: Conversion, operation: str, operands: list[Tensor]) -> None:
         where = _where()
-        if where is None or where.line in conversion.told:
+        if where is None or where.line in conversion.told or (conversion, where.line) in self._found:
             return
         module = where.module or conversion.root
         path = conversion.places.path(module) or ""
         known = self._known[conversion]
         parameters = [known[memory] for each in operands if (memory := _memory(each)) in known]
         if _is_rounded(conversion, path, module, operation, parameters):
-            conversion.told.add(where.line)
             rule = f", or leave {path} in float by a rule" if path else ""
-            self._found.append(
+            self._found[conversion, where.line] = (
                 f"{where.line}: {operation} computed in float, since Python runs this line; take away what breaks the "
                 f"graph there, or compute it in a layer or a method of its own{rule}"
             )
 
     def tell(self) -> None:
-        """Warns of what was found, at the line that called the model."""
-        found, self._found = self._found, []
-        for each in found:
-            warn(each)
+        """Warns of what was found, at the line that called the model. A call that raises leaves it to a later one."""
+        found, self._found = self._found, {}
+        for (conversion, line), text in found.items():
+            conversion.told.add(line)
+            warn(text)
 
 
 class _Where(NamedTuple):
@@ -136,8 +135,8 @@ def _where() -> _Where | None:
         code = frame.f_code
         if code.co_filename.startswith(OPTIMIZERS):
             return None
-        if not (line or code.co_filename.startswith((HERE, TORCH))):
-            line = f"{code.co_filename}:{frame.f_lineno} {code.co_name}"
+        if not line and is_own(frame):
+            line = line_of(frame)
         own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(own, Entry) and code is Entry.enter.__code__:
             module = module or own.module

@@ -7,11 +7,9 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
@@ -29,11 +27,10 @@ from ..passes.operations import operands_of, operation_of
 from ..passes.rounding import Rounding
 from ..passes.tables import part_of
 from ..recipe import Quantizer
+from ..warn import is_own, line_of
 from .graphs import inlined
 
 __all__ = ["Audit", "audited"]
-
-HERE, TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 
 
 def audited(conversion: Conversion, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Audit:
@@ -65,7 +62,7 @@ class Audit(TorchDispatchMode):
         self.inside: Counter[str] = Counter()  # place -> multiply-adds
         self.rounded: Counter[str] = Counter()  # place -> multiply-adds of operations that read only rounded numbers
         self.outside: dict[str, Counter[str]] = {}  # "model.py:12 forward" -> operation -> multiply-adds
-        self.made_rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # outputs of graphs, which others read -> None
+        self.made_rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what a graph rounded -> its version then
         self._running: list[
             tuple[str, bool]
         ] = []  # the running nodes of graphs: place, and whether the node reads only rounded numbers
@@ -73,8 +70,12 @@ class Audit(TorchDispatchMode):
     def watch(self, made: Rewritten, args: tuple[Any, ...]) -> Any:
         graph_module = inlined(made.graph_module, steps=False)
         inputs = zip(graph_module.graph.find_nodes(op="placeholder"), args, strict=True)
-        given = {node for node, value in inputs if isinstance(value, Tensor) and value in self.made_rounded}
+        given = {node for node, value in inputs if isinstance(value, Tensor) and self._is_as_rounded(value)}
         return _Watched(self, graph_module, _rounded(graph_module, given)).run(*args)
+
+    def _is_as_rounded(self, value: Tensor) -> bool:
+        """Whether an earlier graph rounded ``value``, and nothing has written into it since."""
+        return value in self.made_rounded and self.made_rounded[value] == _version(value)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -115,7 +116,7 @@ class _Watched(Interpreter):
             self.audit._running.pop()
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if n in self.rounded:
-            self.audit.made_rounded.update(dict.fromkeys(tensors))
+            self.audit.made_rounded.update({each: _version(each) for each in tensors})
         if NAME in n.meta:
             self.audit.shapes[n.meta[NAME]] = ", ".join("x".join(map(str, each.shape)) or "1" for each in tensors)
         return result
@@ -180,6 +181,11 @@ def _is_floating(node: Node) -> bool:
     )
 
 
+def _version(tensor: Tensor) -> int:
+    """The number of writes into ``tensor``, where torch counts them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _is_layer(name: str, given: Any) -> bool:
     """Whether an operation of aten makes new numbers: in a graph they would have been rounded."""
     name = name.strip("_")
@@ -190,8 +196,6 @@ def _is_layer(name: str, given: Any) -> bool:
 def _line() -> str:
     """The user's line that runs now."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((HERE, TORCH)):
+    while frame is not None and not is_own(frame):
         frame = frame.f_back
-    if frame is None:
-        return "code without a line"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+    return "code without a line" if frame is None else line_of(frame)
