@@ -113,7 +113,7 @@ class Watch(TorchDispatchMode):
             )
 
     def tell(self) -> None:
-        """Warns of what was found, at the line that called the model. A call that raises leaves it to a later one."""
+        """Warns, at the line that called the model, of the lines found. A call that raises leaves it to a later one."""
         found, self._found = self._found, {}
         for (conversion, line), text in found.items():
             conversion.told.add(line)
@@ -152,7 +152,7 @@ def _where() -> _Where | None:
 
 
 def _is_rounded(conversion: Conversion, path: str, module: nn.Module, operation: str, parameters: list[str]) -> bool:
-    """Whether the recipe rounds what a product in ``module`` reads or makes."""
+    """Whether the recipe rounds an operand or the result of a product in ``module``."""
     recipe, subjects = conversion.recipe, conversion.places.subjects
     if any(recipe.at(*subjects[name]).weight.rounds for name in parameters):
         return True
@@ -171,7 +171,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _held(tensor: Tensor) -> Any:
-    """What keeps the address of ``_memory`` from being used again."""
+    """The object to hold, so that the address of ``_memory`` is not used again."""
     return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
