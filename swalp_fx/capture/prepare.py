@@ -20,6 +20,7 @@ from ..passes.captured import (
     CALLS,
     HOLDS,
     KEPT,
+    LATER,
     LAYER,
     MODULE,
     PARAMETER,
@@ -165,6 +166,7 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
         node.meta |= {HOLDS: "state", ARGUMENT: buffer}
     else:
         node.meta[HOLDS] = "state" if "_buffers" in node.name else "input"
+        node.meta[LATER] = frame.read_later(node)
 
 
 def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str | None:
