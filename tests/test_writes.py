@@ -9,6 +9,7 @@ import torch
 from graphs import converted, rewritten
 from marks import rounded
 from programs import Program, program
+from torch.utils.checkpoint import checkpoint
 
 from swalp_fx import Recipe, convert
 from swalp_fx.passes import copies, insert, verify
@@ -51,6 +52,16 @@ def assert_equal(forward, recipe, training):
         found = run(converted(model, recipe), training)
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@torch.library.custom_op("swalp_fx_tests::raised", mutates_args=("t",))
+def raised(t: torch.Tensor) -> None:
+    t.add_(3.0)
+
+
+@raised.register_fake
+def _(t):
+    return None
 
 
 # Returned tensors
@@ -184,6 +195,25 @@ def test_what_a_layer_reads_too_is_returned_as_the_layer_reads_it():
     assert rounded(made.graph) == ["layers.0"]
     (q,) = [node for node in made.graph.nodes if Rounding.of(node, "A")]
     assert made.graph.output_node().args[0][1] is q
+
+
+@pytest.mark.parametrize("writes", [lambda t: t.mul_(2.0), lambda t: t.view(16).mul_(2.0).add_(1.0)])
+def test_what_a_checkpoint_writes_into_its_input_is_returned(writes):
+    def forward(net, x):
+        h = net.layers[0](x)
+        y = checkpoint(lambda t: net.layers[1](writes(t).view(4, 4)), h, use_reentrant=False)
+        return y, h
+
+    assert_equal(forward, IDENTITY, training=False)
+
+
+def test_what_an_operator_of_ones_own_writes_is_returned():
+    def forward(net, x):
+        h = net.layers[0](x)
+        raised(h.view(16))
+        return net.layers[1](h), h
+
+    assert_equal(forward, IDENTITY, training=True)
 
 
 # Inputs

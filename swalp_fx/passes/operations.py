@@ -17,6 +17,7 @@ from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from .. import nodes
+from .captured import INTO
 from .facts import memory_of
 from .tables import does, part_of
 
@@ -155,6 +156,7 @@ def written(node: Node) -> list[Node]:
     if not node.op.startswith("call"):
         return []
     targets: list[Any] = [node.kwargs.get("out"), _renormalised(node)]
+    targets += [operands_of(node)[i] for i in node.meta.get(INTO, ())]
     if writes(node):
         targets.append(node.args[0] if node.args else node.all_input_nodes[0])
     if isinstance(node.target, OpOverload):

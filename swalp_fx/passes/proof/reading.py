@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..captured import TYPE
+from ..captured import INTO, TYPE
 from ..facts import FACTS
 
 __all__ = ["argument", "called", "does", "is_own_code", "reads_sizes", "types_around", "written_by"]
@@ -54,7 +54,7 @@ def written_by(node: Node) -> list[Node]:
             parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
     by_place = dict(zip(parameters, node.args, strict=False))
     in_place = {**by_place, **node.kwargs}.get("inplace", False)
-    written = [node.kwargs.get("out")]
+    written = [node.kwargs.get("out"), *(node.args[1 + i] for i in node.meta.get(INTO, ()))]  # after the body
     if in_place or WRITES.fullmatch(called(node)):
         written.append(node.args[0] if node.args else node.all_input_nodes[0])
     if isinstance(node.target, OpOverload):
