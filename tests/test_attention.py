@@ -287,6 +287,7 @@ def _assert_as_the_model(model, *inputs):
 
 FULL = torch.arange(TOKENS).flip(0)
 LOW = _added(FUTURE, -1e4)
+ONE_HEADS = torch.stack([FUTURE, torch.zeros_like(FUTURE)])
 
 
 @pytest.mark.parametrize(
@@ -302,6 +303,10 @@ LOW = _added(FUTURE, -1e4)
         lambda s: s[..., FULL] + _added(FUTURE),
         lambda s: s.index_select(-2, FULL) + _added(FUTURE),
         lambda s: (s + _added(FUTURE)).flip(-1),
+        lambda s: s[:, [1, 0]].masked_fill(ONE_HEADS, -math.inf),
+        lambda s: s[[1, 0]] + _added(ONE_HEADS, -1e9),
+        lambda s: s[..., [*range(TOKENS)][::-1]] + _added(FUTURE),
+        lambda s: s[True].squeeze(0) + _added(FUTURE),
     ],
 )
 def test_a_mask_takes_out_what_it_is_laid_on(scores):
@@ -473,6 +478,59 @@ def _without_gradient(function, *given):
     ],
 )
 def test_scales_and_masks_stay_on_their_side_of_no_grad(scores):
+    def by_hand(q, k, v):
+        return scores(q, k).softmax(-1) @ v
+
+    _assert_as_the_model(Attention(by_hand), X)
+
+
+def _bias_zeroed(q, k):
+    bias = torch.arange(TOKENS) * 0.1
+    scores = q @ k.mT + bias
+    bias.zero_()
+    return scores + _added(FUTURE)
+
+
+def _mask_written_again(q, k):
+    mask = _added(FUTURE, -1e9)
+    scores = q @ k.mT + mask
+    mask.copy_(_added(PADDING[:1], -1e9)[0, 0].expand_as(mask))
+    return scores + mask
+
+
+def _bias_zeroed_behind_a_view(q, k):
+    bias = torch.arange(2.0 * TOKENS).view(2, TOKENS)
+    scores = q @ k.mT + bias[0]
+    bias.view(-1).fill_(0.5)
+    return scores + _added(FUTURE)
+
+
+def _queries_zeroed_behind_their_scale(q, k):
+    q = q.clone()
+    scaled = q[:] * 0.5
+    q.zero_()
+    return scaled @ k.mT
+
+
+def _bias_that_takes_the_scores(q, k):
+    bias = torch.zeros(2, HEADS, TOKENS, TOKENS)
+    scores = bias.add_(q @ k.mT)
+    seen = bias.sigmoid()
+    return scores + _added(FUTURE) + seen
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        _bias_zeroed,
+        _mask_written_again,
+        _bias_zeroed_behind_a_view,
+        _queries_zeroed_behind_their_scale,
+        _bias_that_takes_the_scores,
+    ],
+    ids=lambda scores: scores.__name__.strip("_"),
+)
+def test_scores_have_what_their_operands_were_before_a_write(scores):
     def by_hand(q, k, v):
         return scores(q, k).softmax(-1) @ v
 

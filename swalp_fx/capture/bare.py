@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 
 from ..passes.captured import HOLDS, TWIN
 from ..passes.names import PART
-from ..passes.operations import is_view, name_of, writes
+from ..passes.operations import is_view, name_of, written
 from ..passes.rounding import ACTIVATION, Rounding
 from ..passes.tables import part_of
 from .walk import replaced
@@ -67,10 +67,10 @@ def give_bare(graph: Graph) -> Twins:
 
 def _moved_to(output: Node) -> Iterator[Node]:
     """The nodes, in order, that make outputs by movement alone: quantize nodes, outputs of loops, inputs, movement."""
-    written = set(_written(output.graph))
+    changed = set(_written(output.graph))
     moved, sources = [], set(output.all_input_nodes)
     for node in reversed(output.graph.nodes):
-        if node not in sources or node in written:
+        if node not in sources or node in changed:
             continue
         if Rounding.of(node, ACTIVATION) is not None or node.meta.get(HOLDS) == "input" or TWIN in node.meta:
             moved.append(node)
@@ -92,10 +92,11 @@ def _is_moved(node: Node) -> bool:
 def _written(graph: Graph) -> Iterator[Node]:
     """The nodes that a graph writes into. Their twins would miss the write."""
     for node in graph.nodes:
-        written: Any = node.kwargs.get("out", node.args[0] if writes(node) and node.args else None)
-        while isinstance(written, Node):
-            yield written
-            written = written.args[0] if is_view(written) and written.args else None
+        for target in written(node):
+            each: Any = target
+            while isinstance(each, Node):
+                yield each
+                each = each.args[0] if is_view(each) and each.args else None
 
 
 class Bare:

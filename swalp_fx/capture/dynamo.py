@@ -8,7 +8,7 @@ parameter behind an input, and the module of a frame.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import CodeType, FunctionType
@@ -331,6 +331,7 @@ class Frame:
 
     def __init__(self) -> None:
         self._tx = InstructionTranslator.current_tx()
+        self._later: set[str] | None = None
 
     @property
     def code(self) -> CodeType:
@@ -422,10 +423,27 @@ class Frame:
         """The names of the nodes that the frame returns; None if it does not return here."""
         if self._tx.current_instruction.opname != "RETURN_VALUE" or not self._tx.stack:
             return None
+        return self._nodes_of([self._tx.stack[-1]])
+
+    def read_later(self, placeholder: Node) -> bool:
+        """Whether the frame returns this input, or code outside of the graph still has a name for it."""
+        source: Any = getattr(placeholder.meta.get("grapharg"), "source", None)
+        while source is not None and not isinstance(source, AttrSource):
+            source = getattr(source, "base", None)
+        if source is not None:  # an object has it
+            return True
+        if self._later is None:
+            returned = self.returned()
+            held = [*self._tx.stack, *self._tx.symbolic_locals.values()]  # behind a break
+            self._later = self._nodes_of(held) if returned is None else returned
+        return placeholder.name in self._later
+
+    def _nodes_of(self, variables: Sequence[Any]) -> set[str]:
+        """The names of the nodes that ``variables``, and the objects and nests in them, hold."""
         names: set[str] = set()
         seen: set[int] = set()
         attributes = self._tx.output.side_effects.store_attr_mutations
-        waiting = [self._tx.stack[-1]]
+        waiting = [*variables]
 
         def note(variable: Any) -> None:
             if id(variable) in seen:

@@ -19,7 +19,9 @@ from ..passes.captured import (
     ARGUMENT,
     CALLS,
     HOLDS,
+    INTO,
     KEPT,
+    LATER,
     LAYER,
     MODULE,
     PARAMETER,
@@ -30,7 +32,8 @@ from ..passes.captured import (
     calls_around,
     is_layer,
 )
-from ..passes.operations import NESTED, name_of, read_after_writes, written_parameter
+from ..passes.facts import memory_of
+from ..passes.operations import CHECKPOINT, NESTED, memory_written, name_of, read_after_writes, written_parameter
 from ..passes.tables import layer_part
 from ..recipe import Recipe
 from .dynamo import Frame
@@ -165,6 +168,7 @@ def _prepare_input(node: Node, value: Any, frame: Frame, places: Places, given: 
         node.meta |= {HOLDS: "state", ARGUMENT: buffer}
     else:
         node.meta[HOLDS] = "state" if "_buffers" in node.name else "input"
+        node.meta[LATER] = frame.read_later(node)
 
 
 def _parameter(node: Node, value: Tensor, frame: Frame, places: Places) -> str | None:
@@ -196,10 +200,18 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
             node.meta[MODULE] = around[-1][1] if around else None if foreign and not owner.is_known else owner.path
             if node.meta[MODULE] is not None:
                 node.meta[TYPE] = _type_around(node, owner)
+            if node.target is CHECKPOINT:
+                node.meta[INTO] = _operands_written(getattr(graph_module, str(node.args[0].target)).graph)
             if owner.module is not None:
                 around = [("", owner.path, owner.module), *around]
             _prepare_calls(node, around, recipe)
     read_after_writes(graph_module.graph)
+
+
+def _operands_written(body: Graph) -> list[int]:
+    """The positions of the inputs of ``body`` that it writes into."""
+    memory = frozenset[int]().union(*map(memory_written, body.nodes))
+    return [i for i, node in enumerate(body.find_nodes(op="placeholder")) if memory & memory_of(node)]
 
 
 def _type_around(node: Node, owner: Owner) -> type:

@@ -12,7 +12,7 @@ from ..formats import FLOAT
 from ..recipe import Quantizer, Recipe
 from .analyse import analyse
 from .assign import assign
-from .captured import ARGUMENT, HOLDS, Scope
+from .captured import ARGUMENT, HOLDS, LATER, Scope
 from .classify import OUT, classify
 from .elide import elide
 from .expand import expand
@@ -68,6 +68,7 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
         given = operand if isinstance(operand, Node) else placeholder
         part = given.meta.get(PART, "number")
         placeholder.meta[HOLDS] = part if part in ("parameter", "state", "number") else "operand"
+        placeholder.meta[LATER] = True  # for the graph around the body
         placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
         placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
     if call.target is nodes.recurrent:

@@ -11,8 +11,9 @@ from torch.fx import Graph, Node
 from ..random import free_stream
 from ..recipe import Recipe, Subject
 from ..warn import warn
-from .captured import CARRIED, LAYER, PARAMETER, UPDATE, Scope
+from .captured import CARRIED, KEPT, LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
+from .copies import Copies
 from .expand import inside
 from .facts import MEANINGS
 from .fit import axis_by_reader, contraction_axes, fitted, of_parameter
@@ -30,6 +31,16 @@ OTHER_AXIS = (
     "{0} is the weight of a {1}, which contracts its axis {2}, but no convolution holds it, so that {3} runs along its "
     "last axis; name the axis: rules=[{0} W={4}]"
 )
+
+UNSEEN = (
+    "{} is not rounded: {} writes into its memory, which is read under another name too, and a rounded copy would not "
+    "show that; write out of place there, as in x = x + y"
+)
+WRITTEN = (
+    "the input {} is not rounded: {} writes into it, and from a rounded copy the caller would not see that; clone the "
+    "input first"
+)
+HIDDEN = "{} writes into the rounded copy of {}, so that the caller does not see it in the input; clone the input first"
 
 SITE = "swalp_fx.site"  # the node.meta key that assign writes: a Site
 
@@ -76,7 +87,7 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
         return fc
     """
     placed = _placed(graph, recipe, scope)
-    axes = contraction_axes(graph)
+    axes, copies = contraction_axes(graph), Copies(graph)
     for node in graph.nodes:
         weight = output = None
         if node.meta[PART] == "parameter":
@@ -85,8 +96,10 @@ def assign(graph: Graph, recipe: Recipe, scope: Scope, *, identity: bool = False
             here = recipe.at(subject(node))
             if identity or here.activation.rounds or here.error.rounds:
                 activation, error = (fitted(each, node, axes[node]) for each in (here.activation, here.error))
-                returned = is_rounded_where_returned(recipe, scope) or _is_kept(node)
-                output = Output(_output_stream(node, scope), activation, error, recipe.rounding, returned)
+                returned = is_rounded_where_returned(recipe, scope) or _is_kept(node) or _shows_a_write(node, copies)
+                stream = _output_stream(node, scope)
+                if _may_be_copied(node, copies, scope):
+                    output = Output(stream, activation, error, recipe.rounding, returned)
         if weight or output:
             node.meta[SITE] = Site(weight, output)
     return graph
@@ -231,6 +244,27 @@ def _readers(node: Node) -> set[Node]:
     """The readers of ``node``. A layer counts as one reader: its output node."""
     readers = ((_readers(user) if user.meta[PART] == "inside" else {user}) for user in node.users)
     return set().union(*readers)
+
+
+def _shows_a_write(node: Node, copies: Copies) -> bool:
+    """Whether what ``node`` returns would miss a write if it were not the rounded copy."""
+
+    def leaves(reader: Node) -> bool:
+        is_kept = reader.op == "output" and (node.meta.get(KEPT) or node.meta.get(CARRIED))
+        return reader.meta[PART] in OUT and not is_kept
+
+    return copies.missed(node, leaves) is not None
+
+
+def _may_be_copied(node: Node, copies: Copies, scope: Scope) -> bool:
+    """Whether no write is lost if all readers of ``node`` read a rounded copy of it. Warns of a write that is."""
+    is_given = node.op == "placeholder"
+    if (writer := copies.writer_into_memory(node) if is_given else copies.missed(node, lambda _: False)) is not None:
+        warn((WRITTEN if is_given else UNSEEN).format(place(node), name_of(writer)))
+        return False
+    if scope.enters and copies.is_given(node) and (writer := copies.writer_into_copy(node)) is not None:
+        warn(HIDDEN.format(name_of(writer), place(node)))  # the model's own numbers are right
+    return True
 
 
 def _is_integral(node: Node) -> bool:

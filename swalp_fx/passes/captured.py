@@ -20,7 +20,9 @@ __all__ = [
     "CARRIED",
     "FOLLOWED",
     "HOLDS",
+    "INTO",
     "KEPT",
+    "LATER",
     "LAYER",
     "MODULE",
     "PARAMETER",
@@ -42,6 +44,8 @@ MODULE = "swalp_fx.module"  # the qualified name of the module that ran this cod
 TYPE = "swalp_fx.type"  # the type of that module
 UPDATE = "swalp_fx.update"  # true of the new value of a buffer
 KEPT = "swalp_fx.kept"  # true of an output that an attribute or a hook keeps, though the frame does not return it
+LATER = "swalp_fx.later"  # true of an input that the frame returns, or that code outside of its graph still names
+INTO = "swalp_fx.into"  # of the call of a body: the positions of the operands that the body writes into
 CARRIED = "swalp_fx.carried"  # true of a state that a loop's step hands to the next one, a reader like any layer
 FOLLOWED = "swalp_fx.followed"  # true of a mask on scores that takes them out of the product before it is rounded
 TWIN = "swalp_fx.twin"  # of a loop's rounded output that may leave the model: the number of the output before rounding

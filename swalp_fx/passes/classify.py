@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .captured import HOLDS, KEPT, LAYER, MODULE, UPDATE, Layer
-from .facts import Origin, facts, is_floating
+from .captured import CARRIED, HOLDS, KEPT, LAYER, MODULE, UPDATE, Layer
+from .facts import Origin, facts, is_floating, memory_of
 from .names import PART, name_places
-from .operations import NESTED, takes_size, writes, written
+from .operations import NESTED, memory_written, takes_size, written
 from .tables import LAYER_PARTS
 
 __all__ = ["OUT", "classify"]
@@ -28,7 +30,7 @@ def classify(graph: Graph) -> Graph:
     "body"       a graph that this one runs: a checkpoint, or the step of a loop
     "nested"     the call of a body
     "operand"    an input of a body
-    "exit"       movement, if the model only returns its result
+    "exit"       movement, if the model only returns its result; a write, if only a returned tensor shows it
     "outside"    code around the model, if caller and model are compiled together
 
     x = placeholder                         input
@@ -39,17 +41,15 @@ def classify(graph: Graph) -> Graph:
     flat = add.view(n, -1)                  movement
     fc = linear(flat, fc_weight, fc_bias)   compute
     view = fc.view(n, 2, -1)                exit
+    setitem(view, 0, 0.0)                   exit
     return view                             output
     """
-    filled = _filled(graph)
+    filled = set(_filled(graph))
     for node in graph.nodes:
         part = _part(node)
         node.meta[PART] = "movement" if part == "number" and node in filled else part
     _mark_updates(graph)
-    for node in reversed(graph.nodes):
-        leaves = node.users and all(user.meta[PART] in OUT for user in node.users)
-        if leaves and node.meta[PART] in ("movement", "number") and not _is_kept(node):
-            node.meta[PART] = "exit"
+    _mark_exits(graph)
     name_places(graph)
     return graph
 
@@ -63,7 +63,7 @@ def _part(node: Node) -> str:
         return "nested"
     if node.meta.get(MODULE, "") is None:
         return "outside"
-    if writes(node) and _part_of_written(node) == "state":
+    if _writes_state(node):
         return "state"
     known = facts(node)
     part = _part_in_layer(node, node.meta[LAYER]) if LAYER in node.meta else known.category
@@ -97,10 +97,14 @@ def _is_tensor(node: Node) -> bool:
     return value is None or isinstance(value, Tensor)
 
 
-def _filled(graph: Graph) -> set[Node]:
+def _filled(graph: Graph) -> Iterator[Node]:
     """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
-    filled = (written(node) for node in graph.nodes if writes(node) and len(node.all_input_nodes) > 1)
-    return {node for node in filled if isinstance(node, Node) and facts(node).origin is not Origin.CONSTANT}
+    pieces = (memory_written(node) for node in graph.nodes if len(node.all_input_nodes) > 1)
+    memory = frozenset[int]().union(*pieces)
+    for node in graph.nodes:
+        fresh = memory_of(node).difference(*map(memory_of, node.all_input_nodes))
+        if fresh & memory and facts(node).origin is not Origin.CONSTANT:
+            yield node
 
 
 def _mark_updates(graph: Graph) -> None:
@@ -115,14 +119,35 @@ def _mark_updates(graph: Graph) -> None:
             updates.add(node)
     for node in graph.nodes:
         reads_state = any(source.meta[PART] == "state" for source in node.all_input_nodes)
-        is_state = (node in updates and reads_state) or (writes(node) and _part_of_written(node) == "state")
+        is_state = (node in updates and reads_state) or _writes_state(node)
         if node.meta[PART] in ("arithmetic", "norm", "constant", "inside") and is_state:
             node.meta[PART] = "state"
 
 
-def _part_of_written(node: Node) -> str | None:
-    target = written(node)
-    return target.meta[PART] if isinstance(target, Node) else None
+def _writes_state(node: Node) -> bool:
+    return any(target.meta[PART] == "state" for target in written(node))
+
+
+def _mark_exits(graph: Graph) -> None:
+    """Marks what only leaves: movement, sizes, and writes that nobody but the output reads.
+
+    A write leaves if no layer, no later call and no later frame reads the memory that it writes into, under any name.
+    """
+    read: set[int] = set()  # the memory that others than exits read, behind the present node
+    for source in graph.output_node().all_input_nodes:
+        if _is_kept(source) or source.meta.get(CARRIED):
+            read |= memory_of(source)
+    for operand in graph.find_nodes(op="placeholder"):
+        if operand.meta.get(HOLDS) == "operand":  # the graph that runs this one may read it
+            read |= memory_of(operand)
+    for node in reversed(graph.nodes):
+        memory = memory_written(node)
+        leaves = all(user.meta[PART] in OUT for user in node.users) and (memory or node.users)
+        is_movement = node.meta[PART] in ("movement", "number")
+        if is_movement and leaves and not _is_kept(node) and not memory & read:
+            node.meta[PART] = "exit"
+        elif node.meta[PART] not in OUT:
+            read.update(*(memory_of(each) for each in node.all_input_nodes if not takes_size(node, each)))
 
 
 def _is_kept(node: Node) -> bool:

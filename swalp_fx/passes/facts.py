@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-__all__ = ["FACTS", "MEANINGS", "Facts", "Origin", "facts", "is_floating"]
+__all__ = ["FACTS", "MEANINGS", "Facts", "Origin", "facts", "is_floating", "memory_of"]
 
 FACTS = "swalp_fx.facts"  # the node.meta key that analyse writes: Facts
 
@@ -55,3 +57,17 @@ def is_floating(node: Node) -> bool:
     """Whether ``node`` is known to give one tensor of floating or complex numbers."""
     value = node.meta.get("example_value")
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def memory_of(node: Node) -> frozenset[int]:
+    """The pieces of memory that ``node``'s output lies in; empty if it is no tensor. Views share one.
+
+    The capture has run the model on tensors without data. They share memory where the model's own tensors do: so
+    ``x.contiguous()`` is a view if there is nothing to do, and ``x[[1, 0]]`` is none.
+    """
+    leaves = pytree.tree_leaves(node.meta.get("example_value"))
+    return frozenset(leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor) and _has_one(leaf))
+
+
+def _has_one(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_nested

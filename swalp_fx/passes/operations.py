@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,8 +14,11 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
+from torch.utils import _pytree as pytree
 
 from .. import nodes
+from .captured import INTO
+from .facts import memory_of
 from .tables import does, part_of
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "category",
     "is_torch",
     "is_view",
+    "memory_written",
     "name_of",
     "operands_of",
     "operation_of",
@@ -53,6 +58,7 @@ NESTED = (CHECKPOINT, nodes.recurrent)  # calls that run a graph of their own
 
 CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 
+_METHOD = re.compile(r"__(i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)|setitem)__")  # x.__iadd__(1) is x += 1
 _TORCH = ("torch", "torchvision", "_operator", "builtins", "math")
 _OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.higher_order", "torch._ops.torchvision")
 
@@ -66,7 +72,8 @@ def name_of(node: Node) -> str:
             packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
             return packet.__name__.lstrip("_")
         return getattr(node.target, "__name__", str(node.target))
-    return str(node.target)
+    in_place = _METHOD.fullmatch(str(node.target))
+    return in_place[1] if in_place else str(node.target)
 
 
 def is_torch(function: Any) -> bool:
@@ -144,12 +151,25 @@ def writes(node: Node) -> bool:
     return writes_in_place(node) or "writes" in does(operation_of(node))
 
 
-def written(node: Node) -> Argument:
-    """The tensor or tuple that ``node`` writes into, directly or into an item. ``node`` must write."""
-    target: Argument = node.args[0] if node.args else node.all_input_nodes[0]
-    while isinstance(target, Node) and name_of(target) == "getitem":
-        target = target.args[0]
-    return target
+def written(node: Node) -> list[Node]:
+    """The tensors, or tuples of them, that ``node`` writes into: its target, its ``out``, and each of a list."""
+    if not node.op.startswith("call"):
+        return []
+    targets: list[Any] = [node.kwargs.get("out"), _renormalised(node)]
+    targets += [operands_of(node)[i] for i in node.meta.get(INTO, ())]
+    if writes(node):
+        targets.append(node.args[0] if node.args else node.all_input_nodes[0])
+    if isinstance(node.target, OpOverload):
+        given = {each.name: each for each in node.target._schema.arguments}
+        named = dict(zip(given, node.args, strict=False)) | node.kwargs
+        targets += [named[name] for name, each in given.items() if each.is_write and name in named]
+    found = (each for each in pytree.tree_leaves(targets) if isinstance(each, Node))
+    return list(dict.fromkeys(found))
+
+
+def memory_written(node: Node) -> frozenset[int]:
+    """The pieces of memory that ``node`` writes into."""
+    return frozenset[int]().union(*map(memory_of, written(node)))
 
 
 def read_after_writes(graph: Graph) -> None:
@@ -166,10 +186,8 @@ def read_after_writes(graph: Graph) -> None:
 
 def written_parameter(node: Node, parameters: dict[Node, str]) -> str | None:
     """The name of the parameter that ``node`` writes into, wholly or partly; None if it writes into none."""
-    written = node.args[0] if writes(node) and node.args else _renormalised(node)
-    while isinstance(written, Node) and is_view(written) and written.args:
-        written = written.args[0]
-    return parameters.get(written) if isinstance(written, Node) else None
+    memory = memory_written(node)
+    return next((name for parameter, name in parameters.items() if memory & memory_of(parameter)), None)
 
 
 def _renormalised(node: Node) -> Argument:

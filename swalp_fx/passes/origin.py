@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from .captured import HOLDS
-from .facts import Origin, is_floating
-from .operations import category, stem_of, writes, written
+from .facts import Origin, is_floating, memory_of
+from .operations import category, memory_written, stem_of
 from .tables import does
 
 __all__ = ["ORIGIN", "origins"]
@@ -25,14 +27,20 @@ def origins(graph: Graph) -> dict[Node, Origin]:
     angle = place * inv_freq                CONSTANT
     y = x * angle.cos()                     GIVEN
     z = linear(y, weight)                   MODEL
+    mask = zeros(4)                         MODEL      z is written into it, behind a view
+    copy_ = mask.narrow(0, 0, 2).copy_(z)   MODEL
     """
     found: dict[Node, Origin] = {}
+    buffers = (node for node in graph.nodes if node.meta.get(HOLDS) == "state")
+    state = frozenset[int]().union(*map(memory_of, buffers))
+    inside: defaultdict[int, list[Node]] = defaultdict(list)  # piece of memory -> the nodes that lie in it
     for node in graph.nodes:
         found[node] = _origin(node, found)
-        if writes(node):  # later reads of the target read this too
-            target = written(node)
-            if isinstance(target, Node) and target.meta.get(HOLDS) != "state":
-                found[target] = max(found[target], found[node])
+        for piece in memory_of(node):
+            inside[piece].append(node)
+        for piece in memory_written(node) - state:
+            for each in inside[piece]:  # later reads of the target, under any name, read this too
+                found[each] = max(found[each], found[node])
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import cache
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils import _pytree as pytree
 
 from .captured import FOLLOWED, KEPT, LAYER, UPDATE, Layer
-from .facts import Origin
+from .facts import Origin, memory_of
 from .fit import REORDERS, shape_behind
 from .names import base_name
-from .operations import CASTS, SWITCHES, is_view, name_of, stem_of, takes_size, writes
+from .operations import CASTS, SWITCHES, is_view, memory_written, name_of, stem_of, takes_size, writes
 from .purpose import (
     NONE_LEFT,
     QUOTIENTS,
@@ -152,6 +152,8 @@ class Scores:
             if i < followed and (found := self._laid_on(node, scores, factor)) is not None:
                 masks[node] = found
             factor *= _factor_of_reader(node, scores)
+        while masks and not _may_go_to(next(iter(masks)), chain[1 : chain.index(next(iter(masks)))]):
+            del masks[next(iter(masks))]  # the last one
         if not masks or 0 in value_of(self.product).shape:
             return
         last = next(iter(masks))
@@ -270,7 +272,9 @@ def _is_reshaped(node: Node) -> bool:
     if stem_of(node) not in RESHAPES or not isinstance(node.args[0], Node):
         return False
     index = node.args[1] if stem_of(node) == "getitem" else ()
-    is_basic = all(each is None or isinstance(each, (int, slice, EllipsisType)) for each in pytree.tree_leaves(index))
+    # A list takes its places in any order, and a truth value is a mask: both are ints, or hold some.
+    each_axis = index if isinstance(index, tuple) else (index,)
+    is_basic = all(each is None or type(each) in (int, slice, EllipsisType) for each in each_axis)
     return is_basic and statically_known_true(value_of(node).numel() == value_of(node.args[0]).numel())
 
 
@@ -368,8 +372,7 @@ def _scaled(operand: Any, product: Node) -> Node | None:
     reader = product
     while isinstance(operand, Node) and _only_reader(operand) is reader and operand.op.startswith("call"):
         if _factor(operand) is not None:
-            is_fixed = not any(_is_written(each) for each in operand.all_input_nodes)
-            return operand if is_fixed and _in_one_mode(operand, product) else None
+            return operand if _may_go_to(product, [operand]) and _in_one_mode(operand, product) else None
         if not is_view(operand) or LAYER in operand.meta or len(operand.all_input_nodes) != 1:
             return None
         reader, operand = operand, operand.args[0]
@@ -389,5 +392,32 @@ def _mode(node: Node) -> tuple[Any, set[Any]]:
     return before[-1].args if before else None, opened - closed
 
 
-def _is_written(node: Node) -> bool:
-    return any(writes(user) or (is_view(user) and _is_written(user)) for user in node.users)
+def _may_go_to(place: Node, moved: list[Node]) -> bool:
+    """Whether the nodes ``moved``, in order, give the same numbers right before ``place``.
+
+    They do not if a node between writes into what they read, or touches what they write into.
+    """
+    if not moved:
+        return True
+    behind = list(itertools.takewhile(lambda node: node is not place, _from(moved[0])))
+    passed: list[Node] = []  # by the node that is moved, from the last to the first
+    for node in reversed(behind):
+        if node not in moved:
+            passed.append(node)
+            continue
+        read, changed = _memory_read(node), memory_written(node)
+        for each in passed:
+            if read & memory_written(each) or changed & (_memory_read(each) | memory_of(each)):
+                return False
+    return True
+
+
+def _memory_read(node: Node) -> frozenset[int]:
+    return frozenset[int]().union(*map(memory_of, node.all_input_nodes))
+
+
+def _from(node: Node) -> Iterator[Node]:
+    """``node`` and the nodes behind it."""
+    while node.op != "root":
+        yield node
+        node = node.next

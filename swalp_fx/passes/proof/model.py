@@ -10,9 +10,10 @@ from torch.fx import Graph, Node
 
 from ... import nodes
 from ...recipe import Subject
-from ..captured import ARGUMENT, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE
-from ..facts import FACTS, MEANINGS, Facts, Origin
-from .reading import called, does, types_around, written_by
+from ..captured import ARGUMENT, CARRIED, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE
+from ..facts import FACTS, MEANINGS, Facts, Origin, memory_of
+from .reading import called, reads_sizes, types_around, written_by
+from .writes import Writes
 
 __all__ = ["LAYERS", "Model"]
 
@@ -26,8 +27,9 @@ class Model:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.kinds = _kinds(graph)
-        self.exits = _exits(graph, self.kinds)
+        self.writes = Writes(graph)
+        self.kinds = _kinds(graph, self.writes)
+        self.exits = _exits(graph, self.kinds, self.writes)
         self.places = _places(graph, self.kinds)
 
     def is_layer(self, node: Node) -> bool:
@@ -78,12 +80,14 @@ class Model:
         return set(last.values())
 
 
-def _kinds(graph: Graph) -> dict[Node, str]:
+def _kinds(graph: Graph, writes: Writes) -> dict[Node, str]:
     """Each node's kind: one of LAYERS for a layer's output; else one of NO_LAYERS, or "output"."""
     kinds: dict[Node, str] = {}
     updates = _updates(graph)
     for node in graph.nodes:
         kinds[node] = _kind(node, kinds)
+        if kinds[node] == "number" and node.meta[FACTS].origin is not Origin.CONSTANT and writes.fill(node):
+            kinds[node] = "movement"
         reads_state = "state" in [kinds[source] for source in node.all_input_nodes]
         if kinds[node] in ("arithmetic", "norm", "constant", "inside") and node in updates and reads_state:
             kinds[node] = "state"
@@ -97,7 +101,7 @@ def _kind(node: Node, kinds: dict[Node, str]) -> str:
         return "nested"
     if node.meta.get(MODULE, "") is None:
         return "outside"
-    if any(kinds.get(_whole(written)) == "state" for written in written_by(node)):
+    if any(kinds[written] == "state" for written in written_by(node)):
         return "state"
     known: Facts = node.meta[FACTS]
     kind = known.category if node.meta.get(LAYER) is None else _kind_in_layer(node, node.meta[LAYER])
@@ -112,23 +116,17 @@ def _kind(node: Node, kinds: dict[Node, str]) -> str:
         return "number"
     if known.meaning and kind != "inside":
         return "arithmetic" if known.meaning == "mixes" else known.meaning
-    return "movement" if kind == "number" and _is_filled(node) else kind
+    return kind
 
 
 def _kind_in_layer(node: Node, layer: Any) -> str:
     """The layer's kind for its output; "inside" for its other nodes, kept by a hook or not."""
     value = node.meta.get("example_value")
     inner = {user for user in node.users if user.meta.get(LAYER) == layer}
-    outer = {user for user in node.users if not inner or (user.op != "output" and not _reads_sizes(user, node))} - inner
+    outer = {user for user in node.users if not inner or (user.op != "output" and not reads_sizes(user, node))} - inner
     if not outer or not (value is None or isinstance(value, torch.Tensor)):
         return "number" if node.meta[FACTS].category == "number" else "inside"
     return layer.part
-
-
-def _reads_sizes(user: Node, node: Node) -> bool:
-    if called(user).rstrip("_").endswith("_as"):
-        return node not in user.args[:1]
-    return user.meta[FACTS].category == "number" and not does(user, "reads")
 
 
 def _places(graph: Graph, kinds: dict[Node, str]) -> dict[Node, str]:
@@ -182,30 +180,20 @@ def _is_arithmetic(node: Node) -> bool:
     return node.meta[FACTS].category == "arithmetic"
 
 
-def _is_filled(node: Node) -> bool:
-    """Whether another tensor is written into ``node``, or into a part of it."""
-    for user in node.users:
-        is_first = bool(user.args) and user.args[0] is node
-        if is_first and called(user) == "getitem" and _is_filled(user):
-            return True
-        if written_by(user) == [node] and len(user.all_input_nodes) > 1:
-            return True
-    return False
-
-
-def _whole(node: Any) -> Any:
-    """The tensor or tuple that ``node`` is an item of; else ``node``."""
-    while isinstance(node, Node) and called(node) == "getitem":
-        node = node.args[0]
-    return node
-
-
-def _exits(graph: Graph, kinds: dict[Node, str]) -> set[Node]:
-    """The output node, the movement and sizes that serve it alone, and the code around the model."""
+def _exits(graph: Graph, kinds: dict[Node, str], writes: Writes) -> set[Node]:
+    """The output node, the movement, sizes and writes that serve it alone, and the code around the model."""
     exits: set[Node] = set()
+    inner: set[int] = set()  # the memory that the model's own nodes read, behind the present node
+    for node in graph.output_node().all_input_nodes:
+        if node.meta.get(UPDATE) or node.meta.get(KEPT) or node.meta.get(CARRIED):
+            inner |= memory_of(node)
+    inner = inner.union(*(memory_of(node) for node in graph.nodes if kinds[node] == "operand"))
     for node in reversed(graph.nodes):
+        into = writes.into.get(node, frozenset())
         kept = node.meta.get(UPDATE) or node.meta.get(KEPT)
-        leaves = node.users and all(user in exits for user in node.users) and not kept
+        leaves = (node.users or into) and exits.issuperset(node.users) and not kept and not inner & into
         if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("movement", "number")):
             exits.add(node)
+        else:
+            inner.update(*(memory_of(each) for each in node.all_input_nodes if not reads_sizes(node, each)))
     return exits

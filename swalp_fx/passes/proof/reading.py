@@ -9,13 +9,17 @@ from typing import Any
 
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-from ..captured import TYPE
+from ..captured import INTO, TYPE
 from ..facts import FACTS
 
-__all__ = ["argument", "called", "does", "is_own_code", "types_around", "written_by"]
+__all__ = ["argument", "called", "does", "is_own_code", "reads_sizes", "types_around", "written_by"]
 
-WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)")
+# add_ and _foreach_add_; iadd, and the method __iadd__
+WRITES = re.compile(
+    r"[a-z0-9_]*[a-z0-9]_|(?:__)?(?:i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)|setitem)(?:__)?"
+)
 
 
 def called(node: Node) -> str:
@@ -40,8 +44,8 @@ def does(node: Node, what: str) -> bool:
     return FACTS in node.meta and what in node.meta[FACTS].does
 
 
-def written_by(node: Node) -> list[Any]:
-    """The arguments that ``node`` writes into."""
+def written_by(node: Node) -> list[Node]:
+    """The tensors that ``node`` writes into."""
     if not node.op.startswith("call"):
         return []
     parameters: list[str] = []
@@ -50,10 +54,21 @@ def written_by(node: Node) -> list[Any]:
             parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
     by_place = dict(zip(parameters, node.args, strict=False))
     in_place = {**by_place, **node.kwargs}.get("inplace", False)
-    written = [node.kwargs["out"]] if "out" in node.kwargs else []
-    if in_place or called(node) == "setitem" or WRITES.fullmatch(called(node)):
+    written = [node.kwargs.get("out"), *(node.args[1 + i] for i in node.meta.get(INTO, ()))]  # after the body
+    if in_place or WRITES.fullmatch(called(node)):
         written.append(node.args[0] if node.args else node.all_input_nodes[0])
-    return written
+    if isinstance(node.target, OpOverload):
+        schema = node.target._schema.arguments
+        written += [given for given, each in zip(node.args, schema, strict=False) if each.is_write]
+        written += [node.kwargs.get(each.name) for each in schema if each.is_write]
+    return [each for each in pytree.tree_leaves(written) if isinstance(each, Node)]
+
+
+def reads_sizes(user: Node, node: Node) -> bool:
+    """Whether ``user`` reads only the size or the type of ``node``."""
+    if called(user).rstrip("_").endswith("_as"):
+        return node not in user.args[:1]
+    return FACTS in user.meta and user.meta[FACTS].category == "number" and not does(user, "reads")
 
 
 def is_own_code(node: Node) -> bool:

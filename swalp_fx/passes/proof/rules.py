@@ -24,6 +24,8 @@ RULES = {
     10: "attention, or a recurrent layer, is one call only where the recipe rounds nothing inside of it",
     11: "a constant is made of no parameter and no floating input; only a softmax reads a mask, only sin and cos an "
     "angle; a norm that is one operation holds no product",
+    12: "whoever reads a tensor reads all that was written into its memory before, under any name; only for that a "
+    "return may read a number rounded, or a layer read it bare",
 }
 
 

@@ -79,6 +79,8 @@ class _Proof:
         self.old: dict[Node, Node] = {}  # node of the graph -> its node in ``captured``
         self.axes = contraction_axes(captured)
         self.returns_rounded = recipe.quantize_logits or not scope.returns
+        self.shown: set[Node] = set()
+        self.shown = set(self._shown())
 
     def run(self) -> None:
         self._same_computation()
@@ -90,6 +92,7 @@ class _Proof:
         self._memory()
         self._kept()
         self._modes()
+        self._writes()
 
     def _same_computation(self) -> None:
         before, after = list(_listing(self.model.graph, None)), list(_listing(self.graph, self.key))
@@ -214,8 +217,32 @@ class _Proof:
                 user.op == "output" or self._reads_bare(user, node) for user in node.users
             )
         if reader in self.model.exits:
-            return is_weight or not (self.returns_rounded or node.meta.get(UPDATE, False))
+            is_rounded = self.returns_rounded or node.meta.get(UPDATE, False) or node in self.shown
+            return is_weight or not is_rounded
         return is_weight and self.model.kinds[reader] == "number"
+
+    def _shown(self) -> Iterator[Node]:
+        """The nodes whose returned numbers would miss a write, or a layer would, if a return read them bare."""
+        for node in self.model.graph.nodes:
+            if self.model.writes.are_into(node):
+                rounded = {user for user in node.users if not self._reads_bare(user, node)}
+                if next(self.model.writes.unseen({node: rounded}), None) is not None:
+                    yield node
+
+    def _may_not_be_copied(self, node: Node) -> bool:
+        """Whether a copy of ``node`` for all of its readers would miss a write, or keep one from others."""
+        if self.model.kinds[node] == "input":  # the caller reads it
+            return self.model.writes.are_into(node)
+        return next(self.model.writes.unseen({node: set(node.users)}), None) is not None
+
+    def _writes(self) -> None:
+        """Requires that each reader sees the writes into what it reads, whichever of the copies it reads."""
+        copied: dict[Node, set[Node]] = {}
+        for node in self.graph.find_nodes(op="call_function", target=nodes.quantize_output):
+            copied[self.old[argument(node, "x")]] = {self.old[user] for user in node.users}
+        new = {old: node for node, old in self.old.items()}
+        for reader, operand, write in self.model.writes.unseen(copied):
+            require(12, False, new[reader], f"reads {new[operand]} without what {new[write]} has written")
 
     def _weight_formats(self, node: Node) -> tuple[str, ...] | None:
         """(weight, rounding) of a parameter or a derived weight, by the recipe; None if it is not rounded."""
@@ -254,7 +281,7 @@ class _Proof:
             wanted = self.recipe.includes(self.model.places[node])
         else:
             return None
-        if not wanted or self.recipe.excludes(self.model.places[node]):
+        if not wanted or self.recipe.excludes(self.model.places[node]) or self._may_not_be_copied(node):
             return None
         here = self.recipe.at(self.model.subject(node))
         if not (here.activation.rounds or here.error.rounds or self.identity):
