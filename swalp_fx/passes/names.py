@@ -88,7 +88,8 @@ def _name_of_output(node: Node, called: set[str]) -> str:
     """The name of a layer output, without a number. called: the paths of the layers that the graph calls."""
     weight = node.args[1] if len(node.args) > 1 else None
     if name_of(node) == "linear" and "MultiheadAttention" in kinds_around(node) and isinstance(weight, Node):
-        owner, _, name = weight.meta.get(PARAMETER, "").rpartition(".")
+        parameter = place(weight) if weight.meta[PART] == "parameter" else ""  # in a checkpoint, an operand of its call
+        owner, _, name = parameter.rpartition(".")
         inside = f"{around(node)}." if around(node) else ""
         if name == "weight" and owner not in ("", around(node), *called) and owner.startswith(inside):
             return owner
