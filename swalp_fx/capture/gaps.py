@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,22 +95,23 @@ class Watch(TorchDispatchMode):
 
     def _note(self, conversion: Conversion, kernel: str, operands: list[Tensor], may: str | None = None) -> None:
         """Notes a product, unless it is meant to be in float. may: it is one if its line names one that does this."""
-        where = _where()
-        if where is None or where.line in conversion.told or (conversion, where.line) in self._found:
-            return
-        named = where.named
+        frame = _own_frame()
+        line = line_of(frame) if frame is not None else "code without a line"
+        named = products_named(frame.f_code, frame.f_lineno) if frame is not None else ()
         if may is not None:
-            named = [name for name in named if may in does(name)]
+            named = tuple(name for name in named if may in does(name))
             if not named:
                 return
-        module = where.module or conversion.root
+        module = _module(conversion)
+        if module is None or line in conversion.told or (conversion, line) in self._found:
+            return
         path = conversion.places.path(module) or ""
         parameters = {each for operand in operands for each in self._sources.of(operand) or ()}
         known = [name for owner, name in parameters if owner is conversion]
-        if _is_rounded(conversion, path, module, named or [kernel], known):
+        if _is_rounded(conversion, path, module, named or (kernel,), known):
             rule = f", or leave {path} in float by a rule" if path else ""
-            self._found[conversion, where.line] = (
-                f"{where.line}: {', '.join(named) or kernel} computed in float, since Python runs this line; take away "
+            self._found[conversion, line] = (
+                f"{line}: {', '.join(named) or kernel} computed in float, since Python runs this line; take away "
                 f"what breaks the graph there, or compute it in a layer or a method of its own{rule}"
             )
 
@@ -122,25 +123,24 @@ class Watch(TorchDispatchMode):
             warn(text)
 
 
-class _Where(NamedTuple):
-    line: str  # "model.py:12 forward"
-    named: list[str]  # the products that it names
-    module: nn.Module | None  # that the line belongs to
+def _own_frame() -> FrameType | None:
+    """The innermost frame of the user's code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_own(frame):
+        frame = frame.f_back
+    return frame
 
 
-def _where() -> _Where | None:
-    """The user's line that runs now; None if an optimizer's step or a model in float runs it."""
+def _module(conversion: Conversion) -> nn.Module | None:
+    """The module that the running code belongs to; None if an optimizer's step or a model in float runs it."""
     from .entries import Entry, is_floating
 
-    line, module = "", None
-    named: list[str] = []
+    module: nn.Module | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(OPTIMIZERS):
             return None
-        if not line and is_own(frame):
-            line, named = line_of(frame), [*products_named(frame.f_code, frame.f_lineno)]
         own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(own, Entry) and code is Entry.enter.__code__:
             module = module or own.module
@@ -152,10 +152,12 @@ def _where() -> _Where | None:
             if module is None and conversion_of(own) is not None:
                 module = own
         frame = frame.f_back
-    return _Where(line or "code without a line", named, module)
+    return module or conversion.root
 
 
-def _is_rounded(conversion: Conversion, path: str, module: nn.Module, names: list[str], parameters: list[str]) -> bool:
+def _is_rounded(
+    conversion: Conversion, path: str, module: nn.Module, names: tuple[str, ...], parameters: list[str]
+) -> bool:
     """Whether the recipe rounds an operand or the result of a product in ``module``, under one of its ``names``."""
     recipe, subjects = conversion.recipe, conversion.places.subjects
     found = [(".".join(filter(None, (path, name))), [*kinds_of_type(type(module), "compute"), name]) for name in names]

@@ -6,6 +6,7 @@ import contextlib
 import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,13 +92,13 @@ def _reads(function: Any, modules: Iterable[nn.Module]) -> bool:
     return any(word.removeprefix(OF_SELF) in names for word in _words(function))
 
 
-def products_named(code: CodeType, line: int) -> Iterator[str]:
+@lru_cache(maxsize=256)
+def products_named(code: CodeType, line: int) -> tuple[str, ...]:
     """The products that a line of ``code`` names, by the names that a recipe has for them: ``matmul`` for ``@``."""
     starts, at = dict(dis.findlinestarts(code)), None
     here = [each for each in dis.get_instructions(code) if (at := starts.get(each.offset, at)) == line]
-    for word in dict.fromkeys(_named(here)):
-        if word == "@" or _is_product(word):
-            yield "matmul" if word == "@" else word
+    words = dict.fromkeys(word for word in _named(here) if word == "@" or _is_product(word))
+    return tuple("matmul" if word == "@" else word for word in words)
 
 
 def _is_product(name: str) -> bool:
