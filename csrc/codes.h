@@ -144,12 +144,12 @@ SWALP_HD uint32_t code_of(const IntegerElement<float>& element, float v, float x
                           const Round& round) {
   if constexpr (kTwos) {
     const float within = clamp(v, element.lo, element.hi), magnitude = std::fabs(within);
-    const float of_x = seen<Round>(v, magnitude, x);
+    const float of_x = seen<Round>(x, element.end_beside(x));
     if constexpr (std::is_same_v<Round, RoundNearest>) return signed_steps_of(round, within, element.step, of_x, draw);
     return steps_of(round, magnitude, element.step, of_x, draw);
   }
   const float magnitude = smaller_magnitude(v, element.hi);
-  return steps_of(round, magnitude, element.step, seen<Round>(v, magnitude, x), draw);
+  return steps_of(round, magnitude, element.step, seen<Round>(x, element.hi), draw);
 }
 
 template <bool kTwos, class Round>
@@ -157,7 +157,7 @@ SWALP_HD uint32_t code_of(const MovedElement<float>& element, float v, float x, 
                           const Round& round) {
   const float within = clamp(v, element.lo, element.hi);
   const int lowest = coding.first + static_cast<int>(element.moved);
-  const float of_x = seen<Round>(v, std::fabs(within), x);
+  const float of_x = seen<Round>(x, element.end_beside(x));
   return signed_steps_of(round, within, element.step, of_x, draw) + static_cast<uint32_t>(lowest);
 }
 

@@ -62,11 +62,11 @@ SWALP_HD Step<T> scaled_step(T power, int e) {
   return bit_cast<Step<T>>(power) + (static_cast<Step<T>>(e) << Ieee<T>::mantissa);
 }
 
-// What a rounding sees of x, beside a magnitude that v was clamped to: a zero that comes from clamping is no quotient that
-// underflowed.
+// What a rounding sees of x, if a range ends at `end` on its side. A quotient that underflows has a number beside zero to go to,
+// but not where the range ends at zero.
 template <class Round, class T>
-SWALP_HD T seen(T v, T magnitude, T x) {
-  if constexpr (std::is_same_v<Round, RoundOther>) return (magnitude == T(0)) & (v != T(0)) ? magnitude : x;
+SWALP_HD T seen(T x, T end) {
+  if constexpr (std::is_same_v<Round, RoundOther>) return end == T(0) ? T(0) : x;
   return x;
 }
 
@@ -93,8 +93,10 @@ struct IntegerElement {
       return std::rint(clamped * inverse_of<T>(step)) * bit_cast<T>(step);
     }
     const T magnitude = std::fabs(clamped);
-    return with_sign(round_to_step(magnitude, step, seen<Round>(v, magnitude, x), draw), x);
+    return with_sign(round_to_step(magnitude, step, seen<Round>(x, end_beside(x)), draw), x);
   }
+  // Where the range ends on the side of x.
+  SWALP_HD T end_beside(T x) const { return x < T(0) ? lo : hi; }
 };
 
 // Integers that begin at -moved instead of their lowest one.
@@ -195,7 +197,7 @@ struct FloatElement {
     const Step<T> binade = binade_of(magnitude);
     Step<T> step = larger(binade, lowest) - per_binade;
     if constexpr (Tail<T>::flushes) step = binade < lowest ? below : step;
-    return tail.result(round_to_step(magnitude, step, seen<Round>(v, magnitude, x), draw), x);
+    return tail.result(round_to_step(magnitude, step, seen<Round>(x, most), draw), x);
   }
 
   SWALP_HD static Step<T> binade_of(T magnitude) {
@@ -232,7 +234,7 @@ struct WideFloatElement {
     if constexpr (Tail<T>::flushes) {
       if (!subnormals && magnitude < bit_cast<T>(lowest)) {
         // The only step is from zero to the least number. It is made 2^m times as large, away from the least number of T.
-        const T of_x = seen<Round>(v, magnitude, x);
+        const T of_x = seen<Round>(x, most);
         const T q = round_to_step(magnitude * power_of_two<T>(m), lowest + (Step<T>(m) << m), of_x, draw);
         return with_sign(q * power_of_two<T>(-m), x);
       }
@@ -248,7 +250,7 @@ struct WideFloatElement {
     // Below 2^-e = 2^-(bias - 1) comes 2^-bias, the largest subnormal power of two.
     const auto rest = static_cast<Integer>((Step<T>(2 * Ieee<T>::bias) << m) - bounded);
     const T inverse = bit_cast<T>(rest > (Integer(1) << (m - 1)) ? rest : Integer(1) << (m - 1));
-    const T of_x = seen<Round>(v, magnitude, x);
+    const T of_x = seen<Round>(x, most);
     return tail.result(round_to_step(magnitude * inverse, step, of_x, draw) * bit_cast<T>(bounded), x);
   }
 };

@@ -1,5 +1,7 @@
 """Formats that hypothesis draws: any element on any scale for any block, and the families that laws speak of."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 
 from swalp_fx import Format
@@ -20,7 +22,7 @@ from swalp_fx.formats import (
 )
 from swalp_fx.formats.element import SIGNS, TOPS
 from swalp_fx.formats.format import OVERFLOWS
-from swalp_fx.formats.scale import RULES
+from swalp_fx.formats.scale import LARGEST, RULES, SMALLEST
 
 _word_lengths = st.integers(2, 24)
 BLOCKS = st.one_of(
@@ -71,6 +73,11 @@ PRODUCTS = valid(Format, ELEMENTS, SCALES, BLOCKS | st.just(Slices()), _overflow
 # Those that have a law for single numbers.
 _grids = INTEGERS | EVERY_FLOAT
 GRIDS_ON_POWERS_OF_TWO = valid(Format, _grids, st.none() | POWERS_OF_TWO, st.just(Slices()), _overflows)
+
+# A range may end at zero: an unsigned one, or one of which a dtype holds no other number on so large a scale.
+ENDING_AT_ZERO = valid(Format, INTEGERS.map(lambda e: replace(e, sign="unsigned")), SCALES, BLOCKS) | valid(
+    Format, _grids, st.floats(SMALLEST, LARGEST, width=32).map(Static), st.just(Slices()), _overflows
+)
 
 # ---- families ------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import pytest
 import torch
 from devices import DEVICES
-from strategies import ELEMENTS, PRODUCTS, SCALES, valid
+from strategies import ELEMENTS, ENDING_AT_ZERO, PRODUCTS, SCALES, valid
 from tables import ALL_ROUNDINGS, FORMATS, assert_same_bits, every_half, hard_values
 
 import swalp_fx
@@ -58,7 +58,9 @@ def numbers_of_many_binades(shape, seed):
 
 
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=600)
-@hypothesis.given(shapes, PRODUCTS | ON_AREAS, st.sampled_from(ALL_ROUNDINGS), keys, dtypes, st.integers(0, 2**32))
+@hypothesis.given(
+    shapes, PRODUCTS | ON_AREAS | ENDING_AT_ZERO, st.sampled_from(ALL_ROUNDINGS), keys, dtypes, st.integers(0, 2**32)
+)
 def test_codes_of_any_format_stand_for_what_quantize_gives(shape, format, rounding, key, dtype, seed):
     x = numbers_of_many_binades(shape, seed).to(dtype).nan_to_num()
     try:
@@ -72,6 +74,25 @@ def test_codes_of_any_format_stand_for_what_quantize_gives(shape, format, roundi
     codes = encode(x, format, rounding, key=key, stream=3)
     assert_stands_for(codes, due)
     assert len(codes.packed) == packed_size(x.numel(), format.element_bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("least", [5e-324, 2.0**-149, 1e-32, 1e-9, 1e-3])
+@pytest.mark.parametrize(
+    "spec, rounding, sign",
+    [
+        *itertools.product(["uint8", "uint4", "uint8[0]", "uint4[-1:2]", "uint8[]+scale1e30"], ["down"], [1]),
+        *itertools.product(["int8[]+asym", "uint4[-1:2]+asym"], ["down"], [1]),
+        *itertools.product(["int8[]+asym", "uint4[-1:2]+asym"], ["up"], [-1]),
+    ],
+)
+def test_a_range_that_ends_at_zero_ends_there_for_the_least_quotients(spec, rounding, sign, least, dtype):
+    """A directed rounding would go on to a number that is none of the format's, and its code to another's."""
+    for large in (1.0, 1e30):
+        x = torch.tensor([sign * large, -sign * least, sign * large / 2, -0.0], dtype=dtype)
+        once = quantize(x, spec, rounding)
+        assert once[1] == 0 and (once * sign >= 0).all()
+        assert_stands_for(encode(x, spec, rounding), once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

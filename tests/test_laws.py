@@ -14,6 +14,7 @@ import pytest
 import torch
 from strategies import (
     BLOCK_FLOATS,
+    ENDING_AT_ZERO,
     EVERY_FORMAT,
     FIXED,
     FLOATS,
@@ -81,6 +82,35 @@ def test_the_op_follows_the_oracle(x, format, rounding, key, dtype):
     x = x.to(dtype)
     format = fitting(format, x.shape)
     due = reference.quantize(x, format, rounding, key=key, stream=3)
+    assert_same_bits(quantize(x, format, rounding, key=key, stream=3), due, x)
+
+
+# The quotient by a scale that the large ones set underflows.
+tiny = st.sampled_from([1e-45, 1e-40, 1e-32, 1e-9, 0.0]) | st.floats(0.0, 2.0**-100, width=32)
+large = st.sampled_from([1.0, 1e15, 1e30, 3e38])
+signed = st.tuples(tiny | large, st.sampled_from([1.0, -1.0])).map(math.prod)
+beside_large = st.lists(signed, min_size=1, max_size=12).map(torch.tensor)
+
+
+def ends_of(x, format):
+    """The lowest and the largest number that the element has on the scale of each block of ``x``."""
+    scale = reference.scale_of(x, format)
+    lowest = reference.lowest_of_blocks(x, scale, format)
+    if lowest is None:
+        return format.element.min * scale, format.element.max * scale
+    first, last = format.element.bounds
+    return lowest * scale, (lowest + (last - first)) * scale
+
+
+@hypothesis.settings(law, max_examples=1000)
+@hypothesis.given(beside_large, ENDING_AT_ZERO | PRODUCTS, st.sampled_from(ALL_ROUNDINGS), keys, dtypes)
+def test_no_result_leaves_the_range_of_its_element(x, format, rounding, key, dtype):
+    x = x.to(dtype).nan_to_num()
+    format = fitting(format, x.shape)
+    due = reference.quantize(x, format, rounding, key=key, stream=3)
+    lowest, largest = (end.to(dtype) for end in ends_of(x.to(torch.promote_types(dtype, torch.float32)), format))
+    overflows = due.isinf() | due.isnan() if format.overflow != "saturate" else torch.tensor(False)
+    assert ((lowest <= due) & (due <= largest) | overflows).all()
     assert_same_bits(quantize(x, format, rounding, key=key, stream=3), due, x)
 
 

@@ -65,7 +65,6 @@ def _format(spec: str | Format) -> Format:
     return format
 
 
-@torch.compiler.disable  # torch.compile's division on a GPU is not correctly rounded
 def encode(
     x: Tensor, format: str | Format, rounding: str = "nearest", *, key: Tensor | int | None = None, stream: int = 0
 ) -> Codes:
@@ -77,15 +76,28 @@ def encode(
     Raises the errors of ``quantize``, FormatError for ``float``, and ValueError for an infinity or a NaN without a code
     in the format.
     """
-    spec, format = format, _format(format)
+    run = _outside_of_graphs if torch.compiler.is_compiling() else _encode
+    return run(x, format, rounding, key, stream)
+
+
+def _encode(x: Tensor, spec: str | Format, rounding: str, key: Tensor | int | None, stream: int) -> Codes:
+    format = _format(spec)
     require_floating(x, "encode")
-    computed = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    if not x.numel():
-        format.block.sizes(x.shape)  # raises if there is no such block
-        return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, x.shape, x.dtype)
-    drawing = rounding, key_of(rounding, key), stream
-    made = compiled.codes_of(computed, x.dtype, spec, *drawing)
-    return Codes(*(made or _by_quotients(computed, x.dtype, format, *drawing)), format, x.shape, x.dtype)
+    shape, dtype = x.shape, x.dtype
+    computed = x.detach().contiguous()
+    if dtype is not torch.float64:
+        computed = computed.float()
+    if not computed.numel():
+        format.block.sizes(shape)  # raises if there is no such block
+        return Codes(torch.empty(0, dtype=torch.uint8, device=x.device), (), format, shape, dtype)
+    key = key_of(rounding, key)
+    made = compiled.codes_of(computed, dtype, spec, rounding, key, stream)
+    packed, scales = made or _by_quotients(computed, dtype, format, rounding, key, stream)
+    return Codes(packed, scales, format, shape, dtype)
+
+
+# torch.compile's division on a GPU is not correctly rounded. Other calls go past this wrapper, which costs them time.
+_outside_of_graphs = torch.compiler.disable(_encode)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from .codecs import packed_size
 
 __all__ = ["codes_of"]
 
-NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")  # for scales that are not stored
+CPU = torch.device("cpu")
+NOTHING = torch.empty(0, dtype=torch.uint8, device=CPU)  # for scales that are not stored
 
 
 # In the order of csrc/ops.cpp: the index is the code there.
@@ -39,8 +40,8 @@ def codes_of(
     """
     if x.dtype is not torch.float32 or not x.is_cpu or (room := _room(spec, dtype, x.shape)) is None:
         return None
-    packed = torch.empty(room.packed, dtype=torch.uint8, device="cpu")
-    scales = tuple(torch.empty(shape, dtype=kind, device="cpu") for shape, kind in room.scales)
+    packed = torch.empty(room.packed, dtype=torch.uint8, device=CPU)
+    scales = tuple([torch.empty(shape, dtype=kind, device=CPU) for shape, kind in room.scales])
     first, second, *_ = *scales, NOTHING, NOTHING
     if not ops.write_codes(x, spec, rounding, key, stream, room.coding, packed, first, second):
         return None
