@@ -283,7 +283,47 @@ def test_what_a_method_makes_stands_in_its_module() -> None:
 
     run, seen = traced(caller, look)
     run(X)
-    assert seen == [[[str(id(INNER))], [f"{id(INNER)}@1"], []]]
+    assert seen == [[[f"{id(INNER)}@method0"], [f"{id(INNER)}@method1"], []]]
+
+
+class Standing(nn.Module):
+    """Its forward is a method that says so, as an entry's is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) if stand() else x
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_hook_of_a_module_and_its_forward_are_told_apart(of_all: bool) -> None:
+    model, register = Standing(), nn.modules.module.register_module_forward_hook
+
+    def hook(module: nn.Module, given: Any, result: Tensor) -> Tensor:
+        return torch.exp(result)
+
+    def look(frame: Frame, graph_module: Any, inputs: Any) -> Any:
+        nodes = {node.target: node for node in graph_module.graph.nodes}
+        stacks = [list(nodes[each].meta["nn_module_stack"]) for each in (torch.tanh, torch.exp)]
+        return stacks, frame.runs_call, dynamo.is_hooked(model), hook.__code__ in dynamo.hooks_code(model)
+
+    assert not dynamo.is_hooked(model) and hook.__code__ not in dynamo.hooks_code(model)
+    handle = register(hook) if of_all else model.register_forward_hook(hook)
+    run, seen = traced(lambda x: model(x), look)
+    run(X)
+    handle.remove()
+    key = str(id(model))
+    assert seen == [([[key, f"{key}@method1"], [key]], False, True, True)]
+
+
+def _calling(call: Any, model: nn.Module) -> Any:
+    return lambda x: call(model, x)
+
+
+def test_a_frame_knows_whether_it_runs_the_call_of_a_module() -> None:
+    model = Mean()
+    for call, runs_call in ((dynamo.call_of_module, True), (Mean.forward, False)):
+        run, seen = traced(_calling(call, model), lambda frame, *_: frame.runs_call)
+        run(X)
+        assert seen == [runs_call]
 
 
 def test_a_frame_that_is_left_runs_as_python_and_is_asked_again() -> None:

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from graphs import rewritten
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import swalp_fx
 from swalp_fx import ConvertError, convert, quantize
@@ -104,6 +105,22 @@ def test_channels_are_in_front_of_the_axes_of_space_with_a_batch_and_without(lay
         nn.Sequential(layer, nn.Tanh()), "A=mxfp8 quantize_input=true quantize_logits=true", torch.randn(shape)
     )
     assert formats_in(graph.graph) == [f"mxfp8[{axis}:32]"] * 3
+
+
+class Times(nn.Module):
+    """A convolution of [times, batch, channels]."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(2, 8, 4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return torch.conv_tbc(x, self.weight, self.bias).tanh()
+
+
+def test_a_convolution_of_times_has_channels_on_the_last_axis():
+    recipe = "A=mxfp8 quantize_input=true quantize_logits=true placement=compute"
+    assert formats_in(rewritten(Times(), recipe, torch.randn(6, 3, 8)).graph) == ["mxfp8"] * 2
 
 
 class Patches(nn.Module):
@@ -250,13 +267,19 @@ class Bare(nn.Module):
         return torch.nn.functional.conv2d(x, self.weight)
 
 
+class BareCheckpointed(Bare):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Bare, BareCheckpointed])
 @pytest.mark.parametrize("spec, along", [("mxfp8", "mxfp8[1:32]"), ("int4[c:2]", "int4[1:2]")])
-def test_a_convolutions_weight_that_no_convolution_holds(spec, along):
+def test_a_convolutions_weight_that_no_convolution_holds(spec, along, kind):
     text = f"weight is the weight of a conv2d, which contracts its axis 1, .* name the axis: rules=[weight W={along}]"
     with pytest.warns(UserWarning, match=text.replace("[", r"\[")):
-        rewritten(Bare(), f"W={spec}", X)
+        rewritten(kind(), f"W={spec}", X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rewritten(Bare(), f"W={spec} rules=[weight W={along}]", X)
+        rewritten(kind(), f"W={spec} rules=[weight W={along}]", X)
         rewritten(Bare(), "W=bfp8[0]", X)
         rewritten(Both(), f"W={spec}", X)

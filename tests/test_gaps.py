@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -88,10 +89,10 @@ def line_of(function):
 
 
 CASES = {
-    "a layer that nothing traces": (Net, Mixer.forward, "mm"),
-    "a function that nothing traces": (Calling, disabled, "bmm"),
-    "a forward with a break in a loop": (Looping, Looping.forward, "mm"),
-    "scores": (Scoring, Scoring.forward, "mm"),
+    "a layer that nothing traces": (Net, Mixer.forward, "matmul"),
+    "a function that nothing traces": (Calling, disabled, "einsum"),
+    "a forward with a break in a loop": (Looping, Looping.forward, "matmul"),
+    "scores": (Scoring, Scoring.forward, "matmul"),
 }
 
 
@@ -116,6 +117,133 @@ def test_it_points_at_the_users_call():
 def test_each_converted_model_warns_and_so_does_a_copy():
     lp = made()
     assert [len(heard(each, X)) for each in (lp, made(), copy.deepcopy(lp), lp)] == [1, 1, 1, 0]
+
+
+def between(compute, recipe=RECIPE):
+    """A converted model in which Python runs ``compute(model, h)`` between two layers."""
+
+    class Between(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(8, 8))
+            self.copying = Copying()
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h + 0 * torch.compiler.disable(compute)(self, h).sum())
+
+    return made(Between, recipe)
+
+
+class Copying(nn.Module):
+    """Its graph writes into a tensor that it is given."""
+
+    def forward(self, into, x):
+        into.copy_(x.detach())
+        return x + 0
+
+
+def scores_of_what_a_graph_wrote(m, h):
+    constant = torch.zeros(5, 8)
+    m.copying(constant, h)
+    return constant @ constant.mT
+
+
+def scores_of_what_a_list_wrote(m, h):
+    constant = torch.zeros(5, 8)
+    torch._foreach_copy_([constant], [h.detach()])
+    return constant @ constant.mT
+
+
+def product_behind_swapped_memory(m, h):
+    m.table.data = m.table.data + 1
+    others = [h * i for i in range(40)]  # some may lie where the table lay
+    return torch.stack([each @ each.mT for each in others])
+
+
+# A product of the model -> its name
+PRODUCTS = {
+    "conv_tbc": lambda m, h: torch.conv_tbc(h[None], m.mixer.weight[None], m.table[0]),
+    "outer": lambda m, h: torch.outer(h[0], m.mixer.weight[0]),
+    "ger": lambda m, h: h[0].ger(m.mixer.weight[0]),
+    "kron": lambda m, h: torch.kron(h, m.mixer.weight),
+    "einsum, element by element": lambda m, h: torch.einsum("bi,bi->bi", h, m.mixer.weight[:5]),
+    "linalg_vecdot": lambda m, h: torch.linalg.vecdot(h, m.mixer.weight[:5]),
+    "linalg_multi_dot": lambda m, h: torch.linalg.multi_dot([h, m.mixer.weight, m.table]),
+    "matrix_exp": lambda m, h: torch.matrix_exp(m.mixer.weight),
+    "bilinear": lambda m, h: nn.functional.bilinear(h, h, m.mixer.weight[None]),
+    "sparse_mm": lambda m, h: torch.sparse.mm(m.table.to_sparse(), h.mT),
+    "matmul of a truth value": lambda m, h: (h > 0).float() @ m.table,
+    "matmul of what a graph wrote": scores_of_what_a_graph_wrote,
+    "matmul of what a list wrote": scores_of_what_a_list_wrote,
+    "matmul behind swapped memory": product_behind_swapped_memory,
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_product_is_named_by_the_name_that_a_recipe_has_for_it(case):
+    (text,) = heard(between(PRODUCTS[case]), X)
+    assert f": {case.partition(',')[0].partition(' ')[0]} computed in float" in text
+
+
+# Made of the weight alone -> a product with an activation, which no recipe rounds
+OF_A_WEIGHT = {
+    "itself": lambda m, h: h @ m.mixer.weight,
+    "a copy": lambda m, h: h @ m.mixer.weight.detach().clone(),
+    "scaled": lambda m, h: h @ (m.mixer.weight * 2 + m.table),
+    "in new memory": lambda m, h: setattr(m.mixer.weight, "data", m.mixer.weight.data.clone()) or h @ m.mixer.weight,
+}
+
+
+@pytest.mark.parametrize("case", OF_A_WEIGHT)
+def test_where_only_weights_are_rounded_what_is_made_of_a_weight_alone_stands_for_it(case):
+    call = OF_A_WEIGHT[case]
+    (text,) = heard(between(call, "float W=bfp4[0]"), X)
+    assert "matmul computed in float" in text
+    assert heard(between(call, f"{RECIPE} W=float exclude=matmul"), X) == []
+
+
+EXCLUDED = {
+    "matmul": lambda m, h: h @ m.mixer.weight,
+    "linear": lambda m, h: nn.functional.linear(h, m.mixer.weight, m.table[0]),
+    "einsum": lambda m, h: torch.einsum("bi,ij->bj", h, m.mixer.weight),
+    "conv1d": lambda m, h: nn.functional.conv1d(h[None], m.mixer.weight[:5, :5, None]),
+    "outer": lambda m, h: torch.outer(h[0], m.mixer.weight[0]),
+}
+
+
+@pytest.mark.parametrize("by", ["exclude", "kind"])
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_an_exclusion_by_the_name_that_the_line_has_holds(name, by):
+    rules = [Rule("mixer.weight", weight="float"), *([Rule("*", kind=name, **FLOAT)] if by == "kind" else [])]
+    recipe = Recipe.parse(RECIPE, rules=tuple(rules), exclude=(name,) if by == "exclude" else ())
+    assert heard(between(EXCLUDED[name], recipe), X) == []
+    other = next(each for each in EXCLUDED if each != name)
+    assert len(heard(between(EXCLUDED[other], recipe), X)) == 2  # its product, and that the exclusion matches nothing
+
+
+def test_a_line_with_two_products_is_silent_only_if_both_are_excluded():
+    def both(m, h):
+        return nn.functional.linear(h @ m.table, m.mixer.weight)
+
+    recipe = f"{RECIPE} W=float exclude="
+    (text,) = heard(between(both, f"{recipe}matmul"), X)
+    assert "linear, matmul computed in float" in text
+    assert heard(between(both, f"{recipe}matmul,linear"), X) == []
+
+
+def test_a_watched_call_keeps_no_tensor_alive():
+    freed = []
+
+    def fill(m, h):
+        for make in (torch.zeros, torch.rand):
+            memory = weakref.ref(make(5, 8).untyped_storage())
+            freed.append(memory() is None)
+        return h
+
+    lp = between(fill)
+    lp(X)
+    assert lp._swalp.conversion.has_gaps is False and freed == [True, True]
 
 
 # What is meant to be in float, or is no product of the model
@@ -186,6 +314,10 @@ SILENT = {
     "excluded, with a weight in float": lambda: made(recipe=f"{RECIPE} W=float exclude=mixer"),
     "scores, where only weights are rounded": lambda: made(Scoring, "float W=bfp4[0]"),
     "constants": lambda: made(Constant),
+    "constants of an activation's size": lambda: between(lambda m, h: h.new_ones(5, 8) @ m.table),
+    "constants like an activation": lambda: between(lambda m, h: torch.rand_like(h) @ m.table),
+    "an elementwise product": lambda: between(lambda m, h: h * torch.outer(m.table[0, :5], m.table[1])),
+    "tokens": lambda: between(lambda m, h: nn.functional.one_hot(torch.arange(8)).float() @ m.table),
     "a product of backward": lambda: made(Forces),
     "a product of an optimizer": lambda: made(Stepping).fit,
     "a teacher in float": lambda: made(Teacher),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from marks import rewritten_by, rounded
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from swalp_fx import Recipe, RecipeError, Rule, check, convert, draw, measure, nodes, report
 
@@ -182,6 +183,32 @@ def test_a_checkpointed_block_is_named_as_it_is_outside_of_one():
         "blocks.1.0",
         "blocks.1.2",
     ]
+
+
+class Attending(nn.Module):
+    """Attention whose projections are no calls of layers."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.attention, self.checkpointed = nn.MultiheadAttention(8, 2, batch_first=True), checkpointed
+
+    def attend(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+    def forward(self, x):
+        return (checkpoint(self.attend, x, use_reentrant=False) if self.checkpointed else self.attend(x)) + 1
+
+
+def test_in_a_checkpoint_a_projection_has_the_name_of_the_layer_that_holds_its_weight():
+    found = []
+    for checkpointed in (True, False):
+        x = torch.randn(2, 3, 8)
+        lp, _ = convert(Attending(checkpointed), recipe="bfp8", example_inputs=(x,))
+        made = lp.graphs[0].graph_module
+        body = next(iter(made.named_children()))[1] if checkpointed else made
+        found.append([name for name in rounded(body.graph) if name.startswith("attention")])
+        convert(Attending(checkpointed), recipe="bfp8 exclude=attention.out_proj", example_inputs=(x,))
+    assert found[0] == found[1] and found[0][-1] == "attention.out_proj"
 
 
 def test_a_weight_that_is_derived_for_each_reader_has_one_row():

@@ -1,5 +1,6 @@
 """The table of operations holds on real operations: movement makes no new number, and a possible view is one."""
 
+import operator
 from collections import Counter
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from swalp_fx import nodes, quantize
 from swalp_fx.passes.names import PART, place
 from swalp_fx.passes.operations import name_of
-from swalp_fx.passes.tables import OPERATIONS, TABLE, part_of
+from swalp_fx.passes.tables import OPERATIONS, TABLE, is_product, part_of
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)) + 2  # no number twice, none zero
 IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(2)) + 2
@@ -250,6 +251,28 @@ def test_names_that_look_like_others_run(case):
         library.impl("my_split", lambda x: [x * 1, x * 2], "CompositeImplicitAutograd")
         made = rewritten(Before(call), "bfp8[0]", X)
     assert rounded(made.graph) == ["layer", *places]
+
+
+WEIGHT = torch.randn(6, 6)
+PRODUCTS = {
+    "conv_tbc": lambda x: torch.conv_tbc(x[None], WEIGHT[None], WEIGHT[0]),
+    "kron": lambda x: torch.kron(x, WEIGHT),
+    "linalg_vecdot": lambda x: torch.linalg.vecdot(x, WEIGHT[0]),
+    "linalg_multi_dot": lambda x: torch.linalg.multi_dot([x, WEIGHT, WEIGHT]),
+    "chain_matmul": lambda x: torch.chain_matmul(x, WEIGHT),
+    "linalg_matmul": lambda x: torch.linalg.matmul(x, WEIGHT),
+    "matrix_power": lambda x: torch.matrix_power(x.mT @ x, 2),
+    "linalg_matrix_exp": lambda x: torch.linalg.matrix_exp(x.mT @ x),
+    "imatmul": lambda x: operator.imatmul(x, WEIGHT),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.filterwarnings("ignore:.*chain_matmul")
+def test_every_spelling_of_a_product_is_compute(name):
+    made = rewritten(Before(PRODUCTS[name]), "bfp8[0] placement=compute", X)
+    assert rounded(made.graph)[-1] == name
+    assert is_product(name)
 
 
 def test_selections_are_pooling():

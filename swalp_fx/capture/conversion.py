@@ -139,6 +139,7 @@ class Conversion:
         self.is_proved = True  # whether every pattern of the recipe has been checked against graphs
         self.has_gaps = False  # whether Python computes between its graphs
         self.told: set[str] = set()  # lines of products in float that a warning has named
+        self.between: set[Subject] = set()  # products that Python has run between the graphs
         self._calls_with_gaps = 0
         self._foreigners: dict[str, Subject] = {}
         self._places: Places | None = None
@@ -239,6 +240,7 @@ class Conversion:
 
     def _subjects(self) -> Iterator[Subject]:
         yield from chain(*self.places.subjects.values())
+        yield from self.between
         for path, module in self.root.named_modules():
             if path:
                 yield path, kinds_of_type(type(module), layer_part(type(module)))

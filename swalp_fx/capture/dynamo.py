@@ -40,6 +40,8 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from ..passes.captured import METHOD
+
 __all__ = [
     "LEFT",
     "MAX_GRAPHS",
@@ -52,8 +54,10 @@ __all__ = [
     "call_of_module",
     "compiled",
     "functional_call",
+    "hooks_code",
     "innermost_backend",
     "is_functorch_active",
+    "is_hooked",
     "knobs",
     "named_like",
     "original",
@@ -263,6 +267,23 @@ def switched_off() -> str | None:
     return None
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks run before or behind the forward of ``module``."""
+    of_all = vars(nn.modules.module)
+    forward = [name for name in HOOKS if "forward" in name]
+    return any(getattr(module, name, None) or of_all[f"_global{name}"] for name in forward)
+
+
+def hooks_code(module: nn.Module) -> Iterator[CodeType]:
+    """The code of the hooks that run before or behind the forward of ``module``."""
+    of_all = vars(nn.modules.module)
+    for name in HOOKS:
+        for hook in (*getattr(module, name, {}).values(), *of_all[f"_global{name}"].values()):
+            code = getattr(inspect.unwrap(hook), "__code__", None)
+            if code is not None:
+                yield code
+
+
 class Inner:
     """A module as a trace sees it, with the changes that the trace has already made."""
 
@@ -271,15 +292,20 @@ class Inner:
         self.module: nn.Module = variable.value
 
     def stand_in(self) -> None:
-        """Notes that the rest of this frame belongs to the module. The front end itself notes this for calls alone."""
+        """Notes that the rest of this frame is a method of the module, and no hook around it.
+
+        The front end itself notes only the module that is called, for its hooks too.
+        """
         stack, calls = self._tx.nn_module_stack, self._tx.num_calls
         key, source = str(id(self.module)), self._variable.source
-        if source is None or next(reversed(stack), "").partition("@")[0] == key:
+        last = next(reversed(stack), "")
+        is_noted = last.partition("@")[0] == key and (METHOD in last or not is_hooked(self.module))
+        if source is None or is_noted:
             return
         name = source.name if isinstance(source.name, str) else source.name()
         call = calls.get(name, 0)
         calls[name] = call + 1
-        stack[f"{key}@{call}" if call else key] = (name, type(self.module))
+        stack[f"{key}@{METHOD}{call}"] = (name, type(self.module))
 
     def is_given(self, kind: type) -> bool:
         """Whether an argument of the call is of this type; guarded."""
@@ -344,9 +370,14 @@ class Frame:
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the locals that are modules, also in closures."""
         for name, value in self._tx.f_locals.items():
-            module = value.cell_contents if type(value).__name__ == "cell" else value
+            module = _content(value)
             if isinstance(module, nn.Module):
                 yield name, module
+
+    @property
+    def runs_call(self) -> bool:
+        """Whether the frame runs the call of a module, with its hooks: an entry closes over what it calls."""
+        return _content(self._tx.f_locals.get("call")) is call_of_module
 
     def guard_identity(self, local: str) -> None:
         """Guards the identity of a local: the graph is for this object alone, so each module gets its own."""
@@ -461,15 +492,18 @@ class Frame:
     def _value(self, source: Any) -> Any:
         cells: Mapping[str, Any] = self._tx.f_locals
         scope = {
-            "L": {
-                name: value.cell_contents if type(value).__name__ == "cell" else value for name, value in cells.items()
-            },
+            "L": {name: _content(value) for name, value in cells.items()},
             "G": self._tx.f_globals,
         }
         try:
             return eval(source.name if isinstance(source.name, str) else source.name(), scope)
         except Exception:  # the guard's expression may need more than locals and globals
             return None
+
+
+def _content(local: Any) -> Any:
+    """The value of a local, which may be in the cell of a closure."""
+    return local.cell_contents if type(local).__name__ == "cell" else local
 
 
 def _items(variable: Any) -> Iterable[Any]:

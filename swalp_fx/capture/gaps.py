@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..passes.names import kinds_of_type
-from ..passes.tables import part_of
+from ..passes.tables import does, is_product
 from ..warn import is_own, line_of, warn
 from .conversion import Conversion, conversion_of
+from .methods import products_named
 from .modes import push, stacked
 from .running import local
+from .sources import CONSTANT, Sources, is_number
 
 __all__ = ["Watch", "watch"]
 
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
-# Words in the names of PyTorch's kernels that compute products, beside those of the table of operations.
-KERNELS = ("attention", "rnn", "trilinear")
 
 
 def watch() -> None:
@@ -60,9 +60,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._found: dict[tuple[Conversion, str], str] = {}  # (model, line) -> the warning of it
         self.is_inside = False  # whether a graph runs
-        # Storages of tensors that are made of no parameter, and of nothing floating that the model is given.
-        self._constants: dict[int, Any] = {}
-        self._known: dict[Conversion, dict[int, str]] = {}  # storage -> name, of the parameters of each model
+        self._sources = Sources()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -75,41 +73,46 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = function(*args, **(kwargs or {}))
-        if not self.is_inside and isinstance(function, OpOverload) and torch._C._current_graph_task_id() < 0:
-            self._see(function, pytree.tree_leaves((args, kwargs)), given)
+        if isinstance(function, OpOverload) and torch._C._current_graph_task_id() < 0 and not local.explaining:
+            conversion = conversion_of(local.entered)
+            if conversion is not None:
+                self._sources.add(conversion)
+                if not self.is_inside:
+                    self._see(conversion, function, pytree.tree_leaves((args, kwargs)), given)
+                self._sources.note(function, args, kwargs or {}, given)
         return given
 
-    def _see(self, function: OpOverload, operands: list[Any], given: Any) -> None:
-        conversion = conversion_of(local.entered)
-        if conversion is None or local.explaining:
-            return
-        if conversion not in self._known:
-            self._known[conversion] = {_memory(each): name for name, each in conversion.root.named_parameters()}
-            self._constants |= {_memory(each): each for each in conversion.root.buffers()}
-        results = [each for each in pytree.tree_leaves(given) if isinstance(each, Tensor)]
-        numbers = [each for each in operands if _is_number(each) and _memory(each) not in self._constants]
+    def _see(self, conversion: Conversion, function: OpOverload, given: list[Any], result: Any) -> None:
+        numbers = [each for each in given if is_number(each) and self._sources.of(each) != CONSTANT]
         if not numbers:
-            self._constants |= {_memory(each): _held(each) for each in results if _is_number(each)}
             return
-        for each in results:
-            self._constants.pop(_memory(each), None)  # a write has put numbers into it
         conversion.has_gaps = True
-        if _is_product(function):
-            self._note(conversion, str(function.overloadpacket.__name__), numbers)
+        kernel = str(function.overloadpacket.__name__)
+        if is_product(kernel):
+            self._note(conversion, kernel, numbers)
+        elif kernel in ("mul", "mul_"):
+            self._note(conversion, kernel, numbers, "spreads" if _is_spread(given, result) else "multiplies")
 
-    def _note(self, conversion: Conversion, operation: str, operands: list[Tensor]) -> None:
-        where = _where()
-        if where is None or where.line in conversion.told or (conversion, where.line) in self._found:
+    def _note(self, conversion: Conversion, kernel: str, operands: list[Tensor], may: str | None = None) -> None:
+        """Notes a product, unless it is meant to be in float. may: it is one if its line names one that does this."""
+        frame = _own_frame()
+        line = line_of(frame) if frame is not None else "code without a line"
+        named = products_named(frame.f_code, frame.f_lineno) if frame is not None else ()
+        if may is not None:
+            named = tuple(name for name in named if may in does(name))
+            if not named:
+                return
+        module = _module(conversion)
+        if module is None or line in conversion.told or (conversion, line) in self._found:
             return
-        module = where.module or conversion.root
         path = conversion.places.path(module) or ""
-        known = self._known[conversion]
-        parameters = [known[memory] for each in operands if (memory := _memory(each)) in known]
-        if _is_rounded(conversion, path, module, operation, parameters):
+        parameters = {each for operand in operands for each in self._sources.of(operand) or ()}
+        known = [name for owner, name in parameters if owner is conversion]
+        if _is_rounded(conversion, path, module, named or (kernel,), known):
             rule = f", or leave {path} in float by a rule" if path else ""
-            self._found[conversion, where.line] = (
-                f"{where.line}: {operation} computed in float, since Python runs this line; take away what breaks the "
-                f"graph there, or compute it in a layer or a method of its own{rule}"
+            self._found[conversion, line] = (
+                f"{line}: {', '.join(named) or kernel} computed in float, since Python runs this line; take away "
+                f"what breaks the graph there, or compute it in a layer or a method of its own{rule}"
             )
 
     def tell(self) -> None:
@@ -120,23 +123,24 @@ class Watch(TorchDispatchMode):
             warn(text)
 
 
-class _Where(NamedTuple):
-    line: str  # "model.py:12 forward"
-    module: nn.Module | None  # that the line belongs to
+def _own_frame() -> FrameType | None:
+    """The innermost frame of the user's code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_own(frame):
+        frame = frame.f_back
+    return frame
 
 
-def _where() -> _Where | None:
-    """The user's line that runs now; None if an optimizer's step or a model in float runs it."""
+def _module(conversion: Conversion) -> nn.Module | None:
+    """The module that the running code belongs to; None if an optimizer's step or a model in float runs it."""
     from .entries import Entry, is_floating
 
-    line, module = "", None
+    module: nn.Module | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(OPTIMIZERS):
             return None
-        if not line and is_own(frame):
-            line = line_of(frame)
         own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(own, Entry) and code is Entry.enter.__code__:
             module = module or own.module
@@ -148,32 +152,22 @@ def _where() -> _Where | None:
             if module is None and conversion_of(own) is not None:
                 module = own
         frame = frame.f_back
-    return _Where(line or "code without a line", module)
+    return module or conversion.root
 
 
-def _is_rounded(conversion: Conversion, path: str, module: nn.Module, operation: str, parameters: list[str]) -> bool:
-    """Whether the recipe rounds an operand or the result of a product in ``module``."""
+def _is_rounded(
+    conversion: Conversion, path: str, module: nn.Module, names: tuple[str, ...], parameters: list[str]
+) -> bool:
+    """Whether the recipe rounds an operand or the result of a product in ``module``, under one of its ``names``."""
     recipe, subjects = conversion.recipe, conversion.places.subjects
+    found = [(".".join(filter(None, (path, name))), [*kinds_of_type(type(module), "compute"), name]) for name in names]
+    conversion.between.update((name, tuple(kinds)) for name, kinds in found)
     if any(recipe.at(*subjects[name]).weight.rounds for name in parameters):
         return True
-    name = ".".join(filter(None, (path, operation)))
-    here = recipe.at((name, [*kinds_of_type(type(module), "compute"), operation]))
-    return not recipe.excludes(name) and (here.activation.rounds or here.error.rounds)
+    here = (recipe.at(subject) for subject in found if not recipe.excludes(subject[0]))
+    return any(each.activation.rounds or each.error.rounds for each in here)
 
 
-def _is_product(function: OpOverload) -> bool:
-    words = function.overloadpacket.__name__.strip("_").split("_")
-    return any(word in KERNELS or part_of(word) == "compute" for word in words)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _held(tensor: Tensor) -> Any:
-    """The object to hold, so that the address of ``_memory`` is not used again."""
-    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+def _is_spread(operands: list[Any], result: Tensor) -> bool:
+    """Whether each operand of a multiplication is spread over axes of the other."""
+    return all(isinstance(each, Tensor) and each.shape != result.shape for each in operands)

@@ -6,6 +6,7 @@ import contextlib
 import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,9 +16,13 @@ from torch import nn
 from ..passes.tables import part_of
 from .places import within
 
-__all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "runs_later", "set_on"]
+__all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "products_named", "runs_later", "set_on"]
 
 OF_SELF = "self."
+SPACES = {
+    "linalg": "linalg_",
+    "sparse": "sparse_",
+}  # the start of the names of the functions of torch.linalg, in graphs
 NAMED = ("GLOBAL", "NAME", "ATTR", "METHOD")  # words in the opcodes of instructions that have a name as argument
 NOTHING, READS, PRODUCT = range(3)  # code computes nothing; it reads a parameter of its module; it has a product
 
@@ -87,6 +92,15 @@ def _reads(function: Any, modules: Iterable[nn.Module]) -> bool:
     return any(word.removeprefix(OF_SELF) in names for word in _words(function))
 
 
+@lru_cache(maxsize=256)
+def products_named(code: CodeType, line: int) -> tuple[str, ...]:
+    """The products that a line of ``code`` names, by the names that a recipe has for them: ``matmul`` for ``@``."""
+    starts, at = dict(dis.findlinestarts(code)), None
+    here = [each for each in dis.get_instructions(code) if (at := starts.get(each.offset, at)) == line]
+    words = dict.fromkeys(word for word in _named(here) if word == "@" or _is_product(word))
+    return tuple("matmul" if word == "@" else word for word in words)
+
+
 def _is_product(name: str) -> bool:
     if name.startswith(OF_SELF):  # ``self.linear`` is a layer, an entry of its own
         return False
@@ -149,18 +163,23 @@ def _is_torchs(function: FunctionType) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The names that ``code`` reads, with OF_SELF before attributes of ``self``; "@" for a matrix product."""
+    """The names that ``code`` reads, those of its inner functions too: see ``_named``."""
+    yield from _named(dis.get_instructions(code))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _named(instructions: Iterable[dis.Instruction]) -> Iterator[str]:
+    """The names in code: ``self.fc``, ``linalg_vecdot`` for ``torch.linalg.vecdot``, "@" for a matrix product."""
     before: Any = None
-    for instruction in dis.get_instructions(code):
+    for instruction in instructions:
         if instruction.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in instruction.opname:
             yield "@"
         elif isinstance(instruction.argval, str) and any(kind in instruction.opname for kind in NAMED):
-            is_of_self = before is not None and before.argval == "self" and before.opname.startswith("LOAD")
-            yield OF_SELF + instruction.argval if is_of_self else instruction.argval
+            of = before.argval if before is not None and before.opname.startswith("LOAD") else ""
+            yield {"self": OF_SELF, **SPACES}.get(of, "") + instruction.argval
         before = instruction
-    for constant in code.co_consts:  # the code of inner functions
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 def _called(function: FunctionType, names: set[str]) -> Iterator[FunctionType]:

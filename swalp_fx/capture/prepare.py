@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
@@ -19,10 +19,12 @@ from ..passes.captured import (
     ARGUMENT,
     CALLS,
     HOLDS,
+    HOOK,
     INTO,
     KEPT,
     LATER,
     LAYER,
+    METHOD,
     MODULE,
     PARAMETER,
     STEPS,
@@ -33,10 +35,11 @@ from ..passes.captured import (
     is_layer,
 )
 from ..passes.facts import memory_of
+from ..passes.hooks import give_weights_to_layers
 from ..passes.operations import CHECKPOINT, NESTED, memory_written, name_of, read_after_writes, written_parameter
 from ..passes.tables import layer_part
 from ..recipe import Recipe
-from .dynamo import Frame
+from .dynamo import Frame, hooks_code, is_hooked
 
 if TYPE_CHECKING:
     from .conversion import Places
@@ -70,6 +73,10 @@ class Owner:
                 if name in first and (is_entry or not foreign or _is_method(code, module)):
                     self.path, self.name, self.module = path, name, module
         self.is_entry = is_entry and self.name == "module"
+        runs_call = frame.runs_call or (is_entry and code.co_name == "_call")
+        self.is_hook = self.module is not None and (
+            (runs_call and is_hooked(self.module)) or code in hooks_code(self.module)
+        )  # whether code of the frame that is no method's is a hook's
         self.type = places.type if self.module is None else type(self.module)
         # After a graph break, a local that is not read any more is gone from the frame, even self.
         self.is_known = self.module is not None or any(_is_method(code, each) for each in places.modules())
@@ -107,7 +114,7 @@ def prepare(
     *,
     foreign: bool,
 ) -> Graph:
-    """The graph of a copy that ``copied`` made, with HOLDS, PARAMETER, MODULE, TYPE, LAYER and CALLS on its nodes.
+    """The graph of a copy that ``copied`` made. Its nodes have HOLDS, PARAMETER, MODULE, TYPE, LAYER, HOOK and CALLS.
 
     foreign: another torch.compile compiles it, together with the code around the model.
     """
@@ -123,6 +130,7 @@ def prepare(
         for node in graph.output_node().all_input_nodes:
             node.meta[KEPT] = node.name not in returned
     _prepare_nodes(graph_module, owner, places, recipe, foreign)
+    give_weights_to_layers(graph)
     _refuse_bodies(graph_module)
     for node in graph.find_nodes(op="placeholder"):
         is_outside = all(user.meta.get(MODULE, "") is None for user in node.users)
@@ -196,14 +204,18 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
             if isinstance(value, GraphModule):
                 _prepare_nodes(value, owner, places, recipe, foreign)
         elif node.op.startswith("call"):
-            around = [(call, *known) for call, key in calls_around(node) if (known := places.module(key)) is not None]
-            node.meta[MODULE] = around[-1][1] if around else None if foreign and not owner.is_known else owner.path
+            around = [
+                _Around(call, *known, is_hook=METHOD not in key and is_hooked(known[1]))
+                for call, key in calls_around(node)
+                if (known := places.module(key)) is not None
+            ]
+            node.meta[MODULE] = around[-1].path if around else None if foreign and not owner.is_known else owner.path
             if node.meta[MODULE] is not None:
                 node.meta[TYPE] = _type_around(node, owner)
             if node.target is CHECKPOINT:
                 node.meta[INTO] = _operands_written(getattr(graph_module, str(node.args[0].target)).graph)
             if owner.module is not None:
-                around = [("", owner.path, owner.module), *around]
+                around = [_Around("", owner.path, owner.module, owner.is_hook), *around]
             _prepare_calls(node, around, recipe)
     read_after_writes(graph_module.graph)
 
@@ -212,6 +224,15 @@ def _operands_written(body: Graph) -> list[int]:
     """The positions of the inputs of ``body`` that it writes into."""
     memory = frozenset[int]().union(*map(memory_written, body.nodes))
     return [i for i, node in enumerate(body.find_nodes(op="placeholder")) if memory & memory_of(node)]
+
+
+class _Around(NamedTuple):
+    """A module around a node."""
+
+    call: str  # unique for each call; "" for the owner of the frame
+    path: str
+    module: nn.Module
+    is_hook: bool  # whether a hook of the module ran the node's code, and not its forward
 
 
 def _type_around(node: Node, owner: Owner) -> type:
@@ -238,10 +259,13 @@ def _holds_model(body: GraphModule) -> bool:
     return any(node.meta.get(MODULE) is not None for graph in graphs for node in graph.nodes)
 
 
-def _prepare_calls(node: Node, around: Sequence[tuple[str, str, nn.Module]], recipe: Recipe) -> None:
-    """Notes LAYER and CALLS; around: (call, path, module) of the calls around ``node``, outermost first."""
+def _prepare_calls(node: Node, around: Sequence[_Around], recipe: Recipe) -> None:
+    """Notes LAYER, HOOK and CALLS; around: the modules around ``node``, outermost first."""
     calls = []
-    for call, path, module in around:
+    for call, path, module, is_hook in around:
+        if is_hook:
+            node.meta[HOOK] = path
+            continue
         whole = recipe.is_whole(path)
         # In a layer's own frame, its nodes have no other calls around them.
         if whole or (whole is None and is_layer(module) and (call or len(around) == 1)):
@@ -253,4 +277,4 @@ def _prepare_calls(node: Node, around: Sequence[tuple[str, str, nn.Module]], rec
         if whole is None:
             calls.append(Layer(call, path, type(module)))
     node.meta[CALLS] = tuple(calls)
-    node.meta[STEPS] = bool(around) and recipe.is_whole(around[-1][1]) is False
+    node.meta[STEPS] = bool(around) and recipe.is_whole(around[-1].path) is False

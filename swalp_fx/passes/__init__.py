@@ -18,6 +18,7 @@ from .elide import elide
 from .expand import expand
 from .facts import Origin, facts
 from .fit import of_parameter
+from .hooks import give_weights_to_layers
 from .insert import insert
 from .names import NAME, PART, originals, parameter_subjects
 from .operations import operands_of
@@ -71,6 +72,7 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
         placeholder.meta[LATER] = True  # for the graph around the body
         placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
         placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
+    give_weights_to_layers(body.graph)
     if call.target is nodes.recurrent:
         prepare_step(call, body.graph)  # which says of each output whether it leaves
     is_loop = call.target is nodes.recurrent

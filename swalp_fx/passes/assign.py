@@ -142,7 +142,7 @@ def _weight(node: Node, recipe: Recipe, scope: Scope, identity: bool) -> Weight 
         return None
     rank = 2 if value is None else value.dim()
     weight = of_parameter(recipe, subjects, rank).weight
-    if (found := axis_by_reader(node)) is not None:
+    if (found := axis_by_reader(node, scope.bodies)) is not None:
         convolution, axis = found
         if (along := recipe.at(*subjects).of_tensor(rank, axis).weight) != weight:
             warn(OTHER_AXIS.format(name, convolution, axis, weight, along))

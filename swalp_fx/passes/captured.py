@@ -20,10 +20,12 @@ __all__ = [
     "CARRIED",
     "FOLLOWED",
     "HOLDS",
+    "HOOK",
     "INTO",
     "KEPT",
     "LATER",
     "LAYER",
+    "METHOD",
     "MODULE",
     "PARAMETER",
     "STEPS",
@@ -50,8 +52,10 @@ CARRIED = "swalp_fx.carried"  # true of a state that a loop's step hands to the 
 FOLLOWED = "swalp_fx.followed"  # true of a mask on scores that takes them out of the product before it is rounded
 TWIN = "swalp_fx.twin"  # of a loop's rounded output that may leave the model: the number of the output before rounding
 LAYER = "swalp_fx.layer"  # the Layer that this node is computed inside of
+HOOK = "swalp_fx.hook"  # the qualified name of the module whose hook, before or behind its forward, ran this code
 CALLS = "swalp_fx.calls"  # the calls around a node that may turn out to be one operation: Layers, part unknown
 STEPS = "swalp_fx.steps"  # true of a node in a module that the recipe says is not whole: its steps form no norm
+METHOD = "method"  # in a key of nn_module_stack, if the module has hooks: its method ran this code, and no hook
 
 
 class Layer(NamedTuple):
@@ -93,10 +97,14 @@ def calls_around(node: Node) -> list[tuple[str, str]]:
     """(call, key) of the modules that ``node`` is computed in, outermost first.
 
     call: unique for each call. PyTorch numbers the calls of each name, so a module with two names has two first calls.
-    key: PyTorch's name of the module.
+    key: PyTorch's name of the module; with METHOD, if the module has hooks and none of them ran this code.
     """
-    stack = node.meta.get("nn_module_stack") or {}
-    return [(f"{key} {name}", key) for key, (name, *_) in stack.items()]
+    stack: list[tuple[str, str]] = []
+    for key, (name, *_) in (node.meta.get("nn_module_stack") or {}).items():
+        if METHOD in key and stack and stack[-1][1].partition("@")[0] == key.partition("@")[0]:
+            stack.pop()  # the call of the module, for its hooks too
+        stack.append((f"{key} {name}", key))
+    return stack
 
 
 def kinds_around(node: Node) -> list[str]:

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from ..recipe import Quantizer, Recipe, Subject
 from .captured import LAYER
-from .operations import name_of
+from .operations import NESTED, name_of, operands_of
 from .tables import PARTS
 
 __all__ = ["axis_by_reader", "axis_of_parameter", "contraction_axes", "fitted", "of_parameter", "shape_behind"]
@@ -25,6 +25,7 @@ __all__ = ["axis_by_reader", "axis_of_parameter", "contraction_axes", "fitted", 
 LAST = -1
 # The start of a convolution's name -> the contraction axis of its weight. Its input and output have channels there.
 CONTRACTED = {"conv_transpose": 0, "ConvTranspose": 0, "conv": 1, "Conv": 1, "DeformConv": 1, "deform_conv": 1}
+CHANNELS_LAST = frozenset(("conv_tbc",))  # convolutions whose inputs and outputs have channels on the last axis
 OTHERWISE = LAST  # linear's: its weight is [outputs, inputs]
 # Operations that reorder the axes of their input.
 REORDERS = frozenset(("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"))
@@ -51,10 +52,23 @@ def of_parameter(recipe: Recipe, subjects: tuple[Subject, ...], rank: int) -> Re
     return recipe.at(*subjects).of_tensor(rank, axis_of_parameter(subjects))
 
 
-def axis_by_reader(node: Node) -> tuple[str, int] | None:
-    """(name, contraction axis of its weight) of a convolution that reads ``node`` as its weight; None without one."""
-    readers = (user for user in node.users if node in (*user.args[1:2], user.kwargs.get("weight")))
-    return next((found for user in readers if (found := _contracted([name_of(user)])) is not None), None)
+def axis_by_reader(node: Node, bodies: Mapping[str, Any]) -> tuple[str, int] | None:
+    """(name, contraction axis of its weight) of a convolution that reads ``node`` as its weight; None without one.
+
+    bodies: attribute -> GraphModule, of the checkpoints that the graph of ``node`` runs.
+    """
+    for user in node.users:
+        found = None
+        if user.target in NESTED:
+            body, operands = bodies[str(user.args[0].target)], operands_of(user)  # type: ignore[union-attr]
+            inputs = body.graph.find_nodes(op="placeholder")[-len(operands) :]  # behind the key
+            inner = (given for given, operand in zip(inputs, operands, strict=True) if operand is node)
+            found = next(filter(None, (axis_by_reader(given, dict(body.named_children())) for given in inner)), None)
+        elif node in (*user.args[1:2], user.kwargs.get("weight")):
+            found = _contracted([name_of(user)])
+        if found is not None:
+            return found
+    return None
 
 
 def contraction_axes(graph: Graph) -> dict[Node, int]:
@@ -112,6 +126,8 @@ def _of_operation(node: Node) -> int | None:
     names = [name_of(node)] if node.op.startswith("call") else []
     if LAYER in node.meta:
         names.append(node.meta[LAYER].kind.__name__)
+    if CHANNELS_LAST.intersection(names):
+        return LAST
     if convolution := _contracted(names):
         spatial, rank = _SPATIAL.search(convolution[0]), _rank(node)
         return rank - 1 - int(spatial[1]) if spatial and rank else 1  # 0 where there is no batch

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..recipe import Subject
-from .captured import ARGUMENT, LAYER, PARAMETER, around, kinds_around
+from .captured import ARGUMENT, HOLDS, LAYER, PARAMETER, around, kinds_around
 from .facts import MEANINGS
 from .operations import name_of
 from .tables import LAYER_PARTS, layer_part
@@ -88,7 +88,8 @@ def _name_of_output(node: Node, called: set[str]) -> str:
     """The name of a layer output, without a number. called: the paths of the layers that the graph calls."""
     weight = node.args[1] if len(node.args) > 1 else None
     if name_of(node) == "linear" and "MultiheadAttention" in kinds_around(node) and isinstance(weight, Node):
-        owner, _, name = weight.meta.get(PARAMETER, "").rpartition(".")
+        parameter = weight.meta[ARGUMENT] if weight.meta.get(HOLDS) == "parameter" else ""
+        owner, _, name = parameter.rpartition(".")
         inside = f"{around(node)}." if around(node) else ""
         if name == "weight" and owner not in ("", around(node), *called) and owner.startswith(inside):
             return owner

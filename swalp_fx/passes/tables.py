@@ -20,6 +20,7 @@ __all__ = [
     "SCORES",
     "Operation",
     "does",
+    "is_product",
     "layer_part",
     "may_name_function",
     "part_of",
@@ -40,6 +41,8 @@ class Operation:
         writes  writes into its first input, though its name does not end with ``_``
         views   may give the memory of its first input
         reads   gives a number made of the values of its inputs, not of sizes alone
+        multiplies  outside of graphs it may run as ``mul``, element by element
+        spreads     outside of graphs it may run as ``mul`` of operands that are spread over each other's axes
     """
 
     part: str
@@ -53,13 +56,21 @@ TABLE = """
 # Sums of products: what hardware spends its multipliers on.
 compute | own regrad | linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm
 compute | own | bilinear embedding mv
-compute | | deform_conv2d embedding_bag dot vdot inner outer ger einsum tensordot addmm addmv addbmm baddbmm addr
+compute | | deform_conv2d embedding_bag dot vdot inner tensordot addmm addmv addbmm baddbmm addr conv_tbc imatmul
+compute | multiplies | einsum linalg_vecdot
+compute | spreads | outer ger kron
+compute | | linalg_matmul chain_matmul linalg_multi_dot matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp
+compute | | ormqr sparse_mm sparse_addmm sparse_sampled_addmm spmm smm saddmm sspaddmm hspmm hsmm dsmm
+compute | | foreach_mm scaled_mm grouped_mm scaled_grouped_mm int_mm
 compute | | convolution scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd
 compute | | lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
 compute | | cdist Linear Bilinear _ConvNd Conv1d
 compute | | Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d DeformConv2d Embedding EmbeddingBag
 compute | | MultiheadAttention RNNBase RNNCellBase Transformer TransformerEncoder TransformerDecoder
 compute | | TransformerEncoderLayer TransformerDecoderLayer
+
+# Words in the names of PyTorch's kernels that compute such sums, and names of no function.
+kernel | | attention rnn trilinear conv
 
 norm | own regrad | batch_norm layer_norm group_norm
 norm | | instance_norm rms_norm local_response_norm normalize native_batch_norm native_layer_norm native_group_norm
@@ -145,7 +156,8 @@ def _rows() -> Iterator[tuple[str, Operation]]:
                 yield name, Operation(part.strip(), frozenset(does.split()))
 
 
-OPERATIONS = dict(_rows())
+OPERATIONS = {name: row for name, row in _rows() if row.part != "kernel"}
+_KERNELS = frozenset(name for name, row in _rows() if row.part == "kernel")
 # Part -> the names of its operations.
 PARTS: dict[str, list[str]] = {}
 for _name, _row in OPERATIONS.items():
@@ -165,8 +177,14 @@ def does(name: str) -> frozenset[str]:
 
 def part_of(name: str) -> str | None:
     """The part of a function or method, by its name; None if the table does not have it."""
-    row = OPERATIONS.get(name) or OPERATIONS.get(name.rstrip("_"))
+    row = OPERATIONS.get(name) or OPERATIONS.get(name.strip("_"))
     return row.part if row is not None else None
+
+
+def is_product(kernel: str) -> bool:
+    """Whether an operation of PyTorch's computes sums of products, by a word of its name: ``_sparse_addmm`` does."""
+    words = kernel.strip("_").split("_")
+    return part_of(kernel) == "compute" or any(word in _KERNELS or part_of(word) == "compute" for word in words)
 
 
 def layer_part(kind: type) -> str | None:

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ... import nodes
 from ...recipe import Subject
-from ..captured import ARGUMENT, CARRIED, HOLDS, KEPT, LAYER, MODULE, PARAMETER, UPDATE
+from ..captured import ARGUMENT, CARRIED, HOLDS, KEPT, LAYER, MODULE, UPDATE
 from ..facts import FACTS, MEANINGS, Facts, Origin, memory_of
 from .reading import called, reads_sizes, types_around, written_by
 from .writes import Writes
@@ -151,10 +151,11 @@ def _owner_of_weight(node: Node, layers: set[str]) -> str:
     weight = node.args[1] if len(node.args) > 1 else None
     if called(node) != "linear" or "MultiheadAttention" not in types_around(node) or not isinstance(weight, Node):
         return ""
-    owner = weight.meta.get(PARAMETER, "").removesuffix(".weight")
+    parameter = weight.meta.get(ARGUMENT, "") if weight.meta.get(HOLDS) == "parameter" else ""
+    owner = parameter.removesuffix(".weight")
     around = node.meta.get(MODULE) or ""
     is_held = owner.startswith(f"{around}.") if around else True
-    return owner if is_held and f"{owner}.weight" == weight.meta.get(PARAMETER) and owner not in layers else ""
+    return owner if is_held and f"{owner}.weight" == parameter and owner not in layers else ""
 
 
 def _unnumbered(node: Node) -> str:
