@@ -29,29 +29,30 @@ class Copies:
 
     def __init__(self, graph: Graph) -> None:
         self._places = {node: i for i, node in enumerate(graph.nodes)}
+        self._written = {node: frozenset(written(node)) for node in graph.nodes}
         pieces = frozenset[int]().union(*map(memory_written, graph.nodes))
         self._end = graph.output_node()
-        self._inside: defaultdict[int, list[Node]] = defaultdict(list)  # a piece that is written -> its nodes
-        for node in graph.nodes:
-            for piece in memory_of(node) & pieces:
+        self._memory = {node: memory_of(node) & pieces for node in graph.nodes}  # that is written
+        self._inside: defaultdict[int, list[Node]] = defaultdict(list)  # a piece of it -> its nodes
+        for node, memory in self._memory.items():
+            for piece in memory:
                 self._inside[piece].append(node)
 
     def writer_into_memory(self, node: Node) -> Node | None:
         """The first write into the memory of ``node``, under any name; None without one."""
-        return self._first_write({each for piece in memory_of(node) for each in self._inside.get(piece, ())})
+        return self._first_write(self._beside(node))
 
     def writer_into_copy(self, node: Node) -> Node | None:
         """The first write into a copy that all readers of ``node`` read; None without one."""
         return self._first_write(self._through(node, lambda _: False))
 
     def _first_write(self, nodes: set[Node]) -> Node | None:
-        writers = (user for each in nodes for user in each.users if each in written(user))
+        writers = (user for each in nodes for user in each.users if each in self._written[user])
         return min(writers, key=self._places.__getitem__, default=None)
 
     def is_given(self, node: Node) -> bool:
         """Whether ``node`` lies in the memory of an input that something is written into."""
-        inside = (each for piece in memory_of(node) for each in self._inside.get(piece, ()))
-        return any(each.meta.get(HOLDS) == "input" for each in inside)
+        return any(each.meta.get(HOLDS) == "input" for each in self._beside(node))
 
     def missed(self, node: Node, reads_bare: Callable[[Node], bool]) -> Node | None:
         """A write that is lost if all readers of ``node`` read a copy, but those that ``reads_bare`` names; or None.
@@ -70,16 +71,20 @@ class Copies:
 
     def _accesses(self, node: Node, reads_bare: Callable[[Node], bool]) -> Iterator[_Access]:
         """The reads and writes of the memory of ``node`` behind the place where it is copied."""
-        nodes = {each for piece in memory_of(node) for each in self._inside.get(piece, ())}
+        nodes = self._beside(node)
         through = self._through(node, reads_bare) if nodes else set()
         for each in nodes:
             if each.meta.get(LATER):
                 yield _Access(self._places[self._end], self._end, each in through, writes=False)
             for user in each.users:
-                is_view = not written(user) and memory_of(user) & memory_of(each)  # it reads no number
+                is_view = not self._written[user] and self._memory[user] & self._memory[each]  # it reads no number
                 if self._is_after(user, node) and not is_view and not takes_size(user, each):
                     of_copy = each in through and not (each is node and reads_bare(user))
-                    yield _Access(self._places[user], user, of_copy, each in written(user))
+                    yield _Access(self._places[user], user, of_copy, each in self._written[user])
+
+    def _beside(self, node: Node) -> set[Node]:
+        """All nodes in the memory of ``node``, if something is written into it."""
+        return {each for piece in self._memory[node] for each in self._inside[piece]}
 
     def _is_after(self, user: Node, node: Node) -> bool:
         return self._places[user] > (_START if node.op == "placeholder" else self._places[node])
@@ -89,7 +94,7 @@ class Copies:
         through, waiting = {node}, [node]
         for each in waiting:
             is_bare = reads_bare if each is node else lambda _: False
-            new = [user for user in each.users if memory_of(user) & memory_of(each) and not is_bare(user)]
+            new = [user for user in each.users if self._memory[user] & self._memory[each] and not is_bare(user)]
             waiting += [user for user in new if user not in through]
             through.update(new)
         return through
