@@ -21,10 +21,10 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/report.py convnet --input-size 8 --channels 1 --recipe "bfp4[0]"
 	$(BIN)/python tools/train.py --dataset digits --recipe "bfp4[0]"
 
-# A process a core, four at most, and a file a process at a time. A test that hangs for ten minutes says where, and fails.
+# A process a core, four at most, and a file a process at a time. A test that hangs for 20 minutes says where, and fails.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-	-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+	-o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 
 # The packages whose models the tests of the zoo try, 213 MB: without them `make test` skips those tests by name.
 zoo: $(ZOO)
