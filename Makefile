@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 
 # A process a core, four at most, and a file a process at a time. A test that hangs for 20 minutes says where, and fails.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=30 \
 	-o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 
 # The packages whose models the tests of the zoo try, 213 MB: without them `make test` skips those tests by name.
