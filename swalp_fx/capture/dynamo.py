@@ -269,19 +269,22 @@ def switched_off() -> str | None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks run before or behind the forward of ``module``."""
-    of_all = vars(nn.modules.module)
-    forward = [name for name in HOOKS if "forward" in name]
-    return any(getattr(module, name, None) or of_all[f"_global{name}"] for name in forward)
+    return next(_hooks_of(module), None) is not None
 
 
 def hooks_code(module: nn.Module) -> Iterator[CodeType]:
     """The code of the hooks that run before or behind the forward of ``module``."""
-    of_all = vars(nn.modules.module)
-    for name in HOOKS:
-        for hook in (*getattr(module, name, {}).values(), *of_all[f"_global{name}"].values()):
-            code = getattr(inspect.unwrap(hook), "__code__", None)
-            if code is not None:
-                yield code
+    for hook in _hooks_of(module):
+        code = getattr(inspect.unwrap(hook), "__code__", None)
+        if code is not None:
+            yield code
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    for of_one, of_all in zip(HOOKS, HOOKS_OF_ALL, strict=True):
+        if "forward" in of_one:
+            yield from getattr(module, of_one, {}).values()
+            yield from getattr(nn.modules.module, of_all).values()
 
 
 class Inner:

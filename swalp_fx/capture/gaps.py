@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..passes.facts import is_number
 from ..passes.names import kinds_of_type
 from ..passes.tables import does, is_product
 from ..warn import is_own, line_of, warn
@@ -26,7 +27,7 @@ from .conversion import Conversion, conversion_of
 from .methods import products_named
 from .modes import push, stacked
 from .running import local
-from .sources import CONSTANT, Sources, is_number
+from .sources import CONSTANT, Sources
 
 __all__ = ["Watch", "watch"]
 

@@ -19,10 +19,8 @@ from .places import within
 __all__ = ["PRODUCT", "READS", "computing", "in_class", "methods_of", "products_named", "runs_later", "set_on"]
 
 OF_SELF = "self."
-SPACES = {
-    "linalg": "linalg_",
-    "sparse": "sparse_",
-}  # the start of the names of the functions of torch.linalg, in graphs
+# What an attribute is of -> how its name begins: as an attribute of the module, or as graphs name torch's functions.
+BEGINNINGS = {"self": OF_SELF, "linalg": "linalg_", "sparse": "sparse_"}
 NAMED = ("GLOBAL", "NAME", "ATTR", "METHOD")  # words in the opcodes of instructions that have a name as argument
 NOTHING, READS, PRODUCT = range(3)  # code computes nothing; it reads a parameter of its module; it has a product
 
@@ -178,7 +176,7 @@ def _named(instructions: Iterable[dis.Instruction]) -> Iterator[str]:
             yield "@"
         elif isinstance(instruction.argval, str) and any(kind in instruction.opname for kind in NAMED):
             of = before.argval if before is not None and before.opname.startswith("LOAD") else ""
-            yield {"self": OF_SELF, **SPACES}.get(of, "") + instruction.argval
+            yield BEGINNINGS.get(of, "") + instruction.argval
         before = instruction
 
 

@@ -35,7 +35,6 @@ from ..passes.captured import (
     is_layer,
 )
 from ..passes.facts import memory_of
-from ..passes.hooks import give_weights_to_layers
 from ..passes.operations import CHECKPOINT, NESTED, memory_written, name_of, read_after_writes, written_parameter
 from ..passes.tables import layer_part
 from ..recipe import Recipe
@@ -130,7 +129,6 @@ def prepare(
         for node in graph.output_node().all_input_nodes:
             node.meta[KEPT] = node.name not in returned
     _prepare_nodes(graph_module, owner, places, recipe, foreign)
-    give_weights_to_layers(graph)
     _refuse_bodies(graph_module)
     for node in graph.find_nodes(op="placeholder"):
         is_outside = all(user.meta.get(MODULE, "") is None for user in node.users)
@@ -222,7 +220,7 @@ def _prepare_nodes(graph_module: GraphModule, owner: Owner, places: Places, reci
 
 def _operands_written(body: Graph) -> list[int]:
     """The positions of the inputs of ``body`` that it writes into."""
-    memory = frozenset[int]().union(*map(memory_written, body.nodes))
+    memory = memory_written(*body.nodes)
     return [i for i, node in enumerate(body.find_nodes(op="placeholder")) if memory & memory_of(node)]
 
 

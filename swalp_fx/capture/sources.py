@@ -15,10 +15,11 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..passes.facts import is_number
 from ..passes.tables import does, is_product, part_of
 from .conversion import Conversion
 
-__all__ = ["CONSTANT", "Sources", "is_number"]
+__all__ = ["CONSTANT", "Sources"]
 
 Parameter = tuple[Conversion, str]  # of this model, with this name
 CONSTANT: frozenset[Parameter] = frozenset()  # of no parameter, and of nothing floating that the model is given
@@ -79,10 +80,6 @@ class Sources:
 def _reads_sizes_alone(name: str) -> bool:
     """``new_ones`` does. ``empty_like`` makes memory for numbers, which a kernel may write there unseen."""
     return part_of(name) == "number" and "reads" not in does(name.strip("_")) and "empty" not in name
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _memory(tensor: Tensor) -> Any:

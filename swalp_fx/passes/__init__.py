@@ -49,6 +49,7 @@ def rewrite(graph: Graph, recipe: Recipe, scope: Scope, *, keyed: bool = True, i
     keyed: whether the first input is the random key; without a key, stochastic rounds to nearest.
     identity: inserts nodes for roles in ``float`` too.
     """
+    give_weights_to_layers(graph)
     twins = not scope.returns and not recipe.quantize_logits  # another graph reads its outputs, and the caller may too
     classify(analyse(expand(expand_recurrent(graph, recipe, scope.bodies, twins=twins), recipe)))
     for node in graph.nodes:
@@ -72,7 +73,6 @@ def _rewrite_body(call: Node, recipe: Recipe, scope: Scope, identity: bool) -> N
         placeholder.meta[LATER] = True  # for the graph around the body
         placeholder.meta[ARGUMENT] = given.meta.get(NAME, given.name)
         placeholder.meta[ORIGIN] = facts(given).origin if isinstance(operand, Node) else Origin.CONSTANT
-    give_weights_to_layers(body.graph)
     if call.target is nodes.recurrent:
         prepare_step(call, body.graph)  # which says of each output whether it leaves
     is_loop = call.target is nodes.recurrent

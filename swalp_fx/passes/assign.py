@@ -15,7 +15,7 @@ from .captured import CARRIED, KEPT, LAYER, PARAMETER, UPDATE, Scope
 from .classify import OUT
 from .copies import Copies
 from .expand import inside
-from .facts import MEANINGS
+from .facts import MEANINGS, is_number
 from .fit import axis_by_reader, contraction_axes, fitted, of_parameter
 from .names import PART, base_name, derived_name, is_derived, place, subject
 from .operations import name_of
@@ -270,7 +270,7 @@ def _may_be_copied(node: Node, copies: Copies, scope: Scope) -> bool:
 def _is_integral(node: Node) -> bool:
     """Whether ``node`` gives integers or truth values, such as indices: no format holds them."""
     value = node.meta.get("example_value")
-    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Tensor) and not is_number(value)
 
 
 def _is_read(node: Node) -> bool:

@@ -99,10 +99,9 @@ def _is_tensor(node: Node) -> bool:
 
 def _filled(graph: Graph) -> Iterator[Node]:
     """Fresh constants that numbers are then written into, as in ``y = torch.zeros_like(x); y[0] = x[1]``."""
-    pieces = (memory_written(node) for node in graph.nodes if len(node.all_input_nodes) > 1)
-    memory = frozenset[int]().union(*pieces)
+    memory = memory_written(*(node for node in graph.nodes if len(node.all_input_nodes) > 1))
     for node in graph.nodes:
-        fresh = memory_of(node).difference(*map(memory_of, node.all_input_nodes))
+        fresh = memory_of(node) - memory_of(*node.all_input_nodes)
         if fresh & memory and facts(node).origin is not Origin.CONSTANT:
             yield node
 
@@ -133,13 +132,10 @@ def _mark_exits(graph: Graph) -> None:
 
     A write leaves if no layer, no later call and no later frame reads the memory that it writes into, under any name.
     """
-    read: set[int] = set()  # the memory that others than exits read, behind the present node
-    for source in graph.output_node().all_input_nodes:
-        if _is_kept(source) or source.meta.get(CARRIED):
-            read |= memory_of(source)
-    for operand in graph.find_nodes(op="placeholder"):
-        if operand.meta.get(HOLDS) == "operand":  # the graph that runs this one may read it
-            read |= memory_of(operand)
+    kept = (each for each in graph.output_node().all_input_nodes if _is_kept(each) or each.meta.get(CARRIED))
+    operands = (each for each in graph.find_nodes(op="placeholder") if each.meta.get(HOLDS) == "operand")
+    # The memory that others than exits read, behind the present node. The graph around this one may read its operands.
+    read = memory_of(*kept, *operands)
     for node in reversed(graph.nodes):
         memory = memory_written(node)
         leaves = all(user.meta[PART] in OUT for user in node.users) and (memory or node.users)
@@ -147,7 +143,7 @@ def _mark_exits(graph: Graph) -> None:
         if is_movement and leaves and not _is_kept(node) and not memory & read:
             node.meta[PART] = "exit"
         elif node.meta[PART] not in OUT:
-            read.update(*(memory_of(each) for each in node.all_input_nodes if not takes_size(node, each)))
+            read |= memory_of(*(each for each in node.all_input_nodes if not takes_size(node, each)))
 
 
 def _is_kept(node: Node) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from torch.fx import Graph, Node
 
 from .captured import HOLDS, LATER
 from .facts import memory_of
-from .operations import memory_written, takes_size, written
+from .operations import takes_size, written
 
 __all__ = ["Copies"]
 
@@ -30,7 +31,7 @@ class Copies:
     def __init__(self, graph: Graph) -> None:
         self._places = {node: i for i, node in enumerate(graph.nodes)}
         self._written = {node: frozenset(written(node)) for node in graph.nodes}
-        pieces = frozenset[int]().union(*map(memory_written, graph.nodes))
+        pieces = memory_of(*chain.from_iterable(self._written.values()))
         self._end = graph.output_node()
         self._memory = {node: memory_of(node) & pieces for node in graph.nodes}  # that is written
         self._inside: defaultdict[int, list[Node]] = defaultdict(list)  # a piece of it -> its nodes

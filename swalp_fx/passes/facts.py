@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-__all__ = ["FACTS", "MEANINGS", "Facts", "Origin", "facts", "is_floating", "memory_of"]
+__all__ = ["FACTS", "MEANINGS", "Facts", "Origin", "facts", "is_floating", "is_number", "memory_of"]
 
 FACTS = "swalp_fx.facts"  # the node.meta key that analyse writes: Facts
 
@@ -55,17 +56,21 @@ _NONE = Facts("", Origin.MODEL)
 
 def is_floating(node: Node) -> bool:
     """Whether ``node`` is known to give one tensor of floating or complex numbers."""
-    value = node.meta.get("example_value")
+    return is_number(node.meta.get("example_value"))
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a tensor of floating or complex numbers."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def memory_of(node: Node) -> frozenset[int]:
-    """The pieces of memory that ``node``'s output lies in; empty if it is no tensor. Views share one.
+def memory_of(*nodes: Node) -> frozenset[int]:
+    """The pieces of memory that the outputs of ``nodes`` lie in; none of what is no tensor. Views share one.
 
     The capture has run the model on tensors without data. They share memory where the model's own tensors do: so
     ``x.contiguous()`` is a view if there is nothing to do, and ``x[[1, 0]]`` is none.
     """
-    leaves = pytree.tree_leaves(node.meta.get("example_value"))
+    leaves = pytree.tree_leaves([node.meta.get("example_value") for node in nodes])
     return frozenset(leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor) and _has_one(leaf))
 
 

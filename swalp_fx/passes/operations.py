@@ -167,9 +167,9 @@ def written(node: Node) -> list[Node]:
     return list(dict.fromkeys(found))
 
 
-def memory_written(node: Node) -> frozenset[int]:
-    """The pieces of memory that ``node`` writes into."""
-    return frozenset[int]().union(*map(memory_of, written(node)))
+def memory_written(*nodes: Node) -> frozenset[int]:
+    """The pieces of memory that ``nodes`` write into."""
+    return memory_of(*(target for node in nodes for target in written(node)))
 
 
 def read_after_writes(graph: Graph) -> None:

@@ -32,7 +32,7 @@ def origins(graph: Graph) -> dict[Node, Origin]:
     """
     found: dict[Node, Origin] = {}
     buffers = (node for node in graph.nodes if node.meta.get(HOLDS) == "state")
-    state = frozenset[int]().union(*map(memory_of, buffers))
+    state = memory_of(*buffers)
     inside: defaultdict[int, list[Node]] = defaultdict(list)  # piece of memory -> the nodes that lie in it
     for node in graph.nodes:
         found[node] = _origin(node, found)

@@ -152,8 +152,8 @@ class Scores:
             if i < followed and (found := self._laid_on(node, scores, factor)) is not None:
                 masks[node] = found
             factor *= _factor_of_reader(node, scores)
-        while masks and not _may_go_to(next(iter(masks)), chain[1 : chain.index(next(iter(masks)))]):
-            del masks[next(iter(masks))]  # the last one
+        while masks and not _may_go_to(last := next(iter(masks)), chain[1 : chain.index(last)]):
+            del masks[last]
         if not masks or 0 in value_of(self.product).shape:
             return
         last = next(iter(masks))
@@ -405,15 +405,10 @@ def _may_go_to(place: Node, moved: list[Node]) -> bool:
         if node not in moved:
             passed.append(node)
             continue
-        read, changed = _memory_read(node), memory_written(node)
-        for each in passed:
-            if read & memory_written(each) or changed & (_memory_read(each) | memory_of(each)):
-                return False
+        touched = memory_of(*(each for other in passed for each in (other, *other.all_input_nodes)))
+        if memory_of(*node.all_input_nodes) & memory_written(*passed) or memory_written(node) & touched:
+            return False
     return True
-
-
-def _memory_read(node: Node) -> frozenset[int]:
-    return frozenset[int]().union(*map(memory_of, node.all_input_nodes))
 
 
 def _from(node: Node) -> Iterator[Node]:

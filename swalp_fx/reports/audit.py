@@ -22,6 +22,7 @@ from .. import nodes
 from ..capture import Conversion, Rewritten, local
 from ..capture.trial import untouched
 from ..passes.captured import LAYER
+from ..passes.facts import is_number
 from ..passes.names import NAME
 from ..passes.operations import operands_of, operation_of
 from ..passes.rounding import Rounding
@@ -176,9 +177,7 @@ def _floating_inputs(node: Node) -> list[Node]:
 
 def _is_floating(node: Node) -> bool:
     values = pytree.tree_leaves(node.meta.get("example_value"))
-    return Rounding.of(node) is not None or any(
-        isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex()) for each in values
-    )
+    return Rounding.of(node) is not None or any(map(is_number, values))
 
 
 def _version(tensor: Tensor) -> int:

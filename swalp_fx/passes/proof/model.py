@@ -188,7 +188,7 @@ def _exits(graph: Graph, kinds: dict[Node, str], writes: Writes) -> set[Node]:
     for node in graph.output_node().all_input_nodes:
         if node.meta.get(UPDATE) or node.meta.get(KEPT) or node.meta.get(CARRIED):
             inner |= memory_of(node)
-    inner = inner.union(*(memory_of(node) for node in graph.nodes if kinds[node] == "operand"))
+    inner |= memory_of(*(node for node in graph.nodes if kinds[node] == "operand"))
     for node in reversed(graph.nodes):
         into = writes.into.get(node, frozenset())
         kept = node.meta.get(UPDATE) or node.meta.get(KEPT)
@@ -196,5 +196,5 @@ def _exits(graph: Graph, kinds: dict[Node, str], writes: Writes) -> set[Node]:
         if kinds[node] in ("output", "outside") or (leaves and kinds[node] in ("movement", "number")):
             exits.add(node)
         else:
-            inner.update(*(memory_of(each) for each in node.all_input_nodes if not reads_sizes(node, each)))
+            inner |= memory_of(*(each for each in node.all_input_nodes if not reads_sizes(node, each)))
     return exits
