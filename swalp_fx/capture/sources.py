@@ -53,7 +53,7 @@ class Sources:
         return found
 
     def note(self, function: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> None:
-        """Notes what the results of an operation are made of, and what it has written into."""
+        """Notes the sources of an operation's results, and of the tensors that it has written into."""
         name = function.overloadpacket.__name__
         operands = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         results = [each for each in pytree.tree_leaves(given) if isinstance(each, Tensor)]

@@ -1,4 +1,4 @@
-"""What hooks of layers compute: code of its own around the layer, but for the weights that they make."""
+"""Hooks of layers. A weight that a hook makes is part of its layer; all else in a hook is code around the layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["give_weights_to_layers"]
 
 
 def give_weights_to_layers(graph: Graph) -> None:
-    """Writes LAYER on what a hook makes of parameters and buffers alone, for its layer alone to read.
+    """Writes LAYER on the nodes by which a hook makes a weight for its layer, from parameters and buffers alone.
 
-    So does ``torch.nn.utils.prune``: the weight is rounded, and its mask is a part of the layer.
+    The hook of ``torch.nn.utils.prune`` is one: the weight is rounded, and its mask is a part of the layer.
 
         mask = placeholder                    state
         orig = placeholder                    parameter

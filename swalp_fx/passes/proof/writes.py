@@ -1,4 +1,4 @@
-"""The proof's own walk of a graph's memory: what each reader sees of the writes into the tensors that it reads."""
+"""The proof's own walk of a graph's memory, for writes that a reader of a tensor would not see."""
 
 from __future__ import annotations
 
