@@ -404,6 +404,8 @@ REFUSED = [
     ("int8[0]+scale0.1", r"\[0\] says who shares a scale, and there is none to share; leave the brackets out"),
     ("int8+scale0", "a static scale is a positive float32, not 0.0"),
     ("e4m3+asym", r"only integers with all their codes have a zero point, unlike e4m3; use int8\+asym"),
+    ("{-8,8}+scale8190", "the number nearest to zero is 65520, and float16 ends at 65504; use a smaller scale"),
+    ("{1e6,2e6}", r"the number nearest to zero is 1e\+06, and float16 ends at 65504"),
     ("int20", "scaled integer: word length 20 is out of range; use 2 to 16 bits"),
     ("e4m3+bias-99", r"with bias -99 the largest number goes beyond 2\^101; use a bias of -85 or more"),
     ("e4m3+bias128", "bias 128 is out of range; use -100 to 80"),

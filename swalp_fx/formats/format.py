@@ -15,6 +15,7 @@ __all__ = ["FLOAT", "OVERFLOWS", "Format"]
 
 OVERFLOWS = ("saturate", "infinity", "nan")
 MAX_INTEGER_BITS = 16  # on a real scale: the quotient has 24 bits in float32
+HALF_OVERFLOWS = 65520.0  # the least number that float16 rounds to infinity
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,8 +189,17 @@ def _zero_point(f: Format) -> str | None:
     return None
 
 
+def _beyond_half(f: Format) -> str | None:
+    """Only a codebook can lack a zero. A tensor of float16 would then have nothing to saturate to."""
+    if not isinstance(f.element, Codebook):
+        return None
+    nearest = min(map(abs, f.element.values)) * f.scales[0]
+    beyond = f"the number nearest to zero is {nearest:.6g}, and float16 ends at 65504; use a smaller scale"
+    return beyond if nearest >= HALF_OVERFLOWS else None
+
+
 # Each gives the sentence that refuses parts which do not go together.
-_UNFIT = (_lone_block, _overflow, _integer_on_real, _zero_point)
+_UNFIT = (_lone_block, _overflow, _integer_on_real, _zero_point, _beyond_half)
 
 
 @dataclass(frozen=True, repr=False)
