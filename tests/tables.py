@@ -3,6 +3,7 @@
 import functools
 import math
 
+import pytest
 import torch
 
 from swalp_fx import parse, reference
@@ -56,6 +57,18 @@ FORMATS = [
     "nvfp4",
     "nvfp4[0:7]",
 ]
+
+
+def crossed(rows, columns):
+    """Every pair, for a test's parameters. The first row has all columns, and each other row one; the rest is slow."""
+    columns = list(columns)
+    return [
+        pytest.param(row, column, marks=[pytest.mark.slow] if i > 0 and i % len(columns) != j else [])
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
+
+
 REAL_SCALE = [spec for spec in FORMATS if not isinstance(parse(spec).scale, PowerOfTwo | None)]
 ALL_ROUNDINGS = [*ROUNDINGS, "stochastic1", "stochastic8", "stochastic24"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

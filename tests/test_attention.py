@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from graphs import converted, rewritten
 from marks import rounded
+from tables import crossed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -177,14 +178,12 @@ def _of_its_own_size(scores):
     return scores + torch.full_like(scores, -1e9).triu(1)
 
 
-@pytest.mark.parametrize("recipe", FORMATS)
-@pytest.mark.parametrize("spelling", SPELLED)
+@pytest.mark.parametrize(("spelling", "recipe"), crossed(SPELLED, FORMATS))
 def test_every_spelling_has_the_bits_of_attention_written_by_hand(spelling, recipe):
     assert all(map(torch.equal, _bits_of(SPELLED[spelling], recipe), _bits_of(_by_hand, recipe)))
 
 
-@pytest.mark.parametrize("recipe", FORMATS)
-@pytest.mark.parametrize("spelling", CAUSAL)
+@pytest.mark.parametrize(("spelling", "recipe"), crossed(CAUSAL, FORMATS))
 def test_every_spelling_of_causal_attention_has_the_same_bits(spelling, recipe):
     assert all(map(torch.equal, _bits_of(CAUSAL[spelling], recipe), _bits_of(_causal_by_hand, recipe)))
 
@@ -717,8 +716,7 @@ class Decoder(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp4", "e4m3"])
-@pytest.mark.parametrize("spelling", CAUSAL)
+@pytest.mark.parametrize(("spelling", "recipe"), crossed(CAUSAL, ["mxfp8", "mxfp4", "e4m3"]))
 def test_an_earlier_output_does_not_depend_on_a_later_token(spelling, recipe):
     torch.manual_seed(0)
     low = converted(Decoder(CAUSAL[spelling]), f"{recipe} rounding=nearest")
@@ -818,8 +816,13 @@ class Weighted(Functional):
         return _weighted(self.layer, x)[0]
 
 
-@pytest.mark.parametrize("recipe", ["bfp8[0]", "mxfp8", "bfp8[0] placement=compute", "A=bfp8[0]"])
-@pytest.mark.parametrize("mask", [None, FUTURE, _added(FUTURE), FUTURE.expand(2 * HEADS, -1, -1)])
+@pytest.mark.parametrize(
+    ("mask", "recipe"),
+    crossed(
+        [None, FUTURE, _added(FUTURE), FUTURE.expand(2 * HEADS, -1, -1)],
+        ["bfp8[0]", "mxfp8", "bfp8[0] placement=compute", "A=bfp8[0]"],
+    ),
+)
 def test_the_layer_that_gives_its_weights_too_has_the_same_bits(mask, recipe):
     plain, weighted = (Called(_layer(), attn_mask=mask, **given) for given in ({"need_weights": False}, {}))
     _assert_same_bits(weighted, plain, recipe, X)

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from strategies import PRODUCTS
-from tables import ALL_ROUNDINGS, every_half, hard_values
+from tables import ALL_ROUNDINGS, crossed, every_half, hard_values
 
 from swalp_fx import decode, encode, ops, parse, quantize
 from swalp_fx.codes import compiled
@@ -58,8 +58,7 @@ def assert_same(found, due):
         assert mine.dtype == other.dtype and torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("spec", "rounding"), crossed(SPECS, ALL_ROUNDINGS))
 def test_the_same_bytes(spec, rounding):
     for shape in [(50, 700), (7, 3, 5, 33), (64, 64)]:
         generator = torch.Generator().manual_seed(0)

@@ -219,7 +219,7 @@ def command(config, folder, *words):
     return train.main([*map(str, ["--config", CONFIGS / f"{config}.toml", *options, *words])])
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["cifar10", pytest.param("cifar100", marks=pytest.mark.slow)])
 def test_vgg16_on_cifar_in_all_four_settings(name, tmp_path, monkeypatch, capsys):
     cifar(tmp_path, name, monkeypatch)
     narrow = models.Made(models._vgg(batch_norm=False, widths=models.VGG16_NARROW), (3, 32))

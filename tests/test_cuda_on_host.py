@@ -138,9 +138,10 @@ def values(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_format_dtype_and_rounding(on_host, spec, dtype):
-    x = values(9, 160, dtype=dtype)
-    for rounding, blocks in itertools.product(ROUNDINGS, (WHOLE, ROWS, ([1], [32]), ([0, 1], [4, 48]))):
-        assert_follows_cpu(on_host, spec, x, blocks, rounding)
+    x, few = values(9, 160, dtype=dtype), values(5, 60, dtype=dtype)  # a run or a rectangle has a thread block
+    cases = [(x, WHOLE), (x, ROWS), (few, ([1], [32])), (few, ([0, 1], [4, 48]))]
+    for rounding, (given, blocks) in itertools.product(ROUNDINGS, cases):
+        assert_follows_cpu(on_host, spec, given, blocks, rounding)
 
 
 @pytest.mark.parametrize("rounding", CODES)
@@ -161,9 +162,10 @@ def test_sizes(on_host, spec, rounding):
 @pytest.mark.parametrize("spec", ["bfp8", "nvfp4"])
 def test_runs_along_an_axis(on_host, spec, rounding):
     """Of every length with a kernel of its own and of others, the last of a row short or not."""
-    for size, (axis, shape) in itertools.product(
-        (1, 8, 16, 24, 32, 64, 128, 256, 1000, 2**63 - 1), [(1, (5, 384)), (1, (5, 100)), (0, (100, 6)), (0, (300,))]
-    ):
+    lengths = (8, 16, 24, 32, 64, 128, 256, 1000, 2**63 - 1)
+    tensors = [(1, (3, 384)), (1, (3, 100)), (0, (100, 3)), (0, (300,))]
+    one_each = [(1, (3, 7)), (0, (7, 3)), (0, (9,))]  # a thread block for each number
+    for size, (axis, shape) in (*itertools.product(lengths, tensors), *itertools.product([1], one_each)):
         assert_follows_cpu(on_host, spec, values(*shape), ([axis], [size]), rounding)
 
 

@@ -346,10 +346,10 @@ def _layers_drawn(panel, panel_of):
     return sum(inside) + sum(bool(item.operation) for item in panel.items if not isinstance(item, Box))
 
 
-@pytest.fixture(
-    scope="module",
-    params=["resnet18", "googlenet", "densenet", "vgg16", "mobilenet_v3_small", "swin", "flat"],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("googlenet", "densenet", "mobilenet_v3_small")]
+
+
+@pytest.fixture(scope="module", params=["resnet18", "vgg16", "swin", "flat", *SLOW])
 def large(request):
     return _large(request.param)
 

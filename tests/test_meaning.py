@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from graphs import converted, rewritten
 from marks import rounded
+from tables import crossed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -397,8 +398,11 @@ def _spellings():
     yield "before the scale", lambda scores: (scores + torch.zeros_like(scores).masked_fill(FUTURE, -1e9)) * 1.0, ()
 
 
-@pytest.mark.parametrize("recipe", ["bfp8[0]", "int8[0,1]", "e4m3", "bfp16[0]"])
-@pytest.mark.parametrize("spelling", list(_spellings()), ids=lambda each: each[0])
+@pytest.mark.parametrize(
+    ("spelling", "recipe"),
+    crossed(_spellings(), ["bfp8[0]", "int8[0,1]", "e4m3", "bfp16[0]"]),
+    ids=lambda each: each if isinstance(each, str) else each[0],
+)
 def test_a_mask_that_is_added_has_the_bits_of_one_that_is_filled_in(spelling, recipe):
     _, masked, given = spelling
     results = []

@@ -105,7 +105,7 @@ def test_report_measure_and_draw_print_the_same_names(kind, tmp_path):
 def test_a_recipe_means_the_one_place_that_it_names(kind):
     every = _activations(kind)
     compute = _activations(kind, "bfp8 placement=compute")
-    for name in every:
+    for name in list(every)[:: 1 + len(every) // 8]:
         assert _activations(kind, exclude=(name,)) == {other: spec for other, spec in every.items() if other != name}
         assert _activations(kind, rules=(Rule(name, activation="bfp4"),)) == {**every, name: "bfp4"}
         assert _activations(kind, "bfp8 placement=compute", include=(name,)) == {**compute, name: "bfp8"}

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from tables import crossed
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -364,8 +365,9 @@ BREAKS = {"print": (_print, 1), "logging": (_log, 1), "item": (_item, 2), "numpy
 
 
 @pytest.mark.filterwarnings("ignore:.*Graph break")
-@pytest.mark.parametrize("kind", [Loop, Sequence, Finally], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("reason", BREAKS)
+@pytest.mark.parametrize(
+    ("reason", "kind"), crossed(BREAKS, [Loop, Sequence, Finally]), ids=lambda each: getattr(each, "__name__", each)
+)
 def test_what_breaks_a_graph_leaves_no_product_outside_and_changes_no_bit(monkeypatch, reason, kind):
     between, factor = BREAKS[reason]
     whole, broken = made(kind), made(kind)

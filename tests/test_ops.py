@@ -11,6 +11,7 @@ from tables import (
     KEY,
     STREAM,
     assert_same_bits,
+    crossed,
     draws,
     every_half,
     hard_values,
@@ -48,8 +49,7 @@ def test_every_bfloat16_pattern(spec, rounding):
     assert_follows_oracle(every_half(torch.bfloat16), spec, rounding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize(("spec", "dtype"), crossed(FORMATS, DTYPES))
 def test_every_dtype_and_rounding(spec, dtype):
     for x, rounding in itertools.product(hard_values(spec, dtype, side=64), ALL_ROUNDINGS):
         assert_follows_oracle(x, spec, rounding)
@@ -240,8 +240,7 @@ SPACE = torch.ops.swalp_fx
 OPCHECKED = ["fixed8.6", "e4m3", "bfp8[0]", "mxfp8", "int8[-1:2]", "nvfp4", "nf4", "e5m2[2x2]+inf"]
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("spec", OPCHECKED)
+@pytest.mark.parametrize(("spec", "rounding"), crossed(OPCHECKED, ["nearest", "stochastic"]))
 def test_opcheck(spec, rounding):
     numbers = ops._find(spec, rounding)
     key = torch.tensor(5) if rounding == "stochastic" else None
@@ -260,8 +259,7 @@ def test_opcheck(spec, rounding):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "stochastic24", "up"])
-@pytest.mark.parametrize("spec", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spec", "dtype"), crossed(FORMATS, DTYPES))
 def test_a_plan_rounds_as_the_op_does(dtype, spec, rounding):
     """Of tensors without gaps; the rest goes to the op."""
     key = torch.tensor(KEY)

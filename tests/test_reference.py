@@ -13,7 +13,7 @@ import pytest
 import torch
 from judges import GFLOAT_ROUNDINGS
 from strategies import GRIDS_ON_POWERS_OF_TWO
-from tables import ALL_ROUNDINGS, FORMATS, REAL_SCALE, assert_same_bits, draws, every_half, hard_values
+from tables import ALL_ROUNDINGS, FORMATS, REAL_SCALE, assert_same_bits, crossed, draws, every_half, hard_values
 
 from swalp_fx import Format, FormatError, RecipeError, parse
 from swalp_fx.formats import Integer, PowerOfTwo, Runs, Slices, named
@@ -28,8 +28,7 @@ ONE_BLOCK = [spec for spec in FORMATS if spec not in REAL_SCALE and parse(spec).
 ONE_BLOCK += [f"{spec}[0:64]" for spec, format in named.STEMS.items() if format.scale == named.E8M0]
 
 
-@pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
-@pytest.mark.parametrize("spec", ONE_BLOCK)
+@pytest.mark.parametrize(("spec", "rounding"), crossed(ONE_BLOCK, ALL_ROUNDINGS))
 def test_tensors_follow_the_law_for_one_number(spec, rounding):
     for dtype in (torch.float32, torch.float64):
         for x in (tensor.flatten() for tensor in hard_values(spec, dtype, side=8)):

@@ -243,8 +243,8 @@ def test_a_line_of_another_package_is_named_though_its_name_begins_with_torchs()
             return self.second(torch.compiler.disable(depth.forward)(self.first(x)))
 
     module, _ = convert(Model(), recipe="bfp8")
-    text = str(report(module, torch.randn(4, 6))).replace("\n    ", "")
-    assert re.search(r"torchvision/ops/stochastic_depth\.py:\d+ stochastic_depth", text)
+    text = str(report(module, torch.randn(4, 6))).replace("\n    ", "")  # a long path ends a line, where a space was
+    assert re.search(r"torchvision/ops/stochastic_depth\.py:\d+ ?stochastic_depth", text)
 
 
 def test_what_runs_outside_of_the_graphs_is_told_with_its_line():

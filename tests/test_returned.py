@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import crossed
 from torch import Tensor, nn
 
 from swalp_fx import convert, quantize
@@ -387,9 +388,9 @@ class Nested(nn.Module):
     roll = forward
 
 
-@pytest.mark.parametrize("nested, training", [(False, True), (True, False)])
-@pytest.mark.parametrize("made", INNER)
-def test_a_layer_reads_what_inner_code_gives_rounded_and_the_caller_gets_float(made, nested, training):
+@pytest.mark.parametrize(("made", "training"), crossed(INNER, [True, False]))
+def test_a_layer_reads_what_inner_code_gives_rounded_and_the_caller_gets_float(made, training):
+    nested = not training
     torch.manual_seed(0)
     model = Nested(made) if nested else made()
     lp = converted(model.train(training))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from marks import Traced, assert_refused, captured, letters_of, marked, marks, traced
+from tables import crossed
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -390,8 +391,9 @@ def _same(*args, **kwargs):
     return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", [*shapes.ALL, Residual], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("kind", "train"), crossed([*shapes.ALL, Residual], [True, False]), ids=lambda each: getattr(each, "__name__", each)
+)
 def test_the_numbers_are_the_same(kind, train):
     assert _same(*shapes.made(kind), train=train)
 

@@ -1,13 +1,13 @@
 """Whatever a module can be: rewritten right, in both modes and under every placement, or refused by name."""
 
 import copy
-import itertools
 import re
 
 import pytest
 import shapes
 import torch
 import torch.nn.utils.prune
+from tables import crossed
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -57,13 +57,7 @@ def test_every_shape(kind):
 PLACEMENTS = ("every", "compute", "compute+activation", "group")
 
 
-@pytest.mark.parametrize(
-    ("kind", "placement"),
-    [
-        pytest.param(kind, placement, marks=[] if i % 4 == j else [pytest.mark.slow])
-        for (i, kind), (j, placement) in itertools.product(enumerate(shapes.MORE), enumerate(PLACEMENTS))
-    ],
-)
+@pytest.mark.parametrize(("kind", "placement"), crossed(shapes.MORE, PLACEMENTS))
 def test_every_shape_is_one_graph_which_the_verifier_proves(kind, placement):
     model, inputs = shapes.made(kind)
     module, _ = convert(model, recipe=Recipe.parse("bfp8", placement=placement, quantize_logits=True))

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import crossed
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -302,8 +303,9 @@ DONE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("done", DONE, ids=lambda done: done.__name__)
+@pytest.mark.parametrize(
+    ("done", "mode"), crossed(DONE, [True, False]), ids=lambda each: getattr(each, "__name__", each)
+)
 def test_it_computes_as_if_it_had_been_done_before(done, mode):
     def made():
         torch.manual_seed(0)

@@ -481,7 +481,7 @@ class TestDecoder:
         few |= {name: getattr(stdlib, name)[:256] for name in ("test_inputs", "test_targets")}
         monkeypatch.setattr(data, "load", lambda *_: dataclasses.replace(stdlib, **few, epoch=512))
 
-    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+    @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
     def test_it_learns_in_low_precision_and_resumes_to_the_bit(self, tiny, tmp_path, optimizer):
         words = ["--dataset", "stdlib", "--optimizer", optimizer, "--average-from", 1, "--recipe", "bfp8[0] M=float"]
         words += ["--lr", 0.003 if optimizer == "adamw" else 0.1, "--device", "cpu"]
