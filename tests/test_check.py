@@ -92,6 +92,11 @@ def test_a_gradient_that_is_a_sum_of_zero_may_be_summed_in_another_order():
     assert check(Encoder(), torch.randn(2, 5, 32))
 
 
+def test_a_sparse_gradient():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    assert check(model, torch.tensor([1, 3, 1]))
+
+
 def test_what_cannot_be_rewritten_is_refused():
     with pytest.raises(ConvertError, match="then wrap the result"):
         check(nn.DataParallel(nn.Linear(2, 2)), torch.randn(1, 2))

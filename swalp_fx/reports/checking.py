@@ -114,8 +114,8 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) ->
             torch.autograd.backward([output for output, _ in seeds], [seed for _, seed in seeds])
     found: dict[str, Any] = {"type of the output": type(given)}
     found |= {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    found |= {f"gradient of input {i}": x.grad for i, x in enumerate(_tensors((inputs, keywords)))}
-    found |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    found |= {f"gradient of input {i}": _dense(x.grad) for i, x in enumerate(_tensors((inputs, keywords)))}
+    found |= {f"gradient of {name}": _dense(parameter.grad) for name, parameter in model.named_parameters()}
     found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     return found
 
@@ -134,6 +134,11 @@ def _tensors(nest: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """The gradient, which an embedding may give as a sparse tensor."""
+    return gradient if gradient is None or gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _is_gradient(name: str) -> bool:
