@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import swalp_fx
@@ -553,6 +554,27 @@ def test_an_averaged_model_in_low_precision_computes_and_is_recalibrated_in_the_
     assert not torch.equal(low[1].running_mean, plain[1].running_mean)
     assert torch.equal(low[0].weight, plain[0].weight) and not torch.equal(low(x), plain(x))
     assert low.graphs and not hasattr(plain, "graphs") and lp.training
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_a_pruned_model_is_averaged_with_its_mask(low_precision):
+    """PyTorch's deepcopy refuses the weight that the mask gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lp, swalp = swalp_fx.convert(model, optimizer, recipe="bfp8[0] rounding=nearest")
+    weights = []
+    for _ in range(3):
+        lp(rows(4, 6)).sum().backward()
+        optimizer.step()
+        swalp.update_average()
+        weights.append(model[0].weight_orig.detach().clone())
+    averaged = swalp.averaged_model(low_precision=low_precision)
+    averaged(rows(4, 6))
+    torch.testing.assert_close(averaged[0].weight_orig.detach(), torch.stack(weights).mean(0))
+    assert torch.equal(averaged[0].weight == 0, model[0].weight_mask == 0)
+    assert model[0].weight.requires_grad
 
 
 def test_batches_of_any_kind_are_for_the_caller_to_pass_on():

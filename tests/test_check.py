@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from swalp_fx import ConvertError, passes
 from swalp_fx.passes.copies import Copies
@@ -90,6 +91,21 @@ def test_a_gradient_that_is_a_sum_of_zero_may_be_summed_in_another_order():
             return self.head(h), h, self.head(h.relu())  # three gradients of h, whose order is another
 
     assert check(Encoder(), torch.randn(2, 5, 32))
+
+
+class Keeping(nn.Linear):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last.relu()
+
+
+def test_a_model_that_holds_results():
+    """As attributes, which PyTorch's deepcopy refuses."""
+    model, x = nn.Sequential(Keeping(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    prune.l1_unstructured(model[1], "weight", amount=0.5)
+    model(x)
+    assert check(model, x)
+    assert model[0].last.requires_grad and model[1].weight.requires_grad
 
 
 def test_a_sparse_gradient():

@@ -14,7 +14,7 @@ PACKAGE = Path(swalp_fx.__file__).parent
 
 # Each layer imports only from those before it. Modules of one layer do not know each other.
 LAYERS = [
-    ["errors", "globs", "nearest", "warn", "whole"],
+    ["copied", "errors", "globs", "nearest", "warn", "whole"],
     ["formats"],
     ["recipe"],
     ["random"],

@@ -7,7 +7,6 @@ that it calls enter by themselves. Entries live in the ``__dict__`` of the modul
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import threading
 import weakref
@@ -20,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from .. import fingerprints
+from ..copied import deep_copy
 from ..errors import NotRewritten
 from ..warn import warn
 from .compiler import compile_entry, explain
@@ -334,9 +334,9 @@ register_module_module_registration_hook(_adopt_registered)
 def float_copy(module: nn.Module) -> nn.Module:
     """A deep copy of ``module`` that computes in float."""
     if conversion_of(module) is None:
-        return copy.deepcopy(module)
+        return deep_copy(module)
     with in_float(module):
-        return copy.deepcopy(module)
+        return deep_copy(module)
 
 
 def restore(module: nn.Module) -> nn.Module:

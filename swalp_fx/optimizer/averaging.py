@@ -7,13 +7,13 @@ parameters' dtype, and a bfloat16 mean soon stops moving.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .. import fingerprints
+from ..copied import deep_copy
 from ..formats import FLOAT, Format, parse
 from ..ops import quantize, quantize_foreach_
 from ..random import ROLES, parameter_stream
@@ -183,7 +183,7 @@ class Average:
         model: nn.Module,
         format: str | Format = FLOAT,
         *,
-        copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+        copied: Callable[[nn.Module], nn.Module] = deep_copy,
     ) -> nn.Module:
         """A deep copy of ``model`` with ``mean(format)`` as its parameters, in the parameters' own dtype.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from .. import fingerprints
 from ..codes import packed_state, unpacked_state
+from ..copied import deep_copy
 from ..formats import FLOAT, Format
 from ..random import fold_in, stream_of
 from ..recipe import Recipe
@@ -52,7 +52,7 @@ class SWALP(LowPrecision):
         model: nn.Module,
         recipe: str | Recipe,
         local: Mapping[str, Recipe] | Callable[[], Mapping[str, Recipe]] = dict,
-        float_copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+        float_copy: Callable[[nn.Module], nn.Module] = deep_copy,
         *,
         seed: int | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ class SWALP(LowPrecision):
             for a name that is not in ``averages``.
         """
         of_name = self._averaged(average, "averaged_model()")
-        copied = copy.deepcopy if low_precision else self._float_copy
+        copied = deep_copy if low_precision else self._float_copy
         averaged = of_name.applied_to(self.model, format, copied=copied)
         if loader is not None:
             recalibrate(averaged, loader, forward=forward)

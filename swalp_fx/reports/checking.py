@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import random
 import sys
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture import Conversion, refuse_unfit
 from ..capture.trial import randomness_kept
+from ..copied import deep_copy
 from ..recipe import Recipe
 
 __all__ = ["Check", "check"]
@@ -57,7 +57,7 @@ def check(model: nn.Module, /, *inputs: Any, **keywords: Any) -> Check:
     differences = []
     compared = 0
     refuse_unfit(model, IDENTITY)
-    plain, everywhere, placed = copy.deepcopy(model), _identity(model, IDENTITY), _identity(model, PLACED)
+    plain, everywhere, placed = deep_copy(model), _identity(model, IDENTITY), _identity(model, PLACED)
     given = _with_gradients(model, inputs, keywords)
     for mode in ("train", "eval"):
         for again in ("", " again"):
@@ -80,7 +80,7 @@ def _identity(model: nn.Module, recipe: Recipe) -> nn.Module:
     """A copy of ``model``, converted, with nodes that round nothing."""
     from ..capture.entries import install
 
-    low = copy.deepcopy(model)
+    low = deep_copy(model)
     install(Conversion(low, recipe, identity=True))
     return low
 
@@ -96,7 +96,7 @@ def _with_gradients(model: nn.Module, *given: Any) -> Callable[[], Any]:
 
     try:
         for mode in (True, False):
-            _run(copy.deepcopy(model).train(mode), *asking())
+            _run(deep_copy(model).train(mode), *asking())
     except RuntimeError:
         return as_they_are
     return asking
