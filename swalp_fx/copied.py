@@ -8,13 +8,23 @@ from torch import Tensor, nn
 
 __all__ = ["deep_copy"]
 
+HELD = (
+    "the model cannot be copied: a list, a hook or another object in it keeps the result of a computation with its "
+    "history; keep x.detach() there, or empty it first"
+)
+
 
 def deep_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of ``module``, in which attributes that are results have no history.
+    """A deep copy of ``module``. An attribute that is the result of a computation loses its history there.
 
-    Such are a pruned weight, and an output that a module has kept. PyTorch's own copy.deepcopy raises RuntimeError of
-    them, as this one does of results in other places, such as a list.
+    PyTorch's copy.deepcopy refuses a pruned weight, and an output that a module keeps. Raises RuntimeError for results
+    in other places, such as a list.
     """
     values = (value for each in module.modules() for value in vars(each).values())
     results = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(module, {id(result): result.detach().clone() for result in results})
+    try:
+        return copy.deepcopy(module, {id(result): result.detach().clone() for result in results})
+    except RuntimeError as error:
+        if "graph leaves" not in str(error):
+            raise
+        raise RuntimeError(HELD) from error

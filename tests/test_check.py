@@ -108,6 +108,18 @@ def test_a_model_that_holds_results():
     assert model[0].last.requires_grad and model[1].weight.requires_grad
 
 
+def test_a_result_that_a_hook_keeps_is_refused_with_its_remedy():
+    class Kept(list):
+        def __call__(self, module, inputs, output):
+            self.append(output)
+
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    model[0].register_forward_hook(Kept())
+    model(x)
+    with pytest.raises(RuntimeError, match=r"keeps the result of a computation.*keep x\.detach\(\) there"):
+        check(model, x)
+
+
 def test_a_sparse_gradient():
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
     assert check(model, torch.tensor([1, 3, 1]))
