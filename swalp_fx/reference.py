@@ -42,16 +42,17 @@ from .recipe import RANDOM_BITS, parse_rounding
 
 __all__ = [
     "bounds_of",
+    "divided",
     "lowest_beside",
     "lowest_of_blocks",
     "power_of_two",
     "product_of_levels",
     "quantize",
     "quantize_number",
-    "quotient",
     "random_draws",
     "scale_of",
     "two_levels",
+    "with_sign_of",
 ]
 
 
@@ -207,16 +208,17 @@ def _rounded(x: Tensor, scale: Tensor, lowest: Tensor | None, format: Format, ho
     """``x`` rounded on ``scale``. lowest: the lowest integer of each block, if the scale has a zero point."""
     if (format.scale is None or isinstance(format.scale, PowerOfTwo)) and not isinstance(format.element, Codebook):
         return _on_grid(x.double(), scale.double(), format, how)
-    return _on_element(quotient(x, scale), x, lowest, format, how) * scale
+    return _on_element(divided(x, scale), x, lowest, format, how) * scale
 
 
 def _on_element(y: Tensor, x: Tensor, lowest: Tensor | None, format: Format, how: _How) -> Tensor:
     """The quotients ``y`` of ``x`` rounded to numbers of the element, in the compute type."""
     if isinstance(format.element, Codebook):
-        return _on_table(y, x, format.element, how)
+        return _on_table(with_sign_of(x, y, 2.0**-126), x, format.element, how)
+    v = with_sign_of(x, y.double(), 2.0**-200)
     if lowest is not None:
-        return _beside_zero_point(y, lowest, format, how)
-    return _on_grid(y.double(), torch.ones((), dtype=torch.float64), format, how).to(y.dtype)
+        return _beside_zero_point(v, lowest, format, how).to(y.dtype)
+    return _on_grid(v, torch.ones((), dtype=torch.float64), format, how).to(y.dtype)
 
 
 def bounds_of(
@@ -236,7 +238,7 @@ def bounds_of(
     for sign in (1, -1):
         # A quotient may be rounded up, to a number that is beyond after all.
         last, before = (
-            _on_element(quotient(sign * each, scale), sign * each, lowest, saturating, toward_zero)
+            _on_element(divided(sign * each, scale), sign * each, lowest, saturating, toward_zero)
             for each in (most, most * (1 - 2**-23))
         )
         last = torch.where(sign * last * scale > most, before, last)
@@ -267,12 +269,12 @@ def divided(x: Tensor, by: Tensor | float) -> Tensor:
     return x / torch.as_tensor(by, dtype=x.dtype, device=x.device)
 
 
-def quotient(computed: Tensor, scale: Tensor) -> Tensor:
-    """computed / scale, rounded to the compute type."""
-    y = divided(computed, scale)
-    # A quotient that underflows is far below every step. It must not become zero: directed roundings need its sign.
-    tiny = torch.tensor(torch.finfo(computed.dtype).tiny, dtype=computed.dtype)
-    return torch.where((y == 0) & (computed != 0), torch.copysign(tiny, computed), y)
+def with_sign_of(x: Tensor, y: Tensor, least: float) -> Tensor:
+    """The quotients ``y`` of ``x``. Where one has underflowed it is ``least`` with the sign of x.
+
+    Directed roundings need that sign. ``least`` is far below the element's smallest number, so that others give zero.
+    """
+    return torch.where((y == 0) & (x != 0), torch.copysign(torch.full_like(y, least), x), y)
 
 
 # ---- scales: one for each block, in a shape that broadcasts to the tensor's ------------------------
@@ -456,14 +458,13 @@ def lowest_of_blocks(x: Tensor, scale: Tensor, format: Format) -> Tensor | None:
     return lowest_beside(-_block_maximum(-x, format.block), scale, format)
 
 
-def _beside_zero_point(y: Tensor, lowest: Tensor, format: Format, how: _How) -> Tensor:
-    """``y`` rounded to integers, of which ``lowest`` is the first."""
+def _beside_zero_point(v: Tensor, lowest: Tensor, format: Format, how: _How) -> Tensor:
+    """``v``, a float64, rounded to integers, of which ``lowest`` is the first."""
     assert isinstance(format.element, Integer)
     first, last = format.element.bounds
     lowest = lowest.double()
-    v = y.double()
     clamped = torch.minimum(torch.maximum(v, lowest), lowest + (last - first))
-    return _round(clamped, v, torch.ones((), dtype=torch.float64), how).to(y.dtype)
+    return _round(clamped, v, torch.ones((), dtype=torch.float64), how)
 
 
 def _on_table(y: Tensor, x: Tensor, element: Codebook, how: _How) -> Tensor:

@@ -110,6 +110,13 @@ def test_the_same_bytes_where_a_dtype_ends(spec, dtype, rounding):
     torch.testing.assert_close(found, due, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rounding", ALL_ROUNDINGS)
+@pytest.mark.parametrize("spec", ["e8m0+scale366", "e8m7+scale366", "int8+scale366"])
+def test_the_same_bytes_where_a_quotient_underflows(spec, rounding):
+    x = torch.tensor([1e-45, 2.56e-43]).repeat(5, 50) * torch.tensor([1.0, -1.0]).repeat_interleave(50)
+    assert_same(*both(x, parse(spec), rounding))
+
+
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=400)
 @hypothesis.given(
     st.lists(st.integers(1, 40), min_size=1, max_size=3),

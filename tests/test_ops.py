@@ -114,6 +114,22 @@ def test_a_block_of_zeros_has_a_float32_for_its_scale(dtype):
     assert_same_bits(reference.quantize(x, "{1,11}[]"), scale.to(dtype).expand(3))
 
 
+# Elements with numbers down to float32's smallest, and others.
+UNDERFLOWING = [f"{each}+scale366" for each in ("e8m0", "e8m10", "bf16", "e8m23", "int8", "{-1,0,1}")]
+
+
+@pytest.mark.parametrize("spec", UNDERFLOWING)
+def test_a_quotient_that_underflows_is_beside_zero(spec):
+    x = torch.tensor([1e-45, 1e-44, 2.56e-43]) * torch.tensor([[1.0], [-1.0]])
+    assert ((x / 366) == 0).all()
+    for rounding in ALL_ROUNDINGS:
+        assert_follows_oracle(x, spec, rounding)
+    above = parse(spec).min_subnormal * 366
+    assert torch.equal(quantize(x, spec, "nearest"), torch.zeros(2, 3))
+    assert torch.equal(quantize(x, spec, "up"), torch.tensor([[above] * 3, [0.0] * 3]))
+    assert torch.equal(quantize(x, spec, "down"), torch.tensor([[0.0] * 3, [-above] * 3]))
+
+
 @pytest.mark.parametrize("largest", [2.0**-149, 3e-42, 1e-41, 1e-40, 1e-38])
 def test_a_scale_that_underflows_makes_no_nan_of_zeros(largest):
     x = torch.zeros(3, 16)
