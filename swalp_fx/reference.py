@@ -272,7 +272,7 @@ def divided(x: Tensor, by: Tensor | float) -> Tensor:
 def with_sign_of(x: Tensor, y: Tensor, least: float) -> Tensor:
     """The quotients ``y`` of ``x``. Where one has underflowed it is ``least`` with the sign of x.
 
-    Directed roundings need that sign. ``least`` is far below the element's smallest number, so that others give zero.
+    Directed roundings need that sign. ``least`` is below half of the element's smallest number: to nearest it is zero.
     """
     return torch.where((y == 0) & (x != 0), torch.copysign(torch.full_like(y, least), x), y)
 

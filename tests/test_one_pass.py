@@ -502,7 +502,10 @@ def test_the_op_takes_nothing_that_is_not_alike():
     assert updated([w], [w.clone()]) and not torch.equal(w, before[0])
 
 
-def test_where_torch_rounds_otherwise_the_step_is_left_to_the_hooks():
+@pytest.mark.parametrize(
+    ("capability", "served"), [("default", "False"), pytest.param("avx2", "True", marks=pytest.mark.slow)]
+)
+def test_where_torch_rounds_otherwise_the_step_is_left_to_the_hooks(capability, served):
     """In a process whose torch has no kernels for AVX2, and multiplies and adds with two roundings."""
     command = """
 import torch
@@ -512,9 +515,9 @@ for row in KERNELS:
     for kind in row.optimizers:
         print(kernel_of(kind([weight], lr=0.1)) is row)
 """
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["False"] * 3
+    assert found.stdout.split() == [served] * 3
 
 
 def test_states_are_in_the_order_of_their_streams():
